@@ -1,0 +1,47 @@
+"""hashattn: attention as an index problem.
+
+Keys are encoded and indexed once, each query searches them, and the softmax runs over what was found.
+"""
+
+from hashattn.attend import Attend, DenseAttend, ExactAttend, MixedPrecision, merge
+from hashattn.attention import HashAttention
+from hashattn.cache import KVCache
+from hashattn.encoders import ITQ, AsymmetricHash, Encoder, Identity, PerLayer, SimHash, SymmetricHash
+from hashattn.index import FlatDot, FlatHamming, Index
+from hashattn.presets import PRESETS
+from hashattn.selectors import Consensus, Momentum, Recent, Selector, Sink, Threshold, Tiers, TopK
+from hashattn.types import Output, Selection, Step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ITQ",
+    "PRESETS",
+    "AsymmetricHash",
+    "Attend",
+    "Consensus",
+    "DenseAttend",
+    "Encoder",
+    "ExactAttend",
+    "FlatDot",
+    "FlatHamming",
+    "HashAttention",
+    "Identity",
+    "Index",
+    "KVCache",
+    "MixedPrecision",
+    "Momentum",
+    "Output",
+    "PerLayer",
+    "Recent",
+    "Selection",
+    "Selector",
+    "SimHash",
+    "Sink",
+    "Step",
+    "SymmetricHash",
+    "Threshold",
+    "Tiers",
+    "TopK",
+    "merge",
+]

@@ -1,0 +1,61 @@
+"""DenseAttend: full attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hashattn.attend.base import Attend, Keys
+from hashattn.types import Output, Selection
+
+
+@dataclass(frozen=True)
+class DenseAttend(Attend):
+    """Attends to every visible key, without an index. Repeated KV is never materialised."""
+
+    needs_selection = False
+
+    def attend(
+        self, q: Tensor, cache: Keys, selection: Selection | None, scale: float, *, query_code: Tensor | None = None,
+        need_lse: bool = False, need_weights: bool = False,
+    ) -> Output:  # fmt: skip
+        seen = cache.seen(q.shape[2])
+        return dense(q, cache.keys, cache.values, seen, scale, need_lse=need_lse, need_weights=need_weights)
+
+
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, *, need_lse: bool = False,
+    need_weights: bool = False,
+) -> Output:  # fmt: skip
+    """Full attention of queries [B, Hq, T, D] to k, v [B, Hkv, N, D].
+
+    Args:
+        seen: bool [B, 1, T, N], which keys each query sees; None for all. Queries that see none get zeros.
+        need_lse, need_weights: whether Output carries these; weights are then [B, Hq, T, N].
+    """
+    batch, q_heads, tokens, dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    group = q_heads // kv_heads
+    folded = q.reshape(batch, kv_heads, group * tokens, dim)  # SDPA's own GQA is several times slower at T = 1
+    mask = None
+    if seen is not None:
+        mask = seen.expand(-1, group, -1, -1).reshape(batch, 1, group * tokens, keys)
+    if not (need_lse or need_weights):
+        out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
+        if mask is not None:
+            out = out.masked_fill(~mask.any(-1, keepdim=True), 0)
+        return Output(out.view(q.shape[:3] + v.shape[-1:]))
+    logits = (folded @ k.transpose(-1, -2)).float() * scale
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    lse = logits.logsumexp(-1, keepdim=True)
+    weights = (logits - lse.clamp(min=torch.finfo(torch.float32).min)).exp()
+    out = (weights.to(v.dtype) @ v).view(q.shape[:3] + v.shape[-1:])
+    return Output(
+        out,
+        lse.view(batch, q_heads, tokens) if need_lse else None,
+        weights.view(batch, q_heads, tokens, keys) if need_weights else None,
+    )

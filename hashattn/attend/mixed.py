@@ -1,0 +1,97 @@
+"""MixedPrecision: exact logits for critical keys, logits from codes for medium ones."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from hashattn.attend.base import Attend, Keys, head_logits, softmax_over
+from hashattn.ops.hamming import popcount, unpack_bits
+from hashattn.types import MEDIUM, Output, Selection
+
+
+class CodeResidual(nn.Module):
+    """A small MLP of (h_q, h_k), sign vectors in +-1, that starts at zero."""
+
+    def __init__(self, bits: int, hidden: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(bits, hidden)
+        self.key = nn.Linear(bits, hidden, bias=False)
+        self.out = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, h_q: Tensor, h_k: Tensor) -> Tensor:
+        """[..., 1, bits] and [..., K, bits] -> [..., K]."""
+        return self.out(torch.relu(self.query(h_q) + self.key(h_k))).squeeze(-1)
+
+
+class MixedPrecision(nn.Module, Attend):
+    """Dynamic mixed precision of DASH-KV (arXiv 2604.19351).
+
+    A critical key has its exact logit q.k * scale. A medium key's is estimated without reading the key, on the same
+    scale, so that both meet in one softmax:
+
+        scale * (q.c + a |q| |k - c| (<h_q, h_k> / bits + residual(h_q, h_k)))
+
+    with c the row's centre and |k - c| kept by the cache in float16. Its value takes part in full. For random planes
+    <h_q, h_k> / bits is 1 - 2 angle / pi, about 2 / pi cos(angle) near a right angle, so a starts at pi / 2; fit()
+    fits a and the residual, which starts at zero and costs nothing until then. h_q are the signs of a multi-bit query.
+
+    Args:
+        hidden: width of the residual's hidden layer; 0 for no residual.
+        a: start of the scale of the estimate.
+    """
+
+    needs_norms = True
+    code = "binary"
+
+    def __init__(self, *, hidden: int = 32, a: float = math.pi / 2) -> None:
+        super().__init__()
+        if hidden < 0:
+            raise ValueError(f"hidden must be at least 0, got {hidden}")
+        self.hidden = hidden
+        self.a = nn.Parameter(torch.tensor(float(a)))
+        self.residual: CodeResidual | None = None
+
+    def attend(
+        self, q: Tensor, cache: Keys, selection: Selection | None, scale: float, *, query_code: Tensor | None = None,
+        need_lse: bool = False, need_weights: bool = False,
+    ) -> Output:  # fmt: skip
+        if selection is None:
+            raise ValueError("MixedPrecision needs a selection; DenseAttend does without")
+        ids, values = selection.ids, cache.gather("values", selection.ids)
+        if selection.tier is None:
+            logits = head_logits(q, cache.gather("keys", ids))
+        else:
+            if query_code is None:
+                raise ValueError("MixedPrecision needs query_code, the encoded queries, for a selection with tiers")
+            medium = selection.tier == MEDIUM
+            exact = head_logits(q, cache.gather("keys", ids.masked_fill(medium, 0)))  # medium keys are not read
+            estimate = self.estimate(q, cache, ids, query_code)
+            logits = torch.where(medium.unsqueeze(3), estimate, exact)
+        return softmax_over(logits * scale, selection, values, q.dtype, need_lse, need_weights)
+
+    def estimate(self, q: Tensor, cache: Keys, ids: Tensor, query_code: Tensor) -> Tensor:
+        """Estimated q.k of the keys at ids [B, H, T, K], from codes and norms alone: float32 [B, H, T, G, K]."""
+        signs = query_code if query_code.ndim == 4 else query_code[..., -1, :]  # the last plane holds the signs
+        heads = ids.shape[1]
+        h_q = signs.unflatten(1, (heads, -1)).transpose(2, 3)  # [B, H, T, G, W]
+        own = max(cache.codes.shape[1] // heads, 1)  # G where keys are encoded per query head, else 1
+        h_k = cache.gather("codes", ids.repeat_interleave(own, dim=1)).unflatten(1, (heads, own)).transpose(2, 3)
+        bits = cache.bits  # h_k: [B, H, T, 1 or G, K, W]
+        agreement = 1 - 2 * popcount(h_q.unsqueeze(-2) ^ h_k).sum(-1).float() / bits
+        if self.residual is not None:
+            agreement = agreement + self.residual(
+                unpack_bits(h_q, bits).float().unsqueeze(-2) * 2 - 1, unpack_bits(h_k, bits).float() * 2 - 1
+            )
+        grouped = q.float().unflatten(1, (heads, -1)).transpose(2, 3)  # [B, H, T, G, D]
+        norms = cache.gather("norms", ids).float().squeeze(-1).unsqueeze(3)  # [B, H, T, 1, K]
+        centre = cache.centre.repeat_interleave(heads // cache.centre.shape[1], dim=1)  # [B, H, D]
+        offset = grouped @ centre[:, :, None, :, None]  # [B, H, T, G, 1]
+        return offset + self.a * grouped.norm(dim=-1, keepdim=True) * norms * agreement
+
+    def extra_repr(self) -> str:
+        return f"hidden={self.hidden}, a={self.a.item():g}"

@@ -1,0 +1,213 @@
+"""HashAttention: encoder, index, selector and attend stage, composed."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hashattn.attend import Attend, ExactAttend
+from hashattn.attend.dense import dense
+from hashattn.cache import KVCache
+from hashattn.composition import check_composition
+from hashattn.encoders import Encoder
+from hashattn.engines import resolve
+from hashattn.index import Index
+from hashattn.plan import Plan, explain
+from hashattn.selectors import Selector
+from hashattn.shapes import check_finite, check_float, check_kv, check_q
+from hashattn.types import Output, Selection, Step
+
+if TYPE_CHECKING:
+    from hashattn.integrations.transformers import Handle
+
+
+@dataclass(frozen=True, repr=False)
+class HashAttention:
+    """Attention as search: keys are encoded and indexed once, queries search them, softmax runs over what was found.
+
+    Args:
+        encoder: turns keys and queries into codes; None if the selector ranks nothing.
+        index: keeps the codes and scans them; None likewise.
+        selector: which keys a query keeps; None for DenseAttend.
+        attend: the softmax over what is kept.
+        engine: "reference" (plain PyTorch, any device), "cpu" (numpy popcount), "dense" (full attention, no index), or
+            "auto": the fastest of these by the measured crossover.
+        dense_layers: layers of a model that attend densely; negative numbers count from the last.
+
+    Raises:
+        ValueError: parts that do not fit; the message names both and what would fit.
+    """
+
+    encoder: Encoder | None = None
+    index: Index | None = None
+    selector: Selector | None = None
+    attend: Attend = field(default_factory=ExactAttend)
+    engine: str = "auto"
+    dense_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_composition(self)
+
+    @classmethod
+    def from_preset(cls, name: str, **options: Any) -> HashAttention:
+        """A published method by name, such as "dashkv"; see :mod:`hashattn.presets`.
+
+        Raises:
+            ValueError: an unknown name; the nearest one is named.
+            TypeError: an option that the preset does not take; likewise.
+        """
+        from hashattn.presets import build  # presets stand above this module
+
+        return build(name, **options)
+
+    def replace(self, **parts: Any) -> HashAttention:
+        """The same composition with some parts swapped."""
+        return dataclasses.replace(self, **parts)
+
+    def layer(self, i: int) -> HashAttention:
+        """The composition for layer i of a model: every weighted part bound to that layer."""
+        encoder = self.encoder.layer(i) if self.encoder is not None else None
+        attend = self.attend.layer(i)
+        return (
+            self if encoder is self.encoder and attend is self.attend else self.replace(encoder=encoder, attend=attend)
+        )
+
+    def to(self, device: torch.device | str) -> HashAttention:
+        """Move the weights of all parts to a device, in place. Returns itself."""
+        for part in (self.encoder, self.selector, self.attend, *getattr(self.selector, "parts", ())):
+            if isinstance(part, nn.Module):
+                part.to(device)
+        return self
+
+    def new_cache(self, batch: int, kv_heads: int, head_dim: int, *, capacity: int | None = None) -> KVCache:
+        """An empty cache for keys and values [batch, kv_heads, N, head_dim]; dtype and device come with the first keys.
+
+        Args:
+            capacity: fixed number of columns, allocated at once; None grows as needed.
+        """
+        return KVCache(
+            batch, kv_heads, head_dim, encoder=self.encoder, index=self.index, norms=self.attend.needs_norms,
+            capacity=capacity,
+        )  # fmt: skip
+
+    def __call__(
+        self, q: Tensor, k: Tensor | KVCache, v: Tensor | None = None, *, scale: float | None = None,
+        causal: bool = True, start: Tensor | None = None, validate: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Attend with queries to keys and values, or to a cache that holds them.
+
+        Args:
+            q: [B, Hq, T, D], post-RoPE; Hq a multiple of Hkv. The queries are the last T of the N positions.
+            k: keys [B, Hkv, N, D], or a KVCache made by this composition.
+            v: values [B, Hkv, N, D]; None with a cache.
+            scale: of the logits, 1 / sqrt(D) by default.
+            causal: each query sees the keys up to its own position; otherwise all of them.
+            start: int [B], columns of left padding; a cache has its own.
+            validate: also check that everything is finite.
+
+        Returns:
+            [B, Hq, T, D], the dtype of q.
+        """
+        if isinstance(k, KVCache):
+            if v is not None or start is not None:
+                raise TypeError("with a cache give neither v nor start: it holds both")
+            cache = k
+        else:
+            if v is None:
+                raise TypeError("v is missing: call attn(q, k, v), or attn(q, cache)")
+            check_float(q=q, k=k, v=v)
+            if k.ndim != 4:
+                raise ValueError(f"k must be [B, Hkv, N, D], got {[*k.shape]}")
+            check_kv(k, v, k.shape[0], k.shape[1], k.shape[3])
+            check_q(q, k.shape[0], k.shape[1], k.shape[3], k.shape[2])
+            cache = self.new_cache(k.shape[0], k.shape[1], k.shape[3])
+            cache.append(k, v, start=start)
+        if validate and len(cache):
+            check_finite(q=q, k=cache.keys, v=cache.values)
+        return self.run(q, cache, scale=scale, causal=causal)[0].out
+
+    def run(
+        self, q: Tensor, cache: KVCache, *, scale: float | None = None, causal: bool = True, step: Step | None = None,
+        need_lse: bool = False, need_weights: bool = False,
+    ) -> tuple[Output, Selection | None]:  # fmt: skip
+        """Attend to a cache; returns the Output with what was asked for, and the Selection (None where it ran dense).
+
+        Args:
+            step: the layer's number and the previous layer's selection, for momentum.
+            need_lse, need_weights: whether Output carries these.
+        """
+        self.check_cache(cache)
+        if len(cache) == 0:
+            raise ValueError("the cache is empty: append keys and values first")
+        check_float(q=q, keys=cache.keys)
+        check_q(q, cache.batch, cache.kv_heads, cache.head_dim, len(cache))
+        if self.encoder is not None:
+            self.encoder.check_model(q.shape[1], cache.kv_heads, cache.head_dim)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        tokens = q.shape[2]
+        engine = resolve(self, q.device.type, cache.longest)
+        if engine == "dense" or (cache.warmup and not any(cache.ready)):
+            seen = cache.seen(tokens, causal)
+            return dense(q, cache.keys, cache.values, seen, scale, need_lse=need_lse, need_weights=need_weights), None
+        assert self.selector is not None
+        query = self.encoder.encode_query(q) if self.encoder is not None else None
+        view = cache.view(query, q.shape[1], cache.visible(tokens, causal), engine=engine)
+        selection = self.selector.select(view, step or Step())
+        fewest = cache.shortest - (tokens - 1 if causal else 0)  # keys that the shortest-sighted query sees
+        if fewest < cache.warmup:
+            selection = keep_short(selection, view.visible, cache.warmup)
+        output = self.attend.attend(
+            q, cache, selection, scale, query_code=query, need_lse=need_lse, need_weights=need_weights
+        )
+        return output, selection
+
+    def check_cache(self, cache: KVCache) -> None:
+        """Raise ValueError unless the cache was made by a composition with the same encoder, index and norms."""
+        for name, own, held in (
+            ("encoder", self.encoder, cache.encoder),
+            ("index", self.index, cache.index),
+            ("norms", self.attend.needs_norms, cache.with_norms),
+        ):
+            if own != held and (name != "norms" or own):
+                raise ValueError(f"this cache is of another composition: its {name} is {held!r}, here it is {own!r}")
+
+    def explain(
+        self, *, batch: int = 1, q_heads: int, kv_heads: int, head_dim: int, keys: int, device: str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Plan:  # fmt: skip
+        """The query plan of one decode step of one layer: engines, bytes against dense, memory of codes, crossover."""
+        return explain(self, batch, q_heads, kv_heads, head_dim, keys, device, dtype)
+
+    def attach(self, model: nn.Module, *, strict: bool = True, **options: Any) -> Handle:
+        """Serve a Hugging Face model's decoding; see :func:`hashattn.integrations.transformers.attach`."""
+        from hashattn.integrations.transformers import attach  # the one declared upward import, lazy
+
+        return attach(self, model, strict=strict, **options)
+
+    def __repr__(self) -> str:
+        fields = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)]
+        shown = [f"{name}={value!r}" for name, value, default in fields if value != default]
+        return f"HashAttention({', '.join(shown)})"
+
+
+def keep_short(selection: Selection, visible: Tensor, warmup: int) -> Selection:
+    """Give queries that see fewer than `warmup` keys all of them, exactly: their row has (or had) no centre."""
+    first, end = visible[..., :1], visible[..., 1:]  # [B, T, 1]
+    slots = torch.arange(max(selection.ids.shape[-1], warmup), device=visible.device)
+    everything = torch.where(first + slots < end, first + slots, -1).to(torch.int32)  # [B, T, slots]
+    short = (end - first < warmup).unsqueeze(1)  # [B, 1, T, 1]
+    extra = len(slots) - selection.ids.shape[-1]
+
+    def widen(x: Tensor | None, fill: int, replacement: Tensor | int) -> Tensor | None:
+        if x is None:
+            return None
+        padded = torch.nn.functional.pad(x, (0, extra), value=fill)
+        return torch.where(short, torch.as_tensor(replacement, dtype=x.dtype, device=x.device), padded)
+
+    ids = widen(selection.ids, -1, everything.unsqueeze(1))
+    assert ids is not None
+    return Selection(ids, widen(selection.tier, 0, 0), widen(selection.log_weights, 0, 0))

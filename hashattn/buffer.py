@@ -1,0 +1,63 @@
+"""TokenBuffer: a tensor that grows along its token axis without being copied at every append."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class TokenBuffer:
+    """Rows of width X for every (batch, head), appended at the end: [B, H, length, X].
+
+    Memory grows by a quarter when it runs out, so that n single appends copy O(n) rows in all. With a fixed
+    capacity it is allocated once and never grows; the owner checks the room before it appends.
+    """
+
+    def __init__(self, capacity: int | None = None) -> None:
+        self.capacity = capacity
+        self.length = 0
+        self._data: Tensor | None = None
+
+    @property
+    def storage(self) -> Tensor:
+        """The whole allocation, contiguous [B, H, room, X], of which `length` rows are filled."""
+        if self._data is None:
+            raise RuntimeError("nothing was appended yet")
+        return self._data
+
+    @property
+    def view(self) -> Tensor:
+        """The filled part, [B, H, length, X]: a view, not a copy."""
+        return self.storage[:, :, : self.length]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return 0 if self._data is None else self._data.numel() * self._data.element_size()
+
+    @property
+    def empty(self) -> bool:
+        return self._data is None
+
+    def append(self, rows: Tensor) -> None:
+        """Append [B, H, n, X]."""
+        length = self.length + rows.shape[2]
+        if self._data is None or self._data.shape[2] < length:
+            room = self.capacity if self.capacity is not None else max(length + 64, length * 5 // 4)
+            data = rows.new_empty(*rows.shape[:2], room, rows.shape[3])
+            if self._data is not None:
+                data[:, :, : self.length] = self.view
+            self._data = data
+        self._data[:, :, self.length : length] = rows
+        self.length = length
+
+    def truncate(self, length: int) -> None:
+        """Forget everything after the first `length` rows; the memory stays."""
+        self.length = min(length, self.length)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the batch rows of this int64 index, in its order; rows may repeat."""
+        if self._data is not None:
+            filled = self.view.index_select(0, rows)
+            data = filled.new_empty(filled.shape[0], filled.shape[1], self._data.shape[2], filled.shape[3])
+            data[:, :, : self.length] = filled
+            self._data = data

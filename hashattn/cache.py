@@ -1,0 +1,427 @@
+"""KVCache: keys, values and what is indexed of them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hashattn.buffer import TokenBuffer
+from hashattn.encoders.base import Encoder
+from hashattn.index.base import Index
+from hashattn.shapes import check_kv
+from hashattn.view import View
+
+
+class KVCache:
+    """Keys and values of one layer with the index over them: the database of that layer.
+
+    Made by attn.new_cache(). It owns its index store and alone appends, crops and reorders it. Columns are shared by
+    the batch; row b begins at column start[b] (left padding). Keys are encoded late and in bulk, when a search first
+    needs them: codes == encode_key(keys[:, :, :encoded]) always holds.
+
+    An encoder that asks for centring gets, per row and KV head, the mean of the row's first keys after the sinks,
+    frozen as soon as the row has that many; until then the row is "short" and attends densely.
+
+    Args:
+        batch, kv_heads, head_dim: B, Hkv, D.
+        encoder, index: of the composition; None for one that ranks nothing.
+        norms: keep |k - centre| of each key, float16.
+        capacity: fixed number of columns; None grows by a quarter when full.
+    """
+
+    def __init__(
+        self, batch: int, kv_heads: int, head_dim: int, *, encoder: Encoder | None = None, index: Index | None = None,
+        norms: bool = False, capacity: int | None = None,
+    ) -> None:  # fmt: skip
+        for name, value in (("batch", batch), ("kv_heads", kv_heads), ("head_dim", head_dim), ("capacity", capacity)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        self.batch, self.kv_heads, self.head_dim, self.capacity = batch, kv_heads, head_dim, capacity
+        self.encoder, self.index, self.with_norms = encoder, index, norms
+        self._keys, self._values, self._norms = TokenBuffer(capacity), TokenBuffer(capacity), TokenBuffer(capacity)
+        self._store = index.new_store(capacity) if index is not None else None
+        self._starts = [0] * batch  # host copy of start
+        self._ready = [self.warmup == 0] * batch  # rows whose centre is frozen
+        self._centre: Tensor | None = None
+
+    # ---- what is in it
+
+    def __len__(self) -> int:
+        return self._keys.length
+
+    @property
+    def keys(self) -> Tensor:
+        """[B, Hkv, N, D], a view."""
+        self._check_filled()
+        return self._keys.view
+
+    @property
+    def values(self) -> Tensor:
+        """[B, Hkv, N, D], a view."""
+        self._check_filled()
+        return self._values.view
+
+    @property
+    def codes(self) -> Tensor:
+        """Codes of all keys (of none while every row is short), a view: int64 [B, heads, encoded, W]."""
+        self.encode()
+        if self._store is None or len(self._store) == 0:
+            raise ValueError("nothing is encoded: the composition has no index, or every row is still short")
+        return self._store.codes
+
+    @property
+    def norms(self) -> Tensor:
+        """|k - centre|, float16 [B, Hkv, encoded, 1], a view."""
+        self.encode()
+        return self._norms.view
+
+    @property
+    def centre(self) -> Tensor:
+        """What is subtracted from the keys before encoding: float32 [B, Hkv, D]; zero for short rows."""
+        self.encode()
+        fitted = getattr(self.encoder, "mean", None)
+        if isinstance(fitted, Tensor) and fitted.numel():
+            return fitted.expand(self.batch, -1, -1)
+        if self._centre is None:
+            return torch.zeros(self.batch, self.kv_heads, self.head_dim, device=self.keys.device)
+        return self._centre
+
+    @property
+    def bits(self) -> int:
+        """Length of a code; 0 without binary codes."""
+        return self.encoder.bits if self.encoder is not None else 0
+
+    @property
+    def encoded(self) -> int:
+        """Keys that the index holds."""
+        return len(self._store) if self._store is not None else 0
+
+    @property
+    def start(self) -> Tensor:
+        """First column of each row, int64 [B]."""
+        device = None if self._keys.empty else self._keys.storage.device
+        return torch.tensor(self._starts, device=device)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Visible keys of each row, int64 [B]."""
+        return (len(self) - self.start).clamp(min=0)
+
+    @property
+    def longest(self) -> int:
+        """Visible keys of the longest row."""
+        return max(0, len(self) - min(self._starts))
+
+    @property
+    def shortest(self) -> int:
+        """Visible keys of the shortest row."""
+        return max(0, len(self) - max(self._starts))
+
+    @property
+    def warmup(self) -> int:
+        """Visible keys that a row needs before its centre is frozen; 0 if the encoder asks for none."""
+        if self.encoder is None or self.encoder.centre_keys == 0:
+            return 0
+        return self.encoder.centre_skip + self.encoder.centre_keys
+
+    @property
+    def ready(self) -> list[bool]:
+        """For each row, whether a search can serve it."""
+        need = self.warmup
+        return [r or len(self) - s >= need for r, s in zip(self._ready, self._starts, strict=True)]
+
+    @property
+    def code_nbytes(self) -> int:
+        """Bytes allocated for codes, norms and centres."""
+        centre = 0 if self._centre is None else self._centre.numel() * self._centre.element_size()
+        return (self._store.nbytes if self._store is not None else 0) + self._norms.nbytes + centre
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated in all."""
+        return self._keys.nbytes + self._values.nbytes + self.code_nbytes
+
+    # ---- changing it
+
+    def append(self, k: Tensor, v: Tensor, *, start: Tensor | None = None) -> None:
+        """Append keys and values [B, Hkv, n, D] of the next n columns.
+
+        Args:
+            start: int [B], columns of left padding of each row; only with the first append.
+
+        Raises:
+            TypeError: dtypes that are not floating point, differ, or differ from what the cache holds.
+            ValueError: shapes that disagree, no room left, or a start that is out of range. The cache is as before.
+        """
+        check_kv(k, v, self.batch, self.kv_heads, self.head_dim)
+        if not self._keys.empty and (k.dtype, k.device) != (self._keys.storage.dtype, self._keys.storage.device):
+            held = self._keys.storage
+            raise TypeError(f"k must match the cache, {held.dtype} on {held.device}, got {k.dtype} on {k.device}")
+        if self.capacity is not None and len(self) + k.shape[2] > self.capacity:
+            raise ValueError(
+                f"k has {k.shape[2]} columns, but {self.capacity - len(self)} of capacity {self.capacity} are left"
+            )
+        starts = None
+        if start is not None:
+            if len(self):
+                raise ValueError("start is given with the first append only, or changed by set_start")
+            starts = self._check_start(start, k.shape[2])
+        before = len(self)
+        try:
+            self._keys.append(k)
+            self._values.append(v)
+        except BaseException:  # out of memory: as before
+            self._keys.truncate(before)
+            raise
+        if starts is not None:
+            self._starts = starts
+
+    def set_start(self, start: Tensor) -> None:
+        """Change the first column of each row, int [B]; rows that change lose their centre."""
+        starts = self._check_start(start, len(self))
+        for row, (old, new) in enumerate(zip(self._starts, starts, strict=True)):
+            if old != new:
+                self._forget_centre(row)
+        self._starts = starts
+
+    def crop(self, length: int) -> None:
+        """Keep the first `length` columns. Rows left with too few keys for their centre lose it."""
+        if not 0 <= length <= len(self):
+            raise ValueError(f"length must be from 0 to {len(self)}, got {length}")
+        for buffer in (self._keys, self._values, self._norms):
+            buffer.truncate(length)
+        if self._store is not None:
+            self._store.truncate(length)
+        for row, first in enumerate(self._starts):
+            if length - first < self.warmup:
+                self._forget_centre(row)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep these batch rows, int [n], in this order; rows may repeat."""
+        rows = rows.to("cpu", torch.int64)
+        if rows.ndim != 1 or len(rows) == 0 or int(rows.min()) < 0 or int(rows.max()) >= self.batch:
+            raise ValueError(f"rows must be row numbers from 0 to {self.batch - 1}, at least one, got {rows.tolist()}")
+        picked: list[int] = rows.tolist()
+        if not self._keys.empty:
+            rows = rows.to(self._keys.storage.device)
+        for buffer in (self._keys, self._values, self._norms):
+            buffer.select(rows)
+        if self._store is not None:
+            self._store.select_rows(rows)
+        if self._centre is not None:
+            self._centre = self._centre.index_select(0, rows)
+        self._starts = [self._starts[r] for r in picked]
+        self._ready = [self._ready[r] for r in picked]
+        self.batch = len(picked)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Reorder rows, as beam search does: row i becomes what row rows[i] was."""
+        if rows.shape != (self.batch,):
+            raise ValueError(f"rows must have shape ({self.batch},), got {(*rows.shape,)}")
+        self.select_rows(rows)
+
+    def repeat(self, times: int) -> None:
+        """Repeat every row `times` times, next to each other."""
+        if times < 1:
+            raise ValueError(f"times must be at least 1, got {times}")
+        self.select_rows(torch.arange(self.batch).repeat_interleave(times))
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays."""
+        self.crop(0)
+        self._starts = [0] * self.batch
+
+    # ---- searching it
+
+    def encode(self) -> None:
+        """Encode the keys that are not yet encoded, unless every row is short."""
+        if self.encoder is None or self._store is None or not any(self.ready):
+            return
+        if self.ready != self._ready:
+            self._freeze_centres()
+        if self.encoded == len(self):
+            return
+        self._norms.truncate(self.encoded)
+        k = self.keys[:, :, self.encoded :]
+        codes = self.encoder.encode_key(k, self._centre)
+        if self.with_norms:
+            centre = getattr(self.encoder, "mean", None)
+            centre = self._centre if self._centre is not None or centre is None else centre.unsqueeze(0)
+            centred = k.float() if centre is None else k.float() - centre.unsqueeze(2)
+            self._norms.append(centred.norm(dim=-1, keepdim=True).half())
+        self._store.add(codes)
+
+    def visible(self, tokens: int, causal: bool = True) -> Tensor:
+        """The [first, end) columns seen by `tokens` queries that are the last ones: int64 [B, T, 2]."""
+        start = self.start
+        end = torch.full((tokens,), len(self), device=start.device)
+        if causal:
+            end = torch.arange(len(self) - tokens + 1, len(self) + 1, device=start.device)
+        return torch.stack(torch.broadcast_tensors(start[:, None], end), dim=-1)
+
+    def seen(self, tokens: int, causal: bool = True) -> Tensor | None:
+        """The same as a mask, bool [B, 1, T, N]; None if every query sees every column."""
+        if not any(self._starts) and (tokens == 1 or not causal):
+            return None
+        visible = self.visible(tokens, causal)
+        columns = torch.arange(len(self), device=visible.device)
+        return ((columns >= visible[..., :1]) & (columns < visible[..., 1:])).unsqueeze(1)
+
+    def view(self, query: Tensor | None, q_heads: int, visible: Tensor, *, engine: str = "reference") -> View:
+        """What a selector sees, for encoded queries and their visible columns."""
+        self.encode()
+        index, store = self.index, self._store
+
+        def scan() -> Tensor:
+            if index is None or store is None or query is None:
+                raise TypeError("this composition has no index, so there are no distances")
+            return index.distances(store, query, engine=engine)
+
+        return View(visible, q_heads, self.kv_heads, len(self), self.longest, scan)
+
+    def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The ANN view: the k nearest keys of encoded queries, among all keys of their row.
+
+        Args:
+            query: from encoder.encode_query: int64 [B, Hq, T, W] or planes [B, Hq, T, b, W].
+            k: how many.
+
+        Returns:
+            ids int32 [B, Hq, T, min(k, N)], nearest first, ties to the most recent, -1 where a row has no more;
+            distances of the same shape (int32; float32 for exact scores), meaningless where ids are -1.
+
+        Raises:
+            ValueError: an empty cache, k < 1, or a row too short to have a centre.
+        """
+        self._check_filled()
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        if not all(self.ready):
+            short = [b for b, r in enumerate(self.ready) if not r]
+            raise ValueError(f"rows {short} hold fewer than {self.warmup} keys, from which their centre is made")
+        view = self.view(query, query.shape[1], self.visible(query.shape[2], causal=False))
+        ids = view.search(k)
+        return ids, view.raw.gather(-1, ids.clamp(min=0).long())
+
+    def gather(self, what: str, ids: Tensor) -> Tensor:
+        """Rows of "keys", "values", "codes" or "norms" at columns ids [B, H, T, K]: [B, H, T, K, X].
+
+        Empty slots (-1) read the first slot's row, so that no padding is touched while a row keeps anything.
+        """
+        storage = {
+            "keys": lambda: self._keys.storage,
+            "values": lambda: self._values.storage,
+            "codes": lambda: self._store._codes.storage if self._store is not None else self._keys.storage,
+            "norms": lambda: self._norms.storage,
+        }[what]()
+        batch, heads, tokens, slots = ids.shape
+        source, room = storage.shape[1], storage.shape[2]
+        head = torch.arange(heads, device=ids.device) * source // heads
+        base = (torch.arange(batch, device=ids.device)[:, None] * source + head) * room  # [B, H]
+        columns = torch.where(ids < 0, ids[..., :1].clamp(min=0), ids)
+        flat = (columns + base[:, :, None, None]).flatten()
+        return storage.view(-1, storage.shape[-1]).index_select(0, flat).view(batch, heads, tokens, slots, -1)
+
+    # ---- keeping it
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything it holds, as contiguous tensors and plain numbers."""
+        self._check_filled()
+        state: dict[str, Any] = {"keys": self.keys.clone(), "values": self.values.clone(), "start": self.start}
+        if self.encoded and self._store is not None:
+            state["codes"] = self._store.codes.clone()
+            state["ready"] = torch.tensor(self._ready)
+            if self.with_norms:
+                state["norms"] = self._norms.view.clone()
+            if self._centre is not None:
+                state["centre"] = self._centre.clone()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replace the contents by a state_dict of a cache of the same composition and shape."""
+        other = KVCache(
+            self.batch, self.kv_heads, self.head_dim, encoder=self.encoder, index=self.index, norms=self.with_norms,
+            capacity=self.capacity,
+        )  # fmt: skip
+        other.append(state["keys"], state["values"], start=state["start"])
+        if "codes" in state:
+            other._check_codes(state)
+            assert other._store is not None
+            other._store.add(state["codes"])
+            other._ready = state["ready"].tolist()
+            other._centre = state["centre"].clone() if "centre" in state else None
+            if other.with_norms:
+                other._norms.append(state["norms"])
+        self.__dict__.update(other.__dict__)
+
+    def _check_codes(self, state: dict[str, Any]) -> None:
+        if self.encoder is None or self._store is None:
+            raise ValueError("state holds codes, but this composition has no index")
+        if self.with_norms != ("norms" in state):
+            raise ValueError(f"state {'lacks' if self.with_norms else 'holds'} norms: it is of another composition")
+        centre = state.get("centre")
+        probe = self.encoder.encode_key(state["keys"][:, :, :1], centre)
+        codes = state["codes"]
+        if (*codes.shape[:2], codes.shape[3]) != (*probe.shape[:2], probe.shape[3]) or codes.dtype != probe.dtype:
+            raise ValueError(
+                f"codes {(*codes.shape,)} {codes.dtype} are not of this composition, which makes "
+                f"{(*probe.shape[:2], codes.shape[2], probe.shape[3])} {probe.dtype}"
+            )
+        if not torch.equal(codes[:, :, :1], probe):
+            raise ValueError(
+                "codes are not what this composition's encoder makes of the keys: another seed, fit or kind"
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        twin = copy.copy(self)
+        for name, value in self.__dict__.items():
+            if name not in ("encoder", "index"):  # shared: a copy is still of the same composition
+                twin.__dict__[name] = copy.deepcopy(value, memo)
+        return twin
+
+    def __repr__(self) -> str:
+        return (
+            f"KVCache(batch={self.batch}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, keys={len(self)}, "
+            f"encoded={self.encoded}, nbytes={self.nbytes})"
+        )
+
+    # ---- inside
+
+    def _check_filled(self) -> None:
+        if len(self) == 0:
+            raise ValueError("the cache is empty: append keys and values first")
+
+    def _check_start(self, start: Tensor, columns: int) -> list[int]:
+        if not isinstance(start, Tensor) or start.shape != (self.batch,) or start.is_floating_point():
+            raise ValueError(f"start must be integers of shape ({self.batch},), got {start!r}")
+        starts: list[int] = start.tolist()
+        if min(starts) < 0 or max(starts) > columns:
+            raise ValueError(f"start must be from 0 to {columns}, the columns there are, got {starts}")
+        return starts
+
+    def _freeze_centres(self) -> None:
+        """Fix the centre of rows that have become long enough; what was encoded with another one is encoded anew."""
+        assert self.encoder is not None and self._store is not None
+        skip, count = self.encoder.centre_skip, self.encoder.centre_keys
+        centre = self._centre
+        if centre is None:
+            centre = torch.zeros(self.batch, self.kv_heads, self.head_dim, device=self.keys.device)
+        for row, (was, now) in enumerate(zip(self._ready, self.ready, strict=True)):
+            if now and not was:
+                first = self._starts[row] + skip
+                centre[row] = self.keys[row, :, first : first + count].float().mean(1)
+        self._centre, self._ready = centre, self.ready
+        self._store.truncate(0)
+        self._norms.truncate(0)
+
+    def _forget_centre(self, row: int) -> None:
+        if self.warmup and self._ready[row]:
+            self._ready[row] = False
+            if self._centre is not None:
+                self._centre[row] = 0
+            if self._store is not None:
+                self._store.truncate(0)
+                self._norms.truncate(0)

@@ -1,0 +1,62 @@
+"""Whether parts fit together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hashattn.attend.base import Attend
+from hashattn.encoders.base import Encoder
+from hashattn.index.base import Index
+from hashattn.selectors.base import Selector
+
+if TYPE_CHECKING:
+    from hashattn.attention import HashAttention
+
+ENGINES = ("auto", "dense", "reference", "cpu")
+_FITS = {"binary": "FlatHamming()", "vector": "FlatDot()"}
+_MAKES = {"binary": "a binary encoder such as SimHash(bits=128)", "vector": "Identity()"}
+
+
+def check_composition(attn: HashAttention) -> None:
+    """Raise TypeError for a part of the wrong kind, ValueError for parts that do not fit each other."""
+    kinds = {"encoder": Encoder, "index": Index, "selector": Selector, "attend": Attend}
+    for name, kind in kinds.items():
+        part = getattr(attn, name)
+        if not isinstance(part, kind) and not (part is None and name != "attend"):
+            raise TypeError(f"{name} must be an instance of {kind.__name__}, got {part!r}")
+    if attn.engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {attn.engine!r}")
+    if not all(isinstance(i, int) for i in attn.dense_layers):
+        raise TypeError(f"dense_layers must hold layer numbers, got {attn.dense_layers!r}")
+    encoder, index, selector, attend = attn.encoder, attn.index, attn.selector, attn.attend
+    if (encoder is None) != (index is None):
+        present, missing = ("encoder", "an index") if index is None else ("index", "an encoder")
+        fit = f"index={_FITS[encoder.code]}" if encoder is not None else _accepted(index)
+        raise ValueError(f"{present} {getattr(attn, present)!r} needs {missing} to go with it; {fit} would fit")
+    if encoder is not None and index is not None and not index.accepts(encoder.code):
+        raise ValueError(
+            f"index {index!r} cannot hold what encoder {encoder!r} makes ({encoder.code} codes); "
+            f"index={_FITS[encoder.code]} would fit it, or {_accepted(index)} the index"
+        )
+    if selector is None:
+        if attend.needs_selection:
+            raise ValueError(
+                f"attend {attend!r} needs a selector, such as TopK(share=0.05); DenseAttend() does without"
+            )
+        return
+    if not attend.needs_selection:
+        raise ValueError(f"attend {attend!r} reads every key, so selector {selector!r} would do nothing; leave it out")
+    if selector.ranked and encoder is None:
+        raise ValueError(
+            f"selector {selector!r} ranks keys by distance, which needs an encoder and an index; "
+            "encoder=SimHash(bits=128), index=FlatHamming() would fit"
+        )
+    if attend.code is not None and (encoder is None or encoder.code != attend.code):
+        raise ValueError(
+            f"attend {attend!r} reads {attend.code} codes, which encoder {encoder!r} does not make; "
+            f"{_MAKES[attend.code]} or attend=ExactAttend() would fit"
+        )
+
+
+def _accepted(index: Index | None) -> str:
+    return next((made for code, made in _MAKES.items() if index is not None and index.accepts(code)), "another encoder")

@@ -1,0 +1,91 @@
+"""What an encoder is, and the checks that binary ones share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from hashattn.ops.hamming import pack_bits
+
+CENTRE_KEYS = 256
+CENTRE_SKIP = 4
+
+
+class Encoder(ABC):
+    """Turns post-RoPE keys and queries into what an index stores and scores.
+
+    Attributes:
+        code: "binary" (packed sign bits) or "vector" (floats); an index says which it accepts.
+        bits: length of a binary code; 0 for vectors.
+        centre_keys, centre_skip: if centre_keys > 0, the cache freezes a centre per row and KV head, the mean of the
+            row's visible keys centre_skip .. centre_skip + centre_keys - 1, and hands it to encode_key. Queries that
+            see fewer keys than that attend densely.
+    """
+
+    code: str = "binary"
+    bits: int = 0
+    centre_keys: int = 0
+    centre_skip: int = 0
+
+    @abstractmethod
+    def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
+        """Codes of keys [B, Hkv, N, D], minus centre [B, Hkv, D] if given: int64 [B, heads, N, W]."""
+
+    @abstractmethod
+    def encode_query(self, q: Tensor) -> Tensor:
+        """Queries [B, Hq, T, D] as their index scores them: int64 [B, Hq, T, W], or planes [B, Hq, T, b, W]."""
+
+    def code_heads(self, kv_heads: int) -> int:
+        """Heads of the key codes for a model of this many KV heads."""
+        return kv_heads
+
+    def layer(self, i: int) -> Encoder:
+        """The encoder of layer i of a model; encoders that serve every layer return themselves."""
+        return self
+
+    def check_model(self, q_heads: int, kv_heads: int, head_dim: int) -> None:  # noqa: B027 (nothing to check is fine)
+        """Raise ValueError if heads of this number and size cannot be encoded."""
+
+
+def check_bits(bits: int, query_bits: int = 1) -> None:
+    """Raise unless 8 <= bits <= 1024 and query_bits is 1, 4 or 8."""
+    if not isinstance(bits, int) or isinstance(bits, bool):
+        raise TypeError(f"bits must be an int from 8 to 1024, got {bits!r}")
+    if not 8 <= bits <= 1024:
+        raise ValueError(f"bits must be from 8 to 1024, got {bits}")
+    if query_bits not in (1, 4, 8):
+        raise ValueError(f"query_bits must be 1, 4 or 8, got {query_bits!r}")
+
+
+def check_centring(keys: int, skip: int) -> None:
+    """Raise unless both counts make sense."""
+    if keys < 1 or skip < 0:
+        raise ValueError(f"centre_keys must be at least 1 and centre_skip at least 0, got {keys} and {skip}")
+
+
+def subtract(k: Tensor, centre: Tensor | None) -> Tensor:
+    """Keys [B, H, N, D] as float32, minus a centre [B, H, D] if there is one."""
+    return k.float() if centre is None else k.float() - centre.float().unsqueeze(2)
+
+
+def key_bits(projection: Tensor) -> Tensor:
+    """Pack the signs of [B, H, N, bits]; zero counts as positive."""
+    return pack_bits(projection >= 0)
+
+
+def query_planes(projection: Tensor, query_bits: int) -> Tensor:
+    """Pack projected queries [B, Hq, T, bits] into one plane [B, Hq, T, W] or several [B, Hq, T, b, W].
+
+    With b > 1 every value is rounded to one of 2^b levels, symmetric about zero, whose scale is the largest
+    magnitude of that query; plane j holds bit j of the level, so the last plane holds the signs.
+    """
+    if query_bits == 1:
+        return pack_bits(projection >= 0)
+    half = 1 << (query_bits - 1)
+    scale = projection.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    levels = ((projection / scale + 1) * half).floor().clamp(0, 2 * half - 1).to(torch.int64)
+    levels = torch.where(projection >= 0, levels.clamp(min=half), levels.clamp(max=half - 1))  # keep every sign
+    shifts = torch.arange(query_bits, device=projection.device).unsqueeze(-1)  # [b, 1]
+    return pack_bits((levels.unsqueeze(-2) >> shifts) & 1 == 1)

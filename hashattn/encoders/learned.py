@@ -1,0 +1,179 @@
+"""LearnedHash: what the encoders with trained projections share."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from abc import abstractmethod
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from hashattn.encoders.base import (
+    Encoder,
+    check_bits,
+    check_centring,
+    key_bits,
+    query_planes,
+    subtract,
+)
+from hashattn.encoders.simhash import orthogonal_planes
+
+
+class HashNet(nn.Module):
+    """A linear map plus an MLP that starts at zero, with one set of weights for `heads` heads each.
+
+    Args:
+        planes: float32 [D, bits], where the linear map starts.
+        hidden: widths of the MLP's hidden layers; () for the linear map alone.
+        heads: number of weight sets; 1 is shared by all heads.
+        seed: of the MLP's initial weights.
+    """
+
+    def __init__(self, planes: Tensor, hidden: tuple[int, ...], heads: int, seed: int) -> None:
+        super().__init__()
+        self.skip = nn.Parameter(planes.repeat(heads, 1, 1))
+        generator = torch.Generator().manual_seed(seed)
+        widths = (planes.shape[0], *hidden, planes.shape[1])
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
+            if hidden:
+                last = i == len(hidden)
+                start = torch.randn(heads, fan_in, fan_out, generator=generator) * math.sqrt(2 / fan_in)
+                start = torch.zeros_like(start) if last else start
+                self.weights.append(nn.Parameter(start.to(planes.device)))
+                self.biases.append(nn.Parameter(torch.zeros(heads, 1, fan_out, device=planes.device)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, N, D] -> [B, H, N, bits]; head h takes weight set h * heads // H."""
+        shape = x.shape
+        x = x.reshape(shape[0], len(self.skip), -1, shape[-1])  # [B, heads, H/heads * N, D]
+        out = x @ self.skip
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = x @ weight + bias
+            x = torch.relu(x) if i < len(self.weights) - 1 else x
+        if len(self.weights):
+            out = out + x
+        return out.view(*shape[:-1], -1)
+
+
+class LearnedHash(nn.Module, Encoder):
+    """Signs of trained projections. Before fit() it is SimHash with the frozen centre of each row, and warns once.
+
+    The weights are made when the first keys or queries (or a state_dict) show the head dimension. Everything is
+    computed in float32. Queries are scaled to unit mean square first, which changes no sign of a linear map.
+    """
+
+    def __init__(self, bits: int, query_bits: int, heads: int | None, centre_keys: int, centre_skip: int, seed: int):
+        super().__init__()
+        check_bits(bits, query_bits)
+        check_centring(centre_keys, centre_skip)
+        if heads is not None and heads < 1:
+            raise ValueError(f"heads must be at least 1, or None for weights that all heads share, got {heads}")
+        self.bits, self.query_bits, self.heads, self.seed = bits, query_bits, heads, seed
+        self._row_centre = centre_keys
+        self.centre_skip = centre_skip
+        self.query_net: HashNet | None = None
+        self.key_net: HashNet | None = None
+        self.mean: Tensor
+        self.register_buffer("mean", torch.empty(0))  # [Hkv, D] once fitted
+        self._warned = False
+
+    @abstractmethod
+    def _make_nets(self, planes: Tensor) -> tuple[HashNet, HashNet]:
+        """The query's and the key's network, both starting at these planes [D, bits]."""
+
+    @property
+    def fitted(self) -> bool:
+        """Whether fit() ran or fitted weights were loaded."""
+        return self.mean.numel() > 0
+
+    @property
+    def centre_keys(self) -> int:  # type: ignore[override]
+        """Keys that freeze a row's centre; 0 once fitted, when the centre of fit() is used instead."""
+        return 0 if self.fitted else self._row_centre
+
+    def code_heads(self, kv_heads: int) -> int:
+        return max(kv_heads, self.heads or 1)
+
+    def check_model(self, q_heads: int, kv_heads: int, head_dim: int) -> None:
+        if self.heads not in (None, 1, kv_heads, q_heads):
+            raise ValueError(
+                f"heads must be None, 1, Hkv = {kv_heads} or Hq = {q_heads} for these heads, got {self.heads}"
+            )
+        if self.key_net is not None and self.key_net.skip.shape[1] != head_dim:
+            raise ValueError(f"this encoder has weights for head_dim {self.key_net.skip.shape[1]}, but got {head_dim}")
+        if self.fitted and len(self.mean) != kv_heads:
+            raise ValueError(f"this encoder was fitted to {len(self.mean)} KV heads, but got {kv_heads}")
+
+    def build(self, head_dim: int, device: torch.device | str = "cpu") -> Self:
+        """Make the weights for this head dimension, if there are none yet. Returns itself."""
+        if self.query_net is None:
+            planes = orthogonal_planes(head_dim, self.bits, self.seed, torch.device(device))
+            self.query_net, self.key_net = self._make_nets(planes)
+        return self
+
+    def project_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
+        """Keys before the sign: float32 [B, code heads, N, bits]."""
+        self.build(k.shape[-1], k.device)
+        assert self.key_net is not None
+        x = subtract(k, self.mean.unsqueeze(0) if self.fitted else centre)
+        repeats = self.code_heads(k.shape[1]) // k.shape[1]
+        return self.key_net(x if repeats == 1 else x.repeat_interleave(repeats, dim=1))
+
+    def project_query(self, q: Tensor) -> Tensor:
+        """Queries before the sign: float32 [B, Hq, T, bits]."""
+        self.build(q.shape[-1], q.device)
+        assert self.query_net is not None
+        q = q.float()
+        return self.query_net(q * torch.rsqrt(q.square().mean(-1, keepdim=True).clamp(min=1e-12)))
+
+    def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
+        if not self.fitted and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"this {type(self).__name__} is not fitted: it hashes with random planes, as SimHash does, until "
+                "fit(q, k) is called or fitted weights are loaded",
+                UserWarning,
+                stacklevel=2,
+            )
+        with torch.no_grad():
+            return key_bits(self.project_key(k, centre))
+
+    def encode_query(self, q: Tensor) -> Tensor:
+        with torch.no_grad():
+            return query_planes(self.project_query(q), self.query_bits)
+
+    def fit(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        loss: str = "ranking",
+        steps: int = 400,
+        queries: int = 64,
+        lr: float = 3e-3,
+        temperature: float = 2.0,
+        scale: float | None = None,
+        progress: bool = False,
+    ) -> Self:
+        """Learn from queries and keys of one layer; see :func:`hashattn.encoders.fitting.fit`. Returns itself."""
+        from hashattn.encoders.fitting import fit
+
+        fit(
+            self, q, k, loss=loss, steps=steps, queries=queries, lr=lr, temperature=temperature, scale=scale,
+            progress=progress,
+        )  # fmt: skip
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        if prefix + "key_net.skip" in state_dict:  # shapes are known only now
+            self.build(state_dict[prefix + "key_net.skip"].shape[1], self.mean.device)
+        if prefix + "mean" in state_dict:
+            self.mean = torch.empty_like(state_dict[prefix + "mean"], device=self.mean.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, query_bits={self.query_bits}, heads={self.heads}, fitted={self.fitted}"

@@ -1,0 +1,65 @@
+"""SimHash: signs of random projections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from hashattn.encoders.base import (
+    CENTRE_KEYS,
+    CENTRE_SKIP,
+    Encoder,
+    check_bits,
+    check_centring,
+    key_bits,
+    query_planes,
+    subtract,
+)
+
+
+@lru_cache(maxsize=64)
+def orthogonal_planes(dim: int, bits: int, seed: int, device: torch.device) -> Tensor:
+    """float32 [dim, bits]: blocks of orthonormal random directions (Super-Bit, Ji et al. 2012); do not write to it."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = []
+    for _ in range(-(-bits // dim)):
+        q, r = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))
+        blocks.append(q * r.diagonal().sign())  # the sign makes the directions independent of the QR's conventions
+    return torch.cat(blocks, dim=1)[:, :bits].float().to(device)
+
+
+@dataclass(frozen=True)
+class SimHash(Encoder):
+    """Signs of random projections of centred keys (Charikar 2002): two codes differ in a bit with probability angle/pi.
+
+    Args:
+        bits: length of a code, 8 to 1024.
+        query_bits: 1 scores sign bits; 4 or 8 score a query of that many bit planes against the 1-bit keys.
+        centre: subtract the row's frozen centre from its keys before the signs are taken. Keys share a large mean,
+            which softmax ignores and signs do not. With False nothing is subtracted and no row is too short.
+        centre_keys, centre_skip: the centre is the mean of this many visible keys after that many first ones.
+        seed: of the projections, which all layers and heads share.
+    """
+
+    bits: int = 128
+    query_bits: int = 1
+    centre: bool = True
+    centre_keys: int = CENTRE_KEYS
+    centre_skip: int = CENTRE_SKIP
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits, self.query_bits)
+        check_centring(self.centre_keys, self.centre_skip)
+        if not self.centre:
+            object.__setattr__(self, "centre_keys", 0)
+
+    def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
+        return key_bits(subtract(k, centre) @ orthogonal_planes(k.shape[-1], self.bits, self.seed, k.device))
+
+    def encode_query(self, q: Tensor) -> Tensor:
+        projection = q.float() @ orthogonal_planes(q.shape[-1], self.bits, self.seed, q.device)
+        return query_planes(projection, self.query_bits)

@@ -1,0 +1,36 @@
+"""SymmetricHash: one network for queries and keys."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hashattn.encoders.base import CENTRE_KEYS, CENTRE_SKIP
+from hashattn.encoders.learned import HashNet, LearnedHash
+
+
+class SymmetricHash(LearnedHash):
+    """One learned linear map, shared by queries and keys: HATA (arXiv 2506.02572), and DASH-KV's symmetric ablation.
+
+    Args:
+        bits: length of a code, 8 to 1024.
+        query_bits: 1, 4 or 8 bit planes for queries.
+        heads: weight sets: None shares one among all heads, Hkv gives each KV head its own.
+        centre_keys, centre_skip: frozen centring of rows while unfitted, as in SimHash.
+        seed: of the initial planes.
+    """
+
+    def __init__(
+        self,
+        bits: int = 128,
+        *,
+        query_bits: int = 1,
+        heads: int | None = None,
+        centre_keys: int = CENTRE_KEYS,
+        centre_skip: int = CENTRE_SKIP,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(bits, query_bits, heads, centre_keys, centre_skip, seed)
+
+    def _make_nets(self, planes: Tensor) -> tuple[HashNet, HashNet]:
+        net = HashNet(planes, (), self.heads or 1, self.seed)
+        return net, net

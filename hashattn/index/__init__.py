@@ -1,0 +1,7 @@
+"""Indexes: where codes are kept and how they are scanned."""
+
+from hashattn.index.base import Index, Store
+from hashattn.index.flat_dot import FlatDot
+from hashattn.index.flat_hamming import FlatHamming
+
+__all__ = ["FlatDot", "FlatHamming", "Index", "Store"]

@@ -1,0 +1,57 @@
+"""What an index is, and the store that flat indexes share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from hashattn.buffer import TokenBuffer
+
+
+class Store:
+    """Codes of a cache's keys, [B, H, N, X], appended, cropped and reordered by the KVCache that owns it."""
+
+    def __init__(self, capacity: int | None = None) -> None:
+        self._codes = TokenBuffer(capacity)
+
+    def __len__(self) -> int:
+        return self._codes.length
+
+    @property
+    def codes(self) -> Tensor:
+        """The codes, a view [B, H, N, X]."""
+        return self._codes.view
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for codes."""
+        return self._codes.nbytes
+
+    def add(self, codes: Tensor) -> None:
+        """Append the codes of new keys, [B, H, n, X]."""
+        self._codes.append(codes)
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` keys."""
+        self._codes.truncate(length)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep these batch rows, in this order."""
+        self._codes.select(rows)
+
+
+class Index(ABC):
+    """A description of an index: frozen, comparable, without data. A KVCache asks it for a store."""
+
+    @abstractmethod
+    def accepts(self, code: str) -> bool:
+        """Whether it can hold what an encoder makes: "binary" (packed sign bits) or "vector" (floats)."""
+
+    @abstractmethod
+    def new_store(self, capacity: int | None = None) -> Store:
+        """An empty store; with a capacity it is allocated once."""
+
+    @abstractmethod
+    def distances(self, store: Store, query: Tensor, *, engine: str = "reference") -> Tensor:
+        """Distances of queries to every key of the store, [B, Hq, T, N]; smaller is nearer."""

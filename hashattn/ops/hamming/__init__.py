@@ -1,0 +1,15 @@
+"""Packing of sign bits and Hamming distances between packed codes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hashattn.ops.hamming import cpu, reference
+from hashattn.ops.hamming.reference import pack_bits, popcount, unpack_bits, words
+
+__all__ = ["distances", "pack_bits", "popcount", "unpack_bits", "words"]
+
+
+def distances(query: Tensor, codes: Tensor, *, engine: str = "reference") -> Tensor:
+    """Distances of every query to every key; see :func:`reference.distances`. engine: "reference" or "cpu"."""
+    return (cpu if engine == "cpu" else reference).distances(query, codes)

@@ -1,0 +1,59 @@
+"""Specification of bit packing and Hamming distance, in plain PyTorch; runs on any device.
+
+Bit i of a code is bit i % 64 of int64 word i // 64 (little-endian, so that the bytes of a code are what FAISS and
+numpy.packbits(bitorder="little") expect). Bits beyond the code's length are zero.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def words(bits: int) -> int:
+    """int64 words that hold `bits` bits."""
+    return -(-bits // 64)
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Pack bool [..., L] into int64 [..., ceil(L / 64)]."""
+    length = bits.shape[-1]
+    padded = F.pad(bits.to(torch.uint8), (0, 64 * words(length) - length))
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
+    octets = (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
+    return octets.view(torch.int64)
+
+
+def unpack_bits(codes: Tensor, length: int) -> Tensor:
+    """Unpack int64 [..., W] into bool [..., length]; the inverse of :func:`pack_bits`."""
+    shifts = torch.arange(64, device=codes.device)
+    return ((codes.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., :length].bool()
+
+
+def popcount(x: Tensor) -> Tensor:
+    """Set bits of each int64 word, int64 of the same shape. PyTorch has no popcount: SWAR, 12 operations."""
+    x = x - ((x >> 1) & 0x5555555555555555)
+    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return (x * 0x0101010101010101) >> 56
+
+
+def distances(query: Tensor, codes: Tensor) -> Tensor:
+    """Distance of every query to every key of its head.
+
+    Args:
+        query: int64 [B, Hq, T, W], one bit plane; or [B, Hq, T, b, W], b planes, the least significant first.
+        codes: int64 [B, H, N, W] with Hq a multiple of H; query head i is scored against head i // (Hq / H).
+
+    Returns:
+        int32 [B, Hq, T, N]: the Hamming distance, or the 2^j-weighted sum of the planes' Hamming distances.
+    """
+    planes = query.unsqueeze(-2) if query.ndim == 4 else query
+    batch, q_heads, tokens, n_planes, n_words = planes.shape
+    grouped = planes.reshape(batch, codes.shape[1], -1, 1, n_planes, n_words)  # [B, H, G*T, 1, b, W]
+    total = torch.zeros((), dtype=torch.int64, device=codes.device)
+    for j in range(n_planes):
+        for w in range(n_words):
+            total = total + (popcount(grouped[..., j, w] ^ codes[:, :, None, :, w]) << j)
+    return total.to(torch.int32).view(batch, q_heads, tokens, codes.shape[2])

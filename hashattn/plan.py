@@ -1,0 +1,142 @@
+"""Query plans: what a decode step will do, read and keep, before it is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from hashattn.engines import CROSSOVER, resolve
+
+if TYPE_CHECKING:
+    from hashattn.attention import HashAttention
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One decode step (T = 1) of one layer.
+
+    Attributes:
+        engine: "dense", "reference" or "cpu".
+        stages: (stage, part and engine, remark) for encode, scan, select and attend.
+        dense_bytes: read by full attention.
+        scan_bytes: read to rank the keys.
+        attend_bytes: read of selected keys and values, at most (heads of a group may share some).
+        code_bytes: memory of codes and norms.
+        kv_bytes: memory of keys and values.
+        crossover: keys from which "auto" runs sparse on this device.
+    """
+
+    engine: str
+    stages: tuple[tuple[str, str, str], ...]
+    dense_bytes: int
+    scan_bytes: int
+    attend_bytes: int
+    code_bytes: int
+    kv_bytes: int
+    crossover: int
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes read by the step."""
+        return self.scan_bytes + self.attend_bytes
+
+    def __str__(self) -> str:
+        width = max(len(part) for _, part, _ in self.stages)
+        lines = [f"engine: {self.engine}", ""]
+        lines += [f"  {stage:<8}{part:<{width}}  {remark}".rstrip() for stage, part, remark in self.stages]
+        ratio = self.dense_bytes / max(1, self.step_bytes)
+        lines += [
+            "",
+            f"  read per step and layer   {_bytes(self.step_bytes)} (scan {_bytes(self.scan_bytes)}, attend at most "
+            f"{_bytes(self.attend_bytes)})",
+            f"  full attention reads      {_bytes(self.dense_bytes)}, {ratio:.1f} times as much",
+            f"  memory of codes           {_bytes(self.code_bytes)}, "
+            f"{self.code_bytes / self.kv_bytes:.1%} of keys and values",
+            f'  crossover                 "auto" runs dense below {self.crossover:,} keys on this device',
+        ]
+        return "\n".join(lines)
+
+
+def explain(
+    attn: HashAttention, batch: int, q_heads: int, kv_heads: int, head_dim: int, keys: int, device: str,
+    dtype: torch.dtype,
+) -> Plan:  # fmt: skip
+    """See :meth:`HashAttention.explain`.
+
+    Raises:
+        ValueError: sizes below 1, or q_heads that is no multiple of kv_heads.
+    """
+    sizes = {"batch": batch, "q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim, "keys": keys}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be an int of at least 1, got {size!r}")
+    if q_heads % kv_heads:
+        raise ValueError(f"q_heads must be a multiple of kv_heads, got {q_heads} and {kv_heads}")
+    kind = torch.device(device).type
+    engine = resolve(attn, kind, keys)
+    row = head_dim * dtype.itemsize
+    kv_bytes = 2 * batch * kv_heads * keys * row
+    code_bytes = code_row = 0
+    if attn.encoder is not None:
+        code_row = 8 * -(-attn.encoder.bits // 64) if attn.encoder.code == "binary" else row
+        code_bytes = batch * attn.encoder.code_heads(kv_heads) * keys * code_row
+    if attn.attend.needs_norms:
+        code_bytes += 2 * batch * kv_heads * keys
+    scan_bytes, attend_bytes = 0, kv_bytes
+    if engine != "dense" and attn.selector is not None:
+        heads = kv_heads if _shares(attn.selector) else q_heads
+        kept, critical = attn.selector.budget(keys), attn.selector.critical(keys)
+        if attn.attend.needs_norms:  # medium keys cost a value, a norm and a code, not a key
+            attend_bytes = batch * heads * (critical * 2 * row + (kept - critical) * (row + 2 + code_row))
+        else:
+            attend_bytes = batch * heads * kept * 2 * row
+        if attn.selector.ranked and attn.encoder is not None:
+            scan_bytes = batch * attn.encoder.code_heads(kv_heads) * keys * code_row
+    crossover = CROSSOVER.get(kind, CROSSOVER["cuda"])
+    return Plan(
+        engine, _stages(attn, engine, kind, keys), kv_bytes, scan_bytes, attend_bytes, code_bytes, kv_bytes, crossover
+    )
+
+
+def _stages(attn: HashAttention, engine: str, device: str, keys: int) -> tuple[tuple[str, str, str], ...]:
+    if engine == "dense":
+        why = "the composition attends densely"
+        if attn.attend.needs_selection:
+            why = f"{keys:,} keys are below the crossover" if attn.engine == "auto" else 'engine="dense" was asked for'
+        return (("attend", "full attention (PyTorch SDPA, grouped heads)", why),)
+    scan = {"cpu": "numpy popcount", "reference": "PyTorch, plain operations"}[engine]
+    slow = ""
+    if engine == "reference":
+        slow = "no fused kernel for this device yet" if device != "cpu" else 'engine="cpu" scans faster here'
+    rows = []
+    if attn.encoder is not None and attn.selector is not None and attn.selector.ranked:
+        rows = [
+            ("encode", f"{_name(attn.encoder)}: PyTorch", "one token's query and key; keys late and in bulk"),
+            ("scan", f"{_name(attn.index)}: {scan if attn.encoder.code == 'binary' else 'PyTorch matmul'}", slow),
+        ]
+    rows.append(("select", f"{_name(attn.selector)}: PyTorch top-k", "exact, ties to the most recent key"))
+    rows.append(("attend", f"{_name(attn.attend)}: gather and softmax in PyTorch", ""))
+    return tuple(rows)
+
+
+def _shares(selector: object) -> bool:
+    """Whether a KV head's queries share one selection."""
+    for part in (selector, getattr(selector, "inner", None), getattr(selector, "ranked_part", None)):
+        if getattr(part, "per", None) == "kv_head":
+            return True
+    return getattr(selector, "ranked", True) is False
+
+
+def _name(part: object) -> str:
+    text = repr(part)
+    return text if len(text) <= 60 and "\n" not in text else type(part).__name__
+
+
+def _bytes(n: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n = n / 1024  # type: ignore[assignment]
+    return f"{n:.1f} GiB"

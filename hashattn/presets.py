@@ -1,0 +1,186 @@
+"""Published methods as compositions: one short function each, with the paper and its hyperparameters.
+
+Defaults are the published values; what a paper leaves to calibration is an argument. Where readings of a paper
+disagree, the docstring gives both.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from hashattn.attend import DenseAttend, ExactAttend, MixedPrecision
+from hashattn.attention import HashAttention
+from hashattn.encoders import AsymmetricHash, Identity, SimHash, SymmetricHash
+from hashattn.encoders.base import Encoder
+from hashattn.index import FlatDot, FlatHamming
+from hashattn.selectors import Consensus, Momentum, Recent, Sink, Tiers, TopK
+
+SANDWICH = (0, 1, -1)
+
+
+def dashkv(
+    *, bits: int = 128, t1: float = 0.05, t2: float = 0.10, sinks: int = 4, recent: int = 64, vote_share: float = 0.5,
+    encoder: Encoder | None = None, dense_layers: tuple[int, ...] = SANDWICH, engine: str = "auto",
+) -> HashAttention:  # fmt: skip
+    """DASH-KV, "Accelerating Long-Context LLM Inference via Asymmetric KV Cache Hashing" (arXiv 2604.19351).
+
+    Query MLP d-256-256-bits, linear keys; consensus across heads, momentum across layers; three precision tiers;
+    sinks and neighbours always critical; first and last layers dense. Readings give 32-64 or 128 bits, and layers 0-4
+    and 27-32 of 32 as the dense ones; percentiles t1, t2 and the discounts are calibrated per model.
+    """
+    return HashAttention(
+        encoder=encoder or AsymmetricHash(bits),
+        index=FlatHamming(),
+        selector=Sink(sinks) | Recent(recent) | Momentum(Consensus(Tiers(t1, t2), vote_share=vote_share)),
+        attend=MixedPrecision(),
+        engine=engine,
+        dense_layers=dense_layers,
+    )
+
+
+def dashkv_hash_only(
+    *, bits: int = 128, share: float = 0.05, sinks: int = 4, recent: int = 64,
+    dense_layers: tuple[int, ...] = SANDWICH, engine: str = "auto",
+) -> HashAttention:  # fmt: skip
+    """DASH-KV ablation: asymmetric hashing alone, exact attention to the nearest keys (arXiv 2604.19351)."""
+    return HashAttention(
+        encoder=AsymmetricHash(bits),
+        index=FlatHamming(),
+        selector=Sink(sinks) | Recent(recent) | TopK(share=share),
+        attend=ExactAttend(),
+        engine=engine,
+        dense_layers=dense_layers,
+    )
+
+
+def dashkv_consensus(*, share: float = 0.05, vote_share: float = 0.5, **options: Any) -> HashAttention:
+    """DASH-KV ablation: hashing and cross-head consensus (arXiv 2604.19351). Options as dashkv_hash_only."""
+    attn = dashkv_hash_only(share=share, **options)
+    return _calibrated(attn, Consensus(TopK(share=share), vote_share=vote_share))
+
+
+def dashkv_momentum(*, share: float = 0.05, vote_share: float = 0.5, **options: Any) -> HashAttention:
+    """DASH-KV ablation: hashing, consensus and cross-layer momentum (arXiv 2604.19351). Options as dashkv_hash_only."""
+    attn = dashkv_hash_only(share=share, **options)
+    return _calibrated(attn, Momentum(Consensus(TopK(share=share), vote_share=vote_share)))
+
+
+def dashkv_symmetric(*, bits: int = 128, **options: Any) -> HashAttention:
+    """DASH-KV ablation: everything, with one encoder for queries and keys (arXiv 2604.19351). Options as dashkv."""
+    return dashkv(encoder=SymmetricHash(bits), **options)
+
+
+def hata(
+    *, bits: int = 128, k: int = 512, dense_layers: tuple[int, ...] = (0, 1), engine: str = "auto"
+) -> HashAttention:
+    """HATA, "Trainable and Hardware-Efficient Hash-Aware Top-k Attention" (arXiv 2506.02572).
+
+    One learned linear hash for queries and keys, 128 bits; Hamming distances summed over a KV head's queries; top 512
+    (short contexts) or 2048 (long ones) exactly; layers 0-1 dense.
+    """
+    return HashAttention(
+        encoder=SymmetricHash(bits),
+        index=FlatHamming(),
+        selector=TopK(k=k, per="kv_head", combine="sum"),
+        attend=ExactAttend(),
+        engine=engine,
+        dense_layers=dense_layers,
+    )
+
+
+def hashattention(
+    *, bits: int = 32, k: int = 512, sinks: int = 128, recent: int = 128, heads: int | None = None,
+    engine: str = "auto",
+) -> HashAttention:  # fmt: skip
+    """HashAttention, "Semantic Sparsity for Faster Inference" (arXiv 2412.14468).
+
+    MLPs d-128-128-32 for queries and keys; 128 sinks and 128 recent keys beside the top-k. The paper trains a pair per
+    query head: heads=Hq does so (codes are then kept per query head), None shares one pair.
+    """
+    return HashAttention(
+        encoder=AsymmetricHash(bits, query_hidden=(128, 128), key_hidden=(128, 128), heads=heads),
+        index=FlatHamming(),
+        selector=Sink(sinks) | Recent(recent) | TopK(k=sinks + recent + k),
+        attend=ExactAttend(),
+        engine=engine,
+    )
+
+
+def simhash_topk(
+    *, bits: int = 128, query_bits: int = 1, share: float = 0.05, sinks: int = 4, recent: int = 64,
+    dense_layers: tuple[int, ...] = (0, 1), engine: str = "auto",
+) -> HashAttention:  # fmt: skip
+    """Random hyperplanes on centred keys (Charikar, STOC 2002) and exact attention to the nearest keys; no training."""
+    return HashAttention(
+        encoder=SimHash(bits, query_bits),
+        index=FlatHamming(),
+        selector=Sink(sinks) | Recent(recent) | TopK(share=share),
+        attend=ExactAttend(),
+        engine=engine,
+        dense_layers=dense_layers,
+    )
+
+
+def streaming(*, sinks: int = 4, recent: int = 1020, engine: str = "auto") -> HashAttention:
+    """StreamingLLM, "Efficient Streaming Language Models with Attention Sinks" (arXiv 2309.17453).
+
+    4 sinks and a window; the paper's sizes run from 4+252 to 4+4092. Positions stay those of the text.
+    """
+    return HashAttention(selector=Sink(sinks) | Recent(recent), attend=ExactAttend(), engine=engine)
+
+
+def oracle_topk(
+    *, share: float = 0.05, sinks: int = 4, recent: int = 64, dense_layers: tuple[int, ...] = (0, 1),
+    engine: str = "auto",
+) -> HashAttention:  # fmt: skip
+    """The oracle: exact inner products rank the keys. What every encoder is measured against; it saves no reading."""
+    return HashAttention(
+        encoder=Identity(),
+        index=FlatDot(),
+        selector=Sink(sinks) | Recent(recent) | TopK(share=share),
+        attend=ExactAttend(),
+        engine=engine,
+        dense_layers=dense_layers,
+    )
+
+
+def full() -> HashAttention:
+    """Full attention (Vaswani et al., arXiv 1706.03762): the baseline."""
+    return HashAttention(attend=DenseAttend())
+
+
+PRESETS: dict[str, Callable[..., HashAttention]] = {
+    preset.__name__: preset
+    for preset in (
+        dashkv, dashkv_hash_only, dashkv_consensus, dashkv_momentum, dashkv_symmetric, hata, hashattention,
+        simhash_topk, streaming, oracle_topk, full,
+    )
+}  # fmt: skip
+
+
+def build(name: str, **options: Any) -> HashAttention:
+    """The preset of this name; see :meth:`HashAttention.from_preset`."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.3)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown preset {name!r}{hint} There are {', '.join(PRESETS)}")
+    known = options_of(name)
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1, cutoff=0.3)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"preset {name!r} takes no option {option!r}{hint} It takes {', '.join(known) or 'none'}")
+    return PRESETS[name](**options)
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """The options of a preset and their defaults (the published hyperparameters)."""
+    return {p.name: p.default for p in inspect.signature(PRESETS[name]).parameters.values()}
+
+
+def _calibrated(attn: HashAttention, ranked: Consensus | Momentum) -> HashAttention:
+    sink, recent, _ = attn.selector.parts  # type: ignore[union-attr]
+    return attn.replace(selector=sink | recent | ranked)

@@ -1,0 +1,128 @@
+"""What a selector is, and how `|` joins forced keys with a ranked selector."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hashattn.types import Selection, Step
+from hashattn.view import View
+
+
+class Selector(ABC):
+    """Chooses keys for each query.
+
+    Attributes:
+        ranked: whether it ranks keys by distance, and so needs an encoder and an index.
+        needs_weights: whether it looks at the softmax weights of the layer before (momentum).
+    """
+
+    ranked: bool = True
+    needs_weights: bool = False
+
+    @abstractmethod
+    def select(self, view: View, step: Step) -> Selection:
+        """The keys kept by each query of the view."""
+
+    @abstractmethod
+    def budget(self, visible: int) -> int:
+        """Keys kept, at most, by a query that sees `visible` keys: for query plans."""
+
+    def critical(self, visible: int) -> int:
+        """How many of these get exact logits, at most."""
+        return self.budget(visible)
+
+    def __or__(self, other: Selector) -> Joined:
+        if not isinstance(other, Selector):
+            return NotImplemented
+        parts = [p for s in (self, other) for p in (s.parts if isinstance(s, Joined) else (s,))]
+        return Joined(tuple(parts))
+
+
+@dataclass(frozen=True)
+class Forced(Selector):
+    """Keeps keys by position: the first `sinks` and the last `recents` visible ones. Made by Sink and Recent."""
+
+    @property
+    def sinks(self) -> int:
+        return 0
+
+    @property
+    def recents(self) -> int:
+        return 0
+
+    ranked = False
+
+    def budget(self, visible: int) -> int:
+        return min(visible, self.sinks + self.recents)
+
+    def select(self, view: View, step: Step) -> Selection:
+        return Selection(forced_ids(view, self.sinks, self.recents))
+
+
+def forced_ids(view: View, sinks: int, recents: int) -> Tensor:
+    """Columns of the first and last visible keys, int32 [B, Hkv, T, sinks + recents], none twice, -1 empty."""
+    first, end = view.visible[..., :1], view.visible[..., 1:]  # [B, T, 1]
+    head = first + torch.arange(min(sinks, view.longest), device=first.device)
+    tail = end - 1 - torch.arange(min(recents, view.longest), device=first.device)
+    head = head.masked_fill(head >= end, -1)
+    tail = tail.masked_fill(tail < first + head.shape[-1], -1)
+    ids = torch.cat([head, tail], dim=-1).to(torch.int32)
+    return ids.unsqueeze(1).expand(-1, view.kv_heads, -1, -1).contiguous()
+
+
+@dataclass(frozen=True)
+class Joined(Selector):
+    """Forced parts and at most one ranked selector, written `Sink(4) | Recent(64) | TopK(share=0.05)`.
+
+    Forced keys are ranked before every distance and count in the ranked selector's budget; where the budget is
+    smaller than their number, they alone are kept.
+    """
+
+    parts: tuple[Selector, ...]
+
+    def __post_init__(self) -> None:
+        ranked = [p for p in self.parts if not isinstance(p, Forced)]
+        if len(ranked) > 1:
+            raise ValueError(
+                f"`|` joins forced parts (Sink, Recent) with one ranked selector, got {len(ranked)}: {ranked}"
+            )
+
+    @property
+    def ranked_part(self) -> Selector | None:
+        return next((p for p in self.parts if not isinstance(p, Forced)), None)
+
+    @property
+    def ranked(self) -> bool:  # type: ignore[override]
+        return self.ranked_part is not None
+
+    @property
+    def needs_weights(self) -> bool:  # type: ignore[override]
+        return self.ranked_part is not None and self.ranked_part.needs_weights
+
+    @property
+    def sinks(self) -> int:
+        return max((p.sinks for p in self.parts if isinstance(p, Forced)), default=0)
+
+    @property
+    def recents(self) -> int:
+        return max((p.recents for p in self.parts if isinstance(p, Forced)), default=0)
+
+    def budget(self, visible: int) -> int:
+        forced = min(visible, self.sinks + self.recents)
+        return forced if self.ranked_part is None else max(forced, self.ranked_part.budget(visible))
+
+    def critical(self, visible: int) -> int:
+        forced = min(visible, self.sinks + self.recents)
+        return forced if self.ranked_part is None else max(forced, self.ranked_part.critical(visible))
+
+    def select(self, view: View, step: Step) -> Selection:
+        if self.ranked_part is None:
+            return Selection(forced_ids(view, self.sinks, self.recents))
+        return self.ranked_part.select(replace(view, sinks=self.sinks, recents=self.recents), step)
+
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, self.parts))

@@ -1,0 +1,80 @@
+"""Consensus: keys that many heads would select come nearer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hashattn.selectors.base import Selector
+from hashattn.selectors.budget import check_share
+from hashattn.types import Selection, Step
+from hashattn.view import View
+
+
+class Consensus(nn.Module, Selector):
+    """Cross-head consensus of DASH-KV (arXiv 2604.19351): D + delta_spatial, smaller is nearer.
+
+    Every query head votes for the keys that `inner` would select on the raw distances. A key with more than
+    `vote_share` of the layer's query heads behind it gets a discount, the same in every head; then `inner` selects.
+
+    Args:
+        inner: the selector that ranks.
+        vote_share: share of the query heads that a key needs more than.
+        discount: start of the learnable discount, in the index's units of distance. It is rounded to an integer,
+            so that distances stay integers. While gradients are on, the log-weights of discounted slots carry a
+            straight-through gradient to it: zero in value, one in slope.
+    """
+
+    def __init__(self, inner: Selector, *, vote_share: float = 0.5, discount: float = 2.0) -> None:
+        super().__init__()
+        if not isinstance(inner, Selector) or not inner.ranked:
+            raise TypeError(f"inner must be a ranked selector such as TopK or Tiers, got {inner!r}")
+        check_share("vote_share", vote_share)
+        check_discount(discount)
+        self.inner, self.vote_share = inner, vote_share
+        self.discount = nn.Parameter(torch.tensor(float(discount)))
+
+    @property
+    def needs_weights(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_weights
+
+    def budget(self, visible: int) -> int:
+        return self.inner.budget(visible)
+
+    def critical(self, visible: int) -> int:
+        return self.inner.critical(visible)
+
+    def select(self, view: View, step: Step) -> Selection:
+        votes = key_votes(self.inner.select(view.calibrate(view.raw), step).ids, view)
+        agreed = (votes > self.vote_share * view.q_heads).unsqueeze(1)  # [B, 1, T, N]
+        return discounted(self.inner, view, step, agreed, self.discount)
+
+    def extra_repr(self) -> str:
+        return f"inner={self.inner!r}, vote_share={self.vote_share}, discount={self.discount.item():g}"
+
+
+def check_discount(discount: float) -> None:
+    """Raise unless the discount is a finite number of at least 0."""
+    if not 0 <= discount < float("inf"):
+        raise ValueError(f"discount must be a finite number of at least 0, got {discount!r}")
+
+
+def key_votes(ids: Tensor, view: View) -> Tensor:
+    """How many query heads selected each key: int64 [B, T, N]."""
+    weight = view.q_heads // ids.shape[1]  # a KV head's choice stands for its G query heads
+    columns = torch.where(ids < 0, view.keys, ids).long()
+    counts = torch.zeros(*ids.shape[:3], view.keys + 1, dtype=torch.int64, device=ids.device)
+    return counts.scatter_(-1, columns, 1)[..., :-1].sum(1) * weight
+
+
+def discounted(inner: Selector, view: View, step: Step, mask: Tensor, discount: Tensor) -> Selection:
+    """What `inner` selects when the keys of mask [B, 1, T, N] are nearer by the rounded discount."""
+    distances = view.distances()
+    amount = discount.detach().round().to(distances.dtype)
+    selection = inner.select(view.calibrate(distances - amount * mask), step)
+    if not (torch.is_grad_enabled() and discount.requires_grad):
+        return selection
+    marked = mask.expand(-1, selection.ids.shape[1], -1, -1).gather(-1, selection.ids.clamp(min=0).long())
+    carried = (discount - discount.detach()) * (marked & (selection.ids >= 0))
+    before = selection.log_weights if selection.log_weights is not None else 0.0
+    return Selection(selection.ids, selection.tier, before + carried)

@@ -1,0 +1,41 @@
+"""Sink and Recent: keys kept for their position."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hashattn.selectors.base import Forced
+
+
+@dataclass(frozen=True)
+class Sink(Forced):
+    """The first `keys` visible keys of each row: attention sinks (StreamingLLM, arXiv 2309.17453)."""
+
+    keys: int = 4
+
+    def __post_init__(self) -> None:
+        check_keys("Sink", self.keys)
+
+    @property
+    def sinks(self) -> int:
+        return self.keys
+
+
+@dataclass(frozen=True)
+class Recent(Forced):
+    """The last `keys` visible keys of each query, its own among them: a sliding window."""
+
+    keys: int = 64
+
+    def __post_init__(self) -> None:
+        check_keys("Recent", self.keys)
+
+    @property
+    def recents(self) -> int:
+        return self.keys
+
+
+def check_keys(name: str, keys: int) -> None:
+    """Raise unless this is a positive number of keys."""
+    if not isinstance(keys, int) or isinstance(keys, bool) or keys < 1:
+        raise ValueError(f"{name}(keys) must be an int of at least 1, got {keys!r}")

@@ -1,0 +1,62 @@
+"""Momentum: keys that the layer before attended to come nearer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hashattn.selectors.base import Selector
+from hashattn.selectors.consensus import check_discount, discounted
+from hashattn.types import Selection, Step
+from hashattn.view import View
+
+
+class Momentum(nn.Module, Selector):
+    """Cross-layer momentum of DASH-KV (arXiv 2604.19351): D + delta_temporal, smaller is nearer.
+
+    A sparse layer knows its attention distribution only on the keys it selected, so the prior is the previous
+    layer's softmax weights there, averaged over query heads, and zero elsewhere. A key whose prior is above `ratio`
+    times the uniform share (1 / visible keys) gets a discount, the same in every head; then `inner` selects. After a
+    dense layer, and in a stateless call, there is no prior and nothing changes.
+
+    Args:
+        inner: the selector that ranks, often a Consensus.
+        ratio: of the uniform share.
+        discount: start of the learnable discount; see :class:`Consensus`.
+    """
+
+    needs_weights = True
+
+    def __init__(self, inner: Selector, *, ratio: float = 1.0, discount: float = 2.0) -> None:
+        super().__init__()
+        if not isinstance(inner, Selector) or not inner.ranked:
+            raise TypeError(f"inner must be a ranked selector such as TopK, Tiers or Consensus, got {inner!r}")
+        if not 0 <= ratio < float("inf"):
+            raise ValueError(f"ratio must be a finite number of at least 0, got {ratio!r}")
+        check_discount(discount)
+        self.inner, self.ratio = inner, ratio
+        self.discount = nn.Parameter(torch.tensor(float(discount)))
+
+    def budget(self, visible: int) -> int:
+        return self.inner.budget(visible)
+
+    def critical(self, visible: int) -> int:
+        return self.inner.critical(visible)
+
+    def select(self, view: View, step: Step) -> Selection:
+        if step.previous is None or step.previous_weights is None:
+            return self.inner.select(view, step)
+        prior = key_prior(step.previous, step.previous_weights, view)
+        attended = prior * view.counts.unsqueeze(-1) > self.ratio  # [B, T, N]
+        return discounted(self.inner, view, step, attended.unsqueeze(1), self.discount)
+
+    def extra_repr(self) -> str:
+        return f"inner={self.inner!r}, ratio={self.ratio}, discount={self.discount.item():g}"
+
+
+def key_prior(selection: Selection, weights: Tensor, view: View) -> Tensor:
+    """The mean attention weight of each key over the query heads of the layer before: float32 [B, T, N]."""
+    ids = selection.ids.repeat_interleave(weights.shape[1] // selection.ids.shape[1], dim=1)
+    prior = torch.zeros(*ids.shape[:3], view.keys + 1, device=ids.device)
+    prior.scatter_(-1, torch.where(ids < 0, view.keys, ids).long(), weights.detach().float())
+    return prior[..., :-1].mean(1)

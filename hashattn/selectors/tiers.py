@@ -1,0 +1,49 @@
+"""Tiers: critical, medium and skipped keys by percentile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hashattn.selectors.base import Selector
+from hashattn.selectors.budget import check_share, count_keys, share_counts
+from hashattn.selectors.grouping import check_grouping, take
+from hashattn.types import Selection, Step
+from hashattn.view import View
+
+
+@dataclass(frozen=True)
+class Tiers(Selector):
+    """DASH-KV's three tiers (arXiv 2604.19351): percentile thresholds t1 < t2 on the distances of each query.
+
+    The nearest ceil(t1 * visible) keys are critical, those up to ceil(t2 * visible) medium, the rest is skipped in
+    this step. Thresholds are ranks, with TopK's tie rule: integer distances tie so often that a threshold taken as a
+    distance would keep an erratic number of keys.
+
+    Args:
+        t1: share of critical keys.
+        t2: share of critical and medium keys together.
+        per, combine: as in TopK.
+    """
+
+    t1: float = 0.05
+    t2: float = 0.10
+    per: str = "query_head"
+    combine: str = "sum"
+
+    def __post_init__(self) -> None:
+        check_share("t1", self.t1)
+        check_share("t2", self.t2)
+        if self.t1 >= self.t2:
+            raise ValueError(f"t1 must be below t2, got t1={self.t1} and t2={self.t2}")
+        check_grouping(self.per, self.combine)
+
+    def budget(self, visible: int) -> int:
+        return count_keys(visible, self.t2)
+
+    def critical(self, visible: int) -> int:
+        return count_keys(visible, self.t1)
+
+    def select(self, view: View, step: Step) -> Selection:
+        counts = [share_counts(view, self.t1), share_counts(view, self.t2)]
+        slots = max(self.budget(view.longest), min(view.longest, view.sinks + view.recents))
+        return take(view, counts, slots, self.per, self.combine)

@@ -1,0 +1,55 @@
+"""Checks of what users hand in, before any work is done."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_float(**tensors: Tensor) -> None:
+    """Raise TypeError unless all are floating-point tensors of one dtype and device."""
+    first_name, first = next(iter(tensors.items()))
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+        if x.dtype != first.dtype:
+            raise TypeError(f"{first_name} and {name} must have one dtype, got {first.dtype} and {x.dtype}")
+        if x.device != first.device:
+            raise ValueError(f"{first_name} and {name} must be on one device, got {first.device} and {x.device}")
+
+
+def check_kv(k: Tensor, v: Tensor, batch: int, kv_heads: int, head_dim: int) -> None:
+    """Raise unless k and v are [batch, kv_heads, n >= 1, head_dim]."""
+    check_float(k=k, v=v)
+    for name, x in (("k", k), ("v", v)):
+        if x.ndim != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, kv_heads, head_dim):
+            raise ValueError(f"{name} must be [B, Hkv, n, D] = [{batch}, {kv_heads}, n, {head_dim}], got {[*x.shape]}")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {[*k.shape]} and {[*v.shape]}")
+    if k.shape[2] == 0:
+        raise ValueError("k and v must hold at least one column, got 0")
+
+
+def check_q(q: Tensor, batch: int, kv_heads: int, head_dim: int, keys: int) -> None:
+    """Raise unless q is [batch, Hq, 1 <= T <= keys, head_dim] with Hq a multiple of kv_heads."""
+    if q.ndim != 4 or (q.shape[0], q.shape[3]) != (batch, head_dim):
+        raise ValueError(f"q must be [B, Hq, T, D] = [{batch}, Hq, T, {head_dim}], got {[*q.shape]}")
+    if q.shape[1] == 0 or q.shape[1] % kv_heads:
+        raise ValueError(f"q must have a multiple of Hkv = {kv_heads} heads, got Hq = {q.shape[1]}")
+    if q.shape[2] == 0:
+        raise ValueError("q must hold at least one query, got T = 0")
+    if q.shape[2] > keys:
+        raise ValueError(
+            f"q holds T = {q.shape[2]} queries, more than the N = {keys} keys (a query is one of the keys)"
+        )
+
+
+def check_finite(**tensors: Tensor) -> None:
+    """Raise ValueError naming the tensor that holds NaN or infinity, and where."""
+    for name, x in tensors.items():
+        finite = torch.isfinite(x)
+        if not finite.all():
+            where = tuple((~finite).nonzero()[0].tolist())
+            raise ValueError(f"{name} must be finite, got {x[where].item()} at {where}")
