@@ -40,9 +40,6 @@ class TopK(Selector):
         return min(visible, self.k) if self.k is not None else count_keys(visible, self.share or 0)
 
     def select(self, view: View, step: Step) -> Selection:
-        if self.share is not None:
-            counts = share_counts(view, self.share)
-        else:
-            counts = view.forced_counts.clamp(min=self.k)
+        counts = view.forced_counts.clamp(min=self.k) if self.share is None else share_counts(view, self.share)
         slots = max(self.budget(view.longest), min(view.longest, view.sinks + view.recents))
         return take(view, [counts], slots, self.per, self.combine)

@@ -1,0 +1,105 @@
+"""HashedLayer: a layer of a dynamic cache that keeps codes beside keys and values."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from hashattn.attention import HashAttention
+from hashattn.cache import KVCache
+
+
+class HashedLayer(DynamicLayer):
+    """Takes the place of a DynamicLayer: the same keys and values, in a KVCache that appends in place.
+
+    Every row operation of the Hugging Face cache reaches the codes as well: after any of them,
+    codes == encode_key(keys) holds.
+
+    Args:
+        attn: the composition of this layer.
+    """
+
+    def __init__(self, attn: HashAttention) -> None:
+        self.attn = attn
+        self.kv: KVCache | None = None
+        super().__init__()
+
+    @classmethod
+    def from_layer(cls, layer: DynamicLayer, attn: HashAttention) -> HashedLayer:
+        """A hashed layer with the contents of a dynamic one (or of one of another composition)."""
+        new = cls(attn)
+        if layer.keys is not None and layer.values is not None and layer.keys.numel():
+            new.update(layer.keys, layer.values)
+        return new
+
+    @property
+    def keys(self) -> Tensor | None:
+        """[B, Hkv, N, D], a view; None before the first update."""
+        return self.kv.keys if self.kv is not None and len(self.kv) else None
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._refuse(value)
+
+    @property
+    def values(self) -> Tensor | None:
+        """[B, Hkv, N, D], a view; None before the first update."""
+        return self.kv.values if self.kv is not None and len(self.kv) else None
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._refuse(value)
+
+    def _refuse(self, value: Tensor | None) -> None:
+        if value is not None:  # None comes from the base class's __init__
+            raise AttributeError("a HashedLayer's keys and values change by update, crop and the row operations only")
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.kv = self.attn.new_cache(key_states.shape[0], key_states.shape[1], key_states.shape[3])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.kv is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self.kv is not None
+        self.kv.append(key_states, value_states)
+        return self.kv.keys, self.kv.values
+
+    def get_seq_length(self) -> int:
+        return len(self.kv) if self.kv is not None else 0
+
+    def reset(self) -> None:
+        self.kv = None
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        length = self.get_seq_length()
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove must be at most 0 (minus the tokens to remove), got {tokens_to_remove}")
+        if self.kv is not None and tokens_to_remove:
+            self.kv.crop(max(0, length + tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.kv is not None:
+            self.kv.select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.kv is not None:
+            self.kv.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.kv is not None:
+            self.kv.select_rows(torch.arange(self.kv.batch)[indices.cpu()])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HashedLayer:
+        twin = copy.copy(self)
+        twin.kv = copy.deepcopy(self.kv, memo)  # the composition is shared
+        return twin
+
+    def offload(self) -> None:
+        raise NotImplementedError("a HashedLayer cannot be offloaded: use a cache without offloading")

@@ -1,0 +1,91 @@
+"""Which models, layers and caches can be served, and why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from hashattn.integrations.transformers.cache_layer import HashedLayer
+
+
+def text_config(model: PreTrainedModel) -> Any:
+    """The config of the decoder's text part."""
+    return model.config.get_text_config(decoder=True)
+
+
+def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """The decoder's attention modules by layer number."""
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        number = getattr(module, "layer_idx", None)
+        if isinstance(number, int) and hasattr(module, "q_proj") and hasattr(module, "k_proj"):
+            found[number] = module
+    return dict(sorted(found.items()))
+
+
+def why_not(model: nn.Module) -> list[str]:
+    """What keeps this model from being served: no entries if it can be."""
+    if not isinstance(model, PreTrainedModel):
+        return [f"model must be a transformers PreTrainedModel, got {type(model).__name__}"]
+    config, modules, reasons = text_config(model), attention_modules(model), []
+    if model.config.is_encoder_decoder:
+        reasons.append("it is an encoder-decoder model, whose cross-attention is not decoding over a growing cache")
+    if not model._supports_attention_backend:
+        reasons.append("it does not use the attention interface of transformers, so attention cannot be replaced")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        reasons.append(f"its attention logits are soft-capped (attn_logit_softcapping={config.attn_logit_softcapping})")
+    if any(isinstance(getattr(m, "sinks", None), nn.Parameter) for m in modules.values()):
+        reasons.append("its attention has learned sinks, which take part in every softmax")
+    if getattr(config, "kv_lora_rank", None) is not None:
+        reasons.append("it uses multi-head latent attention, whose cache holds no keys")
+    if getattr(config, "num_kv_shared_layers", None):
+        reasons.append(f"{config.num_kv_shared_layers} of its layers share the keys of other layers")
+    if getattr(config, "index_topk", None) is not None:
+        reasons.append("it has a sparse attention of its own (index_topk)")
+    if not modules:
+        reasons.append("no attention modules with q_proj, k_proj and a layer_idx were found in it")
+    elif not reasons and all(layer_dense_by_design(m, i) for i, m in modules.items()):
+        reasons.append("it has no layer of full causal attention: " + str(layer_dense_by_design(*_first(modules))))
+    return reasons
+
+
+def _first(modules: dict[int, nn.Module]) -> tuple[nn.Module, int]:
+    number = next(iter(modules))
+    return modules[number], number
+
+
+def layer_dense_by_design(module: nn.Module, number: int) -> str | None:
+    """Why the model itself keeps this layer from a search over all keys: a sliding window, say. None if it does not."""
+    config: Any = module.config
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        if types[number] != "full_attention":
+            return str(types[number]).replace("_", " ")
+    elif getattr(config, "sliding_window", None) is not None:
+        return "sliding attention"
+    return None if getattr(module, "is_causal", True) else "bidirectional attention"
+
+
+def heads(module: nn.Module) -> tuple[int, int, int]:
+    """(q_heads, kv_heads, head_dim) of an attention module."""
+    config: Any = module.config
+    return config.num_attention_heads, config.num_key_value_heads, int(module.head_dim)  # type: ignore[arg-type]
+
+
+def why_not_cache(cache: object, number: int) -> str | None:
+    """What keeps this layer of a cache from being served; None if it can be."""
+    use = "the dynamic cache, which generate() makes by default, is served"
+    if not isinstance(cache, Cache):
+        return f"past_key_values is a {type(cache).__name__}; {use}"
+    if cache.offloading:
+        return f"the cache is offloaded; {use} without offloading"
+    if number >= len(cache.layers):
+        replicated = getattr(cache, "layer_class_to_replicate", None)
+        return None if replicated is DynamicLayer else f"the cache has no layer {number}"
+    layer = cache.layers[number]
+    if type(layer) not in (DynamicLayer, HashedLayer):
+        return f"layer {number} of the {type(cache).__name__} is a {type(layer).__name__}; {use}"
+    return None if isinstance(cache, DynamicCache) else f"past_key_values is a {type(cache).__name__}; {use}"
