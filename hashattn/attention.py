@@ -160,9 +160,7 @@ class HashAttention:
         fewest = cache.shortest - (tokens - 1 if causal else 0)  # keys that the shortest-sighted query sees
         if fewest < cache.warmup:
             selection = keep_short(selection, view.visible, cache.warmup)
-        output = self.attend.attend(
-            q, cache, selection, scale, query_code=query, need_lse=need_lse, need_weights=need_weights
-        )
+        output = self.attend.attend(q, cache, selection, scale, view=view, need_lse=need_lse, need_weights=need_weights)
         return output, selection
 
     def check_cache(self, cache: KVCache) -> None:
@@ -210,4 +208,4 @@ def keep_short(selection: Selection, visible: Tensor, warmup: int) -> Selection:
 
     ids = widen(selection.ids, -1, everything.unsqueeze(1))
     assert ids is not None
-    return Selection(ids, widen(selection.tier, 0, 0), widen(selection.log_weights, 0, 0))
+    return Selection(ids, widen(selection.tier, 0, 0), widen(selection.log_weights, 0, 0))  # any slot may be critical

@@ -280,7 +280,7 @@ class KVCache:
                 raise TypeError("this composition has no index, so there are no distances")
             return index.distances(store, query, engine=engine)
 
-        return View(visible, q_heads, self.kv_heads, len(self), self.longest, scan)
+        return View(visible, q_heads, self.kv_heads, len(self), self.longest, scan, query, engine)
 
     def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The ANN view: the k nearest keys of encoded queries, among all keys of their row.

@@ -17,12 +17,14 @@ class Selection:
         ids: int32 [B, Hq or Hkv, T, K], columns of the cache, -1 in empty slots, no key twice in a row.
         tier: int8, the shape of ids: 0 critical (exact logit), 1 medium (logit estimated from the codes).
             None means that every slot is critical.
+        critical_slots: no slot from this one on is critical, which saves reading its key; None if not known.
         log_weights: float32, the shape of ids, added to the logits; None means zero.
     """
 
     ids: Tensor
     tier: Tensor | None = None
     log_weights: Tensor | None = None
+    critical_slots: int | None = None
 
     @property
     def count(self) -> Tensor:

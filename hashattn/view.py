@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hashattn.ops.nearest import nearest
+from hashattn.ops.nearest import nearest, nearest_visible
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +23,8 @@ class View:
         keys: N, the columns of the cache.
         longest: no query sees more keys than this (known to the host, so that no device has to be asked).
         scan: returns the raw distances, [B, Hq, T, N].
+        query: what the encoder made of the queries; None if nothing is ranked.
+        engine: "reference" or "cpu".
         sinks: this many first visible keys are ranked before every distance.
         recents: this many last visible keys too.
         calibrated: distances that replace the raw ones, [B, H, T, N].
@@ -35,6 +37,8 @@ class View:
     keys: int
     longest: int
     scan: Callable[[], Tensor]
+    query: Tensor | None = None
+    engine: str = "reference"
     sinks: int = 0
     recents: int = 0
     calibrated: Tensor | None = None
@@ -84,6 +88,11 @@ class View:
 
     def search(self, k: int) -> Tensor:
         """The k nearest visible keys, forced ones first, ties to the most recent: int32 [B, heads, T, K], -1 empty."""
+        if self.engine == "cpu" and not self.distances().is_floating_point():
+            return nearest_visible(
+                self.distances(), min(k, self.longest), self.visible, sinks=self.sinks, recents=self.recents,
+                kept=self.kept,
+            )  # fmt: skip
         keep = self.seen if self.kept is None else self.kept & self.seen
         if self.kept is not None and self.forced is not None:
             keep = keep | self.forced

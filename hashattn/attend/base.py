@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hashattn.types import Output, Selection
+from hashattn.view import View
 
 
 class Keys(Protocol):
@@ -45,13 +46,13 @@ class Attend(ABC):
 
     @abstractmethod
     def attend(
-        self, q: Tensor, cache: Keys, selection: Selection | None, scale: float, *, query_code: Tensor | None = None,
+        self, q: Tensor, cache: Keys, selection: Selection | None, scale: float, *, view: View | None = None,
         need_lse: bool = False, need_weights: bool = False,
     ) -> Output:  # fmt: skip
         """Attend with queries [B, Hq, T, D] to the selected keys of the cache.
 
         Args:
-            query_code: what the encoder made of q; for stages that read codes.
+            view: what the selector saw; for stages that read codes.
             need_lse, need_weights: whether Output carries these.
         """
 

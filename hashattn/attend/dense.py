@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hashattn.attend.base import Attend, Keys
 from hashattn.types import Output, Selection
+from hashattn.view import View
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class DenseAttend(Attend):
     needs_selection = False
 
     def attend(
-        self, q: Tensor, cache: Keys, selection: Selection | None, scale: float, *, query_code: Tensor | None = None,
+        self, q: Tensor, cache: Keys, selection: Selection | None, scale: float, *, view: View | None = None,
         need_lse: bool = False, need_weights: bool = False,
     ) -> Output:  # fmt: skip
         seen = cache.seen(q.shape[2])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hashattn.attend.base import Attend, Keys, head_logits, softmax_over
 from hashattn.types import Output, Selection
+from hashattn.view import View
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class ExactAttend(Attend):
     """
 
     def attend(
-        self, q: Tensor, cache: Keys, selection: Selection | None, scale: float, *, query_code: Tensor | None = None,
+        self, q: Tensor, cache: Keys, selection: Selection | None, scale: float, *, view: View | None = None,
         need_lse: bool = False, need_weights: bool = False,
     ) -> Output:  # fmt: skip
         if selection is None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hashattn.attend.base import Attend, Keys, head_logits, softmax_over
 from hashattn.ops.hamming import popcount, unpack_bits
 from hashattn.types import MEDIUM, Output, Selection
+from hashattn.view import View
 
 
 class CodeResidual(nn.Module):
@@ -57,7 +59,7 @@ class MixedPrecision(nn.Module, Attend):
         self.residual: CodeResidual | None = None
 
     def attend(
-        self, q: Tensor, cache: Keys, selection: Selection | None, scale: float, *, query_code: Tensor | None = None,
+        self, q: Tensor, cache: Keys, selection: Selection | None, scale: float, *, view: View | None = None,
         need_lse: bool = False, need_weights: bool = False,
     ) -> Output:  # fmt: skip
         if selection is None:
@@ -66,24 +68,21 @@ class MixedPrecision(nn.Module, Attend):
         if selection.tier is None:
             logits = head_logits(q, cache.gather("keys", ids))
         else:
-            if query_code is None:
-                raise ValueError("MixedPrecision needs query_code, the encoded queries, for a selection with tiers")
+            if view is None or view.query is None:
+                raise ValueError("MixedPrecision needs the view of the encoded queries for a selection with tiers")
             medium = selection.tier == MEDIUM
-            exact = head_logits(q, cache.gather("keys", ids.masked_fill(medium, 0)))  # medium keys are not read
-            estimate = self.estimate(q, cache, ids, query_code)
-            logits = torch.where(medium.unsqueeze(3), estimate, exact)
+            exact_ids = ids.masked_fill(medium, -1)[..., : selection.critical_slots]  # medium keys are not read
+            exact = head_logits(q, cache.gather("keys", exact_ids))
+            exact = F.pad(exact, (0, ids.shape[-1] - exact.shape[-1]))
+            logits = torch.where(medium.unsqueeze(3), self.estimate(q, cache, ids, view), exact)
         return softmax_over(logits * scale, selection, values, q.dtype, need_lse, need_weights)
 
-    def estimate(self, q: Tensor, cache: Keys, ids: Tensor, query_code: Tensor) -> Tensor:
+    def estimate(self, q: Tensor, cache: Keys, ids: Tensor, view: View) -> Tensor:
         """Estimated q.k of the keys at ids [B, H, T, K], from codes and norms alone: float32 [B, H, T, G, K]."""
-        signs = query_code if query_code.ndim == 4 else query_code[..., -1, :]  # the last plane holds the signs
-        heads = ids.shape[1]
-        h_q = signs.unflatten(1, (heads, -1)).transpose(2, 3)  # [B, H, T, G, W]
-        own = max(cache.codes.shape[1] // heads, 1)  # G where keys are encoded per query head, else 1
-        h_k = cache.gather("codes", ids.repeat_interleave(own, dim=1)).unflatten(1, (heads, own)).transpose(2, 3)
-        bits = cache.bits  # h_k: [B, H, T, 1 or G, K, W]
-        agreement = 1 - 2 * popcount(h_q.unsqueeze(-2) ^ h_k).sum(-1).float() / bits
+        heads, bits = ids.shape[1], cache.bits
+        agreement = 1 - 2 * self._disagreements(cache, ids, view).float() / bits
         if self.residual is not None:
+            h_q, h_k = self._codes(cache, ids, view)
             agreement = agreement + self.residual(
                 unpack_bits(h_q, bits).float().unsqueeze(-2) * 2 - 1, unpack_bits(h_k, bits).float() * 2 - 1
             )
@@ -92,6 +91,25 @@ class MixedPrecision(nn.Module, Attend):
         centre = cache.centre.repeat_interleave(heads // cache.centre.shape[1], dim=1)  # [B, H, D]
         offset = grouped @ centre[:, :, None, :, None]  # [B, H, T, G, 1]
         return offset + self.a * grouped.norm(dim=-1, keepdim=True) * norms * agreement
+
+    def _disagreements(self, cache: Keys, ids: Tensor, view: View) -> Tensor:
+        """Hamming distances of the sign planes at ids: integers [B, H, T, G, K]."""
+        assert view.query is not None
+        if view.query.ndim == 4:  # one plane: the scan has them already
+            group = view.q_heads // ids.shape[1]
+            columns = ids.clamp(min=0).long().repeat_interleave(group, dim=1)
+            return view.raw.gather(-1, columns).unflatten(1, (ids.shape[1], group)).transpose(2, 3)
+        h_q, h_k = self._codes(cache, ids, view)
+        return popcount(h_q.unsqueeze(-2) ^ h_k).sum(-1)
+
+    def _codes(self, cache: Keys, ids: Tensor, view: View) -> tuple[Tensor, Tensor]:
+        """Sign codes of the queries [B, H, T, G, W] and of the keys at ids [B, H, T, 1 or G, K, W]."""
+        assert view.query is not None
+        signs = view.query if view.query.ndim == 4 else view.query[..., -1, :]  # the last plane holds the signs
+        heads = ids.shape[1]
+        own = max(cache.codes.shape[1] // heads, 1)  # G where keys are encoded per query head, else 1
+        h_k = cache.gather("codes", ids.repeat_interleave(own, dim=1)).unflatten(1, (heads, own)).transpose(2, 3)
+        return signs.unflatten(1, (heads, -1)).transpose(2, 3), h_k
 
     def extra_repr(self) -> str:
         return f"hidden={self.hidden}, a={self.a.item():g}"

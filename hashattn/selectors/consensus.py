@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -62,9 +64,9 @@ def check_discount(discount: float) -> None:
 def key_votes(ids: Tensor, view: View) -> Tensor:
     """How many query heads selected each key: int64 [B, T, N]."""
     weight = view.q_heads // ids.shape[1]  # a KV head's choice stands for its G query heads
-    columns = torch.where(ids < 0, view.keys, ids).long()
-    counts = torch.zeros(*ids.shape[:3], view.keys + 1, dtype=torch.int64, device=ids.device)
-    return counts.scatter_(-1, columns, 1)[..., :-1].sum(1) * weight
+    columns = torch.where(ids < 0, view.keys, ids).long().transpose(1, 2).flatten(2)  # [B, T, H*K]
+    counts = torch.zeros(*columns.shape[:2], view.keys + 1, dtype=torch.int64, device=ids.device)
+    return counts.scatter_add_(-1, columns, torch.full_like(columns, weight))[..., :-1]
 
 
 def discounted(inner: Selector, view: View, step: Step, mask: Tensor, discount: Tensor) -> Selection:
@@ -77,4 +79,4 @@ def discounted(inner: Selector, view: View, step: Step, mask: Tensor, discount: 
     marked = mask.expand(-1, selection.ids.shape[1], -1, -1).gather(-1, selection.ids.clamp(min=0).long())
     carried = (discount - discount.detach()) * (marked & (selection.ids >= 0))
     before = selection.log_weights if selection.log_weights is not None else 0.0
-    return Selection(selection.ids, selection.tier, before + carried)
+    return replace(selection, log_weights=before + carried)

@@ -56,7 +56,8 @@ class Momentum(nn.Module, Selector):
 
 def key_prior(selection: Selection, weights: Tensor, view: View) -> Tensor:
     """The mean attention weight of each key over the query heads of the layer before: float32 [B, T, N]."""
-    ids = selection.ids.repeat_interleave(weights.shape[1] // selection.ids.shape[1], dim=1)
-    prior = torch.zeros(*ids.shape[:3], view.keys + 1, device=ids.device)
-    prior.scatter_(-1, torch.where(ids < 0, view.keys, ids).long(), weights.detach().float())
-    return prior[..., :-1].mean(1)
+    weights = weights.detach().float().unflatten(1, (selection.ids.shape[1], -1)).mean(2)  # [B, H, T, K]
+    columns = torch.where(selection.ids < 0, view.keys, selection.ids).long().transpose(1, 2).flatten(2)
+    prior = torch.zeros(*columns.shape[:2], view.keys + 1, device=columns.device)
+    prior.scatter_add_(-1, columns, weights.transpose(1, 2).flatten(2))
+    return prior[..., :-1] / selection.ids.shape[1]

@@ -45,5 +45,6 @@ class Tiers(Selector):
 
     def select(self, view: View, step: Step) -> Selection:
         counts = [share_counts(view, self.t1), share_counts(view, self.t2)]
-        slots = max(self.budget(view.longest), min(view.longest, view.sinks + view.recents))
-        return take(view, counts, slots, self.per, self.combine)
+        forced = min(view.longest, view.sinks + view.recents)
+        slots, critical = (max(n, forced) for n in (self.budget(view.longest), self.critical(view.longest)))
+        return take(view, counts, slots, self.per, self.combine, critical)

@@ -1,0 +1,127 @@
+"""The command line: hashattn demo, hashattn explain."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hashattn.attention import HashAttention
+from hashattn.presets import PRESETS
+
+EXPECTED = (ValueError, TypeError, ImportError, OSError, RuntimeError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, or 2 for input that cannot be used."""
+    arguments = parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except EXPECTED as error:
+        if arguments.debug:
+            raise
+        print(f"hashattn {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser with all commands."""
+    top = argparse.ArgumentParser(prog="hashattn", description="Attention as search over hashed keys.")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser(
+        "demo", help="find a fact in a long text with full attention and with a preset",
+        description="A fact is placed in a long text and asked for, with full attention and with a preset.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    demo.add_argument(
+        "--model", metavar="ID|DIR|GGUF", help="hub id, folder or GGUF file; SmolLM2-135M-Instruct if left out"
+    )
+    demo.add_argument("--preset", default="dashkv", metavar="NAME", help=f"one of {', '.join(PRESETS)}")
+    demo.add_argument("--text", metavar="FILE", help="the long text; Shakespeare if left out")
+    demo.add_argument("--question", help="your own question about the text; then no fact is placed in it")
+    demo.add_argument("--context", type=int, metavar="N", help="tokens of the prompt; about 8000 if left out")
+    demo.add_argument(
+        "--budget", type=float, metavar="X", help="share of the keys to read; the preset's own if left out"
+    )
+    demo.add_argument("--device", help="cpu or cuda; cuda if there is one, if left out")
+    demo.add_argument("--json", metavar="FILE", help="write all figures to this file")
+    demo.add_argument("--plot", metavar="FILE.png", help="write the picture of the keys read to this file")
+    demo.set_defaults(run=_demo)
+
+    explain = commands.add_parser(
+        "explain", help="the query plan of a preset",
+        description="What one decode step of one layer does, reads and keeps.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    explain.add_argument("preset", nargs="?", default="dashkv", help=f"one of {', '.join(PRESETS)}")
+    explain.add_argument("--batch", type=int, default=1)
+    explain.add_argument("--q-heads", type=int, default=32)
+    explain.add_argument("--kv-heads", type=int, default=8)
+    explain.add_argument("--head-dim", type=int, default=128)
+    explain.add_argument("--keys", type=int, default=131072)
+    explain.add_argument("--device", default="cpu", help="cpu or cuda; it need not be there")
+    explain.set_defaults(run=_explain)
+    for command in (demo, explain):
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return top
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from hashattn.demo.run import run_demo
+    from hashattn.demo.show import picture, save_plot, table
+
+    for name in ("json", "plot"):  # a run takes a minute: refuse at once what could not be written at its end
+        path = getattr(arguments, name)
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"--{name} {path}: there is no folder {Path(path).absolute().parent}")
+    result = run_demo(
+        model=arguments.model, preset=arguments.preset, text=arguments.text, question=arguments.question,
+        context=arguments.context, budget=arguments.budget, device=arguments.device,
+    )  # fmt: skip
+    print(f"\n{result.tokens:,} tokens were read in {result.prefill_seconds:.0f} s (densely, once for all).")
+    print(f"Question: {result.question}\n")
+    print(table(result))
+    print(f"\nThe answers of full attention and {result.preset} {'agree' if result.agree else 'differ'}.")
+    print('"full, our cache" is full attention over a cache that appends in place: the honest baseline for speed.\n')
+    print(result.layers)
+    if result.note:
+        print(f"note: {result.note}")
+    print()
+    print(picture(result))
+    if arguments.json:
+        _write(Path(arguments.json), json.dumps(result.as_json(), indent=1))
+    if arguments.plot:
+        save_plot(result, arguments.plot)
+    return 0
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    attn = HashAttention.from_preset(arguments.preset)
+    print(f"{arguments.preset}: {(PRESETS[arguments.preset].__doc__ or '').splitlines()[0]}\n")
+    print(
+        attn.explain(
+            batch=arguments.batch, q_heads=arguments.q_heads, kv_heads=arguments.kv_heads,
+            head_dim=arguments.head_dim, keys=arguments.keys, device=arguments.device,
+        )
+    )  # fmt: skip
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Load a language model for the demo: the small one that comes with it, a GGUF file, a folder or a hub's model."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from hashattn.demo.assets import SMOLLM2, fetch
+from hashattn.extras import require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def load(
+    model: str | Path | None = None, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Loaded:
+    """Return (model, tokenizer), ready for inference.
+
+    Args:
+        model: a .gguf file, a folder as save_pretrained writes it, or a hub id; None is SmolLM2-135M-Instruct.
+        dtype: of the weights.
+        device: where they go.
+    """
+    for module in ("transformers", "accelerate", "gguf"):
+        require(module, "demo", "the demo")
+    with _quiet():
+        if model is None:
+            loaded = _smollm2(dtype)
+        elif Path(model).is_file():
+            loaded = _from_gguf(Path(model), dtype)
+        else:
+            loaded = _from_pretrained(model, dtype)
+    network, tokenizer = loaded
+    _repair_eos(network, tokenizer)
+    return network.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers' wrapper of to()
+
+
+def _smollm2(dtype: torch.dtype) -> Loaded:
+    """The demo's model. Reading a GGUF takes 20 to 40 s, so a converted copy (540 MB) is kept beside it."""
+    source = fetch(SMOLLM2)
+    copy = source.with_suffix(f".{SMOLLM2.sha256[:8]}")
+    if not copy.is_dir():
+        network, tokenizer = _from_gguf(source, torch.float32)
+        with contextlib.suppress(OSError):  # no room for the copy: then each start converts again
+            _save(network, tokenizer, copy)
+        return network.to(dtype), tokenizer  # type: ignore[arg-type]
+    return _from_pretrained(copy, dtype)
+
+
+def _save(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    scratch = Path(tempfile.mkdtemp(prefix=".convert-", dir=folder.parent))
+    try:
+        network.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        scratch.rename(folder)  # fails if another process was first, whose copy is as good
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _from_gguf(path: Path, dtype: torch.dtype) -> Loaded:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if path.suffix != ".gguf":
+        raise ValueError(f"model={str(path)!r} is a file but no .gguf: give a .gguf file, a folder or a hub id")
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    network = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    # The weights are plain tensors by now; what is left of the quantiser only keeps save_pretrained from working.
+    network.hf_quantizer = None  # type: ignore[assignment]
+    if hasattr(network.config, "quantization_config"):
+        del network.config.quantization_config
+    return network, tokenizer
+
+
+def _from_pretrained(model: str | Path, dtype: torch.dtype) -> Loaded:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype), AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model={str(model)!r} cannot be loaded ({reason}); give a .gguf file, a folder as save_pretrained writes "
+            "it, or a hub id that this machine reaches; leave it out for the small model that comes with the demo"
+        ) from error
+
+
+def _repair_eos(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Some GGUF files give the tokenizer another end of text than the model was trained with: the model is right."""
+    eos = network.config.eos_token_id
+    if isinstance(eos, int) and tokenizer.eos_token_id != eos:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and advice while loading, and put both back."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,220 @@
+"""The demo's run: one dense prefill, then the same question answered by full attention and by a preset."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import statistics
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hashattn.attention import HashAttention
+from hashattn.demo.assets import SHAKESPEARE, fetch
+from hashattn.demo.model import load
+from hashattn.demo.story import ANSWER, FACT, QUESTION, build_story, contains_answer
+from hashattn.presets import options_of
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+CHUNK = 1024
+NEW_TOKENS = 24
+CONTEXT = 8000
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What one way of attending did with the question."""
+
+    name: str
+    answer: str
+    correct: bool | None  # None if nobody knows the answer
+    tokens_per_second: float
+    indexing_seconds: float  # once, before its first token
+    keys_read: float  # share of the visible keys
+    bytes_per_step: float
+    code_bytes: int
+    kv_bytes: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything the demo measured."""
+
+    model: str
+    preset: str
+    composition: str
+    tokens: int
+    fact_span: tuple[int, int] | None
+    question: str
+    prefill_seconds: float
+    contenders: tuple[Contender, ...]
+    agree: bool
+    layers: str  # what ran where
+    note: str | None
+    reads: list[list[int]]  # [layers][positions]: how often query heads read each position
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain types."""
+        return asdict(self)
+
+
+def run_demo(
+    *, model: str | None = None, preset: str = "dashkv", text: str | None = None, question: str | None = None,
+    context: int | None = None, budget: float | None = None, device: str | None = None,
+) -> Result:  # fmt: skip
+    """Run the demo; see `hashattn demo --help` for the arguments.
+
+    Raises:
+        ValueError: an argument that cannot be used; before anything is loaded where possible.
+    """
+    budget_options(preset, budget, 1024)  # refuses an unknown preset or a wrong budget at once
+    passage = read_text(text)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _say(f"loading {model or 'SmolLM2-135M-Instruct'} on {device} ...")
+    network, tokenizer = load(model, device=device)
+    limit = getattr(network.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    tokens = context or min(CONTEXT, (limit or CONTEXT) - 2 * NEW_TOKENS)
+    if limit is not None and tokens + NEW_TOKENS > limit:
+        raise ValueError(
+            f"context must be at most {limit - NEW_TOKENS} for this model ({limit} positions), got {context}"
+        )
+    own = question is not None
+    story = build_story(tokenizer, passage, tokens=tokens, fact=None if own else FACT, question=question or QUESTION)
+    ids = story.input_ids.to(device)
+    tokens = ids.shape[1]
+    attn = HashAttention.from_preset(preset, **budget_options(preset, budget, tokens))
+    _say(f"{tokens:,} tokens" + ("" if own else f', with one fact in the middle: "{FACT}"'))
+
+    cache, seconds = prefill(network, ids[:, :-1])
+    known = None if own else ANSWER
+    full = answer(network, tokenizer, ids, copy.deepcopy(cache), "full attention", known)
+    own_cache = answer_with(HashAttention.from_preset("full"), network, tokenizer, ids, cache, "full, our cache", known)
+    hashed = answer_with(attn, network, tokenizer, ids, cache, preset, known)
+    contenders = (_with_bytes(full, own_cache[0]), own_cache[0], hashed[0])
+    return Result(
+        model or "SmolLM2-135M-Instruct", preset, repr(attn), tokens, story.fact_span, question or QUESTION, seconds,
+        contenders, contenders[0].answer == contenders[-1].answer, hashed[1], hashed[2], hashed[3],
+    )  # fmt: skip
+
+
+def budget_options(preset: str, budget: float | None, tokens: int) -> dict[str, Any]:
+    """The options that give a preset this share of the keys.
+
+    Raises:
+        ValueError: an unknown preset, a budget out of (0, 1], or a preset without one.
+    """
+    HashAttention.from_preset(preset)
+    if budget is None:
+        return {}
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget must be a share above 0 and at most 1, got {budget}")
+    options = options_of(preset)
+    if preset == "dashkv_symmetric" or "t2" in options:
+        return {"t1": budget / 2, "t2": budget}
+    if "share" in options:
+        return {"share": budget}
+    keys = math.ceil(budget * tokens)
+    if "k" in options:
+        return {"k": keys}
+    if "recent" in options:
+        return {"recent": max(1, keys - options["sinks"])}
+    raise ValueError(f"preset {preset!r} has no budget: it reads every key")
+
+
+def read_text(path: str | None) -> str:
+    """The text of a file, or the Shakespeare that comes with the demo."""
+    source = fetch(SHAKESPEARE) if path is None else Path(path)
+    try:
+        return source.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ValueError(f"text={path!r} cannot be read: {error}") from error
+
+
+@torch.inference_mode()
+def prefill(network: PreTrainedModel, ids: Tensor) -> tuple[DynamicCache, float]:
+    """Keys and values of a prompt [1, N], computed densely in chunks under a progress bar."""
+    from tqdm import tqdm
+    from transformers import DynamicCache
+
+    cache, began = DynamicCache(config=network.config), time.perf_counter()
+    with tqdm(total=ids.shape[1], desc="reading the text", unit="token", file=sys.stderr) as bar:
+        for first in range(0, ids.shape[1], CHUNK):
+            chunk = ids[:, first : first + CHUNK]
+            network(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            bar.update(chunk.shape[1])
+    return cache, time.perf_counter() - began
+
+
+def answer(
+    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, cache: DynamicCache, name: str,
+    known: str | None,
+) -> Contender:  # fmt: skip
+    """Greedy answer over a prefilled cache; every attended token is timed. The cache is used up."""
+    from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+    class Clock(StoppingCriteria):
+        ticks: list[float] = []  # noqa: RUF012 (one instance)
+
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            self.ticks.append(time.perf_counter())
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    clock = Clock()
+    eos = network.generation_config.eos_token_id if network.generation_config is not None else None
+    config = GenerationConfig(
+        max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=tokenizer.pad_token_id
+    )
+    began = time.perf_counter()
+    with torch.inference_mode():
+        out = network.generate(  # type: ignore[operator]  # transformers' mixin, untyped
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, generation_config=config,
+            stopping_criteria=StoppingCriteriaList([clock]),
+        )  # fmt: skip
+    new: list[int] = out[0, ids.shape[1] :].tolist()
+    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
+    cut = next((i for i, token in enumerate(new) if token in ends), len(new))
+    text = str(tokenizer.decode(new[:cut], skip_special_tokens=True)).strip()
+    steps = [b - a for a, b in itertools.pairwise(clock.ticks)]
+    pace = statistics.median(steps)
+    return Contender(
+        name, text, contains_answer(text, known) if known else None, 1 / pace, max(0.0, clock.ticks[0] - began - pace),
+        1.0, 0.0, 0, 0,
+    )  # fmt: skip
+
+
+def answer_with(
+    attn: HashAttention, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor,
+    cache: DynamicCache, name: str, known: str | None,
+) -> tuple[Contender, str, str | None, list[list[int]]]:  # fmt: skip
+    """The same with a composition attached: the contender, what ran where, a remark, and which keys were read."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with attn.attach(network, trace=True) as handle:
+            contender = answer(network, tokenizer, ids, copy.deepcopy(cache), name, known)
+            report, reads = handle.report(), handle.reads().tolist()
+    seen = Contender(
+        **{
+            **asdict(contender), "keys_read": report.keys_read, "bytes_per_step": report.bytes_per_step,
+            "code_bytes": report.code_bytes, "kv_bytes": report.kv_bytes,
+        }
+    )  # fmt: skip
+    note = next((str(w.message) for w in caught if issubclass(w.category, UserWarning)), None)
+    return seen, str(report), note, reads
+
+
+def _with_bytes(plain: Contender, measured: Contender) -> Contender:
+    """The unattached model reads what full attention reads; it has no report of its own."""
+    return Contender(**{**asdict(plain), "bytes_per_step": measured.bytes_per_step, "kv_bytes": measured.kv_bytes})
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
