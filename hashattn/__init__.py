@@ -6,7 +6,7 @@ Keys are encoded and indexed once, each query searches them, and the softmax run
 from hashattn.attend import Attend, DenseAttend, ExactAttend, MixedPrecision, merge
 from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
-from hashattn.encoders import ITQ, AsymmetricHash, Encoder, Identity, PerLayer, SimHash, SymmetricHash
+from hashattn.encoders import ITQ, AsymmetricHash, Centring, Encoder, Identity, PerLayer, SimHash, SymmetricHash
 from hashattn.index import FlatDot, FlatHamming, Index
 from hashattn.presets import PRESETS
 from hashattn.selectors import Consensus, Momentum, Recent, Selector, Sink, Threshold, Tiers, TopK
@@ -19,6 +19,7 @@ __all__ = [
     "PRESETS",
     "AsymmetricHash",
     "Attend",
+    "Centring",
     "Consensus",
     "DenseAttend",
     "Encoder",

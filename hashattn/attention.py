@@ -165,6 +165,8 @@ class HashAttention:
 
     def check_cache(self, cache: KVCache) -> None:
         """Raise ValueError unless the cache was made by a composition with the same encoder, index and norms."""
+        if self.encoder is None:  # keys and values are all it reads
+            return
         for name, own, held in (
             ("encoder", self.encoder, cache.encoder),
             ("index", self.index, cache.index),

@@ -22,8 +22,8 @@ class KVCache:
     the batch; row b begins at column start[b] (left padding). Keys are encoded late and in bulk, when a search first
     needs them: codes == encode_key(keys[:, :, :encoded]) always holds.
 
-    An encoder that asks for centring gets, per row and KV head, the mean of the row's first keys after the sinks,
-    frozen as soon as the row has that many; until then the row is "short" and attends densely.
+    An encoder that asks for centring gets, per row and KV head, a share of the mean of the row's first keys after the
+    sinks, frozen as soon as the row has that many; until then the row is "short" and attends densely.
 
     Args:
         batch, kv_heads, head_dim: B, Hkv, D.
@@ -123,9 +123,8 @@ class KVCache:
     @property
     def warmup(self) -> int:
         """Visible keys that a row needs before its centre is frozen; 0 if the encoder asks for none."""
-        if self.encoder is None or self.encoder.centre_keys == 0:
-            return 0
-        return self.encoder.centre_skip + self.encoder.centre_keys
+        centring = self.encoder.centring if self.encoder is not None else None
+        return centring.warmup if centring is not None else 0
 
     @property
     def ready(self) -> list[bool]:
@@ -404,15 +403,15 @@ class KVCache:
 
     def _freeze_centres(self) -> None:
         """Fix the centre of rows that have become long enough; what was encoded with another one is encoded anew."""
-        assert self.encoder is not None and self._store is not None
-        skip, count = self.encoder.centre_skip, self.encoder.centre_keys
+        assert self.encoder is not None and self.encoder.centring is not None and self._store is not None
+        centring = self.encoder.centring
         centre = self._centre
         if centre is None:
             centre = torch.zeros(self.batch, self.kv_heads, self.head_dim, device=self.keys.device)
         for row, (was, now) in enumerate(zip(self._ready, self.ready, strict=True)):
             if now and not was:
-                first = self._starts[row] + skip
-                centre[row] = self.keys[row, :, first : first + count].float().mean(1)
+                first = self._starts[row] + centring.skip
+                centre[row] = centring.strength * self.keys[row, :, first : first + centring.keys].float().mean(1)
         self._centre, self._ready = centre, self.ready
         self._store.truncate(0)
         self._norms.truncate(0)

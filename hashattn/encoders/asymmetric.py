@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hashattn.encoders.base import CENTRE_KEYS, CENTRE_SKIP
-from hashattn.encoders.learned import HashNet, LearnedHash
+from hashattn.encoders.centring import Centring
+from hashattn.encoders.learned import DEFAULT_CENTRING, HashNet, LearnedHash
 
 
 class AsymmetricHash(LearnedHash):
@@ -21,7 +21,7 @@ class AsymmetricHash(LearnedHash):
         query_bits: 1, 4 or 8 bit planes for queries.
         heads: weight sets: None shares one among all heads, Hkv gives each KV head its own, Hq each query head
             (keys are then encoded once per query head).
-        centre_keys, centre_skip: frozen centring of rows while unfitted, as in SimHash.
+        centring: frozen centre of rows while unfitted, as in SimHash; None for none.
         seed: of the initial planes and weights.
     """
 
@@ -33,11 +33,10 @@ class AsymmetricHash(LearnedHash):
         key_hidden: tuple[int, ...] = (),
         query_bits: int = 1,
         heads: int | None = None,
-        centre_keys: int = CENTRE_KEYS,
-        centre_skip: int = CENTRE_SKIP,
+        centring: Centring | None = DEFAULT_CENTRING,
         seed: int = 0,
     ) -> None:
-        super().__init__(bits, query_bits, heads, centre_keys, centre_skip, seed)
+        super().__init__(bits, query_bits, heads, centring, seed)
         self.query_hidden, self.key_hidden = tuple(query_hidden), tuple(key_hidden)
 
     def _make_nets(self, planes: Tensor) -> tuple[HashNet, HashNet]:

@@ -7,10 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from hashattn.encoders.centring import Centring
 from hashattn.ops.hamming import pack_bits
-
-CENTRE_KEYS = 256
-CENTRE_SKIP = 4
 
 
 class Encoder(ABC):
@@ -19,15 +17,12 @@ class Encoder(ABC):
     Attributes:
         code: "binary" (packed sign bits) or "vector" (floats); an index says which it accepts.
         bits: length of a binary code; 0 for vectors.
-        centre_keys, centre_skip: if centre_keys > 0, the cache freezes a centre per row and KV head, the mean of the
-            row's visible keys centre_skip .. centre_skip + centre_keys - 1, and hands it to encode_key. Queries that
-            see fewer keys than that attend densely.
+        centring: if given, the cache freezes such a centre per row and KV head and hands it to encode_key.
     """
 
     code: str = "binary"
     bits: int = 0
-    centre_keys: int = 0
-    centre_skip: int = 0
+    centring: Centring | None = None
 
     @abstractmethod
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
@@ -57,12 +52,6 @@ def check_bits(bits: int, query_bits: int = 1) -> None:
         raise ValueError(f"bits must be from 8 to 1024, got {bits}")
     if query_bits not in (1, 4, 8):
         raise ValueError(f"query_bits must be 1, 4 or 8, got {query_bits!r}")
-
-
-def check_centring(keys: int, skip: int) -> None:
-    """Raise unless both counts make sense."""
-    if keys < 1 or skip < 0:
-        raise ValueError(f"centre_keys must be at least 1 and centre_skip at least 0, got {keys} and {skip}")
 
 
 def subtract(k: Tensor, centre: Tensor | None) -> Tensor:

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from hashattn.encoders.base import (
     Encoder,
     check_bits,
-    check_centring,
     key_bits,
     query_planes,
     subtract,
 )
+from hashattn.encoders.centring import Centring
 from hashattn.encoders.simhash import orthogonal_planes
+
+DEFAULT_CENTRING = Centring()
 
 
 class HashNet(nn.Module):
@@ -58,6 +60,11 @@ class HashNet(nn.Module):
             out = out + x
         return out.view(*shape[:-1], -1)
 
+    def __repr__(self) -> str:
+        heads, dim, bits = self.skip.shape
+        widths = [int(w.shape[-1]) for w in self.weights[:-1]]
+        return f"HashNet(dim={dim}, hidden={widths}, bits={bits}, heads={heads})"
+
 
 class LearnedHash(nn.Module, Encoder):
     """Signs of trained projections. Before fit() it is SimHash with the frozen centre of each row, and warns once.
@@ -66,15 +73,13 @@ class LearnedHash(nn.Module, Encoder):
     computed in float32. Queries are scaled to unit mean square first, which changes no sign of a linear map.
     """
 
-    def __init__(self, bits: int, query_bits: int, heads: int | None, centre_keys: int, centre_skip: int, seed: int):
+    def __init__(self, bits: int, query_bits: int, heads: int | None, centring: Centring | None, seed: int):
         super().__init__()
         check_bits(bits, query_bits)
-        check_centring(centre_keys, centre_skip)
         if heads is not None and heads < 1:
             raise ValueError(f"heads must be at least 1, or None for weights that all heads share, got {heads}")
         self.bits, self.query_bits, self.heads, self.seed = bits, query_bits, heads, seed
-        self._row_centre = centre_keys
-        self.centre_skip = centre_skip
+        self._row_centring = centring
         self.query_net: HashNet | None = None
         self.key_net: HashNet | None = None
         self.mean: Tensor
@@ -91,9 +96,9 @@ class LearnedHash(nn.Module, Encoder):
         return self.mean.numel() > 0
 
     @property
-    def centre_keys(self) -> int:  # type: ignore[override]
-        """Keys that freeze a row's centre; 0 once fitted, when the centre of fit() is used instead."""
-        return 0 if self.fitted else self._row_centre
+    def centring(self) -> Centring | None:  # type: ignore[override]
+        """How a row's centre is frozen; None once fitted, when the centre of fit() is used instead."""
+        return None if self.fitted else self._row_centring
 
     def code_heads(self, kv_heads: int) -> int:
         return max(kv_heads, self.heads or 1)

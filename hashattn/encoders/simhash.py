@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from hashattn.encoders.base import (
-    CENTRE_KEYS,
-    CENTRE_SKIP,
     Encoder,
     check_bits,
-    check_centring,
     key_bits,
     query_planes,
     subtract,
 )
+from hashattn.encoders.centring import Centring
 
 
 @lru_cache(maxsize=64)
@@ -38,24 +36,18 @@ class SimHash(Encoder):
     Args:
         bits: length of a code, 8 to 1024.
         query_bits: 1 scores sign bits; 4 or 8 score a query of that many bit planes against the 1-bit keys.
-        centre: subtract the row's frozen centre from its keys before the signs are taken. Keys share a large mean,
-            which softmax ignores and signs do not. With False nothing is subtracted and no row is too short.
-        centre_keys, centre_skip: the centre is the mean of this many visible keys after that many first ones.
+        centring: the frozen centre that is subtracted from a row's keys; None subtracts nothing, and no row is too
+            short to be searched.
         seed: of the projections, which all layers and heads share.
     """
 
     bits: int = 128
     query_bits: int = 1
-    centre: bool = True
-    centre_keys: int = CENTRE_KEYS
-    centre_skip: int = CENTRE_SKIP
+    centring: Centring | None = field(default_factory=Centring)
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_bits(self.bits, self.query_bits)
-        check_centring(self.centre_keys, self.centre_skip)
-        if not self.centre:
-            object.__setattr__(self, "centre_keys", 0)
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         return key_bits(subtract(k, centre) @ orthogonal_planes(k.shape[-1], self.bits, self.seed, k.device))

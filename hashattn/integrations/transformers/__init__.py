@@ -4,7 +4,8 @@ Supported: transformers >= 5.17, < 6; decoder models that use the attention inte
 """
 
 from hashattn.integrations.transformers.cache_layer import HashedLayer
+from hashattn.integrations.transformers.capture import Captured, capture
 from hashattn.integrations.transformers.handle import Handle, attach
 from hashattn.integrations.transformers.report import Report
 
-__all__ = ["Handle", "HashedLayer", "Report", "attach"]
+__all__ = ["Captured", "Handle", "HashedLayer", "Report", "attach", "capture"]
