@@ -150,7 +150,8 @@ class HashAttention:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         tokens = q.shape[2]
         engine = resolve(self, q.device.type, cache.longest)
-        if engine == "dense" or (cache.warmup and not any(cache.ready)):
+        warmup = cache.warmup if self.encoder is not None else 0  # what ranks nothing needs no centre
+        if engine == "dense" or (warmup and not any(cache.ready)):
             seen = cache.seen(tokens, causal)
             return dense(q, cache.keys, cache.values, seen, scale, need_lse=need_lse, need_weights=need_weights), None
         assert self.selector is not None
@@ -158,8 +159,8 @@ class HashAttention:
         view = cache.view(query, q.shape[1], cache.visible(tokens, causal), engine=engine)
         selection = self.selector.select(view, step or Step())
         fewest = cache.shortest - (tokens - 1 if causal else 0)  # keys that the shortest-sighted query sees
-        if fewest < cache.warmup:
-            selection = keep_short(selection, view.visible, cache.warmup)
+        if fewest < warmup:
+            selection = keep_short(selection, view.visible, warmup)
         output = self.attend.attend(q, cache, selection, scale, view=view, need_lse=need_lse, need_weights=need_weights)
         return output, selection
 

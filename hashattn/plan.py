@@ -11,6 +11,7 @@ from hashattn.engines import CROSSOVER, resolve
 
 if TYPE_CHECKING:
     from hashattn.attention import HashAttention
+    from hashattn.selectors import Selector
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def explain(
         code_bytes += 2 * batch * kv_heads * keys
     scan_bytes, attend_bytes = 0, kv_bytes
     if engine != "dense" and attn.selector is not None:
-        heads = kv_heads if _shares(attn.selector) else q_heads
-        kept, critical = attn.selector.budget(keys), attn.selector.critical(keys)
+        heads, times = _choices(attn.selector, q_heads, kv_heads)
+        kept, critical = (min(keys, times * n) for n in (attn.selector.budget(keys), attn.selector.critical(keys)))
         if attn.attend.needs_norms:  # medium keys cost a value, a norm and a code, not a key
             attend_bytes = batch * heads * (critical * 2 * row + (kept - critical) * (row + 2 + code_row))
         else:
@@ -121,12 +122,19 @@ def _stages(attn: HashAttention, engine: str, device: str, keys: int) -> tuple[t
     return tuple(rows)
 
 
-def _shares(selector: object) -> bool:
-    """Whether a KV head's queries share one selection."""
-    for part in (selector, getattr(selector, "inner", None), getattr(selector, "ranked_part", None)):
-        if getattr(part, "per", None) == "kv_head":
-            return True
-    return getattr(selector, "ranked", True) is False
+def _choices(selector: Selector, q_heads: int, kv_heads: int) -> tuple[int, int]:
+    """(choices made, keys of each as a multiple of the budget, at most): the heads of a KV head may share one."""
+    if not selector.ranked:
+        return kv_heads, 1
+    part: object = selector
+    while not hasattr(part, "per"):  # through Joined and the calibrations
+        inner = getattr(part, "ranked_part", None) or getattr(part, "inner", None)
+        if inner is None:
+            return q_heads, 1
+        part = inner
+    if getattr(part, "per", None) != "kv_head":
+        return q_heads, 1
+    return kv_heads, q_heads // kv_heads if getattr(part, "combine", None) == "union" else 1
 
 
 def _name(part: object) -> str:

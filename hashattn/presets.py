@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from hashattn.attend import DenseAttend, ExactAttend, MixedPrecision
@@ -16,7 +16,7 @@ from hashattn.attention import HashAttention
 from hashattn.encoders import AsymmetricHash, Identity, SimHash, SymmetricHash
 from hashattn.encoders.base import Encoder
 from hashattn.index import FlatDot, FlatHamming
-from hashattn.selectors import Consensus, Momentum, Recent, Sink, Tiers, TopK
+from hashattn.selectors import Consensus, Momentum, Recent, Selector, Sink, Tiers, TopK
 
 SANDWICH = (0, 1, -1)
 
@@ -46,31 +46,36 @@ def dashkv_hash_only(
     dense_layers: tuple[int, ...] = SANDWICH, engine: str = "auto",
 ) -> HashAttention:  # fmt: skip
     """DASH-KV ablation: asymmetric hashing alone, exact attention to the nearest keys (arXiv 2604.19351)."""
-    return HashAttention(
-        encoder=AsymmetricHash(bits),
-        index=FlatHamming(),
-        selector=Sink(sinks) | Recent(recent) | TopK(share=share),
-        attend=ExactAttend(),
-        engine=engine,
-        dense_layers=dense_layers,
-    )
+    return _ablation(TopK(share=share), bits, sinks, recent, dense_layers, engine)
 
 
-def dashkv_consensus(*, share: float = 0.05, vote_share: float = 0.5, **options: Any) -> HashAttention:
-    """DASH-KV ablation: hashing and cross-head consensus (arXiv 2604.19351). Options as dashkv_hash_only."""
-    attn = dashkv_hash_only(share=share, **options)
-    return _calibrated(attn, Consensus(TopK(share=share), vote_share=vote_share))
+def dashkv_consensus(
+    *, bits: int = 128, share: float = 0.05, sinks: int = 4, recent: int = 64, vote_share: float = 0.5,
+    dense_layers: tuple[int, ...] = SANDWICH, engine: str = "auto",
+) -> HashAttention:  # fmt: skip
+    """DASH-KV ablation: hashing and cross-head consensus (arXiv 2604.19351)."""
+    ranked = Consensus(TopK(share=share), vote_share=vote_share)
+    return _ablation(ranked, bits, sinks, recent, dense_layers, engine)
 
 
-def dashkv_momentum(*, share: float = 0.05, vote_share: float = 0.5, **options: Any) -> HashAttention:
-    """DASH-KV ablation: hashing, consensus and cross-layer momentum (arXiv 2604.19351). Options as dashkv_hash_only."""
-    attn = dashkv_hash_only(share=share, **options)
-    return _calibrated(attn, Momentum(Consensus(TopK(share=share), vote_share=vote_share)))
+def dashkv_momentum(
+    *, bits: int = 128, share: float = 0.05, sinks: int = 4, recent: int = 64, vote_share: float = 0.5,
+    dense_layers: tuple[int, ...] = SANDWICH, engine: str = "auto",
+) -> HashAttention:  # fmt: skip
+    """DASH-KV ablation: hashing, consensus and cross-layer momentum (arXiv 2604.19351)."""
+    ranked = Momentum(Consensus(TopK(share=share), vote_share=vote_share))
+    return _ablation(ranked, bits, sinks, recent, dense_layers, engine)
 
 
-def dashkv_symmetric(*, bits: int = 128, **options: Any) -> HashAttention:
-    """DASH-KV ablation: everything, with one encoder for queries and keys (arXiv 2604.19351). Options as dashkv."""
-    return dashkv(encoder=SymmetricHash(bits), **options)
+def dashkv_symmetric(
+    *, bits: int = 128, t1: float = 0.05, t2: float = 0.10, sinks: int = 4, recent: int = 64, vote_share: float = 0.5,
+    dense_layers: tuple[int, ...] = SANDWICH, engine: str = "auto",
+) -> HashAttention:  # fmt: skip
+    """DASH-KV ablation: everything, with one encoder for queries and keys (arXiv 2604.19351)."""
+    return dashkv(
+        t1=t1, t2=t2, sinks=sinks, recent=recent, vote_share=vote_share, encoder=SymmetricHash(bits),
+        dense_layers=dense_layers, engine=engine,
+    )  # fmt: skip
 
 
 def hata(
@@ -164,15 +169,12 @@ PRESETS: dict[str, Callable[..., HashAttention]] = {
 def build(name: str, **options: Any) -> HashAttention:
     """The preset of this name; see :meth:`HashAttention.from_preset`."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(str(name), PRESETS, n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown preset {name!r}{hint} There are {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {name!r}{_nearest(name, PRESETS)}; the presets are {', '.join(PRESETS)}")
     known = options_of(name)
     for option in options:
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=1, cutoff=0.3)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"preset {name!r} takes no option {option!r}{hint} It takes {', '.join(known) or 'none'}")
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+            raise TypeError(f"preset {name!r} takes no option {option!r}{_nearest(option, known)}; {takes}")
     return PRESETS[name](**options)
 
 
@@ -181,6 +183,19 @@ def options_of(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in inspect.signature(PRESETS[name]).parameters.values()}
 
 
-def _calibrated(attn: HashAttention, ranked: Consensus | Momentum) -> HashAttention:
-    sink, recent, _ = attn.selector.parts  # type: ignore[union-attr]
-    return attn.replace(selector=sink | recent | ranked)
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _ablation(
+    ranked: Selector, bits: int, sinks: int, recent: int, dense_layers: tuple[int, ...], engine: str
+) -> HashAttention:
+    return HashAttention(
+        encoder=AsymmetricHash(bits),
+        index=FlatHamming(),
+        selector=Sink(sinks) | Recent(recent) | ranked,
+        attend=ExactAttend(),
+        engine=engine,
+        dense_layers=dense_layers,
+    )

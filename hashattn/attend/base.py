@@ -64,8 +64,8 @@ class Attend(ABC):
 def head_logits(q: Tensor, rows: Tensor) -> Tensor:
     """Products of queries [B, Hq, T, D] with gathered keys [B, H, T, K, D], G = Hq / H: float32 [B, H, T, G, K]."""
     heads = rows.shape[1]
-    grouped = q.unflatten(1, (heads, -1)).transpose(2, 3)  # [B, H, T, G, D]
-    return (grouped @ rows.transpose(-1, -2)).float()
+    grouped = q.float().unflatten(1, (heads, -1)).transpose(2, 3)  # [B, H, T, G, D]
+    return grouped @ rows.float().transpose(-1, -2)
 
 
 def softmax_over(

@@ -49,11 +49,12 @@ def dense(
         if mask is not None:
             out = out.masked_fill(~mask.any(-1, keepdim=True), 0)
         return Output(out.view(q.shape[:3] + v.shape[-1:]))
-    logits = (folded @ k.transpose(-1, -2)).float() * scale
+    logits = folded.float() @ k.float().transpose(-1, -2) * scale
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
-    lse = logits.logsumexp(-1, keepdim=True)
-    weights = (logits - lse.clamp(min=torch.finfo(torch.float32).min)).exp()
+    lse, weights = logits.logsumexp(-1, keepdim=True), logits.softmax(-1)
+    if mask is not None:
+        weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0)
     out = (weights.to(v.dtype) @ v).view(q.shape[:3] + v.shape[-1:])
     return Output(
         out,

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hashattn.attend.base import Attend, Keys, head_logits, softmax_over
-from hashattn.ops.hamming import popcount, unpack_bits
+from hashattn.encoders.base import Encoder
+from hashattn.ops.hamming import distances, popcount, unpack_bits
 from hashattn.types import MEDIUM, Output, Selection
 from hashattn.view import View
 
@@ -75,6 +76,57 @@ class MixedPrecision(nn.Module, Attend):
             exact = F.pad(exact, (0, ids.shape[-1] - exact.shape[-1]))
             logits = torch.where(medium.unsqueeze(3), self.estimate(q, cache, ids, view), exact)
         return softmax_over(logits * scale, selection, values, q.dtype, need_lse, need_weights)
+
+    def fit(self, q: Tensor, k: Tensor, encoder: Encoder, *, share: float = 0.1, steps: int = 200) -> MixedPrecision:
+        """Fit the estimate to the keys that codes find nearest. Returns itself.
+
+        Least squares gives a; then Adam fits the residual to what is left, in units of the logits.
+
+        Args:
+            q, k: queries [B, Hq, T, D] and keys [B, Hkv, N, D] of one layer, post-RoPE; T of the order of 100.
+            encoder: a binary encoder; fitted, if it is to be.
+            share: of the keys that are nearest by code, which the fit looks at.
+            steps: of Adam, for the residual.
+        """
+        if encoder.code != "binary":
+            raise ValueError(f"encoder must make binary codes, got {encoder!r}")
+        centring, mean = encoder.centring, getattr(encoder, "mean", None)
+        centre = torch.zeros_like(k[:, :, 0]).float()
+        if isinstance(mean, Tensor) and mean.numel():
+            centre = mean.expand(k.shape[0], -1, -1)
+        elif centring is not None:
+            centre = centring.strength * k[:, :, centring.skip : centring.warmup].float().mean(2)
+        query, codes = encoder.encode_query(q), encoder.encode_key(k, centre)
+        signs = query if query.ndim == 4 else query[..., -1, :]
+        group = q.shape[1] // k.shape[1]
+        keys, centre = k.float().repeat_interleave(group, dim=1), centre.repeat_interleave(group, dim=1)
+        spread = codes.repeat_interleave(q.shape[1] // codes.shape[1], dim=1)  # [B, Hq, N, W]
+        ids = distances(signs, codes).topk(max(1, int(share * k.shape[2])), dim=-1, largest=False).indices
+        near = ids.flatten(2).unsqueeze(-1)  # [B, Hq, T*K, 1]
+        shape = (*ids.shape, -1)
+        rows = keys.gather(2, near.expand(-1, -1, -1, keys.shape[-1])).view(shape)
+        h_k = unpack_bits(spread.gather(2, near.expand(-1, -1, -1, spread.shape[-1])), encoder.bits).view(shape)
+        h_q = unpack_bits(signs, encoder.bits).float().unsqueeze(-2) * 2 - 1
+        agreement = (h_q * (h_k.float() * 2 - 1)).mean(-1)  # [B, Hq, T, K]
+        away = rows - centre[:, :, None, None]
+        truth = (q.float().unsqueeze(-2) * away).sum(-1)
+        size = q.float().norm(dim=-1, keepdim=True) * away.norm(dim=-1)
+        x = size * agreement
+        with torch.no_grad():
+            self.a.copy_((x * truth).sum() / x.square().sum().clamp(min=1e-12))
+        if self.hidden == 0:
+            return self
+        residual = CodeResidual(encoder.bits, self.hidden).to(k.device)
+        optimiser = torch.optim.Adam(residual.parameters(), lr=1e-2)
+        target, unit = truth - self.a.detach() * x, self.a.detach() * size
+        with torch.enable_grad():
+            for _ in range(steps):
+                error = unit * residual(h_q, h_k.float() * 2 - 1) - target
+                optimiser.zero_grad()
+                (error.square().mean() / target.square().mean().clamp(min=1e-12)).backward()
+                optimiser.step()
+        self.residual = residual
+        return self
 
     def estimate(self, q: Tensor, cache: Keys, ids: Tensor, view: View) -> Tensor:
         """Estimated q.k of the keys at ids [B, H, T, K], from codes and norms alone: float32 [B, H, T, G, K]."""

@@ -118,7 +118,7 @@ def budget_options(preset: str, budget: float | None, tokens: int) -> dict[str, 
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be a share above 0 and at most 1, got {budget}")
     options = options_of(preset)
-    if preset == "dashkv_symmetric" or "t2" in options:
+    if "t2" in options:
         return {"t1": budget / 2, "t2": budget}
     if "share" in options:
         return {"share": budget}

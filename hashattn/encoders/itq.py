@@ -67,6 +67,7 @@ class ITQ(nn.Module, Encoder):
             heads.append(torch.cat(blocks, dim=1))
         self.projection = torch.stack(heads).float().to(k.device)
         self.mean = mean.float().to(k.device)
+        self.fits += 1
         return self
 
     def check_model(self, q_heads: int, kv_heads: int, head_dim: int) -> None:
@@ -94,6 +95,7 @@ class ITQ(nn.Module, Encoder):
             if prefix + name in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=self.projection.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.fits += 1
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, query_bits={self.query_bits}, fitted={self.fitted}"

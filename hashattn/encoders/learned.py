@@ -171,6 +171,7 @@ class LearnedHash(nn.Module, Encoder):
             self, q, k, loss=loss, steps=steps, queries=queries, lr=lr, temperature=temperature, scale=scale,
             progress=progress,
         )  # fmt: skip
+        self.fits += 1
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
@@ -179,6 +180,7 @@ class LearnedHash(nn.Module, Encoder):
         if prefix + "mean" in state_dict:
             self.mean = torch.empty_like(state_dict[prefix + "mean"], device=self.mean.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.fits += 1
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, query_bits={self.query_bits}, heads={self.heads}, fitted={self.fitted}"

@@ -26,4 +26,9 @@ class FlatHamming(Index):
 
     def distances(self, store: Store, query: Tensor, *, engine: str = "reference") -> Tensor:
         """int32 [B, Hq, T, N] from query codes int64 [B, Hq, T, W] or planes [B, Hq, T, b, W]."""
+        if query.is_floating_point() or query.shape[-1] != store.codes.shape[-1]:
+            raise ValueError(
+                f"query must hold int64 codes of {store.codes.shape[-1]} words, as the keys do, got {query.dtype} of "
+                f"{query.shape[-1]} words"
+            )
         return hamming.distances(query, store.codes, engine=engine)

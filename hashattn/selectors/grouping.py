@@ -44,6 +44,8 @@ def take(
     distances = view.distances().unflatten(1, (view.kv_heads, -1))  # [B, Hkv, G, T, N]
     group = distances.shape[2]
     total = distances.sum(2, dtype=distances.dtype)
+    if total.is_floating_point():  # padding may hold anything
+        total = total.masked_fill(~view.seen, 0)
     if combine == "sum":
         return _cut(view.calibrate(total, _any(view, group)).search(slots), counts, critical_slots)
     ids = view.search(slots)

@@ -1,0 +1,108 @@
+import pytest
+import torch
+
+from hashattn import PRESETS, AsymmetricHash, HashAttention, SymmetricHash
+from hashattn.presets import options_of
+from tests.structured import attention64, poison, qkv, raises_naming, tolerance, visible_mask
+
+pytestmark = pytest.mark.filterwarnings("ignore:this .* is not fitted:UserWarning")
+names = pytest.mark.parametrize("name", PRESETS)
+
+
+def forced(name: str, engine: str, **options: object) -> HashAttention:
+    if "engine" in options_of(name):
+        options["engine"] = engine
+    return HashAttention.from_preset(name, **options)
+
+
+@names
+def test_every_preset_builds_documents_its_paper_and_prints(name):
+    attn = HashAttention.from_preset(name)
+    assert repr(attn).startswith("HashAttention(")
+    assert PRESETS[name].__name__ == name
+    assert "engine:" in str(attn.explain(q_heads=8, kv_heads=2, head_dim=64, keys=32768))
+
+
+@names
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+def test_rows_alone_and_in_a_padded_batch_agree(name, engine):
+    q, k, v = qkv(0, 2, keys=600, dim=32)
+    start = torch.tensor([0, 170])
+    attn = forced(name, engine)
+    together = (
+        attn(q, poison(k, start), poison(v, start), start=start) if name != "full" else attn(q, k, v, start=start)
+    )
+    alone = attn(q[1:], k[1:, :, 170:], v[1:, :, 170:])
+    tol = tolerance(q, k, v, visible_mask(1, 600, [0, 170]))
+    assert together.isfinite().all()
+    assert (together[1:] - alone).abs().max() <= tol
+    assert (together[:1] - attn(q[:1], k[:1], v[:1])).abs().max() <= tol
+
+
+@names
+@pytest.mark.parametrize("keys", [1, 30, 258])
+def test_short_rows_attend_densely_and_exactly(name, keys):
+    q, k, v = qkv(1, keys=keys, tokens=min(3, keys), dim=32)
+    attn = forced(name, "reference")
+    if name == "streaming":
+        attn = HashAttention.from_preset(name, engine="reference", recent=1020)  # a window beyond every key
+    if name == "oracle_topk":
+        attn = HashAttention.from_preset(name, engine="reference", share=1.0)  # it has no centre to wait for
+    keep = visible_mask(q.shape[2], keys, [0])
+    assert (attn(q, k, v) - attention64(q, k, v, keep)[0]).abs().max() <= tolerance(q, k, v, keep)
+
+
+def test_published_hyperparameters_are_the_defaults():
+    assert options_of("dashkv") == {
+        "bits": 128, "t1": 0.05, "t2": 0.10, "sinks": 4, "recent": 64, "vote_share": 0.5, "encoder": None,
+        "dense_layers": (0, 1, -1), "engine": "auto",
+    }  # fmt: skip
+    assert isinstance(HashAttention.from_preset("dashkv").encoder, AsymmetricHash)
+    assert HashAttention.from_preset("dashkv").encoder.query_hidden == (256, 256)
+    assert HashAttention.from_preset("hata").selector.k == 512
+    assert isinstance(HashAttention.from_preset("dashkv_symmetric").encoder, SymmetricHash)
+    assert HashAttention.from_preset("hashattention").encoder.bits == 32
+
+
+def test_options_reach_the_parts():
+    attn = HashAttention.from_preset("dashkv", bits=64, t1=0.2, t2=0.4, dense_layers=(), engine="cpu")
+    assert attn.encoder.bits == 64
+    assert (attn.dense_layers, attn.engine) == ((), "cpu")
+    assert attn.selector.critical(1000) == 200
+    assert HashAttention.from_preset("dashkv_momentum", share=0.2, sinks=1).selector.budget(1000) == 200
+    assert HashAttention.from_preset("hashattention", heads=4).encoder.heads == 4
+
+
+def test_the_ablations_add_one_part_each():
+    hash_only, consensus, momentum = (
+        HashAttention.from_preset(f"dashkv_{n}").selector.ranked_part for n in ("hash_only", "consensus", "momentum")
+    )
+    assert consensus.inner == hash_only
+    assert momentum.inner.inner == hash_only
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "options", "words"),
+    [
+        (ValueError, "dash-kv", {}, ["'dash-kv'", "did you mean 'dashkv'?"]),
+        (ValueError, "simhash", {}, ["'simhash'", "did you mean 'simhash_topk'?"]),
+        (ValueError, "zzzzzzzz", {}, ["'zzzzzzzz'", "dashkv", "full"]),
+        (TypeError, "dashkv", {"bit": 64}, ["'dashkv'", "'bit'", "did you mean 'bits'?"]),
+        (TypeError, "full", {"share": 0.1}, ["'full'", "'share'"]),
+        (TypeError, "dashkv_symmetric", {"vote_shar": 0.1}, ["'vote_shar'", "vote_share"]),
+        (TypeError, "dashkv_momentum", {"recents": 9}, ["'recents'", "'recent'"]),
+        (ValueError, "simhash_topk", {"bits": 5}, ["bits", "5"]),
+    ],
+)
+def test_unknown_presets_and_options_are_refused_with_the_nearest_name(error, name, options, words):
+    raises_naming(error, *words)(lambda: HashAttention.from_preset(name, **options))
+
+
+def test_every_option_of_a_wrapping_preset_can_be_given():
+    assert HashAttention.from_preset("dashkv_consensus", bits=64, sinks=1, recent=2).encoder.bits == 64
+    assert HashAttention.from_preset("dashkv_symmetric", bits=64, t1=0.2, t2=0.3).encoder.bits == 64
+
+
+def test_messages_read_as_sentences():
+    message = raises_naming(ValueError)(lambda: HashAttention.from_preset("zzzzzzzz"))
+    assert "'zzzzzzzz' There" not in message
