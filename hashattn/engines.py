@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hashattn.attention import HashAttention
 
-# Keys from which a sparse step is faster than dense attention, by device: benchmarks/results/decode_step_*.json.
+# Keys from which dashkv, the slowest preset, is faster than dense attention: benchmarks/results/decode_step_*.json.
 CROSSOVER = {"cpu": 4096, "cuda": 65536}
 
 

@@ -107,6 +107,9 @@ def test_codes_follow_the_keys_through_any_list_of_operations(seed, encoder, cap
             if n == 0 and data.draw(st.booleans()):
                 starts = [data.draw(st.integers(0, more)) for _ in range(batch)]
                 cache.append(k + 2, v, start=torch.tensor(starts))
+                hidden = torch.arange(more) < torch.tensor(starts)[:, None]  # padding is kept as zeros
+                k = k.masked_fill(hidden[:, None, :, None], -2)
+                v = v.masked_fill(hidden[:, None, :, None], 0)
             else:
                 cache.append(k + 2, v)
             keys = [torch.cat(x, 1) for x in zip(keys, k + 2, strict=True)]

@@ -92,6 +92,8 @@ def run_demo(
     ids = story.input_ids.to(device)
     tokens = ids.shape[1]
     attn = HashAttention.from_preset(preset, **budget_options(preset, budget, tokens))
+    # "auto" would run dense where that is faster, and show nothing.
+    attn = attn.replace(engine="cpu" if torch.device(device).type == "cpu" else "reference")
     _say(f"{tokens:,} tokens" + ("" if own else f', with one fact in the middle: "{FACT}"'))
 
     cache, seconds = prefill(network, ids[:, :-1])
