@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hashattn.attention import HashAttention
 
-# Keys from which dashkv, the slowest preset, is faster than dense attention: benchmarks/results/decode_step_*.json.
-CROSSOVER = {"cpu": 4096, "cuda": 65536}
+# Keys from which a step is faster than the fastest dense attention, where the query heads of a KV head share one choice:
+# benchmarks/results/decode_step_cpu.json (hata). A choice per query head gathers G times as much and did not win at
+# every length, nor does plain PyTorch on CUDA (decode_step_h200.json), so "auto" stays dense there.
+SHARED_ON_CPU = 8192
+
+
+def crossover(attn: HashAttention, device: str) -> int | None:
+    """Visible keys from which engine="auto" searches on this kind of device; None if it never does."""
+    return SHARED_ON_CPU if device == "cpu" and attn.selector is not None and attn.selector.shared else None
 
 
 def resolve(attn: HashAttention, device: str, visible: int) -> str:
@@ -23,6 +30,5 @@ def resolve(attn: HashAttention, device: str, visible: int) -> str:
         raise ValueError(f'engine="cpu" needs tensors on the CPU, got {device}; engine="reference" runs anywhere')
     if attn.engine != "auto":
         return attn.engine
-    if visible < CROSSOVER.get(device, CROSSOVER["cuda"]):
-        return "dense"
-    return "cpu" if device == "cpu" else "reference"
+    least = crossover(attn, device)
+    return "dense" if least is None or visible < least else "cpu"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hashattn.engines import CROSSOVER, resolve
+from hashattn.engines import crossover, resolve
 
 if TYPE_CHECKING:
     from hashattn.attention import HashAttention
@@ -26,7 +26,7 @@ class Plan:
         attend_bytes: read of selected keys and values, at most (heads of a group may share some).
         code_bytes: memory of codes and norms.
         kv_bytes: memory of keys and values.
-        crossover: keys from which "auto" runs sparse on this device.
+        crossover: keys from which "auto" searches on this device; None if it never does.
     """
 
     engine: str
@@ -36,7 +36,7 @@ class Plan:
     attend_bytes: int
     code_bytes: int
     kv_bytes: int
-    crossover: int
+    crossover: int | None
 
     @property
     def step_bytes(self) -> int:
@@ -55,7 +55,7 @@ class Plan:
             f"  full attention reads      {_bytes(self.dense_bytes)}, {ratio:.1f} times as much",
             f"  memory of codes           {_bytes(self.code_bytes)}, "
             f"{self.code_bytes / self.kv_bytes:.1%} of keys and values",
-            f'  crossover                 "auto" runs dense below {self.crossover:,} keys on this device',
+            f"  crossover                 {_crossover(self.crossover)}",
         ]
         return "\n".join(lines)
 
@@ -95,17 +95,25 @@ def explain(
             attend_bytes = batch * heads * kept * 2 * row
         if attn.selector.ranked and attn.encoder is not None:
             scan_bytes = batch * attn.encoder.code_heads(kv_heads) * keys * code_row
-    crossover = CROSSOVER.get(kind, CROSSOVER["cuda"])
+    least = crossover(attn, kind)
     return Plan(
-        engine, _stages(attn, engine, kind, keys), kv_bytes, scan_bytes, attend_bytes, code_bytes, kv_bytes, crossover
+        engine, _stages(attn, engine, kind, least), kv_bytes, scan_bytes, attend_bytes, code_bytes, kv_bytes, least
     )
 
 
-def _stages(attn: HashAttention, engine: str, device: str, keys: int) -> tuple[tuple[str, str, str], ...]:
+def _crossover(least: int | None) -> str:
+    if least is None:
+        return '"auto" runs dense here: no length was measured from which this kind of step always wins'
+    return f'"auto" runs dense below {least:,} keys on this device'
+
+
+def _stages(attn: HashAttention, engine: str, device: str, least: int | None) -> tuple[tuple[str, str, str], ...]:
     if engine == "dense":
         why = "the composition attends densely"
         if attn.attend.needs_selection:
-            why = f"{keys:,} keys are below the crossover" if attn.engine == "auto" else 'engine="dense" was asked for'
+            why = 'engine="dense" was asked for'
+            if attn.engine == "auto":
+                why = "below the crossover" if least is not None else "nothing faster was measured on this device"
         return (("attend", "full attention (PyTorch SDPA, grouped heads)", why),)
     scan = {"cpu": "numpy popcount", "reference": "PyTorch, plain operations"}[engine]
     slow = ""

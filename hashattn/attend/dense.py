@@ -40,10 +40,12 @@ def dense(
     batch, q_heads, tokens, dim = q.shape
     kv_heads, keys = k.shape[1:3]
     group = q_heads // kv_heads
-    folded = q.reshape(batch, kv_heads, group * tokens, dim)  # SDPA's own GQA is several times slower at T = 1
+    folded = q.reshape(batch, kv_heads, group * tokens, dim)  # on CPUs SDPA's own GQA is several times slower at T = 1
     mask = None
     if seen is not None:
         mask = seen.expand(-1, group, -1, -1).reshape(batch, 1, group * tokens, keys)
+    if mask is None and q.is_cuda and not (need_lse or need_weights):  # there flash splits the keys of its own GQA
+        return Output(F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=group > 1))
     if not (need_lse or need_weights):
         out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
         if mask is not None:

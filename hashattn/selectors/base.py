@@ -23,6 +23,11 @@ class Selector(ABC):
     ranked: bool = True
     needs_weights: bool = False
 
+    @property
+    def shared(self) -> bool:
+        """Whether the query heads of a KV head share one choice."""
+        return False
+
     @abstractmethod
     def select(self, view: View, step: Step) -> Selection:
         """The keys kept by each query of the view."""
@@ -55,6 +60,10 @@ class Forced(Selector):
         return 0
 
     ranked = False
+
+    @property
+    def shared(self) -> bool:
+        return True
 
     def budget(self, visible: int) -> int:
         return min(visible, self.sinks + self.recents)
@@ -102,6 +111,10 @@ class Joined(Selector):
     @property
     def needs_weights(self) -> bool:  # type: ignore[override]
         return self.ranked_part is not None and self.ranked_part.needs_weights
+
+    @property
+    def shared(self) -> bool:
+        return self.ranked_part is None or self.ranked_part.shared
 
     @property
     def sinks(self) -> int:

@@ -40,6 +40,10 @@ class Consensus(nn.Module, Selector):
     def needs_weights(self) -> bool:  # type: ignore[override]
         return self.inner.needs_weights
 
+    @property
+    def shared(self) -> bool:
+        return self.inner.shared
+
     def budget(self, visible: int) -> int:
         return self.inner.budget(visible)
 

@@ -37,6 +37,10 @@ class Momentum(nn.Module, Selector):
         self.inner, self.ratio = inner, ratio
         self.discount = nn.Parameter(torch.tensor(float(discount)))
 
+    @property
+    def shared(self) -> bool:
+        return self.inner.shared
+
     def budget(self, visible: int) -> int:
         return self.inner.budget(visible)
 

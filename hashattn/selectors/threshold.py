@@ -36,6 +36,10 @@ class Threshold(Selector):
             check_k(self.limit)
         check_grouping(self.per, self.combine)
 
+    @property
+    def shared(self) -> bool:
+        return self.per == "kv_head"
+
     def budget(self, visible: int) -> int:
         return visible if self.limit is None else min(visible, self.limit)
 

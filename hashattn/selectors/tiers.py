@@ -37,6 +37,10 @@ class Tiers(Selector):
             raise ValueError(f"t1 must be below t2, got t1={self.t1} and t2={self.t2}")
         check_grouping(self.per, self.combine)
 
+    @property
+    def shared(self) -> bool:
+        return self.per == "kv_head"
+
     def budget(self, visible: int) -> int:
         return count_keys(visible, self.t2)
 

@@ -36,6 +36,10 @@ class TopK(Selector):
             check_share("share", self.share)
         check_grouping(self.per, self.combine)
 
+    @property
+    def shared(self) -> bool:
+        return self.per == "kv_head"
+
     def budget(self, visible: int) -> int:
         return min(visible, self.k) if self.k is not None else count_keys(visible, self.share or 0)
 

@@ -206,7 +206,7 @@ def test_dense_layers_short_rows_and_the_crossover_are_reported(llama):
         assert "dense_layers" in str(report)
     with attn.replace(engine="auto").attach(llama) as handle:
         write(llama, prompt(1, (0,)), eos_token_id=None)
-        assert handle.report().layers[1].dense == {"prefill": 1, "below the crossover": 11}
+        assert handle.report().layers[1].dense == {"prefill": 1, "auto: dense is faster": 11}
     with TENTH.replace(encoder=SimHash(64)).attach(llama) as handle:
         write(llama, prompt(1, (0,)), eos_token_id=None)
         assert handle.report().layers[1].dense == {"prefill": 1, "rows too short to be indexed": 11}

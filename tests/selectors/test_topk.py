@@ -1,6 +1,5 @@
 import itertools
 
-import faiss
 import numpy as np
 import pytest
 import torch
@@ -88,6 +87,7 @@ def test_a_call_selects_the_nearest_codes(engine, query_bits, seed, bits, shape,
 @settings(deadline=None, max_examples=15)
 @given(seed=seeds, bits=odd_bits, keys=odd_lengths, k=st.sampled_from([1, 7, 64, 200]))
 def test_distances_found_are_those_of_faiss(engine, seed, bits, keys, k):
+    faiss = pytest.importorskip("faiss")
     q, key, v = qkv(seed, kv_heads=1, group=3, keys=keys)
     attn = HashAttention(SimHash(bits, centring=None), FlatHamming(), TopK(k=k), engine=engine)
     cache = attn.new_cache(1, 1, 16)

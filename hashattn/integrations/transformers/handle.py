@@ -176,7 +176,7 @@ class Handle:
         if starts != kv._starts:
             kv.set_start(torch.tensor(starts))
         if resolve(attn, query.device.type, kv.longest) == "dense":
-            return "below the crossover" if attn.engine == "auto" else "engine is dense"
+            return "auto: dense is faster" if attn.engine == "auto" else "engine is dense"
         return None
 
     def _count(self, record: LayerRecord, selection: Selection | None, query: Tensor, kv: KVCache) -> None:
