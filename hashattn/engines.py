@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hashattn.attention import HashAttention
 
-# Keys from which a step is faster than the fastest dense attention, where the query heads of a KV head share one choice:
+# Keys from which a step beats the fastest dense attention, where the query heads of a KV head share one choice:
 # benchmarks/results/decode_step_cpu.json (hata). A choice per query head gathers G times as much and did not win at
 # every length, nor does plain PyTorch on CUDA (decode_step_h200.json), so "auto" stays dense there.
 SHARED_ON_CPU = 8192

@@ -29,7 +29,7 @@ from hashattn import (
     Tiers,
     TopK,
 )
-from hashattn.engines import CROSSOVER
+from hashattn import engines as engines_module
 from tests.structured import (
     attention64,
     poison,
@@ -277,14 +277,20 @@ def test_a_forced_engine_is_the_one_that_runs(engine, runs):
     assert (attn.run(q, cache)[1] is not None) == runs
 
 
-def test_auto_runs_dense_below_the_crossover_only(monkeypatch):
+@pytest.mark.parametrize(("per", "least"), [("kv_head", 65), ("query_head", None)])
+def test_auto_searches_from_the_crossover_on_and_only_where_heads_share_a_choice(monkeypatch, per, least):
     q, k, v = qkv(7, keys=65)
-    attn = ATTN.replace(engine="auto")
+    attn = HashAttention(WARM, FlatHamming(), Sink(1) | Momentum(TopK(share=0.2, per=per)))
     cache = attn.new_cache(1, 2, 16)
     cache.append(k, v)
-    for crossover, runs in ((66, False), (65, True)):
-        monkeypatch.setitem(CROSSOVER, "cpu", crossover)
-        assert (attn.run(q, cache)[1] is not None) == runs
+    for crossover in (64, 65, 66):
+        monkeypatch.setattr(engines, "SHARED_ON_CPU", crossover)
+        searches = least is not None and crossover <= least
+        assert (attn.run(q, cache)[1] is not None) == searches
+        plan = attn.explain(q_heads=4, kv_heads=2, head_dim=16, keys=65)
+        assert plan.engine == ("cpu" if searches else "dense")
+        assert plan.crossover == (None if least is None else crossover)
+        assert attn.explain(q_heads=4, kv_heads=2, head_dim=16, keys=10**6, device="cuda").engine == "dense"
 
 
 @pytest.mark.parametrize("other", [HashAttention(selector=Sink(1) | Recent(3), engine="reference")])
@@ -455,10 +461,14 @@ def test_explain_of_dense_attention_reads_keys_and_values_once():
 
 
 def test_explain_says_what_auto_would_run_and_why():
-    attn = ATTN.replace(engine="auto")
-    for keys, engine in ((CROSSOVER["cpu"] - 1, "dense"), (CROSSOVER["cpu"], "cpu")):
-        assert attn.explain(**{**SIZES, "keys": keys}).engine == engine
-    assert "below the crossover" in str(attn.explain(**{**SIZES, "keys": 100}))
+    shared = ATTN.replace(engine="auto", selector=TopK(share=0.2, per="kv_head"))
+    least = engines.SHARED_ON_CPU
+    assert shared.explain(**{**SIZES, "keys": least}).engine == "cpu"
+    below = str(shared.explain(**{**SIZES, "keys": least - 1}))
+    assert below.startswith("engine: dense")
+    assert "below the crossover" in below
+    assert f"dense below {least:,} keys" in below
+    assert "nothing faster was measured" in str(ATTN.replace(engine="auto").explain(**SIZES))
     text = str(ATTN.explain(**SIZES))
     assert 'engine="cpu" scans faster here' in text
     assert "full attention reads" in text
