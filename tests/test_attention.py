@@ -284,7 +284,7 @@ def test_auto_searches_from_the_crossover_on_and_only_where_heads_share_a_choice
     cache = attn.new_cache(1, 2, 16)
     cache.append(k, v)
     for crossover in (64, 65, 66):
-        monkeypatch.setattr(engines, "SHARED_ON_CPU", crossover)
+        monkeypatch.setattr(engines_module, "SHARED_ON_CPU", crossover)
         searches = least is not None and crossover <= least
         assert (attn.run(q, cache)[1] is not None) == searches
         plan = attn.explain(q_heads=4, kv_heads=2, head_dim=16, keys=65)
@@ -462,7 +462,7 @@ def test_explain_of_dense_attention_reads_keys_and_values_once():
 
 def test_explain_says_what_auto_would_run_and_why():
     shared = ATTN.replace(engine="auto", selector=TopK(share=0.2, per="kv_head"))
-    least = engines.SHARED_ON_CPU
+    least = engines_module.SHARED_ON_CPU
     assert shared.explain(**{**SIZES, "keys": least}).engine == "cpu"
     below = str(shared.explain(**{**SIZES, "keys": least - 1}))
     assert below.startswith("engine: dense")
