@@ -151,7 +151,7 @@ class HashAttention:
         tokens = q.shape[2]
         engine = resolve(self, q.device.type, cache.longest)
         warmup = cache.warmup if self.encoder is not None else 0  # what ranks nothing needs no centre
-        if engine == "dense" or (warmup and not any(cache.ready)):
+        if engine == "dense" or cache.longest == 0 or (warmup and not any(cache.ready)):
             seen = cache.seen(tokens, causal)
             return dense(q, cache.keys, cache.values, seen, scale, need_lse=need_lse, need_weights=need_weights), None
         assert self.selector is not None

@@ -185,7 +185,10 @@ class KVCache:
                 self._values.storage[row, :, :first] = 0
 
     def set_start(self, start: Tensor) -> None:
-        """Change the first column of each row, int [B]; rows that change lose their centre."""
+        """Change the first column of each row, int [B]; rows that change lose their centre.
+
+        Columns that were padding in the first append hold zeros: they do not come back.
+        """
         starts = self._check_start(start, len(self))
         for row, (old, new) in enumerate(zip(self._starts, starts, strict=True)):
             if old != new:

@@ -135,7 +135,8 @@ class Joined(Selector):
     def select(self, view: View, step: Step) -> Selection:
         if self.ranked_part is None:
             return Selection(forced_ids(view, self.sinks, self.recents))
-        return self.ranked_part.select(replace(view, sinks=self.sinks, recents=self.recents), step)
+        sinks, recents = max(self.sinks, view.sinks), max(self.recents, view.recents)  # an outer Joined's stay forced
+        return self.ranked_part.select(replace(view, sinks=sinks, recents=recents), step)
 
     def __repr__(self) -> str:
         return " | ".join(map(repr, self.parts))

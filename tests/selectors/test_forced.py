@@ -3,11 +3,12 @@ import operator
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashattn import Consensus, Recent, Sink, Step, TopK
-from tests.structured import make_view, odd_lengths, raises_naming, seeds, tied_distances, visible_mask
+from hashattn import Consensus, FlatHamming, HashAttention, Recent, SimHash, Sink, Step, TopK
+from tests.structured import make_view, odd_lengths, qkv, raises_naming, seeds, tied_distances, visible_mask
 
 
 @settings(deadline=None, max_examples=40)
@@ -63,3 +64,21 @@ def test_two_ranked_selectors_cannot_be_joined():
 @pytest.mark.parametrize("keys", [0, -1, 1.5, True, "4"])
 def test_bad_numbers_of_forced_keys_are_refused_by_name(part, keys):
     raises_naming(ValueError, part.__name__, repr(keys))(lambda: part(keys))
+
+
+def test_forced_keys_of_an_outer_join_stay_forced():
+    q, k, v = qkv(0, keys=65)
+    attn = HashAttention(
+        SimHash(64, centring=None), FlatHamming(), Sink(8) | Consensus(Sink(2) | TopK(k=3)), engine="reference"
+    )
+    cache = attn.new_cache(1, 2, 16)
+    cache.append(k, v)
+    _, selection = attn.run(q, cache)
+    assert (selection.ids.sort().values == torch.arange(8)).all()
+
+
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+def test_a_row_that_is_all_padding_gives_zeros(engine):
+    q, k, v = qkv(0, keys=12)
+    attn = HashAttention(SimHash(64, centring=None), FlatHamming(), TopK(k=3), engine=engine)
+    assert (attn(q, k, v, start=torch.tensor([12])) == 0).all()
