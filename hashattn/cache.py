@@ -12,6 +12,7 @@ from torch import Tensor
 from hashattn.buffer import TokenBuffer
 from hashattn.encoders.base import Encoder
 from hashattn.index.base import Index
+from hashattn.ops.attend import row_numbers
 from hashattn.ops.hamming import popcount
 from hashattn.shapes import check_kv
 from hashattn.view import View
@@ -293,7 +294,8 @@ class KVCache:
                 raise TypeError("this composition has no index, so there are no distances")
             return index.distances(store, query, engine=engine)
 
-        return View(visible, q_heads, self.kv_heads, len(self), self.longest, scan, query, engine)
+        codes = store.codes if store is not None and index is not None and index.flat_codes and len(store) else None
+        return View(visible, q_heads, self.kv_heads, len(self), self.longest, scan, query, codes, engine)
 
     def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The ANN view: the k nearest keys of encoded queries, among all keys of their row.
@@ -325,19 +327,17 @@ class KVCache:
 
         Empty slots (-1) read a row that is kept anyway, so that no padding is touched while anything is kept.
         """
-        storage = {
-            "keys": lambda: self._keys.storage,
-            "values": lambda: self._values.storage,
-            "codes": lambda: self._store._codes.storage if self._store is not None else self._keys.storage,
-            "norms": lambda: self._norms.storage,
-        }[what]()
-        batch, heads, tokens, slots = ids.shape
-        source, room = storage.shape[1], storage.shape[2]
-        head = torch.arange(heads, device=ids.device) * source // heads
-        base = (torch.arange(batch, device=ids.device)[:, None] * source + head) * room  # [B, H]
-        columns = torch.where(ids < 0, ids.amax(-1, keepdim=True).clamp(min=0), ids)
-        flat = (columns + base[:, :, None, None]).flatten()
-        return storage.view(-1, storage.shape[-1]).index_select(0, flat).view(batch, heads, tokens, slots, -1)
+        storage = self.storage(what)
+        rows = row_numbers(ids, storage.shape[1], storage.shape[2])
+        return storage.view(-1, storage.shape[-1]).index_select(0, rows).view(*ids.shape, -1)
+
+    def storage(self, what: str) -> Tensor:
+        """All that is allocated for "keys", "values", "codes" or "norms", contiguous [B, heads, room, X]."""
+        if what == "codes":
+            if self._store is None:
+                raise ValueError("the composition has no index, so there are no codes")
+            return self._store._codes.storage
+        return {"keys": self._keys, "values": self._values, "norms": self._norms}[what].storage
 
     # ---- keeping it
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from hashattn.budget import Budget
 from hashattn.ops.nearest import nearest, nearest_visible
+from hashattn.ops.search import search
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +26,7 @@ class View:
         longest: no query sees more keys than this (known to the host, so that no device has to be asked).
         scan: returns the raw distances, [B, Hq, T, N].
         query: what the encoder made of the queries; None if nothing is ranked.
+        codes: packed codes int64 [B, heads, N, W] of a flat index, which an engine may scan and search in one pass.
         engine: "reference" or "cpu".
         sinks: this many first visible keys are ranked before every distance.
         recents: this many last visible keys too.
@@ -38,6 +41,7 @@ class View:
     longest: int
     scan: Callable[[], Tensor]
     query: Tensor | None = None
+    codes: Tensor | None = None
     engine: str = "reference"
     sinks: int = 0
     recents: int = 0
@@ -49,6 +53,11 @@ class View:
         """Distances before any calibration: int32 (float for exact scores) [B, Hq, T, N]; smaller is nearer."""
         return self.scan()
 
+    @property
+    def scanned(self) -> bool:
+        """Whether the raw distances were computed already."""
+        return "raw" in self.__dict__
+
     def distances(self) -> Tensor:
         """Distances with every calibration so far, [B, heads, T, N]; entries of invisible keys mean nothing."""
         return self.raw if self.calibrated is None else self.calibrated
@@ -56,10 +65,15 @@ class View:
     def calibrate(self, distances: Tensor, kept: Tensor | None = None) -> View:
         """The same view with other distances (and, if given, fewer keys to choose from). Raw ones stay as they are."""
         view = replace(self, calibrated=distances, kept=kept if kept is not None else self.kept)
-        for name in ("raw", "counts", "seen", "forced"):  # computed once
+        for name in ("raw", "spans", "counts", "seen", "forced"):  # computed once
             if name in self.__dict__:
                 view.__dict__[name] = self.__dict__[name]
         return view
+
+    @cached_property
+    def spans(self) -> list[list[list[int]]]:
+        """`visible` on the host."""
+        return self.visible.tolist()
 
     @cached_property
     def counts(self) -> Tensor:
@@ -81,19 +95,72 @@ class View:
         first, end = self.visible[..., :1], self.visible[..., 1:]
         return ((columns < first + self.sinks) | (columns >= end - self.recents)).unsqueeze(1) & self.seen
 
-    @property
-    def forced_counts(self) -> Tensor:
-        """Forced keys of each query, int64 [B, T]."""
-        return self.counts.clamp(max=self.sinks + self.recents)
+    def wanted(self, budget: Budget) -> Tensor:
+        """Keys that each query keeps under a budget, at least its forced ones: int64 [B, T]."""
+        return torch.maximum(budget.counts(self.counts), self.counts.clamp(max=self.sinks + self.recents))
+
+    def slots(self, budget: Budget) -> int:
+        """No query keeps more keys than this under a budget."""
+        return max(budget.count(self.longest), min(self.longest, self.sinks + self.recents))
 
     def search(self, k: int) -> Tensor:
         """The k nearest visible keys, forced ones first, ties to the most recent: int32 [B, heads, T, K], -1 empty."""
-        if self.engine == "cpu" and not self.distances().is_floating_point():
+        distances = self.distances()
+        if self.engine == "cpu" and not distances.is_floating_point():
+            counts = [[[min(k, self.longest)] for _ in row] for row in self.spans]
             return nearest_visible(
-                self.distances(), min(k, self.longest), self.visible, sinks=self.sinks, recents=self.recents,
-                kept=self.kept,
-            )  # fmt: skip
+                distances, counts, self.spans, sinks=self.sinks, recents=self.recents, kept=self.kept, ordered=True
+            )
         keep = self.seen if self.kept is None else self.kept & self.seen
         if self.kept is not None and self.forced is not None:
             keep = keep | self.forced
-        return nearest(self.distances(), min(k, self.longest), keep, self.forced)
+        return nearest(distances, min(k, self.longest), keep, self.forced)
+
+    def nearest(self, budgets: Sequence[Budget], *, shared: bool = False, radius: int | None = None) -> Tensor:
+        """The nearest keys of each query under ascending budgets, those of the first budget before the others.
+
+        Args:
+            shared: the heads of a KV head make one choice, by the sum of their distances.
+            radius: the largest distance (or sum) of a key that is not forced; None for any.
+
+        Returns:
+            int32 [B, heads, T, K], in no promised order within a budget's keys, -1 in empty slots.
+        """
+        if self.engine != "cpu":
+            view = self._within(shared, radius)
+            ids = view.search(self.slots(budgets[-1]))
+            slot = torch.arange(ids.shape[-1], device=ids.device)
+            return ids.masked_fill(slot >= self.wanted(budgets[-1])[:, None, :, None], -1)
+        forced = self.sinks + self.recents
+        counts = [
+            [[max(b.count(end - first), min(end - first, forced)) for b in budgets] for first, end in row]
+            for row in self.spans
+        ]
+        fused = self.codes is not None and self.calibrated is None and self.kept is None and not self.scanned
+        if fused and self.codes is not None and (not shared or self.codes.shape[1] == self.kv_heads):
+            assert self.query is not None
+            return search(
+                self.query, self.codes, counts, self.spans, shared=shared, sinks=self.sinks, recents=self.recents,
+                radius=radius,
+            )  # fmt: skip
+        view = self._within(shared, radius)
+        if view.distances().is_floating_point():
+            return replace(view, engine="reference").nearest(budgets)
+        return nearest_visible(
+            view.distances(), counts, self.spans, sinks=self.sinks, recents=self.recents, kept=view.kept
+        )
+
+    def _within(self, shared: bool, radius: int | None) -> View:
+        """The view whose own distances are what a call of nearest() ranks."""
+        view = self
+        if shared:
+            total = self.distances().unflatten(1, (self.kv_heads, -1)).sum(2, dtype=self.distances().dtype)
+            if total.is_floating_point():  # padding may hold anything
+                total = total.masked_fill(~self.seen, 0)
+            view = self.calibrate(
+                total, None if self.kept is None else self.kept.unflatten(1, (self.kv_heads, -1)).any(2)
+            )
+        if radius is not None:
+            near = view.distances() <= radius
+            view = view.calibrate(view.distances(), near if view.kept is None else near & view.kept)
+        return view

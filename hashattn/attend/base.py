@@ -1,11 +1,10 @@
-"""What an attend stage is, and the softmax that all of them end with."""
+"""What an attend stage is."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from hashattn.types import Output, Selection
@@ -27,7 +26,8 @@ class Keys(Protocol):
     def centre(self) -> Tensor: ...  # float32 [B, Hkv, D]
     @property
     def bits(self) -> int: ...  # length of a code
-    def gather(self, what: str, ids: Tensor) -> Tensor: ...  # rows of one of the above at [B, H, T, K]
+    def storage(self, what: str) -> Tensor: ...  # all that is allocated for one of the above, [B, heads, room, X]
+    def gather(self, what: str, ids: Tensor) -> Tensor: ...  # its rows at [B, H, T, K]
     def seen(self, tokens: int, causal: bool = True) -> Tensor | None: ...  # bool [B, 1, T, N], None for all
 
 
@@ -59,29 +59,3 @@ class Attend(ABC):
     def layer(self, i: int) -> Attend:
         """The stage for layer i of a model; stages that serve every layer return themselves."""
         return self
-
-
-def head_logits(q: Tensor, rows: Tensor) -> Tensor:
-    """Products of queries [B, Hq, T, D] with gathered keys [B, H, T, K, D], G = Hq / H: float32 [B, H, T, G, K]."""
-    heads = rows.shape[1]
-    grouped = q.float().unflatten(1, (heads, -1)).transpose(2, 3)  # [B, H, T, G, D]
-    return grouped @ rows.float().transpose(-1, -2)
-
-
-def softmax_over(
-    logits: Tensor, selection: Selection, values: Tensor, dtype: torch.dtype, need_lse: bool, need_weights: bool
-) -> Output:
-    """Softmax of logits [B, H, T, G, K] over the filled slots, with gathered values [B, H, T, K, D]."""
-    if selection.log_weights is not None:
-        logits = logits + selection.log_weights.unsqueeze(3)
-    logits = logits.masked_fill((selection.ids < 0).unsqueeze(3), -torch.inf)
-    peak = logits.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    p = (logits - peak).exp()
-    total = p.sum(-1, keepdim=True)
-    weights = p / total.clamp(min=torch.finfo(torch.float32).tiny)
-    out = (weights.to(values.dtype) @ values).masked_fill(total == 0, 0)  # [B, H, T, G, D]
-    return Output(
-        out.transpose(2, 3).flatten(1, 2).to(dtype),
-        (peak + total.log()).squeeze(-1).transpose(2, 3).flatten(1, 2) if need_lse else None,
-        weights.transpose(2, 3).flatten(1, 2) if need_weights else None,
-    )

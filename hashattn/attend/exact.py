@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from hashattn.attend.base import Attend, Keys, head_logits, softmax_over
+from hashattn.attend.base import Attend, Keys
+from hashattn.ops import attend as ops
 from hashattn.types import Output, Selection
 from hashattn.view import View
 
@@ -24,5 +26,11 @@ class ExactAttend(Attend):
     ) -> Output:  # fmt: skip
         if selection is None:
             raise ValueError("ExactAttend needs a selection; DenseAttend does without")
-        keys, values = cache.gather("keys", selection.ids), cache.gather("values", selection.ids)
-        return softmax_over(head_logits(q, keys) * scale, selection, values, q.dtype, need_lse, need_weights)
+        needs_gradient = torch.is_grad_enabled() and (q.requires_grad or selection.needs_gradient)
+        fast = view is not None and view.engine == "cpu" and not needs_gradient
+        return Output(
+            *(ops.attend if fast else ops.reference)(
+                q, cache.storage("keys"), cache.storage("values"), selection.ids, scale,
+                log_weights=selection.log_weights, need_lse=need_lse, need_weights=need_weights,
+            )
+        )  # fmt: skip

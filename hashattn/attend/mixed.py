@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hashattn.attend.base import Attend, Keys, head_logits, softmax_over
+from hashattn.attend.base import Attend, Keys
 from hashattn.encoders.base import Encoder
+from hashattn.ops.attend import head_logits, softmax_over
 from hashattn.ops.hamming import distances, popcount, unpack_bits
 from hashattn.types import MEDIUM, Output, Selection
 from hashattn.view import View
@@ -75,7 +76,9 @@ class MixedPrecision(nn.Module, Attend):
             exact = head_logits(q, cache.gather("keys", exact_ids))
             exact = F.pad(exact, (0, ids.shape[-1] - exact.shape[-1]))
             logits = torch.where(medium.unsqueeze(3), self.estimate(q, cache, ids, view), exact)
-        return softmax_over(logits * scale, selection, values, q.dtype, need_lse, need_weights)
+        return Output(
+            *softmax_over(logits * scale, ids, selection.log_weights, values, q.dtype, need_lse, need_weights)
+        )
 
     def fit(self, q: Tensor, k: Tensor, encoder: Encoder, *, share: float = 0.1, steps: int = 200) -> MixedPrecision:
         """Fit the estimate to the keys that codes find nearest. Returns itself.

@@ -42,7 +42,14 @@ class Store:
 
 
 class Index(ABC):
-    """A description of an index: frozen, comparable, without data. A KVCache asks it for a store."""
+    """A description of an index: frozen, comparable, without data. A KVCache asks it for a store.
+
+    Attributes:
+        flat_codes: whether it ranks by the Hamming distance to every packed code, so that an engine may scan and
+            search the codes in one pass.
+    """
+
+    flat_codes: bool = False
 
     @abstractmethod
     def accepts(self, code: str) -> bool:

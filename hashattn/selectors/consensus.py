@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from hashattn.budget import check_share
 from hashattn.selectors.base import Selector
-from hashattn.selectors.budget import check_share
 from hashattn.types import Selection, Step
 from hashattn.view import View
 

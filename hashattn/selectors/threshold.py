@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from hashattn.budget import Budget, check_k
 from hashattn.selectors.base import Selector
-from hashattn.selectors.budget import check_k
 from hashattn.selectors.grouping import check_grouping
 from hashattn.types import Selection, Step
 from hashattn.view import View
@@ -44,20 +46,22 @@ class Threshold(Selector):
         return visible if self.limit is None else min(visible, self.limit)
 
     def select(self, view: View, step: Step) -> Selection:
-        distances = view.distances()
-        near = distances <= self.radius
+        budget, shared = Budget(self.limit, None if self.limit else 1.0), False
         if self.per == "kv_head" and view.q_heads > view.kv_heads:
-            near = near.unflatten(1, (view.kv_heads, -1))
-            distances = distances.unflatten(1, (view.kv_heads, -1))
-            group, distances = distances.shape[2], distances.sum(2)
-            near = {
-                "sum": distances <= group * self.radius,
-                "union": near.any(2),
-                "vote": near.sum(2) * 2 > group,
-            }[self.combine]
-        view = view.calibrate(distances, near if view.kept is None else near & view.kept)
-        slots = max(self.budget(view.longest), min(view.longest, view.sinks + view.recents))
-        if view.visible.device.type == "cpu":  # asking costs nothing there
-            kept = near & view.seen if view.forced is None else (near | view.forced) & view.seen
-            slots = min(slots, max(1, int(kept.sum(-1).max())))
-        return Selection(view.search(slots))
+            group = view.q_heads // view.kv_heads
+            shared = self.combine == "sum"
+            if shared:
+                return Selection(_filled(view.nearest([budget], shared=True, radius=group * self.radius)))
+            near = (view.distances() <= self.radius).unflatten(1, (view.kv_heads, -1))
+            near = near.any(2) if self.combine == "union" else near.sum(2) * 2 > group
+            total = view.distances().unflatten(1, (view.kv_heads, -1)).sum(2)
+            view = view.calibrate(total, near if view.kept is None else near & view.kept)
+            return Selection(_filled(view.nearest([budget])))
+        return Selection(_filled(view.nearest([budget], radius=self.radius)))
+
+
+def _filled(ids: Tensor) -> Tensor:
+    """Without the slots that no query fills; asking costs nothing on the CPU."""
+    if ids.device.type != "cpu":
+        return ids
+    return ids[..., : max(1, int((ids >= 0).sum(-1).max()))]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hashattn.budget import Budget, check_share
 from hashattn.selectors.base import Selector
-from hashattn.selectors.budget import check_share, count_keys, share_counts
 from hashattn.selectors.grouping import check_grouping, take
 from hashattn.types import Selection, Step
 from hashattn.view import View
@@ -42,13 +42,10 @@ class Tiers(Selector):
         return self.per == "kv_head"
 
     def budget(self, visible: int) -> int:
-        return count_keys(visible, self.t2)
+        return Budget(share=self.t2).count(visible)
 
     def critical(self, visible: int) -> int:
-        return count_keys(visible, self.t1)
+        return Budget(share=self.t1).count(visible)
 
     def select(self, view: View, step: Step) -> Selection:
-        counts = [share_counts(view, self.t1), share_counts(view, self.t2)]
-        forced = min(view.longest, view.sinks + view.recents)
-        slots, critical = (max(n, forced) for n in (self.budget(view.longest), self.critical(view.longest)))
-        return take(view, counts, slots, self.per, self.combine, critical)
+        return take(view, [Budget(share=self.t1), Budget(share=self.t2)], self.per, self.combine)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hashattn.budget import Budget, check_k, check_share
 from hashattn.selectors.base import Selector
-from hashattn.selectors.budget import check_k, check_share, count_keys, share_counts
 from hashattn.selectors.grouping import check_grouping, take
 from hashattn.types import Selection, Step
 from hashattn.view import View
@@ -41,9 +41,7 @@ class TopK(Selector):
         return self.per == "kv_head"
 
     def budget(self, visible: int) -> int:
-        return min(visible, self.k) if self.k is not None else count_keys(visible, self.share or 0)
+        return Budget(self.k, self.share).count(visible)
 
     def select(self, view: View, step: Step) -> Selection:
-        counts = view.forced_counts.clamp(min=self.k) if self.share is None else share_counts(view, self.share)
-        slots = max(self.budget(view.longest), min(view.longest, view.sinks + view.recents))
-        return take(view, [counts], slots, self.per, self.combine)
+        return take(view, [Budget(self.k, self.share)], self.per, self.combine)

@@ -1,8 +1,10 @@
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hashattn.ops.nearest import nearest, nearest_visible
+from hashattn.ops.nearest.cpu import nearest_columns, select
 from tests.structured import brute_nearest, generator, make_view, odd_lengths, seeds
 
 
@@ -73,9 +75,9 @@ def test_extreme_distances_keep_their_order():
 @settings(deadline=None, max_examples=60)
 @given(
     seeds, odd_lengths, st.sampled_from([1, 7, 64, 200]), st.sampled_from([1, 3, 2**30]),
-    st.sampled_from([(0, 0), (1, 0), (0, 3), (4, 64)]), st.booleans(), st.data(),
+    st.sampled_from([(0, 0), (1, 0), (0, 3), (4, 64)]), st.booleans(), st.booleans(), st.data(),
 )  # fmt: skip
-def test_the_cpu_finds_what_the_reference_finds(seed, keys, k, high, forced, masks, data):
+def test_the_cpu_finds_what_the_reference_finds(seed, keys, k, high, forced, masks, ordered, data):
     g = generator(seed)
     tokens = data.draw(st.integers(1, min(3, keys)))
     start = [0, data.draw(st.integers(0, keys))]
@@ -86,10 +88,40 @@ def test_the_cpu_finds_what_the_reference_finds(seed, keys, k, high, forced, mas
     if kept is not None and view.forced is not None:
         keep = keep | view.forced
     before = distances.clone()
-    ids = nearest_visible(distances, k, view.visible, sinks=forced[0], recents=forced[1], kept=kept)
-    assert torch.equal(ids, nearest(distances, k, keep, view.forced))
+    counts = [[[k] for _ in row] for row in view.spans]
+    ids = nearest_visible(distances, counts, view.spans, sinks=forced[0], recents=forced[1], kept=kept, ordered=ordered)
+    expected = nearest(distances, k, keep, view.forced)
+    expected = torch.nn.functional.pad(expected, (0, k - expected.shape[-1]), value=-1)
+    assert torch.equal(ids if ordered else ids.sort().values, expected if ordered else expected.sort().values)
     assert torch.equal(distances, before)
     if k <= view.longest:
         for engine in ("reference", "cpu"):
             view = make_view(distances, 3, start, sinks=forced[0], recents=forced[1], kept=kept, engine=engine)
-            assert torch.equal(view.search(k), ids)
+            assert torch.equal(view.search(k), expected)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seeds, st.sampled_from([20_000, 40_001]), st.sampled_from([1, 2, 300, 2**20]), st.data())
+def test_long_rows_which_are_sampled_first_are_exact(seed, keys, high, data):
+    g = np.random.default_rng(seed)
+    rows = g.integers(0, high, (2, keys), dtype=np.int32)
+    near = g.integers(0, keys, 50)
+    rows[0, near] = -high  # far below what the sample sees
+    rows[1, :: keys // 4096] = 2 * high  # the sample sees the worst alone
+    k = data.draw(st.sampled_from([1, 49, 1000, keys // 2, keys - 1, keys, keys + 1]))
+    found = nearest_columns(rows, k)
+    order = np.lexsort((-np.arange(keys), rows[0])), np.lexsort((-np.arange(keys), rows[1]))
+    for row, best in zip(found, order, strict=True):
+        assert np.array_equal(row, np.sort(best[:k]))
+
+
+@settings(deadline=None, max_examples=30)
+@given(seeds, odd_lengths, st.integers(0, 70), st.integers(0, 70))
+def test_what_the_first_budget_takes_stands_before_the_rest(seed, keys, few, more):
+    rows = np.random.default_rng(seed).integers(0, 5, (3, keys))
+    found = select(rows, [few, few + more])
+    assert found.shape == (3, min(few + more, keys))
+    for row, first, both in zip(rows, found[:, :few], found, strict=True):
+        best = np.lexsort((-np.arange(keys), row))
+        assert {*first.tolist()} == {*best[:few].tolist()}
+        assert {*both.tolist()} == {*best[: few + more].tolist()}

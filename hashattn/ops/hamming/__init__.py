@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hashattn.ops.hamming import cpu, reference
-from hashattn.ops.hamming.reference import pack_bits, popcount, unpack_bits, words
+from hashattn.ops.hamming.reference import popcount, unpack_bits, words
 
 __all__ = ["distances", "pack_bits", "popcount", "unpack_bits", "words"]
 
@@ -13,3 +13,8 @@ __all__ = ["distances", "pack_bits", "popcount", "unpack_bits", "words"]
 def distances(query: Tensor, codes: Tensor, *, engine: str = "reference") -> Tensor:
     """Distances of every query to every key; see :func:`reference.distances`. engine: "reference" or "cpu"."""
     return (cpu if engine == "cpu" else reference).distances(query, codes)
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Pack bool [..., L] into int64 [..., ceil(L / 64)]; see :mod:`reference`."""
+    return (cpu if bits.device.type == "cpu" else reference).pack_bits(bits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
@@ -12,53 +13,168 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hashattn.ops.scratch import borrow
+
 IntArray = npt.NDArray[Any]
 
-_BLOCK = 1 << 18  # words of scratch at a time: stays in the second-level cache
+BLOCK = 1 << 18  # distances of planes scanned at a time, which bounds the scratch
+_DISTRIBUTIONS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "faiss-gpu-cuvs")
 
 
 @cache
 def faiss() -> ModuleType | None:
-    """FAISS, or None where it is not installed."""
+    """FAISS, or None where it is not installed.
+
+    Raises:
+        ImportError: two distributions of it at once, a broken one, or one too old to scan.
+    """
+    found = [f"{name} {number}" for name in _DISTRIBUTIONS if (number := _version(name)) is not None]
+    if len(found) > 1:
+        raise ImportError(
+            f"{' and '.join(found)} are both installed and overwrite each other's module faiss: pip uninstall -y "
+            f'{" ".join(f.split()[0] for f in found)}, then pip install "hashattn[cpu]" or "hashattn[gpu]"'
+        )
     try:
-        return importlib.import_module("faiss")
-    except ImportError:
+        library = importlib.import_module("faiss")
+    except ImportError as error:
+        if not found:
+            return None
+        raise ImportError(f"{found[0]} is installed but cannot be imported ({error}): reinstall it") from error
+    if not hasattr(library, "hammings"):
+        raise ImportError(
+            f"faiss {getattr(library, '__version__', 'of unknown version')} has no hammings, which the scan needs: "
+            'pip install -U "faiss-cpu>=1.15.1"'
+        )
+    return library
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
         return None
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """The same result as :func:`reference.pack_bits`, for tensors on the CPU."""
+    octets = np.packbits(bits.numpy(), axis=-1, bitorder="little")
+    missing = -octets.shape[-1] % 8
+    if missing:
+        octets = np.pad(octets, [(0, 0)] * (octets.ndim - 1) + [(0, missing)])
+    return torch.from_numpy(octets.view(np.int64))
+
+
+def as_bytes(codes: Tensor) -> IntArray:
+    """int64 codes [..., W] as uint8 [..., 8 * W]; copied if their words are not next to each other."""
+    words = codes.numpy()
+    return (words if words.strides[-1] == 8 else np.ascontiguousarray(words)).view(np.uint8)
+
+
+def hammings(query: IntArray, codes: IntArray, out: IntArray) -> None:
+    """Hamming distances of uint8 codes [Q, bytes] to [N, bytes], written to int32 [Q, N].
+
+    bytes is a multiple of 8. FAISS takes raw pointers and asks nothing, so that everything is checked here.
+
+    Raises:
+        TypeError: other dtypes.
+        ValueError: shapes that disagree, or an array whose rows are not contiguous.
+    """
+    if not (query.dtype == codes.dtype == np.uint8 and out.dtype == np.int32):
+        raise TypeError(
+            f"query, codes and out must be uint8, uint8 and int32, got {query.dtype}, {codes.dtype} and {out.dtype}"
+        )
+    size = query.shape[-1]
+    if query.ndim != 2 or size % 8 or codes.shape[1:] != (size,) or out.shape != (len(query), len(codes)):
+        raise ValueError(
+            f"query [Q, bytes], codes [N, bytes] and out [Q, N] with whole words of 8 bytes were expected, got "
+            f"{query.shape}, {codes.shape} and {out.shape}"
+        )
+    if not (query.flags.c_contiguous and codes.flags.c_contiguous and out.flags.c_contiguous):
+        raise ValueError("query, codes and out must be C-contiguous; np.ascontiguousarray(...) makes them so")
+    library = faiss()
+    if library is None:
+        _hammings_numpy(query, codes, out)
+    elif out.size and size:
+        pointer = library.swig_ptr
+        library.hammings(pointer(query), pointer(codes), len(query), len(codes), size, pointer(out))
+
+
+def _hammings_numpy(query: IntArray, codes: IntArray, out: IntArray) -> None:
+    words, keys = query.view(np.uint64), codes.view(np.uint64)  # of signed integers numpy counts the magnitude's bits
+    for row, word in zip(out, words, strict=True):
+        np.bitwise_count(keys ^ word).sum(-1, dtype=np.int32, out=row)
+
+
+def weighted_distances(query: IntArray, weights: list[int], codes: IntArray, out: IntArray) -> None:
+    """Weighted sums of the Hamming distances of queries' planes to the keys of their heads.
+
+    Args:
+        query: uint8 [H, R, P, bytes], P planes for each query.
+        weights: of the planes: powers of two, falling to 1.
+        codes: uint8 [H, N, bytes], the rows of a head contiguous (or they are copied).
+        out: int32 [H, R, N], contiguous; written.
+    """
+    heads, queries, planes, size = query.shape
+    keys = codes.shape[1]
+    flat = np.ascontiguousarray(query.reshape(heads, -1, size))  # [H, R * P, bytes]
+    block = min(keys, max(1024, BLOCK // (heads * flat.shape[1])))
+    for first in range(0, keys, block):
+        part, target = codes[:, first : first + block], out[:, :, first : first + block]
+        direct = planes == 1 and block == keys
+        found = out if direct else borrow("planes", (heads, flat.shape[1], part.shape[1]), np.int32)
+        for h in range(heads):
+            hammings(flat[h], np.ascontiguousarray(part[h]), found[h])
+        if not direct:
+            _horner(found.reshape(heads, queries, planes, part.shape[1]), weights, target)
+
+
+def _horner(found: IntArray, weights: list[int], out: IntArray) -> None:
+    """Sum [H, R, P, n] over the planes with their weights into [H, R, n]; the first plane is overwritten."""
+    if len(weights) == 1:
+        out[:] = found[:, :, 0]
+    total, weight = found[:, :, 0], weights[0]
+    for j in range(1, len(weights)):
+        while weight > weights[j]:
+            total, weight = np.add(total, total, out=total), weight // 2
+        total = np.add(total, found[:, :, j], out=total if j < len(weights) - 1 else out)
+
+
+def merge_planes(planes: list[tuple[int, IntArray]]) -> list[tuple[int, IntArray]]:
+    """Fewer planes with the same weighted sum of Hamming distances to any key.
+
+    |a - k| is linear in the bit a for either k, so that a full adder (a + b + c = sum + 2 carry, bit by bit) keeps
+    the weighted sum: three planes of weight w become one of w and one of 2 w. A group of 4 heads takes 3 planes, of
+    16 heads 5.
+
+    Args:
+        planes: (weight, integer words), weights powers of two.
+
+    Returns:
+        The same, the heaviest first; at most two planes of a weight.
+    """
+    waiting: dict[int, list[IntArray]] = {}
+    for weight, plane in planes:
+        waiting.setdefault(weight, []).append(plane)
+    merged: list[tuple[int, IntArray]] = []
+    while waiting:
+        weight = min(waiting)
+        same = waiting.pop(weight)
+        while len(same) > 2:
+            a, b, c = same.pop(), same.pop(), same.pop()
+            either = a ^ b
+            same.append(either ^ c)
+            waiting.setdefault(2 * weight, []).append((a & b) | (either & c))
+        merged += [(weight, plane) for plane in same]
+    return merged[::-1]
 
 
 def distances(query: Tensor, codes: Tensor) -> Tensor:
     """The same result as :func:`reference.distances`, for tensors on the CPU."""
-    planes = query.unsqueeze(-2) if query.ndim == 4 else query
-    batch, q_heads, tokens, n_planes, n_words = planes.shape
-    heads, keys = codes.shape[1:3]
-    grouped = planes.reshape(batch, heads, -1, n_planes, n_words).permute(3, 0, 1, 2, 4).contiguous()
-    out = torch.empty(batch, heads, grouped.shape[3], keys, dtype=torch.int32)
-    scan = _scan_numpy if faiss() is None else _scan_faiss
-    plane = out if n_planes == 1 else torch.empty_like(out)
-    for j in range(n_planes):
-        for b in range(batch):
-            for h in range(heads):
-                scan(grouped[j, b, h].numpy(), codes[b, h].contiguous().numpy(), plane[b, h].numpy())
-        if n_planes > 1:
-            out = plane.clone() if j == 0 else out.add_(plane, alpha=1 << j)
-    return out.view(batch, q_heads, tokens, keys)
-
-
-def _scan_faiss(query: IntArray, codes: IntArray, out: IntArray) -> None:
-    """Distances of int64 [Q, W] to [N, W] into int32 [Q, N]. FAISS takes raw pointers: all three are contiguous."""
-    library = faiss()
-    assert library is not None
-    pointer = library.swig_ptr
-    library.hammings(
-        pointer(query.view(np.uint8)), pointer(codes.view(np.uint8)), len(query), len(codes), 8 * query.shape[1],
-        pointer(out),
-    )  # fmt: skip
-
-
-def _scan_numpy(query: IntArray, codes: IntArray, out: IntArray) -> None:
-    """The same with numpy."""
-    query, codes = query.view(np.uint64), codes.view(np.uint64)  # of signed integers numpy counts the magnitude's bits
-    block = max(1, _BLOCK // max(1, query.size))
-    for first in range(0, len(codes), block):
-        different = np.bitwise_count(query[:, None] ^ codes[first : first + block])  # uint8 [Q, n, W]
-        different.sum(-1, dtype=np.int32, out=out[:, first : first + block])
+    batch, q_heads, tokens = query.shape[:3]
+    heads = codes.shape[1]
+    rows, held = as_bytes(query.reshape(batch, heads, q_heads // heads * tokens, -1, query.shape[-1])), as_bytes(codes)
+    weights = [1 << j for j in reversed(range(rows.shape[-2]))]
+    out = torch.empty(batch, q_heads, tokens, codes.shape[2], dtype=torch.int32)
+    for b, found in enumerate(out.view(batch, heads, -1, codes.shape[2]).numpy()):
+        weighted_distances(rows[b, :, :, ::-1], weights, held[b], found)  # the heaviest plane first
+    return out

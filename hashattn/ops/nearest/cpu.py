@@ -1,7 +1,8 @@
-"""Exact top-k on the CPU: one integer a key, numpy's vectorised partition."""
+"""Exact top-k on the CPU: no two keys rank the same, so that one partition settles the cut and its ties."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,44 +10,129 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+IntArray = npt.NDArray[Any]
+Table = Sequence[Sequence[Sequence[int]]]  # [B][T], some numbers for each query
+
+_SAMPLE = 4096  # of more columns than four times this, a sample says which are worth a look
+
+
+def nearest_columns(distances: IntArray, k: int) -> IntArray:
+    """The k smallest integers of each row [R, n], ties to the largest column: int64 [R, min(k, n)], ascending."""
+    rows, n = distances.shape
+    if k >= n:
+        return np.broadcast_to(np.arange(n), (rows, n))
+    if k <= 0:
+        return np.empty((rows, 0), np.int64)
+    if n > 4 * _SAMPLE:
+        return np.stack([_nearest_of_many(row, k) for row in distances])
+    ranks = _ranks(distances)
+    cut = np.partition(ranks, k - 1, axis=-1)[:, k - 1 : k]
+    return np.flatnonzero(ranks <= cut).reshape(rows, k) - np.arange(0, rows * n, n)[:, None]
+
+
+def _ranks(distances: IntArray) -> IntArray:
+    """Distinct integers in the order of the rule: distances, then age."""
+    n = distances.shape[-1]
+    top = max(int(distances.max()), -int(distances.min())) + 1
+    kind = np.int32 if top * n < 2**31 else np.int64
+    ranks: IntArray = np.multiply(distances, n, dtype=kind)
+    return np.add(ranks, np.arange(n - 1, -1, -1, dtype=kind), out=ranks)
+
+
+def _nearest_of_many(row: IntArray, k: int) -> IntArray:
+    """nearest_columns() of one long row: a sample bounds the cut, what lies below the bound is ranked."""
+    sample = row[:: len(row) // _SAMPLE]
+    place = k / len(row) * len(sample)
+    while (rank := int(place + 3 * place**0.5 + 3)) < len(sample):  # about three standard deviations more than needed
+        columns = np.flatnonzero(row <= np.partition(sample, rank)[rank])
+        if len(columns) >= k:
+            break
+        place *= 2
+    else:
+        columns = np.arange(len(row))
+    near = row[columns]
+    cut = np.partition(ranks := _ranks(near), k - 1)[k - 1] if k < len(near) else None
+    return columns if cut is None else columns[ranks <= cut]
+
+
+def select(
+    distances: IntArray, counts: Sequence[int], kept: npt.NDArray[np.bool_] | None = None, *, ordered: bool = False
+) -> IntArray:
+    """Columns of the counts[-1] smallest of integers [R, n], the counts[0] smallest of these before the others.
+
+    Args:
+        kept: bool [R, n], columns that may be selected; None for all.
+        ordered: nearest first; otherwise ascending within each part, which is quicker to make and to gather.
+
+    Returns:
+        int64 [R, K]; -1 where a row has no further column.
+    """
+    if kept is not None:
+        found = []
+        for row, mask in zip(distances, kept, strict=True):
+            allowed = np.flatnonzero(mask)
+            found.append(allowed[select(row[None, allowed], counts, ordered=ordered)[0]])
+        columns = np.full((len(found), max(map(len, found), default=0)), -1)
+        for r, some in enumerate(found):
+            columns[r, : len(some)] = some
+        return columns
+    columns = nearest_columns(distances, counts[-1])
+    if not ordered and (len(counts) == 1 or counts[0] >= columns.shape[1]):
+        return columns
+    near = np.take_along_axis(distances, columns, axis=-1)
+    if ordered:
+        order = np.lexsort((-columns, near), axis=-1)
+    else:
+        later = np.ones(near.shape, bool)
+        np.put_along_axis(later, nearest_columns(near, counts[0]), False, axis=-1)
+        order = np.argsort(later, axis=-1, kind="stable")
+    return np.take_along_axis(columns, order, axis=-1)
+
 
 def nearest_visible(
-    distances: Tensor, k: int, visible: Tensor, *, sinks: int = 0, recents: int = 0, kept: Tensor | None = None
-) -> Tensor:
-    """What :func:`reference.nearest` returns, for integers and forced keys that are ranges.
+    distances: Tensor, counts: Table, spans: Table, *, sinks: int = 0, recents: int = 0, kept: Tensor | None = None,
+    ordered: bool = False,
+) -> Tensor:  # fmt: skip
+    """What :func:`reference.nearest` keeps, for integers and forced keys that are ranges.
 
     Args:
         distances: integers [B, H, T, N].
-        k: slots.
-        visible: int64 [B, T, 2], each query's [first, end) columns.
+        counts: [B][T], ascending numbers: how many keys a query wants, first of all and in all.
+        spans: [B][T], (first, end): the columns that it sees.
         sinks, recents: this many first and last visible keys are ranked before every distance.
         kept: bool, broadcasts to [B, H, T, N]; visible keys that may be selected, beside the forced ones.
+        ordered: nearest first; see :func:`select`.
 
     Returns:
-        int32 [B, H, T, min(k, N)], nearest first, ties to the most recent, -1 where a row has no further key.
+        int32 [B, H, T, K] with K the largest count, -1 where a row has no further key.
     """
-    batch, _, tokens, keys = distances.shape
-    d, k = distances.numpy(), min(k, keys)
-    low, high = int(d.min()), int(d.max())
-    hidden = high - low + 2
-    kind: type[np.int32] | type[np.int64] = np.int32 if (hidden + 1) * keys < 2**31 else np.int64
-    age = np.arange(keys - 1, -1, -1, dtype=kind)
-    rank: npt.NDArray[Any] = (d - (low - 1)).astype(kind, copy=False)
-    np.multiply(rank, keys, out=rank)
-    np.add(rank, age, out=rank)
-    if kept is not None:
-        np.copyto(rank, hidden * keys + age, where=np.logical_not(kept.numpy()))
-    for b in range(batch):
-        for t in range(tokens):
-            first, end = visible[b, t].tolist()
-            first, end = max(0, min(first, keys)), max(0, end)
-            row = rank[b, :, t]
-            row[:, first : min(end, first + sinks)] = age[first : min(end, first + sinks)]
-            last = max(first, end - recents)
-            row[:, last:end] = age[last:end]
-            row[:, :first] = hidden * keys
-            row[:, max(first, end) :] = hidden * keys
-    best = np.partition(rank, k - 1, axis=-1)[..., :k] if k < keys else rank
-    best = np.sort(best, axis=-1)
-    ids = keys - 1 - best % keys
-    return torch.from_numpy(np.where(best >= hidden * keys, -1, ids).astype(np.int32))
+    batch, heads, tokens, _ = distances.shape
+    ids = empty_slots(batch, heads, tokens, counts)
+    mask = None if kept is None else kept.expand_as(distances).numpy()
+    for b, t in np.ndindex(batch, tokens):
+        first, end = spans[b][t]
+        if first < end:
+            rows, allowed = distances.numpy()[b, :, t, first:end], None if mask is None else mask[b, :, t, first:end]
+            if sinks or recents:
+                rows = force(rows.astype(np.int64), sinks, recents, int(rows.min()) - 1)
+                allowed = None if allowed is None else force(allowed.copy(), sinks, recents, True)
+            fill(ids[b, :, t], select(rows, counts[b][t], allowed, ordered=ordered), first)
+    return torch.from_numpy(ids)
+
+
+def empty_slots(batch: int, heads: int, tokens: int, counts: Table) -> IntArray:
+    """int32 [B, H, T, K] of -1, K the largest count."""
+    return np.full((batch, heads, tokens, max(1, max(c[-1] for row in counts for c in row))), -1, np.int32)
+
+
+def fill(slots: IntArray, columns: IntArray, first: int) -> None:
+    """Write the columns of a span that begins at `first` to slots [H, K]; -1 stays."""
+    found = columns + first if first == 0 or columns.min(initial=0) >= 0 else np.where(columns < 0, -1, columns + first)
+    slots[:, : found.shape[1]] = found
+
+
+def force(rows: IntArray, sinks: int, recents: int, value: int) -> IntArray:
+    """Write a value to the first and the last columns of rows [R, n], in place."""
+    rows[:, :sinks] = value
+    rows[:, max(0, rows.shape[1] - recents) :] = value
+    return rows

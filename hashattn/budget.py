@@ -1,0 +1,44 @@
+"""How many keys a query may keep: a number, or a share of the visible ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A number of keys, or a share of the visible ones, rounded up in float64. Exactly one of the two is given."""
+
+    k: int | None = None
+    share: float | None = None
+
+    def count(self, visible: int) -> int:
+        """Keys kept of so many visible ones."""
+        return min(visible, self.k) if self.k is not None else math.ceil((self.share or 0) * visible)
+
+    def counts(self, visible: Tensor) -> Tensor:
+        """The same for int64 [B, T], without asking the device."""
+        return visible.clamp(max=self.k) if self.k is not None else torch.ceil(visible.double() * self.share).long()
+
+
+EVERYTHING = Budget(share=1.0)
+
+
+def check_share(name: str, share: float) -> None:
+    """Raise unless 0 < share <= 1."""
+    if isinstance(share, bool) or not isinstance(share, int | float):
+        raise TypeError(f"{name} must be a number above 0 and at most 1, got {share!r}")
+    if not 0 < share <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {share!r}")
+
+
+def check_k(k: int) -> None:
+    """Raise unless k is a positive int."""
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k must be an int of at least 1 (for a share of the keys: share=), got {k!r}")
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
