@@ -140,13 +140,10 @@ class HashAttention:
             step: the layer's number and the previous layer's selection, for momentum.
             need_lse, need_weights: whether Output carries these.
         """
-        self.check_cache(cache)
-        if len(cache) == 0:
-            raise ValueError("the cache is empty: append keys and values first")
-        check_float(q=q, keys=cache.keys)
-        check_q(q, cache.batch, cache.kv_heads, cache.head_dim, len(cache))
-        if self.encoder is not None:
-            self.encoder.check_model(q.shape[1], cache.kv_heads, cache.head_dim)
+        wanted = (self, self.encoder.fits if self.encoder is not None else 0, q.shape, q.dtype, q.device)
+        if cache.admitted != wanted or q.shape[2] > len(cache):  # the same call as before needs no second look
+            self.check_call(q, cache)
+            cache.admitted = wanted
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         tokens = q.shape[2]
         engine = resolve(self, q.device.type, cache.longest)
@@ -156,13 +153,23 @@ class HashAttention:
             return dense(q, cache.keys, cache.values, seen, scale, need_lse=need_lse, need_weights=need_weights), None
         assert self.selector is not None
         query = self.encoder.encode_query(q) if self.encoder is not None else None
-        view = cache.view(query, q.shape[1], cache.visible(tokens, causal), engine=engine)
+        view = cache.view(query, q.shape[1], cache.spans(tokens, causal), engine=engine)
         selection = self.selector.select(view, step or Step())
         fewest = cache.shortest - (tokens - 1 if causal else 0)  # keys that the shortest-sighted query sees
         if fewest < warmup:
             selection = keep_short(selection, view.visible, warmup)
         output = self.attend.attend(q, cache, selection, scale, view=view, need_lse=need_lse, need_weights=need_weights)
         return output, selection
+
+    def check_call(self, q: Tensor, cache: KVCache) -> None:
+        """Raise unless these queries can attend to this cache."""
+        self.check_cache(cache)
+        if len(cache) == 0:
+            raise ValueError("the cache is empty: append keys and values first")
+        check_float(q=q, keys=cache.keys)
+        check_q(q, cache.batch, cache.kv_heads, cache.head_dim, len(cache))
+        if self.encoder is not None:
+            self.encoder.check_model(q.shape[1], cache.kv_heads, cache.head_dim)
 
     def check_cache(self, cache: KVCache) -> None:
         """Raise ValueError unless the cache was made by a composition with the same encoder, index and norms."""

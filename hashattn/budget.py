@@ -22,7 +22,9 @@ class Budget:
 
     def counts(self, visible: Tensor) -> Tensor:
         """The same for int64 [B, T], without asking the device."""
-        return visible.clamp(max=self.k) if self.k is not None else torch.ceil(visible.double() * self.share).long()
+        if self.k is not None:
+            return visible.clamp(max=self.k)
+        return torch.ceil(visible.double() * (self.share or 0)).long()
 
 
 EVERYTHING = Budget(share=1.0)

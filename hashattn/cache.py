@@ -14,6 +14,7 @@ from hashattn.encoders.base import Encoder
 from hashattn.index.base import Index
 from hashattn.ops.attend import row_numbers
 from hashattn.ops.hamming import popcount
+from hashattn.ops.nearest.cpu import Table
 from hashattn.shapes import check_kv
 from hashattn.view import View
 
@@ -50,6 +51,7 @@ class KVCache:
         self._ready = [self.warmup == 0] * batch  # rows whose centre is frozen
         self._centre: Tensor | None = None
         self._fits = encoder.fits if encoder is not None else 0
+        self.admitted: object = None  # the last call that was checked against this cache, for HashAttention
 
     # ---- what is in it
 
@@ -224,7 +226,7 @@ class KVCache:
             self._centre = self._centre.index_select(0, rows)
         self._starts = [self._starts[r] for r in picked]
         self._ready = [self._ready[r] for r in picked]
-        self.batch = len(picked)
+        self.batch, self.admitted = len(picked), None
 
     def reorder(self, rows: Tensor) -> None:
         """Reorder rows, as beam search does: row i becomes what row rows[i] was."""
@@ -268,24 +270,22 @@ class KVCache:
             self._norms.append(centred.norm(dim=-1, keepdim=True).half())
         self._store.add(codes)
 
-    def visible(self, tokens: int, causal: bool = True) -> Tensor:
-        """The [first, end) columns seen by `tokens` queries that are the last ones: int64 [B, T, 2]."""
-        start = self.start
-        end = torch.full((tokens,), len(self), device=start.device)
-        if causal:
-            end = torch.arange(len(self) - tokens + 1, len(self) + 1, device=start.device)
-        return torch.stack(torch.broadcast_tensors(start[:, None], end), dim=-1)
+    def spans(self, tokens: int, causal: bool = True) -> list[list[tuple[int, int]]]:
+        """The columns (first, end) seen by `tokens` queries that are the last ones, for each row and query."""
+        last = len(self)
+        ends = range(last - tokens + 1, last + 1) if causal else [last] * tokens
+        return [[(first, end) for end in ends] for first in self._starts]
 
     def seen(self, tokens: int, causal: bool = True) -> Tensor | None:
         """The same as a mask, bool [B, 1, T, N]; None if every query sees every column."""
         if not any(self._starts) and (tokens == 1 or not causal):
             return None
-        visible = self.visible(tokens, causal)
+        visible = torch.tensor(self.spans(tokens, causal), device=self.keys.device)
         columns = torch.arange(len(self), device=visible.device)
         return ((columns >= visible[..., :1]) & (columns < visible[..., 1:])).unsqueeze(1)
 
-    def view(self, query: Tensor | None, q_heads: int, visible: Tensor, *, engine: str = "reference") -> View:
-        """What a selector sees, for encoded queries and their visible columns."""
+    def view(self, query: Tensor | None, q_heads: int, spans: Table, *, engine: str = "reference") -> View:
+        """What a selector sees, for encoded queries and the columns visible to them; see :meth:`spans`."""
         self.encode()
         index, store = self.index, self._store
 
@@ -295,7 +295,7 @@ class KVCache:
             return index.distances(store, query, engine=engine)
 
         codes = store.codes if store is not None and index is not None and index.flat_codes and len(store) else None
-        return View(visible, q_heads, self.kv_heads, len(self), self.longest, scan, query, codes, engine)
+        return View(spans, q_heads, self.kv_heads, len(self), scan, self._keys.storage.device, query, codes, engine)
 
     def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The ANN view: the k nearest keys of encoded queries, among all keys of their row.
@@ -317,7 +317,7 @@ class KVCache:
         if not all(self.ready):
             short = [b for b, r in enumerate(self.ready) if not r]
             raise ValueError(f"rows {short} hold fewer than {self.warmup} keys, from which their centre is made")
-        view = self.view(query, query.shape[1], self.visible(query.shape[2], causal=False))
+        view = self.view(query, query.shape[1], self.spans(query.shape[2], causal=False))
         ids = view.search(k)
         ids = F.pad(ids, (0, min(k, len(self)) - ids.shape[-1]), value=-1)  # the longest row may be shorter than N
         return ids, view.raw.gather(-1, ids.clamp(min=0).long())
@@ -393,7 +393,7 @@ class KVCache:
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         twin = copy.copy(self)
         for name, value in self.__dict__.items():
-            if name not in ("encoder", "index"):  # shared: a copy is still of the same composition
+            if name not in ("encoder", "index", "admitted"):  # shared: a copy is still of the same composition
                 twin.__dict__[name] = copy.deepcopy(value, memo)
         return twin
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hashattn.budget import Budget
 from hashattn.ops.nearest import nearest, nearest_visible
+from hashattn.ops.nearest.cpu import Table
 from hashattn.ops.search import search
 
 
@@ -19,12 +20,12 @@ class View:
     """Distances of queries to the keys that they may see.
 
     Attributes:
-        visible: int64 [B, T, 2], each query's [first, end) columns: left padding, and causality for T > 1.
+        spans: [B][T], (first, end): the columns that each query sees: left padding, and causality for T > 1.
         q_heads: Hq.
         kv_heads: Hkv.
         keys: N, the columns of the cache.
-        longest: no query sees more keys than this (known to the host, so that no device has to be asked).
         scan: returns the raw distances, [B, Hq, T, N].
+        device: where the tensors are.
         query: what the encoder made of the queries; None if nothing is ranked.
         codes: packed codes int64 [B, heads, N, W] of a flat index, which an engine may scan and search in one pass.
         engine: "reference" or "cpu".
@@ -34,12 +35,12 @@ class View:
         kept: bool [B, H, T, N], keys that may be selected; None means all visible ones.
     """
 
-    visible: Tensor
+    spans: Table
     q_heads: int
     kv_heads: int
     keys: int
-    longest: int
     scan: Callable[[], Tensor]
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
     query: Tensor | None = None
     codes: Tensor | None = None
     engine: str = "reference"
@@ -65,15 +66,20 @@ class View:
     def calibrate(self, distances: Tensor, kept: Tensor | None = None) -> View:
         """The same view with other distances (and, if given, fewer keys to choose from). Raw ones stay as they are."""
         view = replace(self, calibrated=distances, kept=kept if kept is not None else self.kept)
-        for name in ("raw", "spans", "counts", "seen", "forced"):  # computed once
+        for name in ("raw", "visible", "counts", "seen", "forced"):  # computed once
             if name in self.__dict__:
                 view.__dict__[name] = self.__dict__[name]
         return view
 
     @cached_property
-    def spans(self) -> list[list[list[int]]]:
-        """`visible` on the host."""
-        return self.visible.tolist()
+    def visible(self) -> Tensor:
+        """The spans as int64 [B, T, 2], on the device."""
+        return torch.tensor(self.spans, device=self.device)
+
+    @property
+    def longest(self) -> int:
+        """No query sees more keys than this."""
+        return max(0, max(end - first for row in self.spans for first, end in row))
 
     @cached_property
     def counts(self) -> Tensor:
@@ -83,7 +89,7 @@ class View:
     @cached_property
     def seen(self) -> Tensor:
         """bool [B, 1, T, N]: which keys each query sees."""
-        columns = torch.arange(self.keys, device=self.visible.device)
+        columns = torch.arange(self.keys, device=self.device)
         return ((columns >= self.visible[..., :1]) & (columns < self.visible[..., 1:])).unsqueeze(1)
 
     @cached_property
@@ -91,7 +97,7 @@ class View:
         """bool [B, 1, T, N]: visible keys ranked before every distance; None if there are none."""
         if not self.sinks and not self.recents:
             return None
-        columns = torch.arange(self.keys, device=self.visible.device)
+        columns = torch.arange(self.keys, device=self.device)
         first, end = self.visible[..., :1], self.visible[..., 1:]
         return ((columns < first + self.sinks) | (columns >= end - self.recents)).unsqueeze(1) & self.seen
 

@@ -111,9 +111,8 @@ def make_view(
     batch, q_heads, tokens, keys = distances.shape
     start = start or [0] * batch
     end = torch.arange(keys - tokens + 1, keys + 1) if causal else torch.full((tokens,), keys)
-    visible = torch.stack(torch.broadcast_tensors(torch.tensor(start)[:, None], end), -1)
-    longest = max(0, keys - min(start))
-    return View(visible, q_heads, kv_heads, keys, longest, lambda: distances, **options)  # type: ignore[arg-type]
+    spans = [[(first, e) for e in end.tolist()] for first in start]
+    return View(spans, q_heads, kv_heads, keys, lambda: distances, **options)  # type: ignore[arg-type]
 
 
 def tied_distances(seed: int, batch: int, q_heads: int, tokens: int, keys: int, high: int = 6) -> Tensor:

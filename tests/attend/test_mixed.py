@@ -108,7 +108,7 @@ def test_estimates_equal_the_formula_to_float32_rounding():
     with torch.no_grad():
         _, selection = attn.run(q, cache)
         logits, _ = by_hand(attn, q, cache, selection, 1.0)
-        view = cache.view(attn.encoder.encode_query(q), 4, cache.visible(1), engine="cpu")
+        view = cache.view(attn.encoder.encode_query(q), 4, cache.spans(1), engine="cpu")
         found = attn.attend.estimate(q, cache, selection.ids, view).squeeze(3)
     medium = selection.tier == MEDIUM
     bound = 16 * torch.finfo(torch.float32).eps * logits[medium].abs().max()
@@ -179,7 +179,7 @@ def test_unfitted_estimates_follow_the_true_logits(bits):
     )
     cache = attn.new_cache(1, 2, 32)
     cache.append(data.k, data.v)
-    view = cache.view(attn.encoder.encode_query(data.q), 4, cache.visible(24, causal=False))
+    view = cache.view(attn.encoder.encode_query(data.q), 4, cache.spans(24, causal=False))
     ids = torch.arange(640, dtype=torch.int32).expand(1, 4, 24, 640).contiguous()
     estimate = attn.attend.estimate(data.q, cache, ids, view).squeeze(3).detach()
     true = data.q @ data.k.repeat_interleave(2, 1).transpose(-1, -2)
@@ -199,7 +199,7 @@ def test_fitting_brings_estimates_of_near_keys_closer_to_the_true_logits():
         attn = HashAttention(encoder, FlatHamming(), Tiers(0.1, 1.0), attend, engine="reference")
         cache = attn.new_cache(1, 2, 32)
         cache.append(data.k, data.v)
-        view = cache.view(encoder.encode_query(data.q), 4, cache.visible(24, causal=False))
+        view = cache.view(encoder.encode_query(data.q), 4, cache.spans(24, causal=False))
         ids = view.search(64)
         found = attend.estimate(data.q, cache, ids, view).squeeze(3).detach()
         true = (data.q @ data.k.repeat_interleave(2, 1).transpose(-1, -2)).gather(-1, ids.long())
@@ -218,7 +218,7 @@ def test_without_medium_keys_it_is_exact_attention():
     )
     cache = attn.new_cache(1, 2, 16)
     cache.append(k, v)
-    view = cache.view(attn.encoder.encode_query(q), 4, cache.visible(1))
+    view = cache.view(attn.encoder.encode_query(q), 4, cache.spans(1))
     _, selection = attn.run(q, cache)
     critical = Selection(selection.ids, torch.zeros_like(selection.tier))
     mixed = attn.attend.attend(q, cache, critical, 0.25, view=view).out

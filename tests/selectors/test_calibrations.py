@@ -153,7 +153,7 @@ def test_the_gradient_is_the_slope_of_log_weights_on_discounted_slots():
     cache.append(k, v)
     output, selection = attn.run(q, cache)
     output.out.sum().backward()
-    view = cache.view(attn.encoder.encode_query(q), 4, cache.visible(1))
+    view = cache.view(attn.encoder.encode_query(q), 4, cache.spans(1))
     votes = selected(TopK(k=9).select(view, Step()).ids, 65, 4).sum(1, keepdim=True)
     marked = (votes > 2).expand(-1, 4, -1, -1).gather(-1, selection.ids.long())
     assert marked.any()

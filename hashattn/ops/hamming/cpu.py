@@ -139,7 +139,7 @@ def _horner(found: IntArray, weights: list[int], out: IntArray) -> None:
         total = np.add(total, found[:, :, j], out=total if j < len(weights) - 1 else out)
 
 
-def merge_planes(planes: list[tuple[int, IntArray]]) -> list[tuple[int, IntArray]]:
+def merge_planes(planes: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Fewer planes with the same weighted sum of Hamming distances to any key.
 
     |a - k| is linear in the bit a for either k, so that a full adder (a + b + c = sum + 2 carry, bit by bit) keeps
@@ -147,15 +147,15 @@ def merge_planes(planes: list[tuple[int, IntArray]]) -> list[tuple[int, IntArray
     16 heads 5.
 
     Args:
-        planes: (weight, integer words), weights powers of two.
+        planes: (weight, bits), weights powers of two, the bits of all codes as one integer.
 
     Returns:
         The same, the heaviest first; at most two planes of a weight.
     """
-    waiting: dict[int, list[IntArray]] = {}
+    waiting: dict[int, list[int]] = {}
     for weight, plane in planes:
         waiting.setdefault(weight, []).append(plane)
-    merged: list[tuple[int, IntArray]] = []
+    merged: list[tuple[int, int]] = []
     while waiting:
         weight = min(waiting)
         same = waiting.pop(weight)

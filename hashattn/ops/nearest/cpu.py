@@ -16,30 +16,39 @@ Table = Sequence[Sequence[Sequence[int]]]  # [B][T], some numbers for each query
 _SAMPLE = 4096  # of more columns than four times this, a sample says which are worth a look
 
 
-def nearest_columns(distances: IntArray, k: int) -> IntArray:
-    """The k smallest integers of each row [R, n], ties to the largest column: int64 [R, min(k, n)], ascending."""
+def nearest_columns(distances: IntArray, k: int, top: int | None = None) -> IntArray:
+    """Columns of the k smallest integers of each row, ties to the largest column.
+
+    Args:
+        distances: integers [R, n].
+        top: no magnitude is larger; None to look.
+
+    Returns:
+        int64 [R, min(k, n)], ascending.
+    """
     rows, n = distances.shape
     if k >= n:
         return np.broadcast_to(np.arange(n), (rows, n))
     if k <= 0:
         return np.empty((rows, 0), np.int64)
     if n > 4 * _SAMPLE:
-        return np.stack([_nearest_of_many(row, k) for row in distances])
-    ranks = _ranks(distances)
+        return np.stack([_nearest_of_many(row, k, top) for row in distances])
+    ranks = _ranks(distances, top)
     cut = np.partition(ranks, k - 1, axis=-1)[:, k - 1 : k]
     return np.flatnonzero(ranks <= cut).reshape(rows, k) - np.arange(0, rows * n, n)[:, None]
 
 
-def _ranks(distances: IntArray) -> IntArray:
+def _ranks(distances: IntArray, top: int | None) -> IntArray:
     """Distinct integers in the order of the rule: distances, then age."""
     n = distances.shape[-1]
-    top = max(int(distances.max()), -int(distances.min())) + 1
-    kind = np.int32 if top * n < 2**31 else np.int64
+    if top is None:
+        top = max(int(distances.max()), -int(distances.min()))
+    kind = np.int32 if (top + 1) * n < 2**31 else np.int64
     ranks: IntArray = np.multiply(distances, n, dtype=kind)
     return np.add(ranks, np.arange(n - 1, -1, -1, dtype=kind), out=ranks)
 
 
-def _nearest_of_many(row: IntArray, k: int) -> IntArray:
+def _nearest_of_many(row: IntArray, k: int, top: int | None) -> IntArray:
     """nearest_columns() of one long row: a sample bounds the cut, what lies below the bound is ranked."""
     sample = row[:: len(row) // _SAMPLE]
     place = k / len(row) * len(sample)
@@ -51,18 +60,20 @@ def _nearest_of_many(row: IntArray, k: int) -> IntArray:
     else:
         columns = np.arange(len(row))
     near = row[columns]
-    cut = np.partition(ranks := _ranks(near), k - 1)[k - 1] if k < len(near) else None
+    cut = np.partition(ranks := _ranks(near, top), k - 1)[k - 1] if k < len(near) else None
     return columns if cut is None else columns[ranks <= cut]
 
 
 def select(
-    distances: IntArray, counts: Sequence[int], kept: npt.NDArray[np.bool_] | None = None, *, ordered: bool = False
-) -> IntArray:
+    distances: IntArray, counts: Sequence[int], kept: npt.NDArray[np.bool_] | None = None, *, ordered: bool = False,
+    top: int | None = None,
+) -> IntArray:  # fmt: skip
     """Columns of the counts[-1] smallest of integers [R, n], the counts[0] smallest of these before the others.
 
     Args:
         kept: bool [R, n], columns that may be selected; None for all.
         ordered: nearest first; otherwise ascending within each part, which is quicker to make and to gather.
+        top: no magnitude of a distance is larger; None to look.
 
     Returns:
         int64 [R, K]; -1 where a row has no further column.
@@ -71,12 +82,12 @@ def select(
         found = []
         for row, mask in zip(distances, kept, strict=True):
             allowed = np.flatnonzero(mask)
-            found.append(allowed[select(row[None, allowed], counts, ordered=ordered)[0]])
-        columns = np.full((len(found), max(map(len, found), default=0)), -1)
+            found.append(allowed[select(row[None, allowed], counts, ordered=ordered, top=top)[0]])
+        padded = np.full((len(found), max(map(len, found), default=0)), -1)
         for r, some in enumerate(found):
-            columns[r, : len(some)] = some
-        return columns
-    columns = nearest_columns(distances, counts[-1])
+            padded[r, : len(some)] = some
+        return padded
+    columns = nearest_columns(distances, counts[-1], top)
     if not ordered and (len(counts) == 1 or counts[0] >= columns.shape[1]):
         return columns
     near = np.take_along_axis(distances, columns, axis=-1)
@@ -84,7 +95,7 @@ def select(
         order = np.lexsort((-columns, near), axis=-1)
     else:
         later = np.ones(near.shape, bool)
-        np.put_along_axis(later, nearest_columns(near, counts[0]), False, axis=-1)
+        np.put_along_axis(later, nearest_columns(near, counts[0], top), False, axis=-1)
         order = np.argsort(later, axis=-1, kind="stable")
     return np.take_along_axis(columns, order, axis=-1)
 
@@ -116,7 +127,8 @@ def nearest_visible(
             if sinks or recents:
                 rows = force(rows.astype(np.int64), sinks, recents, int(rows.min()) - 1)
                 allowed = None if allowed is None else force(allowed.copy(), sinks, recents, True)
-            fill(ids[b, :, t], select(rows, counts[b][t], allowed, ordered=ordered), first)
+            columns = select(rows, counts[b][t], allowed, ordered=ordered)
+            ids[b, :, t, : columns.shape[1]] = shift(columns, first)
     return torch.from_numpy(ids)
 
 
@@ -125,10 +137,9 @@ def empty_slots(batch: int, heads: int, tokens: int, counts: Table) -> IntArray:
     return np.full((batch, heads, tokens, max(1, max(c[-1] for row in counts for c in row))), -1, np.int32)
 
 
-def fill(slots: IntArray, columns: IntArray, first: int) -> None:
-    """Write the columns of a span that begins at `first` to slots [H, K]; -1 stays."""
-    found = columns + first if first == 0 or columns.min(initial=0) >= 0 else np.where(columns < 0, -1, columns + first)
-    slots[:, : found.shape[1]] = found
+def shift(columns: IntArray, first: int) -> IntArray:
+    """Columns of a span as columns of the cache, where it begins at `first`; -1 stays."""
+    return columns if first == 0 else np.where(columns < 0, columns, columns + first)
 
 
 def force(rows: IntArray, sinks: int, recents: int, value: int) -> IntArray:

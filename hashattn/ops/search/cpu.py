@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hashattn.ops.hamming.cpu import as_bytes, merge_planes, weighted_distances
-from hashattn.ops.nearest.cpu import IntArray, Table, empty_slots, fill, force, select
+from hashattn.ops.nearest.cpu import IntArray, Table, force, select, shift
 from hashattn.ops.scratch import borrow
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ def search(
         threads: at most this many; torch.get_num_threads() by default.
 
     Returns:
-        int32 [B, heads, T, K], K the largest count.
+        int32 [B, heads, T, K], K the largest number of keys that a query keeps, at least 1.
 
     Raises:
         ValueError: threads below 1.
@@ -44,8 +44,8 @@ def search(
     batch, heads, keys, _ = codes.shape
     rows, weights = query_rows(query, heads, shared)  # uint8 [B, Hc, R, T, P, bytes]
     group, tokens = rows.shape[2:4]
-    ids = empty_slots(batch, heads * group, tokens, counts)
-    slots, held = ids.reshape(batch, heads, group, tokens, -1), as_bytes(codes)
+    top = 64 * codes.shape[3] * sum(weights)  # no distance is larger
+    held, found = as_bytes(codes), []
 
     def some(parts: Sequence[tuple[int, slice]]) -> None:
         for b, part in parts:
@@ -53,23 +53,25 @@ def search(
             if low >= high:
                 continue
             queries = rows[b, part].reshape(part.stop - part.start, group * tokens, len(weights), -1)
-            flat = borrow("distances", (len(queries), group * tokens, high - low), np.int32)
-            weighted_distances(queries, weights, held[b, part, low:high], flat)
-            found = flat.reshape(-1, group, tokens, high - low)
+            distances = borrow("distances", (len(queries), group * tokens, high - low), np.int32)
+            weighted_distances(queries, weights, held[b, part, low:high], distances)
             for t, (first, end) in enumerate(spans[b]):
                 if first < end:
-                    row = found[:, :, t, first - low : end - low].reshape(-1, end - first)
+                    row = distances[:, t::tokens, first - low : end - low].reshape(-1, end - first)
                     if sinks or recents:
                         row = force(row.copy() if tokens > 1 else row, sinks, recents, -1)
-                    columns = select(row, counts[b][t], None if radius is None else row <= radius)
-                    target = np.full((len(row), ids.shape[-1]), -1, np.int32)
-                    fill(target, columns, first)
-                    slots[b, part, :, t] = target.reshape(-1, group, ids.shape[-1])
+                    columns = select(row, counts[b][t], None if radius is None else row <= radius, top=top)
+                    found.append((b, part, t, shift(columns, first)))
 
     few = max(1, _AT_ONCE // (keys * group * tokens))
     parts = [(b, slice(h, min(heads, h + few))) for b in range(batch) for h in range(0, heads, few)]
     in_threads(some, parts, threads if keys >= _WORTH_A_THREAD else 1)
-    return torch.from_numpy(ids)
+    slots = max((columns.shape[1] for *_, columns in found), default=0)
+    ids = np.full((batch, heads, group, tokens, max(1, slots)), -1, np.int32)
+    for b, part, t, columns in found:
+        target = ids[b, part, :, t, : columns.shape[1]]
+        target[:] = columns.reshape(target.shape)
+    return torch.from_numpy(ids.reshape(batch, heads * group, tokens, -1))
 
 
 def query_rows(query: Tensor, heads: int, shared: bool) -> tuple[IntArray, list[int]]:
@@ -78,13 +80,20 @@ def query_rows(query: Tensor, heads: int, shared: bool) -> tuple[IntArray, list[
     R is G, or 1 where the group makes one choice.
     """
     batch, q_heads, tokens = query.shape[:3]
-    grouped = query.numpy().reshape(batch, heads, q_heads // heads, tokens, -1, query.shape[-1])
-    pairs = [(1 << j, grouped[..., j, :]) for j in range(grouped.shape[-2])]
-    if shared:
-        pairs = merge_planes([(w, plane[:, :, g : g + 1]) for w, plane in pairs for g in range(grouped.shape[2])])
-    else:
-        pairs.reverse()
-    return np.stack([plane for _, plane in pairs], axis=-2).view(np.uint8), [w for w, _ in pairs]
+    words, group = query.shape[-1], q_heads // heads
+    planes = query.numpy().reshape(batch, heads, group, tokens, -1, words)
+    n_planes = planes.shape[4]
+    if not shared:
+        return planes[..., ::-1, :].copy().view(np.uint8), [1 << j for j in reversed(range(n_planes))]
+    size, whole = (
+        batch * heads * tokens * words * 8,
+        planes.transpose(2, 4, 0, 1, 3, 5).tobytes(),
+    )  # [G, b, B, Hc, T, W]
+    numbers = [int.from_bytes(whole[i : i + size], "little") for i in range(0, len(whole), size)]
+    merged = merge_planes([(1 << i % n_planes, number) for i, number in enumerate(numbers)])
+    rows = np.frombuffer(b"".join(number.to_bytes(size, "little") for _, number in merged), np.uint8)
+    rows = rows.reshape(len(merged), batch, heads, 1, tokens, 8 * words)
+    return np.moveaxis(rows, 0, -2), [weight for weight, _ in merged]
 
 
 def check_threads(threads: int) -> int:
