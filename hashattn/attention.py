@@ -140,6 +140,8 @@ class HashAttention:
             step: the layer's number and the previous layer's selection, for momentum.
             need_lse, need_weights: whether Output carries these.
         """
+        if not isinstance(q, Tensor):
+            raise TypeError(f"q must be a tensor, got {type(q).__name__}")
         wanted = (self, self.encoder.fits if self.encoder is not None else 0, q.shape, q.dtype, q.device)
         if cache.admitted != wanted or q.shape[2] > len(cache):  # the same call as before needs no second look
             self.check_call(q, cache)

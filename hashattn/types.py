@@ -27,11 +27,6 @@ class Selection:
     critical_slots: int | None = None
 
     @property
-    def needs_gradient(self) -> bool:
-        """Whether a gradient passes through the log-weights."""
-        return self.log_weights is not None and self.log_weights.requires_grad
-
-    @property
     def count(self) -> Tensor:
         """Filled slots, int64 [B, heads, T]."""
         return (self.ids >= 0).sum(-1)

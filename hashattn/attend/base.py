@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from hashattn.types import Output, Selection
@@ -59,3 +60,10 @@ class Attend(ABC):
     def layer(self, i: int) -> Attend:
         """The stage for layer i of a model; stages that serve every layer return themselves."""
         return self
+
+
+def serving(view: View | None, q: Tensor, selection: Selection) -> str:
+    """The engine of a call: that of its view, or the reference where gradients are wanted."""
+    log_weights = selection.log_weights
+    gradient = q.requires_grad or (log_weights is not None and log_weights.requires_grad)
+    return "reference" if view is None or (gradient and torch.is_grad_enabled()) else view.engine

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from hashattn.attend.base import Attend, Keys
+from hashattn.attend.base import Attend, Keys, serving
 from hashattn.ops import attend as ops
 from hashattn.types import Output, Selection
 from hashattn.view import View
@@ -26,11 +25,11 @@ class ExactAttend(Attend):
     ) -> Output:  # fmt: skip
         if selection is None:
             raise ValueError("ExactAttend needs a selection; DenseAttend does without")
-        needs_gradient = torch.is_grad_enabled() and (q.requires_grad or selection.needs_gradient)
-        fast = view is not None and view.engine == "cpu" and not needs_gradient
+        engine = serving(view, q, selection)
+        logits = ops.logits(q, cache.storage("keys"), selection.ids, scale, engine=engine)
         return Output(
-            *(ops.attend if fast else ops.reference)(
-                q, cache.storage("keys"), cache.storage("values"), selection.ids, scale,
-                log_weights=selection.log_weights, need_lse=need_lse, need_weights=need_weights,
+            *ops.weigh(
+                logits, cache.storage("values"), selection.ids, q.dtype, log_weights=selection.log_weights,
+                need_lse=need_lse, need_weights=need_weights, engine=engine,
             )
         )  # fmt: skip

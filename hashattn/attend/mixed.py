@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hashattn.attend.base import Attend, Keys
+from hashattn.attend.base import Attend, Keys, serving
 from hashattn.encoders.base import Encoder
-from hashattn.ops.attend import head_logits, softmax_over
-from hashattn.ops.hamming import distances, popcount, unpack_bits
+from hashattn.ops import attend as ops
+from hashattn.ops.hamming import differing, distances, unpack_bits
 from hashattn.types import MEDIUM, Output, Selection
 from hashattn.view import View
 
@@ -65,20 +65,34 @@ class MixedPrecision(nn.Module, Attend):
     ) -> Output:  # fmt: skip
         if selection is None:
             raise ValueError("MixedPrecision needs a selection; DenseAttend does without")
-        ids, values = selection.ids, cache.gather("values", selection.ids)
-        if selection.tier is None:
-            logits = head_logits(q, cache.gather("keys", ids))
+        ids, tier, engine = selection.ids, selection.tier, serving(view, q, selection)
+        if torch.is_grad_enabled() and (self.a.requires_grad or self.residual is not None):
+            engine = "reference"
+        keys = cache.storage("keys")
+        if tier is None:
+            logits = ops.logits(q, keys, ids, scale, engine=engine)
         else:
             if view is None or view.query is None:
                 raise ValueError("MixedPrecision needs the view of the encoded queries for a selection with tiers")
-            medium = selection.tier == MEDIUM
-            exact_ids = ids.masked_fill(medium, -1)[..., : selection.critical_slots]  # medium keys are not read
-            exact = head_logits(q, cache.gather("keys", exact_ids))
-            exact = F.pad(exact, (0, ids.shape[-1] - exact.shape[-1]))
-            logits = torch.where(medium.unsqueeze(3), self.estimate(q, cache, ids, view), exact)
+            few = ids.shape[-1] if selection.critical_slots is None else selection.critical_slots
+            exact_ids, medium = ids[..., :few], tier == MEDIUM
+            mixed = engine != "cpu" or bool(medium[..., :few].any())  # where asking costs nothing
+            if mixed:
+                exact_ids = exact_ids.masked_fill(medium[..., :few], -1)  # medium keys are not read
+            exact = ops.logits(q, keys, exact_ids.contiguous(), scale, engine=engine)
+            from_slot = 0 if mixed else few
+            logits = self.estimate(q, cache, ids[..., from_slot:].contiguous(), view) * scale
+            if mixed:
+                exact = F.pad(exact, (0, ids.shape[-1] - few))
+                logits = torch.where(medium.unsqueeze(3), logits, exact)
+            else:
+                logits = torch.cat([exact, logits], dim=-1)
         return Output(
-            *softmax_over(logits * scale, ids, selection.log_weights, values, q.dtype, need_lse, need_weights)
-        )
+            *ops.weigh(
+                logits, cache.storage("values"), ids, q.dtype, log_weights=selection.log_weights, need_lse=need_lse,
+                need_weights=need_weights, engine=engine,
+            )
+        )  # fmt: skip
 
     def fit(self, q: Tensor, k: Tensor, encoder: Encoder, *, share: float = 0.1, steps: int = 200) -> MixedPrecision:
         """Fit the estimate to the keys that codes find nearest. Returns itself.
@@ -149,12 +163,12 @@ class MixedPrecision(nn.Module, Attend):
     def _disagreements(self, cache: Keys, ids: Tensor, view: View) -> Tensor:
         """Hamming distances of the sign planes at ids: integers [B, H, T, G, K]."""
         assert view.query is not None
-        if view.query.ndim == 4:  # one plane: the scan has them already
+        if view.query.ndim == 4 and view.scanned:  # one plane: the scan has them already
             group = view.q_heads // ids.shape[1]
             columns = ids.clamp(min=0).long().repeat_interleave(group, dim=1)
             return view.raw.gather(-1, columns).unflatten(1, (ids.shape[1], group)).transpose(2, 3)
         h_q, h_k = self._codes(cache, ids, view)
-        return popcount(h_q.unsqueeze(-2) ^ h_k).sum(-1)
+        return differing(h_q.unsqueeze(-2), h_k)
 
     def _codes(self, cache: Keys, ids: Tensor, view: View) -> tuple[Tensor, Tensor]:
         """Sign codes of the queries [B, H, T, G, W] and of the keys at ids [B, H, T, 1 or G, K, W]."""

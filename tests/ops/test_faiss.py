@@ -15,7 +15,7 @@ from tests.structured import raises_naming, seeds
 def arrays(seed, queries=3, keys=50, size=16):
     g = np.random.default_rng(seed)
     make = lambda *shape: g.integers(0, 256, shape, dtype=np.uint8)  # noqa: E731
-    return make(queries, size), make(keys, size), np.full((queries, keys), -7, np.int32)
+    return make(2, queries, size), make(2, keys, size), np.full((2, queries, keys), -7, np.int32)
 
 
 @settings(deadline=None, max_examples=60)
@@ -24,10 +24,11 @@ def test_faiss_counts_what_numpy_counts(seed, queries, keys, size):
     assert cpu.faiss() is not None
     query, codes, out = arrays(seed, queries, keys, size)
     cpu.hammings(query, codes, out)
-    expected = (np.unpackbits(query, axis=-1)[:, None] != np.unpackbits(codes, axis=-1)).sum(-1)
+    expected = (np.unpackbits(query, axis=-1)[:, :, None] != np.unpackbits(codes, axis=-1)[:, None]).sum(-1)
     assert np.array_equal(out, expected)
-    other = np.full_like(out, -7)
-    cpu._hammings_numpy(query, codes, other)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "faiss", lambda: None)
+        cpu.hammings(query, codes, other := np.full_like(out, -7))
     assert np.array_equal(other, expected)
 
 
@@ -36,11 +37,11 @@ def test_arrays_that_raw_pointers_would_misread_are_refused():
     for wrong in ((query.astype(np.int64), codes, out), (query, codes, out.astype(np.int64))):
         raises_naming(TypeError, "uint8", "int64")(lambda w=wrong: cpu.hammings(*w))
     for wrong in (
-        (query[:, :8], codes, out), (query, codes[:-1], out), (query, codes, out[:2]), (query[0], codes, out),
-        (query[:, :5], codes[:, :5], out),
+        (query[..., :8], codes, out), (query, codes[:, :-1], out), (query, codes, out[:, :2]), (query[0], codes, out),
+        (query[..., :5], codes[..., :5], out), (query[:1], codes, out),
     ):  # fmt: skip
-        raises_naming(ValueError, "query [Q, bytes]")(lambda w=wrong: cpu.hammings(*w))
-    wide = np.zeros((50, 32), np.uint8)[:, :16]
+        raises_naming(ValueError, "query [H, Q, bytes]")(lambda w=wrong: cpu.hammings(*w))
+    wide = np.zeros((2, 50, 32), np.uint8)[..., :16]
     raises_naming(ValueError, "C-contiguous", "np.ascontiguousarray")(lambda: cpu.hammings(query, wide, out))
     assert (out == -7).all()
 
@@ -84,5 +85,5 @@ def test_without_faiss_numpy_scans(installed):
     assert cpu.faiss() is None
     query, codes, out = arrays(1)
     cpu.hammings(query, codes, out)
-    expected = (np.unpackbits(query, axis=-1)[:, None] != np.unpackbits(codes, axis=-1)).sum(-1)
+    expected = (np.unpackbits(query, axis=-1)[:, :, None] != np.unpackbits(codes, axis=-1)[:, None]).sum(-1)
     assert np.array_equal(out, expected)

@@ -1,4 +1,4 @@
-"""Attention over selected keys on the CPU: rows are gathered into buffers that stay, whole batches are multiplied."""
+"""Attention over selected keys on the CPU: rows are gathered into one buffer that stays, all heads are multiplied."""
 
 from __future__ import annotations
 
@@ -10,61 +10,58 @@ from hashattn.ops.attend.reference import Parts
 from hashattn.ops.scratch import borrow
 
 
-def attend(
-    q: Tensor, keys: Tensor, values: Tensor, ids: Tensor, scale: float, *, log_weights: Tensor | None = None,
-    need_lse: bool = False, need_weights: bool = False,
-) -> Parts:  # fmt: skip
-    """The same result as :func:`reference.attend`, for tensors on the CPU; without gradients."""
+def logits(q: Tensor, keys: Tensor, ids: Tensor, scale: float) -> Tensor:
+    """The same result as :func:`reference.logits`, for tensors on the CPU; without gradients."""
     batch, q_heads, tokens, dim = q.shape
-    heads, slots = ids.shape[1], ids.shape[3]
-    rows, empty = row_numbers(ids, keys.shape[1], keys.shape[2])
-    shape = (batch * heads * tokens, slots, dim)
-    grouped = q.reshape(shape[0], -1, dim) if tokens == 1 else _group(q, heads)
-    held = gather("keys", keys, rows, shape)
-    logits = torch.bmm(grouped.float(), held.float().transpose(1, 2)).mul_(scale)  # [B*H*T, G, K]
-    if log_weights is not None:
-        logits += log_weights.view(shape[0], 1, slots)
-    if empty:
-        logits.masked_fill_(ids.view(shape[0], 1, slots) < 0, -torch.inf)
-    weights = torch.softmax(logits, -1)
-    if empty:
-        weights.nan_to_num_(0.0)  # a query that selected nothing
-    found = gather("values", values, rows, shape)
-    out = torch.bmm(weights.to(values.dtype), found).to(q.dtype)
-    group = q_heads // heads
-    return (
-        _ungroup(out, batch, heads, tokens, group),
-        _ungroup(logits.logsumexp(-1, keepdim=True), batch, heads, tokens, group).squeeze(-1) if need_lse else None,
-        _ungroup(weights, batch, heads, tokens, group) if need_weights else None,
+    heads = ids.shape[1]
+    grouped = q.unflatten(1, (heads, -1)).transpose(2, 3).reshape(batch * heads * tokens, -1, dim)
+    found = gather(keys, ids)
+    return torch.bmm(grouped.float() * scale, found.float().transpose(1, 2)).view(
+        batch, heads, tokens, q_heads // heads, -1
     )
 
 
-def row_numbers(ids: Tensor, heads: int, room: int) -> tuple[Tensor, bool]:
-    """What :func:`reference.row_numbers` returns, and whether any slot is empty."""
-    columns = ids.numpy()
-    batch, own = columns.shape[:2]
-    empty = bool(columns.min(initial=0) < 0)
+def weigh(
+    logits: Tensor, values: Tensor, ids: Tensor, dtype: torch.dtype, *, log_weights: Tensor | None = None,
+    need_lse: bool = False, need_weights: bool = False,
+) -> Parts:  # fmt: skip
+    """The same result as :func:`reference.weigh`, for tensors on the CPU; without gradients."""
+    batch, heads, tokens, group, slots = logits.shape
+    if log_weights is not None:
+        logits = logits + log_weights.unsqueeze(3)
+    empty = bool(ids.numpy().min(initial=0) < 0)
     if empty:
+        logits = logits.masked_fill((ids < 0).unsqueeze(3), -torch.inf)
+    weights = torch.softmax(logits, -1)
+    if empty:
+        weights.nan_to_num_(0.0)  # a query that selected nothing
+    out = torch.bmm(weights.view(-1, group, slots).to(values.dtype), gather(values, ids)).to(dtype)
+    return (
+        _by_query_head(out.view(batch, heads, tokens, group, -1)),
+        _by_query_head(logits.logsumexp(-1, keepdim=True)).squeeze(-1) if need_lse else None,
+        _by_query_head(weights) if need_weights else None,
+    )
+
+
+def gather(storage: Tensor, ids: Tensor) -> Tensor:
+    """Rows of storage [B, heads, room, X] at columns ids [B, H, T, K]: [B*H*T, K, X], in a buffer that is used again.
+
+    An empty slot (-1) reads a row that is kept anyway, so that no padding is touched while anything is kept.
+    """
+    batch, heads, room, width = storage.shape
+    columns, own = ids.numpy(), ids.shape[1]
+    if columns.min(initial=0) < 0:
         columns = np.where(columns < 0, np.maximum(columns.max(-1, keepdims=True), 0), columns)
-    base = np.repeat(np.arange(batch * heads) * room, own // heads)
-    return torch.from_numpy((columns.reshape(batch * own, -1) + base[:, None]).ravel()), empty
-
-
-def gather(what: str, storage: Tensor, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Rows of storage [..., X] seen as rows of width X, in a borrowed buffer of this shape."""
+    base = np.arange(0, batch * heads * room, room)
+    if own > heads:
+        base = np.repeat(base, own // heads)
+    rows = (columns.reshape(batch * own, -1) + base[:, None]).ravel()
     kind = np.dtype(f"u{storage.element_size()}")
-    out = torch.from_numpy(borrow(what, (len(rows), storage.shape[-1]), kind)).view(storage.dtype)
-    torch.index_select(storage.view(-1, storage.shape[-1]), 0, rows, out=out)
-    return out.view(shape)
+    out = torch.from_numpy(borrow("rows", (len(rows), width), kind)).view(storage.dtype)
+    torch.index_select(storage.view(-1, width), 0, torch.from_numpy(rows), out=out)
+    return out.view(-1, ids.shape[3], width)
 
 
-def _group(q: Tensor, heads: int) -> Tensor:
-    """[B, Hq, T, D] -> [B * H * T, G, D]."""
-    return q.unflatten(1, (heads, -1)).transpose(2, 3).flatten(0, 2)
-
-
-def _ungroup(x: Tensor, batch: int, heads: int, tokens: int, group: int) -> Tensor:
-    """[B * H * T, G, X] -> [B, Hq, T, X]."""
-    if tokens == 1:
-        return x.view(batch, heads * group, 1, x.shape[-1])
-    return x.view(batch, heads, tokens, group, -1).transpose(2, 3).flatten(1, 2)
+def _by_query_head(x: Tensor) -> Tensor:
+    """[B, H, T, G, X] -> [B, H * G, T, X]."""
+    return x.transpose(2, 3).flatten(1, 2)

@@ -8,28 +8,56 @@ from torch import Tensor
 Parts = tuple[Tensor, Tensor | None, Tensor | None]  # out, lse, weights
 
 
-def attend(
-    q: Tensor, keys: Tensor, values: Tensor, ids: Tensor, scale: float, *, log_weights: Tensor | None = None,
-    need_lse: bool = False, need_weights: bool = False,
-) -> Parts:  # fmt: skip
-    """Softmax attention of each query over its selected keys.
+def logits(q: Tensor, keys: Tensor, ids: Tensor, scale: float) -> Tensor:
+    """Scaled products of queries with their selected keys.
 
     Args:
         q: [B, Hq, T, D].
-        keys, values: [B, Hkv, room, D], contiguous.
-        ids: int32 [B, H, T, K] with H = Hkv or Hq: columns, -1 in empty slots.
-        scale: of the logits.
+        keys: [B, Hkv, room, D], contiguous.
+        ids: int32 [B, H, T, K] with H = Hkv or Hq: columns, -1 in empty slots (whose logits mean nothing).
+
+    Returns:
+        float32 [B, H, T, G, K], G = Hq / H; computed in float32.
+    """
+    grouped = q.float().unflatten(1, (ids.shape[1], -1)).transpose(2, 3)  # [B, H, T, G, D]
+    return grouped @ gather(keys, ids).float().transpose(-1, -2) * scale
+
+
+def weigh(
+    logits: Tensor, values: Tensor, ids: Tensor, dtype: torch.dtype, *, log_weights: Tensor | None = None,
+    need_lse: bool = False, need_weights: bool = False,
+) -> Parts:  # fmt: skip
+    """Softmax of logits [B, H, T, G, K] over the filled slots of ids, and the weighted sum of their values.
+
+    Args:
+        values: [B, Hkv, room, D], contiguous.
+        ids: int32 [B, H, T, K], -1 in empty slots.
+        dtype: of the output.
         log_weights: float32, as ids: added to the logits.
 
     Returns:
-        out [B, Hq, T, D], the dtype of q, zero where a query selected nothing; on request lse float32 [B, Hq, T] and
-        weights float32 [B, Hq, T, K]. Logits and softmax are float32, weights are rounded to the values' dtype.
+        out [B, Hq, T, D], zero where a query selected nothing; on request lse float32 [B, Hq, T] and weights float32
+        [B, Hq, T, K]. The softmax is float32, weights are rounded to the values' dtype.
     """
-    rows = row_numbers(ids, keys.shape[1], keys.shape[2])
-    shape = (*ids.shape, -1)
-    held = keys.view(-1, keys.shape[-1]).index_select(0, rows).view(shape)
-    found = values.view(-1, values.shape[-1]).index_select(0, rows).view(shape)
-    return softmax_over(head_logits(q, held) * scale, ids, log_weights, found, q.dtype, need_lse, need_weights)
+    if log_weights is not None:
+        logits = logits + log_weights.unsqueeze(3)
+    logits = logits.masked_fill((ids < 0).unsqueeze(3), -torch.inf)
+    peak = logits.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    p = (logits - peak).exp()
+    total = p.sum(-1, keepdim=True)
+    weights = p / total.clamp(min=torch.finfo(torch.float32).tiny)
+    out = (weights.to(values.dtype) @ gather(values, ids)).masked_fill(total == 0, 0)  # [B, H, T, G, D]
+    return (
+        out.transpose(2, 3).flatten(1, 2).to(dtype),
+        (peak + total.log()).squeeze(-1).transpose(2, 3).flatten(1, 2) if need_lse else None,
+        weights.transpose(2, 3).flatten(1, 2) if need_weights else None,
+    )
+
+
+def gather(storage: Tensor, ids: Tensor) -> Tensor:
+    """Rows of storage [B, heads, room, X] at columns ids [B, H, T, K]: [B, H, T, K, X]."""
+    rows = row_numbers(ids, storage.shape[1], storage.shape[2])
+    return storage.view(-1, storage.shape[-1]).index_select(0, rows).view(*ids.shape, -1)
 
 
 def row_numbers(ids: Tensor, heads: int, room: int) -> Tensor:
@@ -42,29 +70,3 @@ def row_numbers(ids: Tensor, heads: int, room: int) -> Tensor:
     base = (torch.arange(batch, device=ids.device)[:, None] * heads + head) * room  # [B, H]
     columns = torch.where(ids < 0, ids.amax(-1, keepdim=True).clamp(min=0), ids)
     return (columns + base[:, :, None, None]).flatten()
-
-
-def head_logits(q: Tensor, rows: Tensor) -> Tensor:
-    """Products of queries [B, Hq, T, D] with gathered keys [B, H, T, K, D], G = Hq / H: float32 [B, H, T, G, K]."""
-    grouped = q.float().unflatten(1, (rows.shape[1], -1)).transpose(2, 3)  # [B, H, T, G, D]
-    return grouped @ rows.float().transpose(-1, -2)
-
-
-def softmax_over(
-    logits: Tensor, ids: Tensor, log_weights: Tensor | None, values: Tensor, dtype: torch.dtype, need_lse: bool,
-    need_weights: bool,
-) -> Parts:  # fmt: skip
-    """Softmax of logits [B, H, T, G, K] over the filled slots of ids, with gathered values [B, H, T, K, D]."""
-    if log_weights is not None:
-        logits = logits + log_weights.unsqueeze(3)
-    logits = logits.masked_fill((ids < 0).unsqueeze(3), -torch.inf)
-    peak = logits.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    p = (logits - peak).exp()
-    total = p.sum(-1, keepdim=True)
-    weights = p / total.clamp(min=torch.finfo(torch.float32).tiny)
-    out = (weights.to(values.dtype) @ values).masked_fill(total == 0, 0)  # [B, H, T, G, D]
-    return (
-        out.transpose(2, 3).flatten(1, 2).to(dtype),
-        (peak + total.log()).squeeze(-1).transpose(2, 3).flatten(1, 2) if need_lse else None,
-        weights.transpose(2, 3).flatten(1, 2) if need_weights else None,
-    )

@@ -7,7 +7,7 @@ from torch import Tensor
 from hashattn.ops.hamming import cpu, reference
 from hashattn.ops.hamming.reference import popcount, unpack_bits, words
 
-__all__ = ["distances", "pack_bits", "popcount", "unpack_bits", "words"]
+__all__ = ["differing", "distances", "pack_bits", "popcount", "unpack_bits", "words"]
 
 
 def distances(query: Tensor, codes: Tensor, *, engine: str = "reference") -> Tensor:
@@ -18,3 +18,8 @@ def distances(query: Tensor, codes: Tensor, *, engine: str = "reference") -> Ten
 def pack_bits(bits: Tensor) -> Tensor:
     """Pack bool [..., L] into int64 [..., ceil(L / 64)]; see :mod:`reference`."""
     return (cpu if bits.device.type == "cpu" else reference).pack_bits(bits)
+
+
+def differing(a: Tensor, b: Tensor) -> Tensor:
+    """Differing bits of int64 codes [..., W], broadcast against each other; see :func:`reference.differing`."""
+    return (cpu if a.device.type == "cpu" else reference).differing(a, b)

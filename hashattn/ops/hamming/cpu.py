@@ -64,6 +64,12 @@ def pack_bits(bits: Tensor) -> Tensor:
     return torch.from_numpy(octets.view(np.int64))
 
 
+def differing(a: Tensor, b: Tensor) -> Tensor:
+    """The same result as :func:`reference.differing`, for tensors on the CPU."""
+    words = np.bitwise_xor(a.numpy(), b.numpy()).view(np.uint64)  # of signed integers numpy counts the magnitude's bits
+    return torch.from_numpy(np.asarray(np.bitwise_count(words).sum(-1, dtype=np.int64)))
+
+
 def as_bytes(codes: Tensor) -> IntArray:
     """int64 codes [..., W] as uint8 [..., 8 * W]; copied if their words are not next to each other."""
     words = codes.numpy()
@@ -71,32 +77,38 @@ def as_bytes(codes: Tensor) -> IntArray:
 
 
 def hammings(query: IntArray, codes: IntArray, out: IntArray) -> None:
-    """Hamming distances of uint8 codes [Q, bytes] to [N, bytes], written to int32 [Q, N].
+    """Hamming distances of uint8 codes [H, Q, bytes] to [H, N, bytes], written to int32 [H, Q, N].
 
     bytes is a multiple of 8. FAISS takes raw pointers and asks nothing, so that everything is checked here.
 
     Raises:
         TypeError: other dtypes.
-        ValueError: shapes that disagree, or an array whose rows are not contiguous.
+        ValueError: shapes that disagree, or heads that are not contiguous.
     """
     if not (query.dtype == codes.dtype == np.uint8 and out.dtype == np.int32):
         raise TypeError(
             f"query, codes and out must be uint8, uint8 and int32, got {query.dtype}, {codes.dtype} and {out.dtype}"
         )
-    size = query.shape[-1]
-    if query.ndim != 2 or size % 8 or codes.shape[1:] != (size,) or out.shape != (len(query), len(codes)):
+    heads, queries, size = query.shape if query.ndim == 3 else (0, 0, 1)
+    keys = codes.shape[1] if codes.ndim == 3 else 0
+    if size % 8 or codes.shape != (heads, keys, size) or out.shape != (heads, queries, keys):
         raise ValueError(
-            f"query [Q, bytes], codes [N, bytes] and out [Q, N] with whole words of 8 bytes were expected, got "
-            f"{query.shape}, {codes.shape} and {out.shape}"
+            f"query [H, Q, bytes], codes [H, N, bytes] and out [H, Q, N] with whole words of 8 bytes were expected, "
+            f"got {query.shape}, {codes.shape} and {out.shape}"
         )
-    if not (query.flags.c_contiguous and codes.flags.c_contiguous and out.flags.c_contiguous):
-        raise ValueError("query, codes and out must be C-contiguous; np.ascontiguousarray(...) makes them so")
+    if heads and not (query[0].flags.c_contiguous and codes[0].flags.c_contiguous and out[0].flags.c_contiguous):
+        raise ValueError(
+            f"each head of query, codes and out must be C-contiguous, got strides {query.strides}, {codes.strides} and "
+            f"{out.strides}; np.ascontiguousarray(...) makes it so"
+        )
     library = faiss()
     if library is None:
-        _hammings_numpy(query, codes, out)
-    elif out.size and size:
-        pointer = library.swig_ptr
-        library.hammings(pointer(query), pointer(codes), len(query), len(codes), size, pointer(out))
+        for h in range(heads):
+            _hammings_numpy(query[h], codes[h], out[h])
+    elif keys and queries:
+        pointer, scan = library.swig_ptr, library.hammings
+        for h in range(heads):
+            scan(pointer(query[h]), pointer(codes[h]), queries, keys, size, pointer(out[h]))
 
 
 def _hammings_numpy(query: IntArray, codes: IntArray, out: IntArray) -> None:
@@ -109,23 +121,23 @@ def weighted_distances(query: IntArray, weights: list[int], codes: IntArray, out
     """Weighted sums of the Hamming distances of queries' planes to the keys of their heads.
 
     Args:
-        query: uint8 [H, R, P, bytes], P planes for each query.
+        query: uint8 [H, R * P, bytes], contiguous; P planes for each query.
         weights: of the planes: powers of two, falling to 1.
-        codes: uint8 [H, N, bytes], the rows of a head contiguous (or they are copied).
+        codes: uint8 [H, N, bytes]; copied if the rows of a head are not contiguous.
         out: int32 [H, R, N], contiguous; written.
     """
-    heads, queries, planes, size = query.shape
-    keys = codes.shape[1]
-    flat = np.ascontiguousarray(query.reshape(heads, -1, size))  # [H, R * P, bytes]
-    block = min(keys, max(1024, BLOCK // (heads * flat.shape[1])))
+    heads, keys, _ = codes.shape
+    if not codes[0].flags.c_contiguous:
+        codes = np.ascontiguousarray(codes)
+    rows, planes = query.shape[1], len(weights)
+    block = min(keys, max(1024, BLOCK // (heads * rows)))
     for first in range(0, keys, block):
         part, target = codes[:, first : first + block], out[:, :, first : first + block]
         direct = planes == 1 and block == keys
-        found = out if direct else borrow("planes", (heads, flat.shape[1], part.shape[1]), np.int32)
-        for h in range(heads):
-            hammings(flat[h], np.ascontiguousarray(part[h]), found[h])
+        found = out if direct else borrow("planes", (heads, rows, part.shape[1]), np.int32)
+        hammings(query, part, found)
         if not direct:
-            _horner(found.reshape(heads, queries, planes, part.shape[1]), weights, target)
+            _horner(found.reshape(heads, -1, planes, part.shape[1]), weights, target)
 
 
 def _horner(found: IntArray, weights: list[int], out: IntArray) -> None:
@@ -172,9 +184,10 @@ def distances(query: Tensor, codes: Tensor) -> Tensor:
     """The same result as :func:`reference.distances`, for tensors on the CPU."""
     batch, q_heads, tokens = query.shape[:3]
     heads = codes.shape[1]
-    rows, held = as_bytes(query.reshape(batch, heads, q_heads // heads * tokens, -1, query.shape[-1])), as_bytes(codes)
-    weights = [1 << j for j in reversed(range(rows.shape[-2]))]
+    planes = query.unsqueeze(3) if query.ndim == 4 else query.flip(3)  # the heaviest first
+    rows, held = as_bytes(planes.reshape(batch, heads, -1, query.shape[-1])), as_bytes(codes)
+    weights = [1 << j for j in reversed(range(planes.shape[3]))]
     out = torch.empty(batch, q_heads, tokens, codes.shape[2], dtype=torch.int32)
     for b, found in enumerate(out.view(batch, heads, -1, codes.shape[2]).numpy()):
-        weighted_distances(rows[b, :, :, ::-1], weights, held[b], found)  # the heaviest plane first
+        weighted_distances(rows[b], weights, held[b], found)
     return out

@@ -39,6 +39,11 @@ def popcount(x: Tensor) -> Tensor:
     return (x * 0x0101010101010101) >> 56
 
 
+def differing(a: Tensor, b: Tensor) -> Tensor:
+    """Differing bits of int64 codes [..., W], broadcast against each other: int64 [...]."""
+    return popcount(a ^ b).sum(-1)
+
+
 def distances(query: Tensor, codes: Tensor) -> Tensor:
     """Distance of every query to every key of its head.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 IntArray = npt.NDArray[Any]
 Table = Sequence[Sequence[Sequence[int]]]  # [B][T], some numbers for each query
 
+_COLUMNS = np.arange(1 << 14, dtype=np.int32)
 _SAMPLE = 4096  # of more columns than four times this, a sample says which are worth a look
 
 
@@ -35,17 +36,17 @@ def nearest_columns(distances: IntArray, k: int, top: int | None = None) -> IntA
         return np.stack([_nearest_of_many(row, k, top) for row in distances])
     ranks = _ranks(distances, top)
     cut = np.partition(ranks, k - 1, axis=-1)[:, k - 1 : k]
-    return np.flatnonzero(ranks <= cut).reshape(rows, k) - np.arange(0, rows * n, n)[:, None]
+    return (ranks <= cut).ravel().nonzero()[0].reshape(rows, k) - np.arange(0, rows * n, n)[:, None]
 
 
 def _ranks(distances: IntArray, top: int | None) -> IntArray:
-    """Distinct integers in the order of the rule: distances, then age."""
+    """Distinct integers in the order of the rule: distances, then age (the larger column first)."""
     n = distances.shape[-1]
     if top is None:
         top = max(int(distances.max()), -int(distances.min()))
     kind = np.int32 if (top + 1) * n < 2**31 else np.int64
     ranks: IntArray = np.multiply(distances, n, dtype=kind)
-    return np.add(ranks, np.arange(n - 1, -1, -1, dtype=kind), out=ranks)
+    return np.subtract(ranks, _COLUMNS[:n] if n <= len(_COLUMNS) else np.arange(n, dtype=kind), out=ranks)
 
 
 def _nearest_of_many(row: IntArray, k: int, top: int | None) -> IntArray:

@@ -42,8 +42,8 @@ def search(
     """
     threads = check_threads(torch.get_num_threads() if threads is None else threads)
     batch, heads, keys, _ = codes.shape
-    rows, weights = query_rows(query, heads, shared)  # uint8 [B, Hc, R, T, P, bytes]
-    group, tokens = rows.shape[2:4]
+    rows, weights = query_rows(query, heads, shared)  # uint8 [B, Hc, R * T * P, bytes]
+    tokens, each = query.shape[2], rows.shape[2] // len(weights)  # R * T
     top = 64 * codes.shape[3] * sum(weights)  # no distance is larger
     held, found = as_bytes(codes), []
 
@@ -52,9 +52,8 @@ def search(
             low, high = min(first for first, _ in spans[b]), max(end for _, end in spans[b])
             if low >= high:
                 continue
-            queries = rows[b, part].reshape(part.stop - part.start, group * tokens, len(weights), -1)
-            distances = borrow("distances", (len(queries), group * tokens, high - low), np.int32)
-            weighted_distances(queries, weights, held[b, part, low:high], distances)
+            distances = borrow("distances", (part.stop - part.start, each, high - low), np.int32)
+            weighted_distances(rows[b, part], weights, held[b, part, low:high], distances)
             for t, (first, end) in enumerate(spans[b]):
                 if first < end:
                     row = distances[:, t::tokens, first - low : end - low].reshape(-1, end - first)
@@ -63,19 +62,19 @@ def search(
                     columns = select(row, counts[b][t], None if radius is None else row <= radius, top=top)
                     found.append((b, part, t, shift(columns, first)))
 
-    few = max(1, _AT_ONCE // (keys * group * tokens))
+    few = max(1, _AT_ONCE // (keys * each))
     parts = [(b, slice(h, min(heads, h + few))) for b in range(batch) for h in range(0, heads, few)]
     in_threads(some, parts, threads if keys >= _WORTH_A_THREAD else 1)
     slots = max((columns.shape[1] for *_, columns in found), default=0)
-    ids = np.full((batch, heads, group, tokens, max(1, slots)), -1, np.int32)
+    ids = np.full((batch, heads, each // tokens, tokens, max(1, slots)), -1, np.int32)
     for b, part, t, columns in found:
         target = ids[b, part, :, t, : columns.shape[1]]
         target[:] = columns.reshape(target.shape)
-    return torch.from_numpy(ids.reshape(batch, heads * group, tokens, -1))
+    return torch.from_numpy(ids.reshape(batch, -1, tokens, ids.shape[-1]))
 
 
 def query_rows(query: Tensor, heads: int, shared: bool) -> tuple[IntArray, list[int]]:
-    """The planes that each head of codes is scanned with, uint8 [B, Hc, R, T, P, bytes], and the planes' weights.
+    """The planes that each head of codes is scanned with, uint8 [B, Hc, R * T * P, bytes], and the planes' weights.
 
     R is G, or 1 where the group makes one choice.
     """
@@ -84,7 +83,8 @@ def query_rows(query: Tensor, heads: int, shared: bool) -> tuple[IntArray, list[
     planes = query.numpy().reshape(batch, heads, group, tokens, -1, words)
     n_planes = planes.shape[4]
     if not shared:
-        return planes[..., ::-1, :].copy().view(np.uint8), [1 << j for j in reversed(range(n_planes))]
+        rows = np.ascontiguousarray(planes[..., ::-1, :]).view(np.uint8)
+        return rows.reshape(batch, heads, -1, 8 * words), [1 << j for j in reversed(range(n_planes))]
     size, whole = (
         batch * heads * tokens * words * 8,
         planes.transpose(2, 4, 0, 1, 3, 5).tobytes(),
@@ -92,8 +92,8 @@ def query_rows(query: Tensor, heads: int, shared: bool) -> tuple[IntArray, list[
     numbers = [int.from_bytes(whole[i : i + size], "little") for i in range(0, len(whole), size)]
     merged = merge_planes([(1 << i % n_planes, number) for i, number in enumerate(numbers)])
     rows = np.frombuffer(b"".join(number.to_bytes(size, "little") for _, number in merged), np.uint8)
-    rows = rows.reshape(len(merged), batch, heads, 1, tokens, 8 * words)
-    return np.moveaxis(rows, 0, -2), [weight for weight, _ in merged]
+    rows = rows.reshape(len(merged), batch, heads, tokens, 8 * words).transpose(1, 2, 3, 0, 4)
+    return np.ascontiguousarray(rows).reshape(batch, heads, -1, 8 * words), [weight for weight, _ in merged]
 
 
 def check_threads(threads: int) -> int:
