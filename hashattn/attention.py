@@ -14,7 +14,7 @@ from hashattn.attend.dense import dense
 from hashattn.cache import KVCache
 from hashattn.composition import check_composition
 from hashattn.encoders import Encoder
-from hashattn.engines import resolve
+from hashattn.engines import Shape, crossover, resolve
 from hashattn.index import Index
 from hashattn.plan import Plan, explain
 from hashattn.selectors import Selector
@@ -140,15 +140,9 @@ class HashAttention:
             step: the layer's number and the previous layer's selection, for momentum.
             need_lse, need_weights: whether Output carries these.
         """
-        if not isinstance(q, Tensor):
-            raise TypeError(f"q must be a tensor, got {type(q).__name__}")
-        wanted = (self, self.encoder.fits if self.encoder is not None else 0, q.shape, q.dtype, q.device)
-        if cache.admitted != wanted or q.shape[2] > len(cache):  # the same call as before needs no second look
-            self.check_call(q, cache)
-            cache.admitted = wanted
+        engine = self.engine_for(q, cache)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         tokens = q.shape[2]
-        engine = resolve(self, q.device.type, cache.longest)
         warmup = cache.warmup if self.encoder is not None else 0  # what ranks nothing needs no centre
         if engine == "dense" or cache.longest == 0 or (warmup and not any(cache.ready)):
             seen = cache.seen(tokens, causal)
@@ -162,6 +156,22 @@ class HashAttention:
             selection = keep_short(selection, view.visible, warmup)
         output = self.attend.attend(q, cache, selection, scale, view=view, need_lse=need_lse, need_weights=need_weights)
         return output, selection
+
+    def engine_for(self, q: Tensor, cache: KVCache) -> str:
+        """The engine that serves these queries on this cache: "dense", "reference" or "cpu".
+
+        Raises:
+            TypeError, ValueError: they do not go together.
+        """
+        if not isinstance(q, Tensor):
+            raise TypeError(f"q must be a tensor, got {type(q).__name__}")
+        fits = self.encoder.fits if self.encoder is not None else 0
+        call = (self, fits, q.shape, q.dtype, q.device, torch.get_num_threads())
+        if cache.admitted is None or cache.admitted[0] != call or q.shape[2] > len(cache):
+            self.check_call(q, cache)
+            shape = Shape(cache.batch, q.shape[1], cache.kv_heads, cache.head_dim, q.element_size())
+            cache.admitted = call, crossover(self, q.device.type, shape)  # the next call like it needs no second look
+        return resolve(self, q.device.type, cache.longest, cache.admitted[1])
 
     def check_call(self, q: Tensor, cache: KVCache) -> None:
         """Raise unless these queries can attend to this cache."""

@@ -51,7 +51,7 @@ class KVCache:
         self._ready = [self.warmup == 0] * batch  # rows whose centre is frozen
         self._centre: Tensor | None = None
         self._fits = encoder.fits if encoder is not None else 0
-        self.admitted: object = None  # the last call that was checked against this cache, for HashAttention
+        self.admitted: tuple[object, int | None] | None = None  # HashAttention's: the last call that was checked
 
     # ---- what is in it
 

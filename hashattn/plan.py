@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hashattn.engines import crossover, resolve
+from hashattn.engines import Shape, choices, crossover, resolve
 
 if TYPE_CHECKING:
     from hashattn.attention import HashAttention
-    from hashattn.selectors import Selector
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,8 @@ def explain(
     if q_heads % kv_heads:
         raise ValueError(f"q_heads must be a multiple of kv_heads, got {q_heads} and {kv_heads}")
     kind = torch.device(device).type
-    engine = resolve(attn, kind, keys)
+    least = crossover(attn, kind, Shape(batch, q_heads, kv_heads, head_dim, dtype.itemsize))
+    engine = resolve(attn, kind, keys, least)
     row = head_dim * dtype.itemsize
     kv_bytes = 2 * batch * kv_heads * keys * row
     code_bytes = code_row = 0
@@ -87,7 +87,7 @@ def explain(
         code_bytes += 2 * batch * kv_heads * keys
     scan_bytes, attend_bytes = 0, kv_bytes
     if engine != "dense" and attn.selector is not None:
-        heads, times = _choices(attn.selector, q_heads, kv_heads)
+        heads, times = choices(attn.selector, q_heads, kv_heads)
         kept, critical = (min(keys, times * n) for n in (attn.selector.budget(keys), attn.selector.critical(keys)))
         if attn.attend.needs_norms:  # medium keys cost a value, a norm and a code, not a key
             attend_bytes = batch * heads * (critical * 2 * row + (kept - critical) * (row + 2 + code_row))
@@ -95,7 +95,6 @@ def explain(
             attend_bytes = batch * heads * kept * 2 * row
         if attn.selector.ranked and attn.encoder is not None:
             scan_bytes = batch * attn.encoder.code_heads(kv_heads) * keys * code_row
-    least = crossover(attn, kind)
     return Plan(
         engine, _stages(attn, engine, kind, least), kv_bytes, scan_bytes, attend_bytes, code_bytes, kv_bytes, least
     )
@@ -103,7 +102,7 @@ def explain(
 
 def _crossover(least: int | None) -> str:
     if least is None:
-        return '"auto" runs dense here: no length was measured from which this kind of step always wins'
+        return '"auto" runs dense here: no length is known from which this kind of step wins'
     return f'"auto" runs dense below {least:,} keys on this device'
 
 
@@ -128,21 +127,6 @@ def _stages(attn: HashAttention, engine: str, device: str, least: int | None) ->
     rows.append(("select", f"{_name(attn.selector)}: PyTorch top-k", "exact, ties to the most recent key"))
     rows.append(("attend", f"{_name(attn.attend)}: gather and softmax in PyTorch", ""))
     return tuple(rows)
-
-
-def _choices(selector: Selector, q_heads: int, kv_heads: int) -> tuple[int, int]:
-    """(choices made, keys of each as a multiple of the budget, at most): the heads of a KV head may share one."""
-    if not selector.ranked:
-        return kv_heads, 1
-    part: object = selector
-    while not hasattr(part, "per"):  # through Joined and the calibrations
-        inner = getattr(part, "ranked_part", None) or getattr(part, "inner", None)
-        if inner is None:
-            return q_heads, 1
-        part = inner
-    if getattr(part, "per", None) != "kv_head":
-        return q_heads, 1
-    return kv_heads, q_heads // kv_heads if getattr(part, "combine", None) == "union" else 1
 
 
 def _name(part: object) -> str:

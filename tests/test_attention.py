@@ -29,7 +29,9 @@ from hashattn import (
     Tiers,
     TopK,
 )
-from hashattn import engines as engines_module
+from hashattn import attention as attention_module
+from hashattn import plan as plan_module
+from hashattn.engines import Shape, crossover
 from tests.structured import (
     attention64,
     poison,
@@ -277,20 +279,44 @@ def test_a_forced_engine_is_the_one_that_runs(engine, runs):
     assert (attn.run(q, cache)[1] is not None) == runs
 
 
-@pytest.mark.parametrize(("per", "least"), [("kv_head", 65), ("query_head", None)])
-def test_auto_searches_from_the_crossover_on_and_only_where_heads_share_a_choice(monkeypatch, per, least):
+def test_auto_searches_from_the_crossover_on(monkeypatch):
     q, k, v = qkv(7, keys=65)
-    attn = HashAttention(WARM, FlatHamming(), Sink(1) | Momentum(TopK(share=0.2, per=per)))
-    cache = attn.new_cache(1, 2, 16)
-    cache.append(k, v)
-    for crossover in (64, 65, 66):
-        monkeypatch.setattr(engines_module, "SHARED_ON_CPU", crossover)
-        searches = least is not None and crossover <= least
+    attn = HashAttention(WARM, FlatHamming(), Sink(1) | Momentum(TopK(share=0.2, per="kv_head")))
+    for bound in (64, 65, 66, None):
+        monkeypatch.setattr(attention_module, "crossover", lambda *_, least=bound: least)
+        monkeypatch.setattr(plan_module, "crossover", lambda *_, least=bound: least)
+        cache = attn.new_cache(1, 2, 16)
+        cache.append(k, v)
+        searches = bound is not None and bound <= 65
         assert (attn.run(q, cache)[1] is not None) == searches
         plan = attn.explain(q_heads=4, kv_heads=2, head_dim=16, keys=65)
         assert plan.engine == ("cpu" if searches else "dense")
-        assert plan.crossover == (None if least is None else crossover)
-        assert attn.explain(q_heads=4, kv_heads=2, head_dim=16, keys=10**6, device="cuda").engine == "dense"
+        assert plan.crossover == bound
+
+
+def test_the_crossover_follows_what_a_step_reads_and_does():
+    shape = Shape(1, 32, 8, 128, 4)
+
+    def least(selector, attend=ExactAttend(), encoder=SimHash(128), shape=shape, **options):  # noqa: B008
+        return crossover(HashAttention(encoder, FlatHamming(), selector, attend), "cpu", shape, **options)
+
+    shared = TopK(k=256, per="kv_head")
+    assert 512 <= least(shared) <= 4096
+    assert least(shared) < least(TopK(k=256))
+    assert least(shared) < least(Consensus(shared))
+    assert least(shared) < least(TopK(k=2048, per="kv_head"))
+    assert least(shared) < least(shared, shape=Shape(1, 32, 8, 128, 2))
+    assert least(TopK(k=256), encoder=SimHash(128, 8)) > least(TopK(k=256))
+    assert least(shared, threads=2) > least(shared, threads=1)
+    assert least(Tiers(0.3, 0.9), MixedPrecision()) is None  # reads more than dense attention does
+    assert least(TopK(k=256), attend=MixedPrecision()) > least(TopK(k=256))
+    attn = HashAttention(SimHash(128), FlatHamming(), shared)
+    assert crossover(attn, "cuda", shape) is None
+    assert crossover(HashAttention(attend=DenseAttend()), "cpu", shape) is None
+    assert crossover(HashAttention(Identity(), FlatDot(), shared), "cpu", shape) is None
+    assert crossover(HashAttention(selector=Sink(4) | Recent(60)), "cpu", shape) < least(shared)
+    with pytest.raises(ValueError, match="threads must be an int of at least 1, got 0"):
+        crossover(attn, "cpu", shape, threads=0)
 
 
 @pytest.mark.parametrize("other", [HashAttention(selector=Sink(1) | Recent(3), engine="reference")])
@@ -462,13 +488,13 @@ def test_explain_of_dense_attention_reads_keys_and_values_once():
 
 def test_explain_says_what_auto_would_run_and_why():
     shared = ATTN.replace(engine="auto", selector=TopK(share=0.2, per="kv_head"))
-    least = engines_module.SHARED_ON_CPU
+    least = crossover(shared, "cpu", Shape(3, 8, 2, 64, 2))
     assert shared.explain(**{**SIZES, "keys": least}).engine == "cpu"
     below = str(shared.explain(**{**SIZES, "keys": least - 1}))
     assert below.startswith("engine: dense")
     assert "below the crossover" in below
     assert f"dense below {least:,} keys" in below
-    assert "nothing faster was measured" in str(ATTN.replace(engine="auto").explain(**SIZES))
+    assert "nothing faster was measured" in str(ATTN.replace(engine="auto").explain(**SIZES, device="cuda"))
     text = str(ATTN.explain(**SIZES))
     assert 'engine="cpu" scans faster here' in text
     assert "full attention reads" in text

@@ -17,12 +17,14 @@ class Encoder(ABC):
     Attributes:
         code: "binary" (packed sign bits) or "vector" (floats); an index says which it accepts.
         bits: length of a binary code; 0 for vectors.
+        query_bits: bit planes of a query.
         fits: how often it was fitted or loaded; caches encode anew when it changes.
         centring: if given, the cache freezes such a centre per row and KV head and hands it to encode_key.
     """
 
     code: str = "binary"
     bits: int = 0
+    query_bits: int = 1
     centring: Centring | None = None
     fits: int = 0
 

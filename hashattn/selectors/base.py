@@ -17,10 +17,12 @@ class Selector(ABC):
 
     Attributes:
         ranked: whether it ranks keys by distance, and so needs an encoder and an index.
+        matrices: passes over a matrix of all distances that it makes beyond a search, about.
         needs_weights: whether it looks at the softmax weights of the layer before (momentum).
     """
 
     ranked: bool = True
+    matrices: int = 0
     needs_weights: bool = False
 
     @property
@@ -107,6 +109,10 @@ class Joined(Selector):
     @property
     def ranked(self) -> bool:  # type: ignore[override]
         return self.ranked_part is not None
+
+    @property
+    def matrices(self) -> int:  # type: ignore[override]
+        return 0 if self.ranked_part is None else self.ranked_part.matrices
 
     @property
     def needs_weights(self) -> bool:  # type: ignore[override]

@@ -41,6 +41,10 @@ class Consensus(nn.Module, Selector):
         return self.inner.needs_weights
 
     @property
+    def matrices(self) -> int:  # type: ignore[override]
+        return 1 + self.inner.matrices
+
+    @property
     def shared(self) -> bool:
         return self.inner.shared
 

@@ -38,6 +38,10 @@ class Momentum(nn.Module, Selector):
         self.discount = nn.Parameter(torch.tensor(float(discount)))
 
     @property
+    def matrices(self) -> int:  # type: ignore[override]
+        return 1 + self.inner.matrices
+
+    @property
     def shared(self) -> bool:
         return self.inner.shared
 

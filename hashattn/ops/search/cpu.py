@@ -14,6 +14,7 @@ from torch import Tensor
 from hashattn.ops.hamming.cpu import as_bytes, merge_planes, weighted_distances
 from hashattn.ops.nearest.cpu import IntArray, Table, force, select, shift
 from hashattn.ops.scratch import borrow
+from hashattn.threads import thread_count
 
 T = TypeVar("T")
 
@@ -40,12 +41,13 @@ def search(
     Raises:
         ValueError: threads below 1.
     """
-    threads = check_threads(torch.get_num_threads() if threads is None else threads)
+    threads = thread_count(threads)
     batch, heads, keys, _ = codes.shape
     rows, weights = query_rows(query, heads, shared)  # uint8 [B, Hc, R * T * P, bytes]
     tokens, each = query.shape[2], rows.shape[2] // len(weights)  # R * T
     top = 64 * codes.shape[3] * sum(weights)  # no distance is larger
-    held, found = as_bytes(codes), []
+    held = as_bytes(codes)
+    found: list[tuple[int, slice, int, IntArray]] = []
 
     def some(parts: Sequence[tuple[int, slice]]) -> None:
         for b, part in parts:
@@ -56,7 +58,7 @@ def search(
             weighted_distances(rows[b, part], weights, held[b, part, low:high], distances)
             for t, (first, end) in enumerate(spans[b]):
                 if first < end:
-                    row = distances[:, t::tokens, first - low : end - low].reshape(-1, end - first)
+                    row: IntArray = distances[:, t::tokens, first - low : end - low].reshape(-1, end - first)
                     if sinks or recents:
                         row = force(row.copy() if tokens > 1 else row, sinks, recents, -1)
                     columns = select(row, counts[b][t], None if radius is None else row <= radius, top=top)
@@ -94,13 +96,6 @@ def query_rows(query: Tensor, heads: int, shared: bool) -> tuple[IntArray, list[
     rows = np.frombuffer(b"".join(number.to_bytes(size, "little") for _, number in merged), np.uint8)
     rows = rows.reshape(len(merged), batch, heads, tokens, 8 * words).transpose(1, 2, 3, 0, 4)
     return np.ascontiguousarray(rows).reshape(batch, heads, -1, 8 * words), [weight for weight, _ in merged]
-
-
-def check_threads(threads: int) -> int:
-    """Raise unless this is a number of threads."""
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise ValueError(f"threads must be an int of at least 1, got {threads!r}")
-    return threads
 
 
 def in_threads(some: Callable[[Sequence[T]], None], work: Sequence[T], threads: int) -> None:
