@@ -7,7 +7,7 @@ from hashattn import FlatHamming, HashAttention, Recent, SimHash, Sink, TopK
 from hashattn.demo.assets import SHAKESPEARE, fetch
 from hashattn.demo.story import ANSWER, build_story, contains_answer
 from hashattn.integrations.transformers import capture
-from tests.integrations.test_transformers import check_codes
+from tests.integrations.models import cache_of, check_codes
 
 pytestmark = pytest.mark.xdist_group("smollm2")
 FORCED = Sink(4) | Recent(64)
@@ -31,7 +31,7 @@ def test_everything_writes_what_the_model_writes_and_codes_are_those_of_the_keys
     with attn.attach(model) as handle:
         out = write(model, story, return_dict_in_generate=True)
         assert torch.equal(out.sequences, expected)
-        check_codes(out.past_key_values)
+        check_codes(cache_of(out))
         steps = expected.shape[1] - story.shape[1] - 1
         assert all(row.sparse == steps for row in handle.report().layers)
     assert torch.equal(write(model, story), expected)
