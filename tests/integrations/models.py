@@ -33,14 +33,17 @@ MODELS = {
 SHORT = SimHash(64, centring=Centring(keys=16))
 EVERYTHING = HashAttention(SHORT, FlatHamming(), Sink(2) | Recent(4) | TopK(share=1.0), engine="reference")
 TENTH = HashAttention(SHORT, FlatHamming(), Sink(2) | Recent(4) | TopK(share=0.1), engine="reference")
+ON_CPU = TENTH.replace(engine="cpu")
 LENGTH, NEW = 90, 12
 # transformers 5.24 renamed the argument and the output
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
-def make(name="llama"):
+def make(name="llama", **changes):
     torch.manual_seed(3)
-    return MODELS[name]().eval()
+    config = MODELS[name]().config
+    torch.manual_seed(3)
+    return type(MODELS[name]())(type(config)(**{**config.to_dict(), **changes})).eval()
 
 
 def prompt(batch=2, padding=(0, 9), seed=0):
@@ -76,3 +79,14 @@ def check_codes(cache):
         kv.encode()
         assert kv.encoded == len(kv)
         assert torch.equal(kv.codes, kv.encoder.encode_key(kv.keys, kv.centre))
+
+
+def both_engines(model, run, **options):
+    """What run(model) returns, the same with either engine; both must have searched."""
+    found = []
+    for attn in (TENTH, ON_CPU):
+        with attn.attach(model, **options) as handle:
+            found.append(run(model))
+            assert sum(row.sparse for row in handle.report().layers) > 0
+    assert torch.equal(*found)
+    return found[0]

@@ -86,6 +86,8 @@ class Forward:
             if kv is not None and key.shape[2] > len(kv):  # a static cache hands out its free columns as well
                 key, value = kv.keys, kv.values
                 mask = mask if mask is None else mask[..., : len(kv)]
+            if kv is None and tokens == 1:
+                record.engine, record.why = "dense", str(reason)
             if kv is None or tokens > 1 or (mask is not None and mask.dtype != torch.bool):
                 return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
             self._count(call.number, None, query, kv, reason)

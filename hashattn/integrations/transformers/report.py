@@ -101,8 +101,9 @@ class LayerRow:
         layer: its number.
         sparse: calls that searched.
         dense: calls that attended densely, by reason.
-        keys_read: share of the visible keys that query heads read in one-token calls.
-        bytes_per_step: read of keys, values, codes and norms by a one-token call, mean.
+        keys_read: share of the visible keys that query heads read in one-token calls; None without any, or where the
+            layer keeps the model's own cache (a sliding window, a cache that is not served).
+        bytes_per_step: read of keys, values, codes and norms by a one-token call, mean; None likewise.
         engine: of the last one-token call: "dense", "reference" or "cpu"; "" before the first.
         why: this engine.
     """
@@ -110,8 +111,8 @@ class LayerRow:
     layer: int
     sparse: int
     dense: dict[str, int]
-    keys_read: float
-    bytes_per_step: float
+    keys_read: float | None
+    bytes_per_step: float | None
     engine: str
     why: str
 
@@ -170,10 +171,10 @@ class Report:
 
 def _cells(row: LayerRow) -> tuple[str, ...]:
     dense = ", ".join(f"{n} ({why})" for why, n in row.dense.items()) or "0"
-    if not row.engine:
-        return str(row.sparse), dense, "-", "-", "-"
+    keys = "-" if row.keys_read is None else f"{row.keys_read:.1%}"
+    size = "-" if row.bytes_per_step is None else f"{row.bytes_per_step / 1e3:.1f} kB"
     engine = row.engine if row.why in ("", *row.dense) else f"{row.engine}: {row.why}"
-    return str(row.sparse), dense, f"{row.keys_read:.1%}", f"{row.bytes_per_step / 1e3:.1f} kB", engine
+    return str(row.sparse), dense, keys, size, engine or "-"
 
 
 def _merged(rows: list[tuple[int, tuple[str, ...]]]) -> list[tuple[str, ...]]:
@@ -206,8 +207,9 @@ def summarise(records: dict[int, LayerRecord], refused: tuple[str, ...]) -> Repo
 
 
 def _row(number: int, r: LayerRecord) -> LayerRow:
-    read = (r.scanned + int(r.read)) / max(1, r.steps)
-    return LayerRow(number, r.sparse, dict(r.dense), _share([r]), read, r.engine, r.why)
+    keys = _share([r]) if r.steps else None
+    size = (r.scanned + int(r.read)) / r.steps if r.steps else None
+    return LayerRow(number, r.sparse, dict(r.dense), keys, size, r.engine, r.why)
 
 
 def _share(records: list[LayerRecord]) -> float:
