@@ -40,10 +40,12 @@ CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parame
 
 
 def make(name="llama", **changes):
+    small = MODELS[name]()
+    config = {**small.config.to_dict(), **changes}
+    if config.get("layer_types"):
+        config["layer_types"] = config["layer_types"][: config["num_hidden_layers"]]
     torch.manual_seed(3)
-    config = MODELS[name]().config
-    torch.manual_seed(3)
-    return type(MODELS[name]())(type(config)(**{**config.to_dict(), **changes})).eval()
+    return type(small)(type(small.config)(**config)).eval()
 
 
 def prompt(batch=2, padding=(0, 9), seed=0):

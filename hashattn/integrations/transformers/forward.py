@@ -134,10 +134,9 @@ class Forward:
         """Why this layer of the cache is not searched; raises ValueError if it should be (strict)."""
         if cache is None:
             return "no cache"
-        reason = "the model is on the meta device, where there are no keys to search" if hidden.is_meta else None
-        reason = reason or support.why_not_cache(cache, number)
+        reason = support.why_not_input(hidden) or support.why_not_cache(cache, number)
         if reason is not None and self.strict:
-            raise ValueError(f"this cache cannot be served: {reason} (attach with strict=False to run it densely)")
+            raise ValueError(f"this call cannot be served: {reason} (attach with strict=False to run it densely)")
         return reason
 
     def _why_dense(self, number: int, query: Tensor, kv: KVCache, mask: Tensor | None) -> str | None:

@@ -88,6 +88,15 @@ def devices_of(modules: dict[int, nn.Module]) -> list[torch.device]:
     return [d for d in devices if d.type != "meta"] or devices
 
 
+def why_not_input(hidden: Tensor) -> str | None:
+    """What keeps a call with these hidden states from being served; None if it can be."""
+    if hidden.is_meta:
+        return "the model is on the meta device, where there are no keys to search"
+    if torch.is_autocast_enabled(hidden.device.type):
+        return "autocast is on, which gives keys and values different types; load the model in the type you want"
+    return None
+
+
 def why_not_cache(cache: object, number: int) -> str | None:
     """What keeps this layer of a cache from being served; None if it can be."""
     use = "dynamic and static caches are served"
@@ -125,11 +134,9 @@ def check_append(layer: object, hidden: Tensor, one_device: bool) -> None:
     if kv is None or len(kv) == 0:
         return
     assert isinstance(layer, HashedLayer)
-    dtype, device = layer.dtype, layer.device
-    moved = one_device and device != hidden.device
-    if moved or (dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type)):  # autocast has its own
+    if layer.dtype != hidden.dtype or (one_device and layer.device != hidden.device):
         raise TypeError(
-            f"the cache holds {dtype} on {device}, but the model now computes in {hidden.dtype} on "
+            f"the cache holds {layer.dtype} on {layer.device}, but the model now computes in {hidden.dtype} on "
             f"{hidden.device}: start with a new cache after moving a model"
         )
     if kv.batch != hidden.shape[0]:
