@@ -103,6 +103,8 @@ def contrastive(model, input_ids, one_by_one, alpha=0.6, top_k=3, **kwargs):
         return model(input_ids=ids, attention_mask=mask, output_hidden_states=True, **{CACHE: cache})
 
     out = step(input_ids, mask)
+    if one_by_one:
+        cache.crop(0)  # lets sliding windows forget what they recorded
     context, logits = out.hidden_states[-1], out.logits[:, -1]
     for _ in range(NEW):
         mask = torch.cat([mask, mask[:, -1:]], dim=1)

@@ -50,6 +50,21 @@ def test_presets_find_the_fact(smollm2, story, preset, budget):
     assert contains_answer(tokenizer.decode(out[0, story.shape[1] :]), ANSWER)
 
 
+def test_both_engines_write_the_same(smollm2, story):
+    model = smollm2[0]
+    text = story[:, :400]
+    attn = HashAttention(SimHash(64), FlatHamming(), Sink(4) | Recent(16) | TopK(share=0.1), engine="reference")
+    written = []
+    for engine, options in (("reference", {}), ("cpu", {}), ("cpu", {"cache_implementation": "static"})):
+        with attn.replace(engine=engine).attach(model, layers={0: attn.replace(engine="dense")}) as handle:
+            out = write(model, text, return_dict_in_generate=True, **options)
+            check_codes(cache_of(out))
+            assert [row.engine for row in handle.report().layers] == ["dense"] + [engine] * 29
+        written.append(out.sequences)
+    assert torch.equal(written[0], written[1])
+    assert torch.equal(written[0], written[2])
+
+
 def test_real_keys_are_found_by_their_codes(smollm2, story):
     """Attention mass kept by 10% of the keys, mean of three layers; the observed value stands beside each floor."""
     captured = capture(smollm2[0], story, layers=[5, 14, 23], queries=32)
