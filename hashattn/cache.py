@@ -68,7 +68,7 @@ class KVCache:
         return self._values.view
 
     @property
-    def storage(self) -> tuple[Tensor, Tensor]:
+    def allocated(self) -> tuple[Tensor, Tensor]:
         """Keys and values with the room behind them, [B, Hkv, room, D]; that is zeros where there is a capacity."""
         self._check_filled()
         return self._keys.storage, self._values.storage

@@ -474,6 +474,6 @@ def test_a_state_with_keys_that_are_not_yet_encoded_loads():
 def test_the_room_of_a_fixed_capacity_is_zeros_also_after_rows_were_picked():
     cache = filled(make(capacity=30))
     cache.reorder(torch.tensor([1, 0]))
-    for storage in cache.storage:
+    for storage in cache.allocated:
         assert storage.shape[2] == 30
         assert not storage[:, :, 20:].any()

@@ -51,7 +51,7 @@ def test_everything_in_a_static_cache_writes_what_the_model_writes(model):
     check_codes(cache)
     layer = next(x for x in cache.layers if isinstance(x, HashedLayer))
     assert isinstance(layer, HashedStaticLayer)
-    assert layer.kv.storage[0].shape[2] == layer.get_max_length() == 128
+    assert layer.kv.allocated[0].shape[2] == layer.get_max_length() == 128
     assert len(layer.kv) == layer.get_seq_length() == LENGTH + NEW - 1
 
 
@@ -59,15 +59,15 @@ def test_the_codes_of_a_static_cache_follow_its_keys(llama):
     with ON_CPU.attach(llama):
         cache = static(llama)
         write(llama, prompt(), cache)
-        address = cache.layers[0].kv.storage[0].data_ptr()
+        address = cache.layers[0].kv.allocated[0].data_ptr()
         forward(llama, torch.tensor([[5]] * 2), cache)
-        assert cache.layers[0].kv.storage[0].data_ptr() == address
+        assert cache.layers[0].kv.allocated[0].data_ptr() == address
         check_codes(cache)
         cache.reorder_cache(torch.tensor([1, 0]))
         cache.crop(-4)
         forward(llama, torch.tensor([[5]] * 2), cache)
         check_codes(cache)
-        assert hashed(cache)[0].storage[0].shape[2] == 128
+        assert hashed(cache)[0].allocated[0].shape[2] == 128
         cache.reset()
         expected = write(llama, prompt(seed=4))
         assert torch.equal(write(llama, prompt(seed=4), cache), expected)

@@ -122,7 +122,7 @@ class HashedStaticLayer(HashedLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         super().update(key_states, value_states)
         assert self.kv is not None
-        return self.kv.storage
+        return self.kv.allocated
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.max_cache_len, 0
