@@ -43,7 +43,7 @@ class TokenBuffer:
         length = self.length + rows.shape[2]
         if self._data is None or self._data.shape[2] < length:
             room = self.capacity if self.capacity is not None else max(length + 64, length * 5 // 4)
-            data = rows.new_empty(*rows.shape[:2], room, rows.shape[3])
+            data = self._allocate(rows, rows.shape[0], room)
             if self._data is not None:
                 data[:, :, : self.length] = self.view
             self._data = data
@@ -58,6 +58,11 @@ class TokenBuffer:
         """Keep the batch rows of this int64 index, in its order; rows may repeat."""
         if self._data is not None:
             filled = self.view.index_select(0, rows)
-            data = filled.new_empty(filled.shape[0], filled.shape[1], self._data.shape[2], filled.shape[3])
+            data = self._allocate(filled, filled.shape[0], self._data.shape[2])
             data[:, :, : self.length] = filled
             self._data = data
+
+    def _allocate(self, like: Tensor, batch: int, room: int) -> Tensor:
+        shape = (batch, like.shape[1], room, like.shape[3])
+        # What has a capacity may be read in full under a mask, and 0 * NaN is NaN.
+        return like.new_empty(shape) if self.capacity is None else like.new_zeros(shape)

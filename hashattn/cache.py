@@ -71,6 +71,12 @@ class KVCache:
         return self._values.view
 
     @property
+    def allocated(self) -> tuple[Tensor, Tensor]:
+        """Keys and values with the room behind them, [B, Hkv, room, D]; that is zeros where there is a capacity."""
+        self._check_filled()
+        return self._keys.storage, self._values.storage
+
+    @property
     def codes(self) -> Tensor:
         """Codes of all keys (of none while every row is short), a view: int64 [B, heads, encoded, W]."""
         self.encode()
@@ -378,8 +384,8 @@ class KVCache:
         if self.with_norms != ("norms" in state):
             raise ValueError(f"state {'lacks' if self.with_norms else 'holds'} norms: it is of another composition")
         centre = state.get("centre")
-        probe = self.encoder.encode_key(state["keys"][:, :, :64], centre)
         codes = state["codes"]
+        probe = self.encoder.encode_key(state["keys"][:, :, : min(64, codes.shape[2])], centre)  # some keys may wait
         if (*codes.shape[:2], codes.shape[3]) != (*probe.shape[:2], probe.shape[3]) or codes.dtype != probe.dtype:
             raise ValueError(
                 f"codes {(*codes.shape,)} {codes.dtype} are not of this composition, which makes "

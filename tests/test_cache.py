@@ -458,3 +458,22 @@ def test_without_norms_none_are_kept():
     cache.encode()
     assert cache._norms.empty
     assert HashAttention(WARM, FlatHamming(), TopK(k=1), ExactAttend()).new_cache(1, 1, 8).with_norms is False
+
+
+def test_a_state_with_keys_that_are_not_yet_encoded_loads():
+    cache = filled(make())
+    cache.encode()
+    filled(cache, seed=1, keys=1)
+    assert cache.encoded == 20
+    fresh = make()
+    fresh.load_state_dict(cache.state_dict())
+    assert fresh.encoded == 20
+    assert torch.equal(fresh.codes, cache.codes)
+
+
+def test_the_room_of_a_fixed_capacity_is_zeros_also_after_rows_were_picked():
+    cache = filled(make(capacity=30))
+    cache.reorder(torch.tensor([1, 0]))
+    for storage in cache.allocated:
+        assert storage.shape[2] == 30
+        assert not storage[:, :, 20:].any()

@@ -7,7 +7,7 @@ from hashattn import FlatHamming, HashAttention, Recent, SimHash, Sink, TopK
 from hashattn.demo.assets import SHAKESPEARE, fetch
 from hashattn.demo.story import ANSWER, build_story, contains_answer
 from hashattn.integrations.transformers import capture
-from tests.integrations.test_transformers import check_codes
+from tests.integrations.models import cache_of, check_codes
 
 pytestmark = pytest.mark.xdist_group("smollm2")
 FORCED = Sink(4) | Recent(64)
@@ -31,7 +31,7 @@ def test_everything_writes_what_the_model_writes_and_codes_are_those_of_the_keys
     with attn.attach(model) as handle:
         out = write(model, story, return_dict_in_generate=True)
         assert torch.equal(out.sequences, expected)
-        check_codes(out.past_key_values)
+        check_codes(cache_of(out))
         steps = expected.shape[1] - story.shape[1] - 1
         assert all(row.sparse == steps for row in handle.report().layers)
     assert torch.equal(write(model, story), expected)
@@ -48,6 +48,21 @@ def test_presets_find_the_fact(smollm2, story, preset, budget):
         out = write(model, story)
         assert handle.report().sparse_keys_read < 0.31
     assert contains_answer(tokenizer.decode(out[0, story.shape[1] :]), ANSWER)
+
+
+def test_both_engines_write_the_same(smollm2, story):
+    model = smollm2[0]
+    text = story[:, :400]
+    attn = HashAttention(SimHash(64), FlatHamming(), Sink(4) | Recent(16) | TopK(share=0.1), engine="reference")
+    written = []
+    for engine, options in (("reference", {}), ("cpu", {}), ("cpu", {"cache_implementation": "static"})):
+        with attn.replace(engine=engine).attach(model, layers={0: attn.replace(engine="dense")}) as handle:
+            out = write(model, text, return_dict_in_generate=True, **options)
+            check_codes(cache_of(out))
+            assert [row.engine for row in handle.report().layers] == ["dense"] + [engine] * 29
+        written.append(out.sequences)
+    assert torch.equal(written[0], written[1])
+    assert torch.equal(written[0], written[2])
 
 
 def test_real_keys_are_found_by_their_codes(smollm2, story):

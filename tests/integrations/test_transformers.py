@@ -11,82 +11,40 @@ from transformers import (
     Gemma3TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    StaticCache,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from hashattn import (
-    Centring,
-    FlatHamming,
-    HashAttention,
-    PerLayer,
-    Recent,
-    SimHash,
-    Sink,
-    SymmetricHash,
-    TopK,
+from hashattn import FlatHamming, HashAttention, PerLayer, SimHash, SymmetricHash, TopK
+from hashattn.integrations.transformers import capture
+from tests.integrations.models import (
+    EVERYTHING,
+    LENGTH,
+    MIXED,
+    MODELS,
+    NEW,
+    SMALL,
+    TENTH,
+    cache_of,
+    check_codes,
+    forward,
+    hashed,
+    make,
+    prompt,
+    write,
 )
-from hashattn.integrations.transformers import HashedLayer, capture
-
-SMALL = {
-    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "eos_token_id": 96,
-}  # fmt: skip
-MIXED = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
-MODELS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=None)),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SMALL, **MIXED, query_pre_attn_scalar=16)),
-}
-SHORT = SimHash(64, centring=Centring(keys=16))
-EVERYTHING = HashAttention(SHORT, FlatHamming(), Sink(2) | Recent(4) | TopK(share=1.0), engine="reference")
-TENTH = HashAttention(SHORT, FlatHamming(), Sink(2) | Recent(4) | TopK(share=0.1), engine="reference")
-LENGTH, NEW = 90, 12
 
 
 @pytest.fixture(params=MODELS)
 def model(request):
-    torch.manual_seed(3)
-    return MODELS[request.param]().eval()
+    return make(request.param)
 
 
 @pytest.fixture
 def llama():
-    torch.manual_seed(3)
-    return MODELS["llama"]().eval()
-
-
-def prompt(batch=2, padding=(0, 9), seed=0):
-    ids = torch.randint(3, 96, (batch, LENGTH), generator=torch.Generator().manual_seed(seed))
-    mask = torch.ones_like(ids)
-    for row, n in enumerate(padding[:batch]):
-        ids[row, :n], mask[row, :n] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def write(model, inputs, **options):
-    return model.generate(**inputs, **{"max_new_tokens": NEW, "do_sample": False, **options})
-
-
-def hashed(cache):
-    return [layer.kv for layer in cache.layers if isinstance(layer, HashedLayer) and layer.kv.encoder is not None]
-
-
-def check_codes(cache):
-    kept = hashed(cache)
-    assert kept
-    for kv in kept:
-        kv.encode()
-        assert kv.encoded == len(kv)
-        assert torch.equal(kv.codes, kv.encoder.encode_key(kv.keys, kv.centre))
+    return make()
 
 
 @pytest.mark.parametrize(
@@ -130,8 +88,8 @@ def test_left_padded_rows_write_what_they_write_alone(model):
 def test_codes_are_those_of_the_keys_after_everything(model):
     with TENTH.attach(model):
         cache = DynamicCache(config=model.config)
-        out = write(model, prompt(), past_key_values=cache, return_dict_in_generate=True)
-        cache = out.past_key_values
+        out = write(model, prompt(), cache, return_dict_in_generate=True)
+        cache = cache_of(out)
         check_codes(cache)
         if all(layer.is_croppable and not layer.is_sliding for layer in cache.layers):
             cache.crop(-3)
@@ -142,7 +100,7 @@ def test_codes_are_those_of_the_keys_after_everything(model):
         check_codes(cache)
         twin = copy.deepcopy(cache)
         token = torch.tensor([[5]] * 3)
-        model(input_ids=token, past_key_values=cache)
+        forward(model, token, cache)
         check_codes(cache)
         assert len(hashed(twin)[0]) == len(hashed(cache)[0]) - 1
         check_codes(twin)
@@ -154,10 +112,10 @@ def test_keys_and_values_are_appended_in_place(llama):
     with TENTH.attach(llama):
         cache = DynamicCache(config=llama.config)
         ids = prompt(1)["input_ids"]
-        llama(input_ids=ids, past_key_values=cache)
+        forward(llama, ids, cache)
         address = cache.layers[0].keys.data_ptr()
         for _ in range(8):
-            llama(input_ids=ids[:, :1], past_key_values=cache)
+            forward(llama, ids[:, :1], cache)
         assert cache.layers[0].keys.data_ptr() == address
         assert cache.get_seq_length() == LENGTH + 8
 
@@ -166,16 +124,16 @@ def test_a_cache_prefilled_before_attaching_and_one_of_another_composition_are_t
     ids = prompt(1)["input_ids"]
     cache = DynamicCache(config=llama.config)
     with torch.no_grad():
-        llama(input_ids=ids[:, :-1], past_key_values=cache)
+        forward(llama, ids[:, :-1], cache)
         with TENTH.attach(llama) as handle:
-            one = llama(input_ids=ids[:, -1:], past_key_values=copy.deepcopy(cache)).logits
+            one = forward(llama, ids[:, -1:], copy.deepcopy(cache))
             assert all(row.sparse == 1 for row in handle.report().layers)
         other = HashAttention(SimHash(128, centring=None), FlatHamming(), TopK(k=3), engine="reference")
         with other.attach(llama):
-            llama(input_ids=ids[:, -1:], past_key_values=cache)
+            forward(llama, ids[:, -1:], cache)
         cache.crop(-1)
         with TENTH.attach(llama):
-            assert torch.equal(llama(input_ids=ids[:, -1:], past_key_values=cache).logits, one)
+            assert torch.equal(forward(llama, ids[:, -1:], cache), one)
             check_codes(cache)
 
 
@@ -185,9 +143,9 @@ def test_chunked_prefill_and_queries_up_to_max_sparse_q(llama):
         exact = llama(input_ids=ids).logits[:, -3:]
         with EVERYTHING.attach(llama, max_sparse_q=3) as handle:
             cache = DynamicCache(config=llama.config)
-            llama(input_ids=ids[:, :50], past_key_values=cache)
-            llama(input_ids=ids[:, 50:-3], past_key_values=cache)
-            found = llama(input_ids=ids[:, -3:], past_key_values=cache).logits
+            forward(llama, ids[:, :50], cache)
+            forward(llama, ids[:, 50:-3], cache)
+            found = forward(llama, ids[:, -3:], cache)
             assert {(row.sparse, row.dense["prefill"]) for row in handle.report().layers} == {(1, 2)}
     assert (found - exact).abs().max() < 1e-4
 
@@ -224,8 +182,7 @@ def test_captured_queries_and_keys_fit_an_encoder_for_every_layer(llama):
     assert [*captured] == [0, 1, 2, 3]
     assert captured[0].q.shape == (1, 6, 40, 16)
     cache = DynamicCache(config=llama.config)
-    with torch.no_grad():
-        llama(input_ids=ids, past_key_values=cache)
+    forward(llama, ids, cache)
     assert (captured[2].k - cache.layers[2].keys).abs().max() < 1e-5
     encoder = PerLayer([SymmetricHash(64, seed=i).fit(c.q, c.k, steps=5) for i, c in captured.items()])
     with TENTH.replace(encoder=encoder).attach(llama) as handle:
@@ -284,20 +241,14 @@ def test_attaching_twice_a_wrong_layer_and_a_wrong_head_size_are_refused(llama):
     assert llama.config._attn_implementation == "sdpa"
 
 
-def test_a_cache_or_mask_that_cannot_be_served_is_refused_or_runs_densely(llama):
+def test_a_mask_that_cannot_be_served_is_refused_or_runs_densely(llama):
     ids = prompt(1)["input_ids"]
     holes = torch.ones_like(ids)
     holes[:, 30:33] = 0
     expected = write(llama, {"input_ids": ids, "attention_mask": holes}, eos_token_id=None)
-    static = lambda: StaticCache(config=llama.config, max_cache_len=128)  # noqa: E731
-    with TENTH.attach(llama):
-        with pytest.raises(ValueError, match="StaticLayer"):
-            write(llama, {"input_ids": ids}, past_key_values=static())
-        with pytest.raises(ValueError, match="middle of a row"):
-            write(llama, {"input_ids": ids, "attention_mask": holes}, eos_token_id=None)
+    with TENTH.attach(llama), pytest.raises(ValueError, match="middle of a row"):
+        write(llama, {"input_ids": ids, "attention_mask": holes}, eos_token_id=None)
     with TENTH.attach(llama, strict=False) as handle:
-        write(llama, {"input_ids": ids}, past_key_values=static(), eos_token_id=None)
-        assert all(row.sparse == 0 for row in handle.report().layers)
         found = write(llama, {"input_ids": ids, "attention_mask": holes}, eos_token_id=None)
         assert torch.equal(found, expected)
         llama(input_ids=ids, use_cache=False)
@@ -309,7 +260,7 @@ def test_nothing_keeps_a_cache_alive(llama):
 
     with TENTH.attach(llama):
         cache = DynamicCache(config=llama.config)
-        write(llama, prompt(1), past_key_values=cache)
+        write(llama, prompt(1), cache)
         kept = weakref.ref(cache.layers[0].kv)
         del cache
         gc.collect()

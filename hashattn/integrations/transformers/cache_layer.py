@@ -1,4 +1,4 @@
-"""HashedLayer: a layer of a dynamic cache that keeps codes beside keys and values."""
+"""HashedLayer and HashedStaticLayer: cache layers of transformers that keep codes beside keys and values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
@@ -23,18 +23,12 @@ class HashedLayer(DynamicLayer):
         attn: the composition of this layer.
     """
 
+    capacity: int | None = None
+
     def __init__(self, attn: HashAttention) -> None:
         self.attn = attn
         self.kv: KVCache | None = None
         super().__init__()
-
-    @classmethod
-    def from_layer(cls, layer: DynamicLayer, attn: HashAttention) -> HashedLayer:
-        """A hashed layer with the contents of a dynamic one (or of one of another composition)."""
-        new = cls(attn)
-        if layer.keys is not None and layer.values is not None and layer.keys.numel():
-            new.update(layer.keys, layer.values)
-        return new
 
     @property
     def keys(self) -> Tensor | None:
@@ -58,11 +52,14 @@ class HashedLayer(DynamicLayer):
         if value is not None:  # None comes from the base class's __init__
             raise AttributeError("a HashedLayer's keys and values change by update, crop and the row operations only")
 
+    @torch.compiler.disable  # lengths live on the host: traced, they would be compiled anew at every token
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.kv = self.attn.new_cache(key_states.shape[0], key_states.shape[1], key_states.shape[3])
+        batch, heads, _, dim = key_states.shape
+        self.kv = self.attn.new_cache(batch, heads, dim, capacity=self.capacity)
         self.is_initialized = True
 
+    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.kv is None:
             self.lazy_initialization(key_states, value_states)
@@ -70,6 +67,7 @@ class HashedLayer(DynamicLayer):
         self.kv.append(key_states, value_states)
         return self.kv.keys, self.kv.values
 
+    @torch.compiler.disable
     def get_seq_length(self) -> int:
         return len(self.kv) if self.kv is not None else 0
 
@@ -103,3 +101,43 @@ class HashedLayer(DynamicLayer):
 
     def offload(self) -> None:
         raise NotImplementedError("a HashedLayer cannot be offloaded: use a cache without offloading")
+
+
+class HashedStaticLayer(HashedLayer):
+    """Takes the place of a StaticLayer: `max_cache_len` columns, allocated at once.
+
+    The model sees all of them, as its masks expect; a search looks at the filled part.
+
+    Args:
+        attn: the composition of this layer.
+        max_cache_len: columns.
+    """
+
+    is_compileable = True  # transformers makes masks of full length for such caches
+
+    def __init__(self, attn: HashAttention, max_cache_len: int) -> None:
+        super().__init__(attn)
+        self.capacity = self.max_cache_len = max_cache_len
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        super().update(key_states, value_states)
+        assert self.kv is not None
+        return self.kv.allocated
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.max_cache_len, 0
+
+    def get_max_length(self) -> int:
+        return self.max_cache_len
+
+
+def hashed_layer(layer: CacheLayerMixin, attn: HashAttention) -> HashedLayer:
+    """A hashed layer with the contents of a DynamicLayer, a StaticLayer or one of another composition."""
+    filled = int(layer.get_seq_length())
+    if isinstance(layer, StaticLayer | HashedStaticLayer):
+        new: HashedLayer = HashedStaticLayer(attn, layer.max_cache_len)
+    else:
+        new = HashedLayer(attn)
+    if filled and layer.keys is not None and layer.values is not None:
+        new.update(layer.keys[:, :, :filled], layer.values[:, :, :filled])
+    return new

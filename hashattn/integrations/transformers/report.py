@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from hashattn.attention import HashAttention
+from hashattn.cache import KVCache
+from hashattn.engines import crossover, resolve
 from hashattn.types import MEDIUM, Selection
 
 
 @dataclass
 class LayerRecord:
-    """Counts of one layer, kept on the device until they are read.
+    """Counts of one layer: numbers, on a GPU kept there until they are read.
 
     Attributes:
         sparse: calls that searched.
@@ -31,6 +37,8 @@ class LayerRecord:
     dense_bytes: int = 0  # bytes that full attention would have read
     code_bytes: int = 0  # memory of the last cache's codes
     kv_bytes: int = 0  # and of its keys and values
+    engine: str = ""  # of the last one-token call
+    why: str = ""
     reads: Tensor | None = None  # int64 [positions], how often a query head read each (when traced)
 
     def add_reads(self, ids: Tensor, weight: int, columns: int) -> None:
@@ -43,40 +51,70 @@ class LayerRecord:
             self.reads = longer.clone()
             self.reads[: len(shorter)] += shorter
 
-    def add_step(
-        self, selection: Selection | None, q_heads: int, kv_heads: int, keys: int, key_bytes: int, code_bytes: int
-    ) -> None:
-        """Count a one-token call.
-
-        Args:
-            selection: what was kept; None if the call ran dense.
-            keys: visible keys, summed over rows.
-            key_bytes: of one key.
-            code_bytes: of one key's codes over all heads; 0 if none are scanned.
-        """
+    def add_step(self, selection: Selection | None, query: Tensor, kv: KVCache) -> None:
+        """Count a one-token call; selection is None if it ran dense."""
+        heads, key_bytes = query.shape[1], query.shape[3] * query.element_size()
+        keys = len(kv) * kv.batch - sum(kv._starts) if any(kv._starts) else len(kv) * kv.batch
+        self.code_bytes = kv.code_nbytes
+        self.kv_bytes = kv.nbytes - self.code_bytes
         self.steps += 1
-        self.visible += keys * q_heads
-        self.dense_bytes += 2 * keys * kv_heads * key_bytes
+        self.visible += keys * heads
+        everything = 2 * keys * kv.kv_heads * key_bytes
+        self.dense_bytes += everything
         if selection is None:
-            self.kept = self.kept + keys * q_heads
-            self.read = self.read + 2 * keys * kv_heads * key_bytes
+            self.kept = self.kept + keys * heads
+            self.read = self.read + everything
             return
-        self.scanned += keys * code_bytes
-        kept = selection.count.sum()
-        self.kept = self.kept + kept * (q_heads // selection.ids.shape[1])
+        code_bytes = 0  # of one key and KV head
+        if kv.encoder is not None:
+            row = 8 * -(-kv.bits // 64) if kv.encoder.code == "binary" else key_bytes
+            code_bytes = row * kv.encoder.code_heads(kv.kv_heads) // kv.kv_heads
+        self.scanned += keys * kv.kv_heads * code_bytes
+        kept = count(selection.ids >= 0)
+        self.kept = self.kept + kept * (heads // selection.ids.shape[1])
         self.read = self.read + kept * 2 * key_bytes
         if selection.tier is not None:  # a medium key costs a norm and a code instead of the key
-            medium = ((selection.tier == MEDIUM) & (selection.ids >= 0)).sum()
-            self.read = self.read - medium * (key_bytes - 2 - code_bytes // kv_heads)
+            medium = count((selection.tier == MEDIUM) & (selection.ids >= 0))
+            self.read = self.read - medium * (key_bytes - 2 - code_bytes)
+
+    def set_engine(self, attn: HashAttention, keys: int, device: str) -> None:
+        """Note what serves a search over `keys` keys, and why."""
+        engine = resolve(attn, device, keys)
+        if engine == "cpu" and attn.encoder is not None and attn.encoder.code != "binary":
+            self.engine, self.why = "reference", f'engine="{attn.engine}", but "cpu" scans binary codes only'
+        elif attn.engine == "auto":
+            self.engine, self.why = engine, f"auto, faster from {crossover(attn, device)} keys on"
+        else:
+            self.engine, self.why = engine, f'engine="{engine}"'
+
+
+def count(mask: Tensor) -> Tensor | int:
+    """How many are True; on a CPU by numpy, which takes a fraction of the time."""
+    return mask.sum() if mask.is_cuda else int(np.count_nonzero(mask.numpy()))
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One line of a report."""
+    """One line of a report.
+
+    Attributes:
+        layer: its number.
+        sparse: calls that searched.
+        dense: calls that attended densely, by reason.
+        keys_read: share of the visible keys that query heads read in one-token calls; None without any, or where the
+            layer keeps the model's own cache (a sliding window, a cache that is not served).
+        bytes_per_step: read of keys, values, codes and norms by a one-token call, mean; None likewise.
+        engine: of the last one-token call: "dense", "reference" or "cpu"; "" before the first.
+        why: this engine.
+    """
 
     layer: int
     sparse: int
     dense: dict[str, int]
+    keys_read: float | None
+    bytes_per_step: float | None
+    engine: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -84,7 +122,7 @@ class Report:
     """What an attached composition did. str(report) is a table.
 
     Attributes:
-        layers: per layer, the calls that searched and those that attended densely, by reason.
+        layers: per layer, the calls that searched and those that attended densely, what they read, and the engine.
         steps: one-token steps (decoded tokens, counted at the first layer that was called).
         keys_read: share of the visible keys that query heads read in one-token calls, dense layers included.
         sparse_keys_read: the same over the layers that searched.
@@ -105,14 +143,21 @@ class Report:
     kv_bytes: int
     refused: tuple[str, ...] = ()
 
+    def as_dict(self) -> dict[str, Any]:
+        """Numbers, strings, lists and dicts only."""
+        return json.loads(self.as_json())
+
+    def as_json(self, indent: int | None = 2) -> str:
+        """The same as JSON text."""
+        return json.dumps(asdict(self), indent=indent)
+
     def __str__(self) -> str:
         if self.refused:
             return "nothing is served, the model runs as it is: " + "; ".join(self.refused)
-        lines = ["layers    sparse calls  dense calls"]
-        for first, last, row in _runs(self.layers):
-            span = f"{first}" if first == last else f"{first}-{last}"
-            dense = ", ".join(f"{n} ({why})" for why, n in row.dense.items()) or "0"
-            lines.append(f"{span:<10}{row.sparse:<14}{dense}")
+        head = ("layers", "sparse calls", "dense calls", "keys read", "a step", "engine")
+        rows = [head, *_merged([(row.layer, _cells(row)) for row in self.layers])]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         if self.steps:
             lines += [
                 f"{self.steps} one-token steps: {self.keys_read:.1%} of visible keys read "
@@ -124,15 +169,23 @@ class Report:
         return "\n".join(lines)
 
 
-def _runs(rows: tuple[LayerRow, ...]) -> list[tuple[int, int, LayerRow]]:
-    """Neighbouring layers that did the same, as (first, last, row)."""
-    runs: list[tuple[int, int, LayerRow]] = []
-    for row in rows:
-        if runs and (runs[-1][2].sparse, runs[-1][2].dense) == (row.sparse, row.dense) and runs[-1][1] == row.layer - 1:
-            runs[-1] = (runs[-1][0], row.layer, runs[-1][2])
+def _cells(row: LayerRow) -> tuple[str, ...]:
+    dense = ", ".join(f"{n} ({why})" for why, n in row.dense.items()) or "0"
+    keys = "-" if row.keys_read is None else f"{row.keys_read:.1%}"
+    size = "-" if row.bytes_per_step is None else f"{row.bytes_per_step / 1e3:.1f} kB"
+    engine = row.engine if row.why in ("", *row.dense) else f"{row.engine}: {row.why}"
+    return str(row.sparse), dense, keys, size, engine or "-"
+
+
+def _merged(rows: list[tuple[int, tuple[str, ...]]]) -> list[tuple[str, ...]]:
+    """Neighbouring layers whose cells are the same, as one row each."""
+    runs: list[tuple[int, int, tuple[str, ...]]] = []
+    for layer, cells in rows:
+        if runs and runs[-1][2] == cells and runs[-1][1] == layer - 1:
+            runs[-1] = (runs[-1][0], layer, cells)
         else:
-            runs.append((row.layer, row.layer, row))
-    return runs
+            runs.append((layer, layer, cells))
+    return [(f"{a}" if a == b else f"{a}-{b}", *cells) for a, b, cells in runs]
 
 
 def summarise(records: dict[int, LayerRecord], refused: tuple[str, ...]) -> Report:
@@ -141,7 +194,7 @@ def summarise(records: dict[int, LayerRecord], refused: tuple[str, ...]) -> Repo
     steps = max((r.steps for r in records.values()), default=0)
     per = max(1, steps)
     return Report(
-        tuple(LayerRow(i, r.sparse, dict(r.dense)) for i, r in records.items()),
+        tuple(_row(i, r) for i, r in records.items()),
         steps,
         _share(list(records.values())),
         _share(searched),
@@ -151,6 +204,12 @@ def summarise(records: dict[int, LayerRecord], refused: tuple[str, ...]) -> Repo
         sum(r.kv_bytes for r in records.values()),
         refused,
     )
+
+
+def _row(number: int, r: LayerRecord) -> LayerRow:
+    keys = _share([r]) if r.steps else None
+    size = (r.scanned + int(r.read)) / r.steps if r.steps else None
+    return LayerRow(number, r.sparse, dict(r.dense), keys, size, r.engine, r.why)
 
 
 def _share(records: list[LayerRecord]) -> float:

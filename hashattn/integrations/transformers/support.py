@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from hashattn.integrations.transformers.cache_layer import HashedLayer
+from hashattn.integrations.transformers.cache_layer import HashedLayer, HashedStaticLayer
 
 
 def text_config(model: PreTrainedModel) -> Any:
@@ -45,6 +47,11 @@ def why_not(model: nn.Module) -> list[str]:
         reasons.append(f"{config.num_kv_shared_layers} of its layers share the keys of other layers")
     if getattr(config, "index_topk", None) is not None:
         reasons.append("it has a sparse attention of its own (index_topk)")
+    inputs = {name for m in modules.values() for name in inspect.signature(m.forward).parameters}
+    if modules and not inputs & {"past_key_values", "cache"}:
+        reasons.append("its attention takes its cache under a name that is not known here")
+    if modules and devices_of(modules)[0].type == "meta":
+        reasons.append("its weights are on the meta device")
     if not modules:
         reasons.append("no attention modules with q_proj, k_proj and a layer_idx were found in it")
     elif not reasons and all(layer_dense_by_design(m, i) for i, m in modules.items()):
@@ -75,17 +82,62 @@ def heads(module: nn.Module) -> tuple[int, int, int]:
     return config.num_attention_heads, config.num_key_value_heads, int(module.head_dim)  # type: ignore[arg-type]
 
 
+def devices_of(modules: dict[int, nn.Module]) -> list[torch.device]:
+    """Where the attention weights are, without meta (weights offloaded by layer) if they are elsewhere too."""
+    devices = list(dict.fromkeys(p.device for m in modules.values() for p in m.parameters()))
+    return [d for d in devices if d.type != "meta"] or devices
+
+
+def why_not_input(hidden: Tensor) -> str | None:
+    """What keeps a call with these hidden states from being served; None if it can be."""
+    if hidden.is_meta:
+        return "the model is on the meta device, where there are no keys to search"
+    if torch.is_autocast_enabled(hidden.device.type):
+        return "autocast is on, which gives keys and values different types; load the model in the type you want"
+    return None
+
+
 def why_not_cache(cache: object, number: int) -> str | None:
     """What keeps this layer of a cache from being served; None if it can be."""
-    use = "the dynamic cache, which generate() makes by default, is served"
-    if not isinstance(cache, Cache):
-        return f"past_key_values is a {type(cache).__name__}; {use}"
+    use = "dynamic and static caches are served"
+    if not isinstance(cache, DynamicCache | StaticCache):
+        return f"the cache is a {type(cache).__name__}; {use}"
     if cache.offloading:
         return f"the cache is offloaded; {use} without offloading"
     if number >= len(cache.layers):
         replicated = getattr(cache, "layer_class_to_replicate", None)
         return None if replicated is DynamicLayer else f"the cache has no layer {number}"
     layer = cache.layers[number]
-    if type(layer) not in (DynamicLayer, HashedLayer):
+    if type(layer) not in (DynamicLayer, StaticLayer, HashedLayer, HashedStaticLayer):
         return f"layer {number} of the {type(cache).__name__} is a {type(layer).__name__}; {use}"
-    return None if isinstance(cache, DynamicCache) else f"past_key_values is a {type(cache).__name__}; {use}"
+    return None
+
+
+def check_append(layer: object, hidden: Tensor, one_device: bool) -> None:
+    """Raise unless a layer of a cache can take what attention makes of hidden states [B, T, hidden size].
+
+    Args:
+        one_device: whether the whole model is on one device.
+
+    Raises:
+        TypeError: the model has another dtype or device than what the layer holds.
+        ValueError: another number of rows, or a static layer without the room.
+    """
+    if isinstance(layer, StaticLayer | HashedStaticLayer):
+        filled, room = int(layer.get_seq_length()), layer.max_cache_len
+        if filled + hidden.shape[1] > room:
+            raise ValueError(
+                f"the static cache holds {filled} of max_cache_len={room} tokens, but the input has "
+                f"{hidden.shape[1]}: make it longer, or use a dynamic cache"
+            )
+    kv = layer.kv if isinstance(layer, HashedLayer) else None
+    if kv is None or len(kv) == 0:
+        return
+    assert isinstance(layer, HashedLayer)
+    if layer.dtype != hidden.dtype or (one_device and layer.device != hidden.device):
+        raise TypeError(
+            f"the cache holds {layer.dtype} on {layer.device}, but the model now computes in {hidden.dtype} on "
+            f"{hidden.device}: start with a new cache after moving a model"
+        )
+    if kv.batch != hidden.shape[0]:
+        raise ValueError(f"the cache holds {kv.batch} rows, but the input has {hidden.shape[0]}")

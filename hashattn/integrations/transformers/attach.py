@@ -1,0 +1,96 @@
+"""attach(): put a composition to work in a model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from hashattn.attention import HashAttention
+from hashattn.integrations.transformers import support
+from hashattn.integrations.transformers.forward import HASHATTN_CALL, Forward, hashed_attention
+from hashattn.integrations.transformers.handle import Handle
+from hashattn.integrations.transformers.layers import overrides, serve
+from hashattn.integrations.transformers.report import LayerRecord
+
+NAME = "hashattn"
+
+
+def attach(
+    attn: HashAttention, model: nn.Module, *, strict: bool = True, max_sparse_q: int = 1, trace: bool = False,
+    layers: Mapping[int, HashAttention] | None = None,
+) -> Handle:  # fmt: skip
+    """Let a composition serve the decoding of a Hugging Face causal language model.
+
+    model.generate(**inputs) then works with no argument added. Prefill stays dense; a call with at most
+    `max_sparse_q` queries searches. Sliding-window layers and attn.dense_layers stay dense.
+
+    Args:
+        attn: the composition; its weights are moved to the model's device.
+        model: a decoder model that uses transformers' attention interface.
+        strict: refuse models, caches and masks that cannot be served. Without it they run densely, as report() says.
+        max_sparse_q: queries of a call up to which it searches; raise it for speculative decoding.
+        trace: count which positions are read; see Handle.reads().
+        layers: compositions for single layers, such as {3: other, -1: attn.replace(engine="dense")}; negative numbers
+            count from the last. They replace `attn` there, and dense_layers does not concern them.
+
+    Returns:
+        A Handle: update(), report(), reads(), detach(); also a context manager.
+
+    Raises:
+        ValueError: the model cannot be served (strict), is attached already, or a part does not fit it.
+        TypeError: `layers` that does not map ints to compositions.
+    """
+    if max_sparse_q < 1:
+        raise ValueError(f"max_sparse_q must be at least 1, got {max_sparse_q}")
+    reasons = support.why_not(model)
+    if reasons and strict:
+        raise ValueError(f"{type(model).__name__} cannot be attached: {'; '.join(reasons)}")
+    modules = {} if reasons else support.attention_modules(model)
+    devices = support.devices_of(modules)
+    device = devices[0] if len(devices) == 1 else None
+    forward = Forward({}, {i: LayerRecord() for i in modules}, strict, max_sparse_q, trace, device)
+    handle = Handle(attn, model, tuple(reasons), forward, modules)
+    if reasons:
+        return handle
+    configs: dict[int, Any] = {id(m.config): m.config for m in modules.values()}
+    if any(c._attn_implementation == NAME for c in configs.values()):
+        raise ValueError("model is attached already: call detach() on its handle first")
+    depth = len(modules)
+    single = overrides(layers, depth)
+    for number, module in modules.items():
+        own = number in single
+        forward.served[number] = serve(single.get(number, attn), own, module, number, depth)
+    for served in forward.served.values():
+        served.composition.to(devices[0])
+    AttentionInterface.register(NAME, hashed_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)  # without it masks are None and left-padded rows go wrong
+    for config in configs.values():
+        handle._configs.append((config, config._attn_implementation_internal))
+        config._attn_implementation_internal = NAME
+    for number, module in modules.items():
+        hook = pre_hook(forward, number, module)
+        handle._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    return handle
+
+
+def pre_hook(forward: Forward, number: int, module: nn.Module) -> Any:
+    """The forward pre-hook of an attention module: hands the layer's cache on to the attention function."""
+    places = {name: i for i, name in enumerate(inspect.signature(module.forward).parameters)}
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        def argument(name: str) -> Any:
+            place = places.get(name, len(args))
+            return args[place] if place < len(args) else kwargs.get(name)
+
+        cache = argument("past_key_values")
+        if cache is None:
+            cache = argument("cache")  # the same since transformers 5.24; before, a paged cache
+        kwargs[HASHATTN_CALL] = forward.prepare(number, cache, argument("hidden_states"))
+        return args, kwargs
+
+    return hook

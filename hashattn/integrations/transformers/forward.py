@@ -1,0 +1,197 @@
+"""One forward pass of an attached model: what the hooks prepare and the attention function does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from hashattn.attend.dense import dense
+from hashattn.attention import HashAttention
+from hashattn.cache import KVCache
+from hashattn.engines import resolve
+from hashattn.integrations.transformers import support
+from hashattn.integrations.transformers.cache_layer import HashedLayer, hashed_layer
+from hashattn.integrations.transformers.layers import Served
+from hashattn.integrations.transformers.mask import read_mask
+from hashattn.integrations.transformers.report import LayerRecord
+from hashattn.types import Selection, Step
+
+HASHATTN_CALL = "hashattn_call"
+
+
+@dataclass
+class Call:
+    """What a hook tells the attention function: the layer's cache, or why there is none to search."""
+
+    forward: Forward
+    number: int
+    layer: HashedLayer | None
+    reason: str | None
+
+
+@dataclass
+class Forward:
+    """What an attached model's layers share, and what one tells the next in a forward pass."""
+
+    served: dict[int, Served]
+    records: dict[int, LayerRecord]
+    strict: bool
+    max_sparse_q: int
+    trace: bool
+    device: torch.device | None  # None where the model is spread over several
+    step: Step = field(default_factory=Step)
+    masked: tuple[Tensor, list[int], str | None] | None = None
+
+    @torch.compiler.disable
+    def prepare(self, number: int, cache: Any, hidden: Tensor) -> Call:
+        """Swap the cache's layer for a hashed one. The first layer of a pass checks for all, before any work is done.
+
+        Args:
+            cache: what the model passes as its cache; None without one.
+            hidden: the input of the attention module, [B, T, hidden size].
+        """
+        if number == next(iter(self.served)):
+            self._begin(cache, hidden)
+        served = self.served[number]
+        if served.attn is None:
+            return Call(self, number, None, served.dense)
+        reason = self._why_not(cache, number, hidden)
+        if reason is not None:
+            return Call(self, number, None, reason)
+        while len(cache.layers) <= number:
+            cache.layers.append(DynamicLayer())
+        layer = cache.layers[number]
+        if not isinstance(layer, HashedLayer) or not same_cache(layer.attn, served.attn):
+            layer = cache.layers[number] = hashed_layer(layer, served.attn)
+        layer.attn = served.attn
+        return Call(self, number, layer, None)
+
+    def attend(
+        self, call: Call, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+        scaling: float | None, **kwargs: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        """Attention of one layer: query [B, Hq, T, D], key and value [B, Hkv, N, D]; returns [B, T, Hq, D]."""
+        record, tokens = self.records[call.number], query.shape[2]
+        kv = call.layer.kv if call.layer is not None else None
+        reason = call.reason if kv is None else self._why_dense(call.number, query, kv, mask)
+        if kv is None or reason is not None:
+            record.dense[str(reason)] += 1
+            self.step = Step()
+            if kv is not None and key.shape[2] > len(kv):  # a static cache hands out its free columns as well
+                key, value = kv.keys, kv.values
+                mask = mask if mask is None else mask[..., : len(kv)]
+            if kv is None and tokens == 1:
+                record.engine, record.why = "dense", str(reason)
+            if kv is None or tokens > 1 or (mask is not None and mask.dtype != torch.bool):
+                return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+            self._count(call.number, None, query, kv, reason)
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            return dense(query, key, value, mask, scale).out.transpose(1, 2).contiguous(), None
+        attn = self.served[call.number].attn
+        assert attn is not None
+        step = Step(call.number, self.step.previous, self.step.previous_weights)
+        wants = attn.selector is not None and attn.selector.needs_weights
+        output, selection = attn.run(query, kv, scale=scaling, step=step, need_weights=wants)
+        if selection is None:
+            reason = "rows too short to be indexed"
+            record.dense[reason] += 1
+        else:
+            record.sparse += 1
+        self.step = Step(call.number, selection, output.weights if selection is not None else None)
+        if tokens == 1:
+            self._count(call.number, selection, query, kv, reason)
+        return output.out.transpose(1, 2).contiguous(), None
+
+    def forget(self) -> None:
+        """Let go of what the last pass left."""
+        self.step, self.masked = Step(), None
+
+    # ---- inside
+
+    def _begin(self, cache: Any, hidden: Tensor) -> None:
+        self.forget()
+        if (
+            self.device not in (None, hidden.device) and not hidden.is_meta
+        ):  # the model was moved: its codes' weights follow
+            self.device = hidden.device
+            for served in self.served.values():
+                served.composition.to(hidden.device)
+        if not isinstance(cache, Cache):
+            return
+        for number, served in self.served.items():
+            if served.attn is None or number >= len(cache.layers):
+                continue
+            self._why_not(cache, number, hidden)
+            support.check_append(cache.layers[number], hidden, self.device is not None)
+
+    def _why_not(self, cache: Any, number: int, hidden: Tensor) -> str | None:
+        """Why this layer of the cache is not searched; raises ValueError if it should be (strict)."""
+        if cache is None:
+            return "no cache"
+        reason = support.why_not_input(hidden) or support.why_not_cache(cache, number)
+        if reason is not None and self.strict:
+            raise ValueError(f"this call cannot be served: {reason} (attach with strict=False to run it densely)")
+        return reason
+
+    def _why_dense(self, number: int, query: Tensor, kv: KVCache, mask: Tensor | None) -> str | None:
+        """Why this call of a served layer attends densely; None if it searches. Brings the rows' starts up to date."""
+        if query.shape[2] > self.max_sparse_q:
+            return "prefill"
+        served = self.served[number]
+        if served.dense is not None:
+            return served.dense
+        if mask is None:
+            starts, reason = [0] * kv.batch, None
+        else:
+            if self.masked is None or self.masked[0] is not mask:
+                self.masked = (mask, *read_mask(mask, kv.batch, len(kv), query.shape[2]))
+            _, starts, reason = self.masked
+        if reason is not None:
+            if self.strict:
+                raise ValueError(f"{reason} (attach with strict=False to run such calls densely)")
+            return reason
+        if starts != kv._starts:
+            kv.set_start(torch.tensor(starts))
+        assert served.attn is not None
+        if resolve(served.attn, query.device.type, kv.longest) == "dense":
+            return "auto: dense is faster" if served.attn.engine == "auto" else "engine is dense"
+        return None
+
+    def _count(self, number: int, selection: Selection | None, query: Tensor, kv: KVCache, reason: str | None) -> None:
+        """Book a one-token call; reason says why it ran dense."""
+        record, attn = self.records[number], self.served[number].attn
+        record.add_step(selection, query, kv)
+        if reason is not None:
+            record.engine, record.why = "dense", reason
+        elif attn is not None:
+            record.set_engine(attn, kv.longest, query.device.type)
+        if self.trace:
+            heads = query.shape[1]
+            ids = selection.ids if selection is not None else torch.arange(len(kv), device=query.device)
+            record.add_reads(ids, heads // ids.shape[1] if selection is not None else heads, len(kv))
+
+
+def same_cache(held: HashAttention, wanted: HashAttention) -> bool:
+    """Whether caches of one composition serve the other."""
+    if held is wanted:
+        return True
+    norms = held.attend.needs_norms or not wanted.attend.needs_norms
+    return held.encoder == wanted.encoder and held.index == wanted.index and norms
+
+
+@torch.compiler.disable  # a search asks the host for lengths and runs numpy: a graph breaks here
+def hashed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The attention function that is registered with transformers under the name "hashattn"."""
+    call: Call | None = kwargs.pop(HASHATTN_CALL, None)
+    if call is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return call.forward.attend(call, module, query, key, value, attention_mask, scaling, **kwargs)

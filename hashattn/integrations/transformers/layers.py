@@ -1,0 +1,86 @@
+"""What serves each layer of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hashattn.attend import DenseAttend
+from hashattn.attention import HashAttention
+from hashattn.integrations.transformers import support
+
+DENSE_LAYERS, DENSE_COMPOSITION = "dense_layers", "the composition attends densely"
+
+
+@dataclass(frozen=True)
+class Served:
+    """One layer of an attached model.
+
+    Attributes:
+        composition: as the user gave it, for all layers or for this one.
+        own: whether it was given for this layer alone; its dense_layers then say nothing.
+        attn: the composition bound to the layer; None leaves the model's own cache layer where it is.
+        dense: why the layer never searches; None if it does.
+    """
+
+    composition: HashAttention
+    own: bool
+    attn: HashAttention | None
+    dense: str | None = None
+
+
+def serve(composition: HashAttention, own: bool, module: nn.Module, number: int, depth: int) -> Served:
+    """Bind a composition to a layer.
+
+    Raises:
+        ValueError: a part does not fit the layer's heads, or dense_layers names a layer that the model lacks.
+    """
+    for i in composition.dense_layers:
+        if not -depth <= i < depth:
+            raise ValueError(f"dense_layers names layer {i}, but the model has {depth} layers")
+    reason = support.layer_dense_by_design(module, number)
+    if reason is not None:
+        return Served(composition, own, None, reason)
+    if not own and number in {i % depth for i in composition.dense_layers}:
+        reason = DENSE_LAYERS
+    elif not composition.attend.needs_selection:
+        reason = DENSE_COMPOSITION
+    if reason is not None:  # still worth a cache that appends in place
+        return Served(composition, own, HashAttention(attend=DenseAttend()), reason)
+    attn = composition.layer(number)
+    if attn.encoder is not None:
+        attn.encoder.check_model(*support.heads(module))
+    return Served(composition, own, attn)
+
+
+def numbers(name: str, chosen: Any, depth: int) -> list[int]:
+    """Layer numbers, negative ones counted from the last, as numbers from 0.
+
+    Raises:
+        TypeError: not a collection of ints.
+        ValueError: a layer that the model lacks, or one named twice.
+    """
+    if not isinstance(chosen, Iterable) or not all(type(i) is int for i in chosen):
+        raise TypeError(f"{name} must name layers by ints, got {chosen!r}")
+    for i in chosen:
+        if not -depth <= i < depth:
+            raise ValueError(f"{name} names layer {i}, but the model has {depth} layers, 0 to {depth - 1}")
+    found = [i % depth for i in chosen]
+    if len(set(found)) < len(found):
+        raise ValueError(f"{name} names a layer twice (negative numbers count from the last), got {[*chosen]}")
+    return found
+
+
+def overrides(layers: Mapping[int, HashAttention] | None, depth: int) -> dict[int, HashAttention]:
+    """The argument `layers` of attach, checked, with numbers from 0."""
+    if layers is None:
+        return {}
+    if not isinstance(layers, Mapping):
+        raise TypeError(f"layers must map layer numbers to compositions, got {layers!r}")
+    for i, composition in layers.items():
+        if not isinstance(composition, HashAttention):
+            raise TypeError(f"layers[{i}] must be a HashAttention, got {composition!r}")
+    return dict(zip(numbers("layers", [*layers], depth), layers.values(), strict=True))

@@ -1,0 +1,46 @@
+"""Nothing grows with the number of steps but the cache, counted in bytes."""
+
+import gc
+import sys
+
+import torch
+from transformers import DynamicCache
+
+from hashattn import Consensus, FlatHamming, HashAttention, Momentum, Recent, Sink, TopK
+from tests.integrations.models import SHORT, forward, make, prompt
+
+
+def tensor_bytes():
+    """Bytes of all live tensors, shared storage once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def container_bytes():
+    """Bytes of all live lists, dicts, objects and what else may hold something."""
+    gc.collect()
+    return sum(sys.getsizeof(x) for x in gc.get_objects() if type(x) is not torch.UntypedStorage)
+
+
+def test_2000_decoded_tokens():
+    model = make(num_hidden_layers=2, hidden_size=24, head_dim=8, max_position_embeddings=4096)
+    ranked = Momentum(Consensus(TopK(share=0.05)))
+    attn = HashAttention(SHORT, FlatHamming(), Sink(2) | Recent(4) | ranked, engine="cpu")
+    cache, token, counted = DynamicCache(config=model.config), torch.tensor([[5]]), []
+    with attn.attach(model) as handle:
+        forward(model, prompt(1)["input_ids"], cache)
+        for step in range(1, 2001):
+            forward(model, token, cache)
+            if step in (200, 2000):
+                kept = sum(layer.kv.nbytes for layer in cache.layers)
+                counted.append((tensor_bytes() - kept, container_bytes(), kept))
+        assert [row.sparse for row in handle.report().layers] == [2000, 2000]
+    (others, objects, kept), (others_later, objects_later, kept_later) = counted
+    assert kept_later > 4 * kept
+    assert others_later - others < 0.01 * kept_later  # the last selection, 5% of the keys
+    assert objects_later - objects < 2000  # a pointer a step would be 14400
