@@ -139,6 +139,11 @@ class KVCache:
         return centring.warmup if centring is not None else 0
 
     @property
+    def crossover(self) -> int | None:
+        """Visible keys from which the last composition that attended here searches with engine="auto"."""
+        return self.admitted[1] if self.admitted is not None else None
+
+    @property
     def ready(self) -> list[bool]:
         """For each row, whether a search can serve it."""
         need = self.warmup

@@ -80,13 +80,13 @@ class MixedPrecision(nn.Module, Attend):
             if mixed:
                 exact_ids = exact_ids.masked_fill(medium[..., :few], -1)  # medium keys are not read
             exact = ops.logits(q, keys, exact_ids.contiguous(), scale, engine=engine)
-            from_slot = 0 if mixed else few
-            logits = self.estimate(q, cache, ids[..., from_slot:].contiguous(), view) * scale
             if mixed:
                 exact = F.pad(exact, (0, ids.shape[-1] - few))
-                logits = torch.where(medium.unsqueeze(3), logits, exact)
+                logits = torch.where(medium.unsqueeze(3), self.estimate(q, cache, ids, view) * scale, exact)
+            elif few < ids.shape[-1]:
+                logits = torch.cat([exact, self.estimate(q, cache, ids[..., few:].contiguous(), view) * scale], dim=-1)
             else:
-                logits = torch.cat([exact, logits], dim=-1)
+                logits = exact
         return Output(
             *ops.weigh(
                 logits, cache.storage("values"), ids, q.dtype, log_weights=selection.log_weights, need_lse=need_lse,

@@ -14,7 +14,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from hashattn.attend.dense import dense
 from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
-from hashattn.engines import resolve
 from hashattn.integrations.transformers import support
 from hashattn.integrations.transformers.cache_layer import HashedLayer, hashed_layer
 from hashattn.integrations.transformers.layers import Served
@@ -116,9 +115,7 @@ class Forward:
 
     def _begin(self, cache: Any, hidden: Tensor) -> None:
         self.forget()
-        if (
-            self.device not in (None, hidden.device) and not hidden.is_meta
-        ):  # the model was moved: its codes' weights follow
+        if self.device not in (None, hidden.device) and not hidden.is_meta:  # the model was moved: parts follow
             self.device = hidden.device
             for served in self.served.values():
                 served.composition.to(hidden.device)
@@ -159,7 +156,7 @@ class Forward:
         if starts != kv._starts:
             kv.set_start(torch.tensor(starts))
         assert served.attn is not None
-        if resolve(served.attn, query.device.type, kv.longest) == "dense":
+        if served.attn.engine_for(query, kv) == "dense":
             return "auto: dense is faster" if served.attn.engine == "auto" else "engine is dense"
         return None
 
@@ -170,7 +167,7 @@ class Forward:
         if reason is not None:
             record.engine, record.why = "dense", reason
         elif attn is not None:
-            record.set_engine(attn, kv.longest, query.device.type)
+            record.set_engine(attn, query, kv)
         if self.trace:
             heads = query.shape[1]
             ids = selection.ids if selection is not None else torch.arange(len(kv), device=query.device)

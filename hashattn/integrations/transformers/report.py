@@ -13,7 +13,6 @@ from torch import Tensor
 
 from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
-from hashattn.engines import crossover, resolve
 from hashattn.types import MEDIUM, Selection
 
 
@@ -77,13 +76,13 @@ class LayerRecord:
             medium = count((selection.tier == MEDIUM) & (selection.ids >= 0))
             self.read = self.read - medium * (key_bytes - 2 - code_bytes)
 
-    def set_engine(self, attn: HashAttention, keys: int, device: str) -> None:
-        """Note what serves a search over `keys` keys, and why."""
-        engine = resolve(attn, device, keys)
+    def set_engine(self, attn: HashAttention, query: Tensor, kv: KVCache) -> None:
+        """Note what serves a search of these queries, and why."""
+        engine = attn.engine_for(query, kv)
         if engine == "cpu" and attn.encoder is not None and attn.encoder.code != "binary":
             self.engine, self.why = "reference", f'engine="{attn.engine}", but "cpu" scans binary codes only'
         elif attn.engine == "auto":
-            self.engine, self.why = engine, f"auto, faster from {crossover(attn, device)} keys on"
+            self.engine, self.why = engine, f"auto, faster from {kv.crossover} keys on"
         else:
             self.engine, self.why = engine, f'engine="{engine}"'
 
