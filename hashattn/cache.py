@@ -281,6 +281,11 @@ class KVCache:
             self._norms.append(centred.norm(dim=-1, keepdim=True).half())
         self._store.add(codes)
 
+    def forget_code(self) -> None:
+        """Let the newest key wait to be encoded again, as it does after an append: for benchmarks."""
+        if self._store is not None:
+            self._store.truncate(len(self) - 1)
+
     def spans(self, tokens: int, causal: bool = True) -> list[list[tuple[int, int]]]:
         """The columns (first, end) seen by `tokens` queries that are the last ones, for each row and query."""
         last = len(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 import statistics
@@ -68,7 +69,7 @@ class Result:
 
 
 def run_demo(
-    *, model: str | None = None, preset: str = "dashkv", text: str | None = None, question: str | None = None,
+    *, model: str | None = None, preset: str = "dashkv_fast", text: str | None = None, question: str | None = None,
     context: int | None = None, budget: float | None = None, device: str | None = None,
 ) -> Result:  # fmt: skip
     """Run the demo; see `hashattn demo --help` for the arguments.
@@ -141,6 +142,11 @@ def read_text(path: str | None) -> str:
         raise ValueError(f"text={path!r} cannot be read: {error}") from error
 
 
+def cache_argument(network: PreTrainedModel) -> str:
+    """What the model calls its cache: "cache" since transformers 5.24, "past_key_values" before."""
+    return "cache" if "cache" in inspect.signature(network.forward).parameters else "past_key_values"
+
+
 @torch.inference_mode()
 def prefill(network: PreTrainedModel, ids: Tensor) -> tuple[DynamicCache, float]:
     """Keys and values of a prompt [1, N], computed densely in chunks under a progress bar."""
@@ -151,7 +157,7 @@ def prefill(network: PreTrainedModel, ids: Tensor) -> tuple[DynamicCache, float]
     with tqdm(total=ids.shape[1], desc="reading the text", unit="token", file=sys.stderr) as bar:
         for first in range(0, ids.shape[1], CHUNK):
             chunk = ids[:, first : first + CHUNK]
-            network(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            network(input_ids=chunk, **{cache_argument(network): cache}, use_cache=True, logits_to_keep=1)
             bar.update(chunk.shape[1])
     return cache, time.perf_counter() - began
 
@@ -178,7 +184,7 @@ def answer(
     began = time.perf_counter()
     with torch.inference_mode():
         out = network.generate(  # type: ignore[operator]  # transformers' mixin, untyped
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, generation_config=config,
+            ids, attention_mask=torch.ones_like(ids), **{cache_argument(network): cache}, generation_config=config,
             stopping_criteria=StoppingCriteriaList([clock]),
         )  # fmt: skip
     new: list[int] = out[0, ids.shape[1] :].tolist()
@@ -200,9 +206,12 @@ def answer_with(
     """The same with a composition attached: the contender, what ran where, a remark, and which keys were read."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with attn.attach(network, trace=True) as handle:
+        with attn.attach(network) as handle:
             contender = answer(network, tokenizer, ids, copy.deepcopy(cache), name, known)
-            report, reads = handle.report(), handle.reads().tolist()
+            report = handle.report()
+        with attn.attach(network, trace=True) as handle:  # once more for the picture: counting reads takes time
+            answer(network, tokenizer, ids, copy.deepcopy(cache), name, known)
+            reads = handle.reads().tolist()
     seen = Contender(
         **{
             **asdict(contender), "keys_read": report.keys_read, "bytes_per_step": report.bytes_per_step,

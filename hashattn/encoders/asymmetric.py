@@ -18,7 +18,7 @@ class AsymmetricHash(LearnedHash):
         bits: length of a code, 8 to 1024.
         query_hidden: hidden widths of the query MLP, (256, 256) in DASH-KV; () for a linear query.
         key_hidden: hidden widths for keys, () in DASH-KV; HashAttention (arXiv 2412.14468) uses (128, 128) for both.
-        query_bits: 1, 4 or 8 bit planes for queries.
+        query_bits: 1, 2, 4 or 8 bit planes for queries.
         heads: weight sets: None shares one among all heads, Hkv gives each KV head its own, Hq each query head
             (keys are then encoded once per query head).
         centring: frozen centre of rows while unfitted, as in SimHash; None for none.

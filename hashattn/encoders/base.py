@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import torch
 from torch import Tensor
 
 from hashattn.encoders.centring import Centring
-from hashattn.ops.hamming import pack_bits
+from hashattn.ops.hamming import pack_bits, query_planes
+
+__all__ = ["Encoder", "check_bits", "key_bits", "query_planes", "subtract"]
 
 
 class Encoder(ABC):
@@ -49,13 +50,13 @@ class Encoder(ABC):
 
 
 def check_bits(bits: int, query_bits: int = 1) -> None:
-    """Raise unless 8 <= bits <= 1024 and query_bits is 1, 4 or 8."""
+    """Raise unless 8 <= bits <= 1024 and query_bits is 1, 2, 4 or 8."""
     if not isinstance(bits, int) or isinstance(bits, bool):
         raise TypeError(f"bits must be an int from 8 to 1024, got {bits!r}")
     if not 8 <= bits <= 1024:
         raise ValueError(f"bits must be from 8 to 1024, got {bits}")
-    if query_bits not in (1, 4, 8):
-        raise ValueError(f"query_bits must be 1, 4 or 8, got {query_bits!r}")
+    if query_bits not in (1, 2, 4, 8):
+        raise ValueError(f"query_bits must be 1, 2, 4 or 8, got {query_bits!r}")
 
 
 def subtract(k: Tensor, centre: Tensor | None) -> Tensor:
@@ -66,19 +67,3 @@ def subtract(k: Tensor, centre: Tensor | None) -> Tensor:
 def key_bits(projection: Tensor) -> Tensor:
     """Pack the signs of [B, H, N, bits]; zero counts as positive."""
     return pack_bits(projection >= 0)
-
-
-def query_planes(projection: Tensor, query_bits: int) -> Tensor:
-    """Pack projected queries [B, Hq, T, bits] into one plane [B, Hq, T, W] or several [B, Hq, T, b, W].
-
-    With b > 1 every value is rounded to one of 2^b levels, symmetric about zero, whose scale is the largest
-    magnitude of that query; plane j holds bit j of the level, so the last plane holds the signs.
-    """
-    if query_bits == 1:
-        return pack_bits(projection >= 0)
-    half = 1 << (query_bits - 1)
-    scale = projection.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    levels = ((projection / scale + 1) * half).floor().clamp(0, 2 * half - 1).to(torch.int64)
-    levels = torch.where(projection >= 0, levels.clamp(min=half), levels.clamp(max=half - 1))  # keep every sign
-    shifts = torch.arange(query_bits, device=projection.device).unsqueeze(-1)  # [b, 1]
-    return pack_bits((levels.unsqueeze(-2) >> shifts) & 1 == 1)

@@ -18,7 +18,7 @@ class ITQ(nn.Module, Encoder):
 
     Args:
         bits: length of a code, 8 to 1024.
-        query_bits: 1, 4 or 8 bit planes for queries.
+        query_bits: 1, 2, 4 or 8 bit planes for queries.
         iterations: of the alternation; the paper uses 50.
         seed: of the random starts.
     """

@@ -50,11 +50,11 @@ class HashNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, N, D] -> [B, H, N, bits]; head h takes weight set h * heads // H."""
-        shape = x.shape
-        x = x.reshape(shape[0], len(self.skip), -1, shape[-1])  # [B, heads, H/heads * N, D]
-        out = x @ self.skip
+        shape, one = x.shape, len(self.skip) == 1  # one set of weights is a plain matrix product, which starts quicker
+        x = x.reshape(-1, shape[-1]) if one else x.reshape(shape[0], len(self.skip), -1, shape[-1])
+        out = x @ (self.skip[0] if one else self.skip)  # [B, heads, H/heads * N, bits]
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = x @ weight + bias
+            x = x @ weight[0] + bias[0] if one else x @ weight + bias
             x = torch.relu(x) if i < len(self.weights) - 1 else x
         if len(self.weights):
             out = out + x
@@ -70,7 +70,7 @@ class LearnedHash(nn.Module, Encoder):
     """Signs of trained projections. Before fit() it is SimHash with the frozen centre of each row, and warns once.
 
     The weights are made when the first keys or queries (or a state_dict) show the head dimension. Everything is
-    computed in float32. Queries are scaled to unit mean square first, which changes no sign of a linear map.
+    computed in float32. An MLP's queries are scaled to unit mean square first.
     """
 
     def __init__(self, bits: int, query_bits: int, heads: int | None, centring: Centring | None, seed: int):
@@ -133,6 +133,8 @@ class LearnedHash(nn.Module, Encoder):
         self.build(q.shape[-1], q.device)
         assert self.query_net is not None
         q = q.float()
+        if not len(self.query_net.weights):  # the size of a query changes nothing in a linear map's code
+            return self.query_net(q)
         return self.query_net(q * torch.rsqrt(q.square().mean(-1, keepdim=True).clamp(min=1e-12)))
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:

@@ -35,7 +35,7 @@ class SimHash(Encoder):
 
     Args:
         bits: length of a code, 8 to 1024.
-        query_bits: 1 scores sign bits; 4 or 8 score a query of that many bit planes against the 1-bit keys.
+        query_bits: 1 scores sign bits; 2, 4 or 8 score a query of that many bit planes against the 1-bit keys.
         centring: the frozen centre that is subtracted from a row's keys; None subtracts nothing, and no row is too
             short to be searched.
         seed: of the projections, which all layers and heads share.

@@ -13,7 +13,7 @@ class SymmetricHash(LearnedHash):
 
     Args:
         bits: length of a code, 8 to 1024.
-        query_bits: 1, 4 or 8 bit planes for queries.
+        query_bits: 1, 2, 4 or 8 bit planes for queries.
         heads: weight sets: None shares one among all heads, Hkv gives each KV head its own.
         centring: frozen centre of rows while unfitted, as in SimHash; None for none.
         seed: of the initial planes.

@@ -15,7 +15,7 @@ def levels_of(planes: torch.Tensor, bits: int) -> np.ndarray:
     return sum(hamming.unpack_bits(planes[..., j, :], bits).numpy().astype(int) << j for j in range(planes.shape[-2]))
 
 
-@pytest.mark.parametrize("query_bits", [4, 8])
+@pytest.mark.parametrize("query_bits", [2, 4, 8])
 @settings(deadline=None, max_examples=20)
 @given(seed=seeds, bits=odd_bits)
 def test_distance_is_an_affine_decreasing_function_of_the_quantised_inner_product(query_bits, seed, bits):
@@ -30,7 +30,7 @@ def test_distance_is_an_affine_decreasing_function_of_the_quantised_inner_produc
     assert np.array_equal(4 * distances, 2 * (top * bits - inner))
 
 
-@pytest.mark.parametrize("query_bits", [4, 8])
+@pytest.mark.parametrize("query_bits", [2, 4, 8])
 @settings(deadline=None, max_examples=20)
 @given(seed=seeds, bits=odd_bits)
 def test_levels_round_the_projection_to_half_a_step_and_keep_every_sign(query_bits, seed, bits):
@@ -49,18 +49,18 @@ def test_levels_round_the_projection_to_half_a_step_and_keep_every_sign(query_bi
 def test_the_last_plane_of_an_encoded_query_is_its_one_bit_code(seed, bits, dim):
     q = torch.randn(1, 4, 3, dim, generator=generator(seed))
     one = SimHash(bits).encode_query(q)
-    for query_bits in (4, 8):
+    for query_bits in (2, 4, 8):
         assert torch.equal(SimHash(bits, query_bits).encode_query(q)[..., -1, :], one)
 
 
-@pytest.mark.parametrize("query_bits", [1, 4, 8])
+@pytest.mark.parametrize("query_bits", [1, 2, 4, 8])
 def test_planes_of_a_query_do_not_depend_on_its_length(query_bits):
     q = torch.randn(1, 2, 5, 16, generator=generator(0))
     encoder = SimHash(64, query_bits)
     assert torch.equal(encoder.encode_query(q * 4), encoder.encode_query(q))
 
 
-@pytest.mark.parametrize("query_bits", [1, 4, 8])
+@pytest.mark.parametrize("query_bits", [1, 2, 4, 8])
 @settings(deadline=None, max_examples=10)
 @given(value=st.sampled_from([0.0, 1e-30, 1e30]))
 def test_zero_and_extreme_projections_have_codes(query_bits, value):
@@ -68,3 +68,12 @@ def test_zero_and_extreme_projections_have_codes(query_bits, value):
     planes = query_planes(projection, query_bits)
     last = planes if query_bits == 1 else planes[..., -1, :]
     assert torch.equal(hamming.unpack_bits(last, 8), projection >= 0)
+
+
+@pytest.mark.parametrize("query_bits", [1, 2, 4, 8])
+@settings(deadline=None, max_examples=20)
+@given(seeds, odd_bits)
+def test_planes_of_the_cpu_are_those_of_the_specification(query_bits, seed, bits):
+    projection = torch.randn(2, 3, 2, bits, generator=generator(seed))
+    expected = hamming.reference.query_planes(projection, query_bits)
+    assert torch.equal(hamming.cpu.query_planes(projection, query_bits), expected)

@@ -61,7 +61,7 @@ def test_without_centring_no_row_is_too_short():
         (ValueError, {"bits": 1025}, ["bits", "1025"]),
         (TypeError, {"bits": 64.0}, ["bits", "64.0"]),
         (TypeError, {"bits": True}, ["bits", "True"]),
-        (ValueError, {"query_bits": 2}, ["query_bits", "2"]),
+        (ValueError, {"query_bits": 3}, ["query_bits", "2"]),
     ],
 )
 def test_bad_hyperparameters_are_refused_by_name(error, options, words):

@@ -7,7 +7,7 @@ from torch import Tensor
 from hashattn.ops.hamming import cpu, reference
 from hashattn.ops.hamming.reference import popcount, unpack_bits, words
 
-__all__ = ["differing", "distances", "pack_bits", "popcount", "unpack_bits", "words"]
+__all__ = ["differing", "distances", "pack_bits", "popcount", "query_planes", "unpack_bits", "words"]
 
 
 def distances(query: Tensor, codes: Tensor, *, engine: str = "reference") -> Tensor:
@@ -23,3 +23,8 @@ def pack_bits(bits: Tensor) -> Tensor:
 def differing(a: Tensor, b: Tensor) -> Tensor:
     """Differing bits of int64 codes [..., W], broadcast against each other; see :func:`reference.differing`."""
     return (cpu if a.device.type == "cpu" else reference).differing(a, b)
+
+
+def query_planes(projection: Tensor, query_bits: int) -> Tensor:
+    """Pack projected queries into bit planes; see :func:`reference.query_planes`."""
+    return (cpu if projection.device.type == "cpu" else reference).query_planes(projection, query_bits)

@@ -18,6 +18,8 @@ from hashattn.ops.scratch import borrow
 IntArray = npt.NDArray[Any]
 
 BLOCK = 1 << 18  # distances of planes scanned at a time, which bounds the scratch
+_TINY = np.finfo(np.float32).tiny
+_PLANES = np.array([1, 2, 4, 8, 16, 32, 64, 128], np.uint8)[:, None]
 _DISTRIBUTIONS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "faiss-gpu-cuvs")
 
 
@@ -62,6 +64,19 @@ def pack_bits(bits: Tensor) -> Tensor:
     if missing:
         octets = np.pad(octets, [(0, 0)] * (octets.ndim - 1) + [(0, missing)])
     return torch.from_numpy(octets.view(np.int64))
+
+
+def query_planes(projection: Tensor, query_bits: int) -> Tensor:
+    """The same result as :func:`reference.query_planes`, for tensors on the CPU."""
+    values = projection.detach().float().numpy()
+    if query_bits == 1:
+        return pack_bits(torch.from_numpy(values >= 0))
+    half = 1 << (query_bits - 1)
+    size = np.abs(values)
+    scale = np.maximum(size.max(-1, keepdims=True), _TINY)
+    steps = np.minimum((size / scale * half).astype(np.uint8), half - 1)
+    levels = np.where(values >= 0, half + steps, half - 1 - steps)
+    return pack_bits(torch.from_numpy(levels[..., None, :] & _PLANES[:query_bits]))
 
 
 def differing(a: Tensor, b: Tensor) -> Tensor:

@@ -25,6 +25,24 @@ def pack_bits(bits: Tensor) -> Tensor:
     return octets.view(torch.int64)
 
 
+def query_planes(projection: Tensor, query_bits: int) -> Tensor:
+    """Pack projected queries [..., bits] into one plane [..., W] or several [..., b, W].
+
+    With b > 1 every value is rounded to one of 2^b levels, symmetric about zero, whose scale is the largest
+    magnitude of that query; plane j holds bit j of the level, so the last plane holds the signs.
+    """
+    positive = projection >= 0
+    if query_bits == 1:
+        return pack_bits(positive)
+    half = 1 << (query_bits - 1)
+    size = projection.float().abs()
+    scale = size.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    steps = (size / scale * half).to(torch.uint8).clamp(max=half - 1)  # whole steps from zero
+    levels = torch.where(positive, half + steps, (half - 1) - steps)
+    shifts = torch.arange(query_bits, dtype=torch.uint8, device=projection.device).unsqueeze(-1)  # [b, 1]
+    return pack_bits(((levels.unsqueeze(-2) >> shifts) & 1).bool())
+
+
 def unpack_bits(codes: Tensor, length: int) -> Tensor:
     """Unpack int64 [..., W] into bool [..., length]; the inverse of :func:`pack_bits`."""
     shifts = torch.arange(64, device=codes.device)

@@ -1,0 +1,1 @@
+"""Benchmarks that check first and measure then: `hashattn bench`."""

@@ -1,0 +1,81 @@
+"""Results of a benchmark: a table, and a file that says how they came about."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+
+def environment(command: list[str]) -> dict[str, Any]:
+    """Command, date, device and versions."""
+    return {
+        "command": shlex.join(["hashattn", *command]),
+        "date": datetime.date.today().isoformat(),
+        "device": f"{cpu_name()}, {os.cpu_count()} cores",
+        "versions": {
+            "hashattn": _version("hashattn"), "torch": torch.__version__, "numpy": numpy.__version__,
+            "faiss": _version("faiss-cpu") or _version("faiss-gpu"), "python": platform.python_version(),
+        },
+    }  # fmt: skip
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    """The processor's model, where the system says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line a case: times in microseconds a layer, ratios to the fastest dense attention and to the byte floor."""
+    head = (
+        "shape", "threads", "keys", "k", "dense", "step", "x dense", "encode q", "encode k", "floor", "x floor",
+        "auto runs", "auto / dense",
+    )  # fmt: skip
+    lines: list[tuple[str, ...]] = [head]
+    for row in rows:
+        us = row["us"]
+        start = (row["shape"], row["threads"], f"{row['keys']:,}", row["k"], f"{us[row['dense']]:,.0f}")
+        end = (row["auto_engine"], f"{row['auto_cost']:.2f}")
+        cells: tuple[str, ...] = ("-",) * 6
+        if "step" in us:
+            encode = (f"{us['encode query']:.0f}", f"{us['encode key']:.0f}")
+            floor = (f"{row['floor_us']:,.0f}", f"{us['step'] / row['floor_us']:.1f}")
+            cells = (f"{us['step']:,.0f}", f"{row['speedup']:.2f}", *encode, *floor)
+        lines.append(tuple(map(str, (*start, *cells, *end))))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write JSON to a temporary name and rename it."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def say(line: str) -> None:
+    """A remark beside the results."""
+    print(line, file=sys.stderr, flush=True)
