@@ -477,3 +477,14 @@ def test_the_room_of_a_fixed_capacity_is_zeros_also_after_rows_were_picked():
     for storage in cache.allocated:
         assert storage.shape[2] == 30
         assert not storage[:, :, 20:].any()
+
+
+def test_a_forgotten_code_is_made_again():
+    attn = HashAttention(SimHash(64, centring=None), FlatHamming(), TopK(k=3), engine="reference")
+    _, k, v = qkv(0, keys=65)
+    cache = attn.new_cache(1, 2, 16)
+    cache.append(k, v)
+    codes = cache.codes.clone()
+    cache.forget_code()
+    assert cache.encoded == 64
+    assert torch.equal(cache.codes, codes)

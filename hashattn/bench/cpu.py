@@ -59,6 +59,7 @@ def run(
     Raises:
         RuntimeError: a case selects other keys than the reference or attends to them wrongly: nothing is measured.
     """
+    composition(1, bits, per)  # refuses wrong numbers before anything runs
     cases = list(cases)
     for case in cases:
         thread_count(case.threads)

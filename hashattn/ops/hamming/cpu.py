@@ -152,11 +152,11 @@ def weighted_distances(query: IntArray, weights: list[int], codes: IntArray, out
         found = out if direct else borrow("planes", (heads, rows, part.shape[1]), np.int32)
         hammings(query, part, found)
         if not direct:
-            _horner(found.reshape(heads, -1, planes, part.shape[1]), weights, target)
+            sum_planes(found.reshape(heads, -1, planes, part.shape[1]), weights, target)
 
 
-def _horner(found: IntArray, weights: list[int], out: IntArray) -> None:
-    """Sum [H, R, P, n] over the planes with their weights into [H, R, n]; the first plane is overwritten."""
+def sum_planes(found: IntArray, weights: list[int], out: IntArray) -> None:
+    """Sum int32 [H, R, P, n] over the planes with their weights into [H, R, n]; the first plane is overwritten."""
     if len(weights) == 1:
         out[:] = found[:, :, 0]
     total, weight = found[:, :, 0], weights[0]

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from typing import TypeVar
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hashattn.ops.hamming.cpu import as_bytes, merge_planes, weighted_distances
+from hashattn.ops.hamming.cpu import as_bytes, hammings, merge_planes, sum_planes, weighted_distances
 from hashattn.ops.nearest.cpu import IntArray, Table, force, select, shift
 from hashattn.ops.scratch import borrow
-from hashattn.threads import thread_count
-
-T = TypeVar("T")
+from hashattn.threads import ahead, thread_count
 
 _AT_ONCE = 1 << 17  # distances held at a time: half a megabyte
-_WORTH_A_THREAD = 1 << 17  # keys from which it pays: numpy and FAISS hand the interpreter over at every call
+_WORTH_A_THREAD = 1 << 17  # keys from which a second thread pays: the interpreter changes hands at every call
 
 
 def search(
@@ -28,7 +23,8 @@ def search(
 ) -> Tensor:  # fmt: skip
     """The keys that :func:`reference.search` finds, for tensors on the CPU.
 
-    Heads of codes are independent and are spread over threads; FAISS and numpy release the interpreter meanwhile.
+    Heads of codes are independent. With several threads, and where there are many keys, the others scan ahead while
+    this one selects: FAISS leaves the interpreter alone meanwhile, numpy's many short calls do not.
 
     Args:
         counts: [B][T], ascending numbers: how many keys a query wants, first of all and in all.
@@ -48,25 +44,49 @@ def search(
     top = 64 * codes.shape[3] * sum(weights)  # no distance is larger
     held = as_bytes(codes)
     found: list[tuple[int, slice, int, IntArray]] = []
-
-    def some(parts: Sequence[tuple[int, slice]]) -> None:
-        for b, part in parts:
-            low, high = min(first for first, _ in spans[b]), max(end for _, end in spans[b])
-            if low >= high:
-                continue
-            distances = borrow("distances", (part.stop - part.start, each, high - low), np.int32)
-            weighted_distances(rows[b, part], weights, held[b, part, low:high], distances)
-            for t, (first, end) in enumerate(spans[b]):
-                if first < end:
-                    row: IntArray = distances[:, t::tokens, first - low : end - low].reshape(-1, end - first)
-                    if sinks or recents:
-                        row = force(row.copy() if tokens > 1 else row, sinks, recents, -1)
-                    columns = select(row, counts[b][t], None if radius is None else row <= radius, top=top)
-                    found.append((b, part, t, shift(columns, first)))
-
     few = max(1, _AT_ONCE // (keys * each))
     parts = [(b, slice(h, min(heads, h + few))) for b in range(batch) for h in range(0, heads, few)]
-    in_threads(some, parts, threads if keys >= _WORTH_A_THREAD else 1)
+    ranges = [(min(first for first, _ in row), max(end for _, end in row)) for row in spans]
+    parts = [(b, part) for b, part in parts if ranges[b][0] < ranges[b][1]]
+
+    def scanned() -> Iterator[IntArray]:
+        """int32 [h, R * T, n] for each part, good until the next."""
+        for b, part in parts:
+            low, high = ranges[b]
+            distances = borrow("distances", (part.stop - part.start, each, high - low), np.int32)
+            weighted_distances(rows[b, part], weights, held[b, part, low:high], distances)
+            yield distances
+
+    def scanned_ahead() -> Iterator[IntArray]:
+        sizes = [(part.stop - part.start, rows.shape[2], ranges[b][1] - ranges[b][0]) for b, part in parts]
+        room = max(map(np.prod, sizes), default=0)
+        buffers = [borrow(f"ahead {i}", (int(room),), np.int32) for i in range(threads + 1)]
+
+        def scan(i: int) -> IntArray:
+            (b, part), (low, high) = parts[i], ranges[parts[i][0]]
+            planes = buffers[i % len(buffers)][: np.prod(sizes[i])].reshape(sizes[i])
+            codes = held[b, part, low:high]
+            hammings(rows[b, part], codes if codes[0].flags.c_contiguous else np.ascontiguousarray(codes), planes)
+            return planes
+
+        for planes in ahead(scan, len(parts), threads):
+            if len(weights) == 1:
+                yield planes
+            else:
+                distances = borrow("distances", (len(planes), each, planes.shape[2]), np.int32)
+                sum_planes(planes.reshape(len(planes), each, len(weights), -1), weights, distances)
+                yield distances
+
+    several = threads > 1 and keys >= _WORTH_A_THREAD and len(parts) > 1
+    for (b, part), distances in zip(parts, scanned_ahead() if several else scanned(), strict=True):
+        low = ranges[b][0]
+        for t, (first, end) in enumerate(spans[b]):
+            if first < end:
+                row: IntArray = distances[:, t::tokens, first - low : end - low].reshape(-1, end - first)
+                if sinks or recents:
+                    row = force(row.copy() if tokens > 1 else row, sinks, recents, -1)
+                columns = select(row, counts[b][t], None if radius is None else row <= radius, top=top)
+                found.append((b, part, t, shift(columns, first)))
     slots = max((columns.shape[1] for *_, columns in found), default=0)
     ids = np.full((batch, heads, each // tokens, tokens, max(1, slots)), -1, np.int32)
     for b, part, t, columns in found:
@@ -96,17 +116,3 @@ def query_rows(query: Tensor, heads: int, shared: bool) -> tuple[IntArray, list[
     rows = np.frombuffer(b"".join(number.to_bytes(size, "little") for _, number in merged), np.uint8)
     rows = rows.reshape(len(merged), batch, heads, tokens, 8 * words).transpose(1, 2, 3, 0, 4)
     return np.ascontiguousarray(rows).reshape(batch, heads, -1, 8 * words), [weight for weight, _ in merged]
-
-
-def in_threads(some: Callable[[Sequence[T]], None], work: Sequence[T], threads: int) -> None:
-    """Call with all of the work, in as many parts as there are threads."""
-    threads = min(threads, len(work))
-    jobs = [_pool(threads - 1).submit(some, work[i::threads]) for i in range(1, threads)]
-    some(work[::threads])
-    for job in jobs:
-        job.result()
-
-
-@lru_cache(maxsize=1)
-def _pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers, thread_name_prefix="hashattn")
