@@ -34,8 +34,8 @@ class HashAttention:
         index: keeps the codes and scans them; None likewise.
         selector: which keys a query keeps; None for DenseAttend.
         attend: the softmax over what is kept.
-        engine: "reference" (plain PyTorch, any device), "cpu" (numpy popcount), "dense" (full attention, no index), or
-            "auto": the fastest of these by the measured crossover.
+        engine: "reference" (plain PyTorch, any device), "cpu" (FAISS's scan and numpy), "dense" (full attention, no
+            index), or "auto": the fastest of these, by what a step reads and does (hashattn/engines.py).
         dense_layers: layers of a model that attend densely; negative numbers count from the last.
 
     Raises:

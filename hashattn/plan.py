@@ -114,17 +114,24 @@ def _stages(attn: HashAttention, engine: str, device: str, least: int | None) ->
             if attn.engine == "auto":
                 why = "below the crossover" if least is not None else "nothing faster was measured on this device"
         return (("attend", "full attention (PyTorch SDPA, grouped heads)", why),)
-    scan = {"cpu": "numpy popcount", "reference": "PyTorch, plain operations"}[engine]
+    binary = attn.encoder is not None and attn.encoder.code == "binary"
+    fast = engine == "cpu" and binary
+    scan = "FAISS's scan (numpy without FAISS)" if fast else "PyTorch, plain operations" if binary else "PyTorch matmul"
     slow = ""
     if engine == "reference":
         slow = "no fused kernel for this device yet" if device != "cpu" else 'engine="cpu" scans faster here'
+    elif not binary and attn.encoder is not None:
+        slow = "scores of floats: the reference serves them"
+    elif attn.selector is not None and attn.selector.matrices:
+        slow = "calibrated distances: a matrix of all of them is made"
     rows = []
     if attn.encoder is not None and attn.selector is not None and attn.selector.ranked:
         rows = [
             ("encode", f"{_name(attn.encoder)}: PyTorch", "one token's query and key; keys late and in bulk"),
-            ("scan", f"{_name(attn.index)}: {scan if attn.encoder.code == 'binary' else 'PyTorch matmul'}", slow),
+            ("scan", f"{_name(attn.index)}: {scan}", slow),
         ]
-    rows.append(("select", f"{_name(attn.selector)}: PyTorch top-k", "exact, ties to the most recent key"))
+    select = "numpy partition" if fast else "PyTorch top-k"
+    rows.append(("select", f"{_name(attn.selector)}: {select}", "exact, ties to the most recent key"))
     rows.append(("attend", f"{_name(attn.attend)}: gather and softmax in PyTorch", ""))
     return tuple(rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,7 +35,7 @@ def ahead(call: Callable[[int], T], pieces: int, threads: int) -> Iterator[T]:
     waiting: deque[Future[T]] = deque()
     try:
         for i in range(pieces):
-            waiting.append(_pool(threads - 1).submit(call, i))
+            waiting.append(_pool(threads - 1, os.getpid()).submit(call, i))
             if len(waiting) > threads - 1:
                 yield waiting.popleft().result()
         while waiting:
@@ -48,5 +49,5 @@ def ahead(call: Callable[[int], T], pieces: int, threads: int) -> Iterator[T]:
 
 
 @lru_cache(maxsize=1)
-def _pool(workers: int) -> ThreadPoolExecutor:
+def _pool(workers: int, process: int) -> ThreadPoolExecutor:  # threads do not outlive a fork
     return ThreadPoolExecutor(workers, thread_name_prefix="hashattn")

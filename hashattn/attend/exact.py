@@ -26,10 +26,12 @@ class ExactAttend(Attend):
         if selection is None:
             raise ValueError("ExactAttend needs a selection; DenseAttend does without")
         engine = serving(view, q, selection)
-        logits = ops.logits(q, cache.storage("keys"), selection.ids, scale, engine=engine)
+        keys = cache.storage("keys")
+        rows = ops.row_numbers(selection.ids, keys.shape[1], keys.shape[2])
+        logits = ops.logits(q, keys, selection.ids, scale, rows=rows, engine=engine)
         return Output(
             *ops.weigh(
                 logits, cache.storage("values"), selection.ids, q.dtype, log_weights=selection.log_weights,
-                need_lse=need_lse, need_weights=need_weights, engine=engine,
+                rows=rows, need_lse=need_lse, need_weights=need_weights, engine=engine,
             )
         )  # fmt: skip

@@ -89,14 +89,9 @@ def check(case: Case, bits: int, per: str) -> None:
     assert found is not None and expected is not None
     if not torch.equal(found.ids.sort().values, expected.ids.sort().values):
         raise RuntimeError(f"{case}: the CPU engine selects other keys than the reference; nothing is measured")
-    group = case.q_heads // found.ids.shape[1]
-    chosen = found.ids.long().repeat_interleave(group, 1).transpose(2, 3)  # [1, Hq, k, 1]
-    share = case.q_heads // case.kv_heads
-    keys, values = (
-        x.repeat_interleave(share, 1).gather(2, chosen.expand(-1, -1, -1, case.head_dim)).double()
-        for x in (layer.cache.keys, layer.cache.values)
-    )
-    exact = F.scaled_dot_product_attention(layer.q.double(), keys, values)
+    keys, values = (layer.cache.gather(what, found.ids)[:, :, 0].double() for what in ("keys", "values"))
+    grouped = layer.q.double().view(1, keys.shape[1], -1, case.head_dim)  # heads that share a choice
+    exact = F.scaled_dot_product_attention(grouped, keys, values).view(layer.q.shape)
     error = (output.out.double() - exact).abs().max().item()
     allowed = 8 * torch.finfo(DTYPES[case.dtype]).eps * values.abs().max().item()
     if not error <= allowed:

@@ -14,11 +14,12 @@ SHADES = " .:-=+*#%@"
 
 def table(result: Result) -> str:
     """The contenders side by side."""
-    names = ["", *(c.name for c in result.contenders)]
+    names, stock = ["", *(c.name for c in result.contenders)], result.contenders[0].tokens_per_second
     rows = [
         ["answer", *(_shorten(c.answer) for c in result.contenders)],
         ["contains the fact", *(_correct(c) for c in result.contenders)],
         ["tokens per second", *(f"{c.tokens_per_second:.1f}" for c in result.contenders)],
+        ["times as fast", *(f"{c.tokens_per_second / stock:.2f}" for c in result.contenders)],
         ["keys read per token", *(f"{c.keys_read:.1%}" for c in result.contenders)],
         ["bytes read per token", *(_megabytes(c.bytes_per_step) for c in result.contenders)],
         ["memory, keys and values", *(_megabytes(c.kv_bytes) for c in result.contenders)],

@@ -18,6 +18,11 @@ class _Buffers(threading.local):
 _BUFFERS = _Buffers()
 
 
+def held_bytes() -> int:
+    """Bytes that this thread's buffers take."""
+    return sum(buffer.nbytes for buffer in _BUFFERS.held.values())
+
+
 def borrow(what: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """An uninitialised array, good until this thread borrows the same thing again: never hand it out.
 

@@ -3,10 +3,12 @@
 import gc
 import sys
 
+import pytest
 import torch
 from transformers import DynamicCache
 
 from hashattn import Consensus, FlatHamming, HashAttention, Momentum, Recent, Sink, TopK
+from hashattn.ops.scratch import held_bytes
 from tests.integrations.models import SHORT, forward, make, prompt
 
 
@@ -27,9 +29,11 @@ def container_bytes():
     return sum(sys.getsizeof(x) for x in gc.get_objects() if type(x) is not torch.UntypedStorage)
 
 
-def test_2000_decoded_tokens():
+@pytest.mark.parametrize(
+    "ranked", [Momentum(Consensus(TopK(share=0.05))), TopK(share=0.05, per="kv_head")], ids=["calibrated", "one pass"]
+)
+def test_2000_decoded_tokens(ranked):
     model = make(num_hidden_layers=2, hidden_size=24, head_dim=8, max_position_embeddings=4096)
-    ranked = Momentum(Consensus(TopK(share=0.05)))
     attn = HashAttention(SHORT, FlatHamming(), Sink(2) | Recent(4) | ranked, engine="cpu")
     cache, token, counted = DynamicCache(config=model.config), torch.tensor([[5]]), []
     with attn.attach(model) as handle:
@@ -40,7 +44,13 @@ def test_2000_decoded_tokens():
                 kept = sum(layer.kv.nbytes for layer in cache.layers)
                 counted.append((tensor_bytes() - kept, container_bytes(), kept))
         assert [row.sparse for row in handle.report().layers] == [2000, 2000]
+        scratch = held_bytes()
+        cache.crop(-100)
+        for _ in range(100):
+            forward(model, token, cache)
+        assert held_bytes() == scratch  # it follows the length of the cache, not the number of steps
     (others, objects, kept), (others_later, objects_later, kept_later) = counted
     assert kept_later > 4 * kept
+    assert scratch < 0.5 * kept_later
     assert others_later - others < 0.01 * kept_later  # the last selection, 5% of the keys
     assert objects_later - objects < 2000  # a pointer a step would be 14400

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hashattn.ops.attend import cpu, reference
-from hashattn.ops.attend.reference import Parts, row_numbers
+from hashattn.ops.attend.reference import Parts
 
 __all__ = ["Parts", "logits", "row_numbers", "weigh"]
 
 
-def logits(q: Tensor, keys: Tensor, ids: Tensor, scale: float, *, engine: str = "reference") -> Tensor:
+def row_numbers(ids: Tensor, heads: int, room: int) -> Tensor:
+    """Where columns lie in storage seen as rows; see :func:`reference.row_numbers`."""
+    return (cpu if ids.device.type == "cpu" else reference).row_numbers(ids, heads, room)
+
+
+def logits(
+    q: Tensor, keys: Tensor, ids: Tensor, scale: float, *, rows: Tensor | None = None, engine: str = "reference"
+) -> Tensor:
     """Logits of the selected keys; see :func:`reference.logits`. engine: "reference" or "cpu"."""
-    return (cpu if engine == "cpu" else reference).logits(q, keys, ids, scale)
+    return (cpu if engine == "cpu" else reference).logits(q, keys, ids, scale, rows)
 
 
 def weigh(
-    logits: Tensor, values: Tensor, ids: Tensor, dtype: object, *, log_weights: Tensor | None = None,
-    need_lse: bool = False, need_weights: bool = False, engine: str = "reference",
+    logits: Tensor, values: Tensor, ids: Tensor, dtype: torch.dtype, *, log_weights: Tensor | None = None,
+    rows: Tensor | None = None, need_lse: bool = False, need_weights: bool = False, engine: str = "reference",
 ) -> Parts:  # fmt: skip
     """Softmax of logits over the selected values; see :func:`reference.weigh`. engine: "reference" or "cpu"."""
     return (cpu if engine == "cpu" else reference).weigh(
-        logits, values, ids, dtype, log_weights=log_weights, need_lse=need_lse, need_weights=need_weights
+        logits, values, ids, dtype, log_weights=log_weights, rows=rows, need_lse=need_lse, need_weights=need_weights
     )

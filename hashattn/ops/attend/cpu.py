@@ -10,12 +10,12 @@ from hashattn.ops.attend.reference import Parts
 from hashattn.ops.scratch import borrow
 
 
-def logits(q: Tensor, keys: Tensor, ids: Tensor, scale: float) -> Tensor:
+def logits(q: Tensor, keys: Tensor, ids: Tensor, scale: float, rows: Tensor | None = None) -> Tensor:
     """The same result as :func:`reference.logits`, for tensors on the CPU; without gradients."""
     batch, q_heads, tokens, dim = q.shape
     heads = ids.shape[1]
     grouped = q.unflatten(1, (heads, -1)).transpose(2, 3).reshape(batch * heads * tokens, -1, dim)
-    found = gather(keys, ids)
+    found = gather(keys, ids, rows)
     return torch.bmm(grouped.float() * scale, found.float().transpose(1, 2)).view(
         batch, heads, tokens, q_heads // heads, -1
     )
@@ -23,7 +23,7 @@ def logits(q: Tensor, keys: Tensor, ids: Tensor, scale: float) -> Tensor:
 
 def weigh(
     logits: Tensor, values: Tensor, ids: Tensor, dtype: torch.dtype, *, log_weights: Tensor | None = None,
-    need_lse: bool = False, need_weights: bool = False,
+    rows: Tensor | None = None, need_lse: bool = False, need_weights: bool = False,
 ) -> Parts:  # fmt: skip
     """The same result as :func:`reference.weigh`, for tensors on the CPU; without gradients."""
     batch, heads, tokens, group, slots = logits.shape
@@ -35,7 +35,7 @@ def weigh(
     weights = torch.softmax(logits, -1)
     if empty:
         weights.nan_to_num_(0.0)  # a query that selected nothing
-    out = torch.bmm(weights.view(-1, group, slots).to(values.dtype), gather(values, ids)).to(dtype)
+    out = torch.bmm(weights.view(-1, group, slots).to(values.dtype), gather(values, ids, rows)).to(dtype)
     return (
         _by_query_head(out.view(batch, heads, tokens, group, -1)),
         _by_query_head(logits.logsumexp(-1, keepdim=True)).squeeze(-1) if need_lse else None,
@@ -43,23 +43,27 @@ def weigh(
     )
 
 
-def gather(storage: Tensor, ids: Tensor) -> Tensor:
-    """Rows of storage [B, heads, room, X] at columns ids [B, H, T, K]: [B*H*T, K, X], in a buffer that is used again.
+def gather(storage: Tensor, ids: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Rows of storage [B, heads, room, X] at columns ids [B, H, T, K]: [B*H*T, K, X], in a buffer that is reused."""
+    width = storage.shape[3]
+    if rows is None:
+        rows = row_numbers(ids, storage.shape[1], storage.shape[2])
+    kind = np.dtype(f"u{storage.element_size()}")
+    out = torch.from_numpy(borrow("rows", (len(rows), width), kind)).view(storage.dtype)
+    torch.index_select(storage.view(-1, width), 0, rows, out=out)
+    return out.view(-1, ids.shape[3], width)
 
-    An empty slot (-1) reads a row that is kept anyway, so that no padding is touched while anything is kept.
-    """
-    batch, heads, room, width = storage.shape
-    columns, own = ids.numpy(), ids.shape[1]
+
+def row_numbers(ids: Tensor, heads: int, room: int) -> Tensor:
+    """The same result as :func:`reference.row_numbers`, for tensors on the CPU."""
+    columns = ids.numpy()
+    batch, own = columns.shape[:2]
     if columns.min(initial=0) < 0:
         columns = np.where(columns < 0, np.maximum(columns.max(-1, keepdims=True), 0), columns)
     base = np.arange(0, batch * heads * room, room)
     if own > heads:
         base = np.repeat(base, own // heads)
-    rows = (columns.reshape(batch * own, -1) + base[:, None]).ravel()
-    kind = np.dtype(f"u{storage.element_size()}")
-    out = torch.from_numpy(borrow("rows", (len(rows), width), kind)).view(storage.dtype)
-    torch.index_select(storage.view(-1, width), 0, torch.from_numpy(rows), out=out)
-    return out.view(-1, ids.shape[3], width)
+    return torch.from_numpy((columns.reshape(batch * own, -1) + base[:, None]).ravel())
 
 
 def _by_query_head(x: Tensor) -> Tensor:

@@ -8,24 +8,25 @@ from torch import Tensor
 Parts = tuple[Tensor, Tensor | None, Tensor | None]  # out, lse, weights
 
 
-def logits(q: Tensor, keys: Tensor, ids: Tensor, scale: float) -> Tensor:
+def logits(q: Tensor, keys: Tensor, ids: Tensor, scale: float, rows: Tensor | None = None) -> Tensor:
     """Scaled products of queries with their selected keys.
 
     Args:
         q: [B, Hq, T, D].
         keys: [B, Hkv, room, D], contiguous.
         ids: int32 [B, H, T, K] with H = Hkv or Hq: columns, -1 in empty slots (whose logits mean nothing).
+        rows: row_numbers(ids, Hkv, room), if they are known.
 
     Returns:
         float32 [B, H, T, G, K], G = Hq / H; computed in float32.
     """
     grouped = q.float().unflatten(1, (ids.shape[1], -1)).transpose(2, 3)  # [B, H, T, G, D]
-    return grouped @ gather(keys, ids).float().transpose(-1, -2) * scale
+    return grouped @ gather(keys, ids, rows).float().transpose(-1, -2) * scale
 
 
 def weigh(
     logits: Tensor, values: Tensor, ids: Tensor, dtype: torch.dtype, *, log_weights: Tensor | None = None,
-    need_lse: bool = False, need_weights: bool = False,
+    rows: Tensor | None = None, need_lse: bool = False, need_weights: bool = False,
 ) -> Parts:  # fmt: skip
     """Softmax of logits [B, H, T, G, K] over the filled slots of ids, and the weighted sum of their values.
 
@@ -34,6 +35,7 @@ def weigh(
         ids: int32 [B, H, T, K], -1 in empty slots.
         dtype: of the output.
         log_weights: float32, as ids: added to the logits.
+        rows: as in :func:`logits`.
 
     Returns:
         out [B, Hq, T, D], zero where a query selected nothing; on request lse float32 [B, Hq, T] and weights float32
@@ -46,7 +48,7 @@ def weigh(
     p = (logits - peak).exp()
     total = p.sum(-1, keepdim=True)
     weights = p / total.clamp(min=torch.finfo(torch.float32).tiny)
-    out = (weights.to(values.dtype) @ gather(values, ids)).masked_fill(total == 0, 0)  # [B, H, T, G, D]
+    out = (weights.to(values.dtype) @ gather(values, ids, rows)).masked_fill(total == 0, 0)  # [B, H, T, G, D]
     return (
         out.transpose(2, 3).flatten(1, 2).to(dtype),
         (peak + total.log()).squeeze(-1).transpose(2, 3).flatten(1, 2) if need_lse else None,
@@ -54,9 +56,10 @@ def weigh(
     )
 
 
-def gather(storage: Tensor, ids: Tensor) -> Tensor:
+def gather(storage: Tensor, ids: Tensor, rows: Tensor | None = None) -> Tensor:
     """Rows of storage [B, heads, room, X] at columns ids [B, H, T, K]: [B, H, T, K, X]."""
-    rows = row_numbers(ids, storage.shape[1], storage.shape[2])
+    if rows is None:
+        rows = row_numbers(ids, storage.shape[1], storage.shape[2])
     return storage.view(-1, storage.shape[-1]).index_select(0, rows).view(*ids.shape, -1)
 
 
