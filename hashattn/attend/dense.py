@@ -12,7 +12,8 @@ from hashattn.attend.base import Attend, Keys
 from hashattn.types import Output, Selection
 from hashattn.view import View
 
-_MATMUL = 1 << 14  # keys up to which two products beat SDPA on a CPU (benchmarks/results/bench_cpu.json)
+# Keys up to which two products beat SDPA on a CPU (benchmarks/results/bench_cpu_auto.json).
+_MATMUL = {torch.float32: 1 << 14, torch.bfloat16: 1 << 11, torch.float16: 1 << 11}
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,10 @@ def dense(
     batch, q_heads, tokens, dim = q.shape
     kv_heads, keys = k.shape[1:3]
     group = q_heads // kv_heads
-    plain = seen is None and tokens == 1 and not (need_lse or need_weights)
-    if plain and keys <= _MATMUL and q.dtype == torch.float32 and not q.is_cuda:  # 16-bit logits would be rounded
-        logits = (q.reshape(batch, kv_heads, group, dim) * scale) @ k.transpose(-1, -2)
-        return Output((torch.softmax(logits, -1) @ v).view(batch, q_heads, 1, -1))
+    plain = seen is None and tokens == 1 and not (need_lse or need_weights or q.is_cuda)
+    if plain and keys <= _MATMUL.get(q.dtype, 0):  # in float32: logits in 16 bits would be rounded
+        logits = (q.reshape(batch, kv_heads, group, dim).float() * scale) @ k.float().transpose(-1, -2)
+        return Output((torch.softmax(logits, -1).to(v.dtype) @ v).view(batch, q_heads, 1, -1))
     folded = q.reshape(batch, kv_heads, group * tokens, dim)  # on CPUs SDPA's own GQA is several times slower at T = 1
     mask = None
     if seen is not None:

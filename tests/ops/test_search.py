@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hashattn.ops import hamming
 from hashattn.ops.hamming.cpu import merge_planes
-from hashattn.ops.search import cpu, reference, search
+from hashattn.ops.search import cpu, reference, scan, search
 from tests.structured import generator, hamming_numpy, heads, odd_lengths, raises_naming, seeds
 
 
@@ -65,7 +65,7 @@ def test_the_search_finds_what_its_specification_finds(
     largest = 64 * n_words * (group if shared else 1) * ((1 << (planes or 1)) - 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "_WORTH_A_THREAD", 1 if threads > 1 else 1 << 40)
-        patch.setattr(cpu, "_AT_ONCE", data.draw(st.sampled_from([1, 1 << 17])))
+        patch.setattr(scan, "AT_ONCE", data.draw(st.sampled_from([1, 1 << 17])))
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
