@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # What a step costs on a CPU, fitted to benchmarks/results/bench_cpu.json: microseconds a call, nanoseconds for each
 # planes of codes compared with a key, for each further pass over a matrix of distances, and bytes a microsecond.
 _CALL, _PAIR, _PASS = 180.0, 0.9, 12.0
-_GATHER, _STREAM, _STREAM_16 = 6_000.0, 12_000.0, 6_000.0
+_GATHER, _STREAM, _STREAM_16 = 6_000.0, 12_000.0, 9_000.0
 _ESTIMATE = 1.6  # a gathered key costs so much more where logits are estimated from codes
 _MARGIN = 0.6  # "auto" searches where this share of dense attention's time is not exceeded
 _LARGEST = 1 << 24
@@ -93,7 +93,7 @@ def step_microseconds(attn: HashAttention, shape: Shape, keys: int, threads: int
         words = -(-attn.encoder.bits // 64)
         scans = shape.batch * shape.kv_heads * per_head * keys * max(1, words) / 2
         passes = shape.batch * shape.q_heads * keys * selector.matrices
-    stream = _STREAM if shape.itemsize >= 4 else _STREAM_16  # SDPA converts 16-bit types as it goes
+    stream = _STREAM if shape.itemsize >= 4 else _STREAM_16  # 16-bit types are converted as it goes
     dense = 2 * shape.batch * shape.kv_heads * keys * row / stream / threads
     return dense, _CALL + (scans * _PAIR + passes * _PASS) / 1000 + gathered / _GATHER / threads
 
