@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # What a step costs on a CPU, fitted to benchmarks/results/bench_cpu.json: microseconds a call, nanoseconds for each
 # planes of codes compared with a key, for each further pass over a matrix of distances, and bytes a microsecond.
 _CALL, _PAIR, _PASS = 180.0, 0.9, 12.0
-_GATHER, _STREAM, _STREAM_16 = 6_000.0, 12_000.0, 9_000.0
+_GATHER, _STREAM, _STREAM_16 = 6_000.0, 12_000.0, 6_000.0
 _ESTIMATE = 1.6  # a gathered key costs so much more where logits are estimated from codes
 _MARGIN = 0.6  # "auto" searches where this share of dense attention's time is not exceeded
 _LARGEST = 1 << 24

@@ -305,7 +305,7 @@ def test_the_crossover_follows_what_a_step_reads_and_does():
     assert least(shared) < least(TopK(k=256))
     assert least(shared) < least(Consensus(shared))
     assert least(shared) < least(TopK(k=2048, per="kv_head"))
-    assert least(shared) > least(shared, shape=Shape(1, 32, 8, 128, 2))  # dense attention converts 16-bit keys
+    assert least(shared, shape=Shape(1, 32, 8, 128, 2)) < 2 * least(shared)  # 16-bit keys are converted to be read
     assert least(shared) < least(shared, shape=Shape(1, 9, 3, 64, 4))
     assert least(TopK(k=256), encoder=SimHash(128, 8)) > least(TopK(k=256))
     assert least(shared, threads=2) > least(shared)
