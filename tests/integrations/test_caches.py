@@ -155,8 +155,20 @@ def test_one_layer_that_cannot_be_served_is_refused_before_the_others_change(lla
 
 @pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
 def test_offloaded_caches_are_refused(llama, implementation):
+    try:
+        DynamicCache(config=llama.config, offloading=True)
+    except RuntimeError as error:  # a CUDA build of torch without a driver
+        pytest.skip(f"transformers makes no offloaded cache here: {error}")
     with TENTH.attach(llama), pytest.raises(ValueError, match="offloaded"):
         write(llama, prompt(1), cache_implementation=implementation)
+
+
+def test_a_cache_that_says_it_is_offloaded_is_refused_before_anything_is_done(llama):
+    cache = DynamicCache(config=llama.config)
+    cache.offloading = True
+    with TENTH.attach(llama), pytest.raises(ValueError, match="offloaded"):
+        forward(llama, prompt(1)["input_ids"], cache)
+    assert cache.get_seq_length() == 0
 
 
 def test_a_hashed_layer_refuses_to_be_offloaded_and_foreign_keys(llama):
