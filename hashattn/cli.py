@@ -102,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    from hashattn.bench.report import environment
     from hashattn.demo.run import run_demo
     from hashattn.demo.show import picture, save_plot, table
 
@@ -122,7 +123,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     print()
     print(picture(result))
     if arguments.json:
-        _write(Path(arguments.json), json.dumps(result.as_json(), indent=1))
+        _write(Path(arguments.json), json.dumps(environment(arguments.command_line) | result.as_json()))
     if arguments.plot:
         save_plot(result, arguments.plot)
     return 0
