@@ -13,7 +13,8 @@ def logits(q: Tensor, keys: Tensor, ids: Tensor, scale: float, rows: Tensor | No
     """The same result as :func:`reference.logits`, for tensors on the CPU; without gradients."""
     batch, q_heads, tokens, dim = q.shape
     heads = ids.shape[1]
-    grouped = q.unflatten(1, (heads, -1)).transpose(2, 3).reshape(batch * heads * tokens, -1, dim)
+    by_token = q if tokens == 1 else q.unflatten(1, (heads, -1)).transpose(2, 3)
+    grouped = by_token.reshape(batch * heads * tokens, -1, dim)
     rows = row_numbers(ids, keys.shape[1], keys.shape[2]) if rows is None else rows
     found = bags(keys, rows, 1).view(len(grouped), ids.shape[3], dim)
     return torch.bmm(grouped.float() * scale, found.float().transpose(1, 2)).view(
@@ -26,7 +27,7 @@ def weigh(
     rows: Tensor | None = None, need_lse: bool = False, need_weights: bool = False,
 ) -> Parts:  # fmt: skip
     """The same result as :func:`reference.weigh`, for tensors on the CPU; without gradients."""
-    batch, heads, tokens, group, slots = logits.shape
+    group, slots = logits.shape[3:]
     if log_weights is not None:
         logits = logits + log_weights.unsqueeze(3)
     empty = bool(ids.numpy().min(initial=0) < 0)
@@ -40,9 +41,9 @@ def weigh(
         rows = rows.view(-1, 1, slots).expand(-1, group, -1).reshape(-1)
     out = bags(values, rows, slots, weights.to(values.dtype).view(-1)).to(dtype)
     return (
-        _by_query_head(out.view(batch, heads, tokens, group, -1)),
-        _by_query_head(logits.logsumexp(-1, keepdim=True)).squeeze(-1) if need_lse else None,
-        _by_query_head(weights) if need_weights else None,
+        _by_query_head(out, logits.shape),
+        _by_query_head(logits.logsumexp(-1, keepdim=True), logits.shape).squeeze(-1) if need_lse else None,
+        _by_query_head(weights, logits.shape) if need_weights else None,
     )
 
 
@@ -64,6 +65,9 @@ def row_numbers(ids: Tensor, heads: int, room: int) -> Tensor:
     return torch.from_numpy((columns.reshape(batch * own, -1) + base[:, None]).ravel())
 
 
-def _by_query_head(x: Tensor) -> Tensor:
-    """[B, H, T, G, X] -> [B, H * G, T, X]."""
-    return x.transpose(2, 3).flatten(1, 2)
+def _by_query_head(x: Tensor, shape: torch.Size) -> Tensor:
+    """Rows of [B, H, T, G, ...] as [B, H * G, T, X]."""
+    batch, heads, tokens, group = shape[:4]
+    if tokens == 1:
+        return x.view(batch, heads * group, 1, -1)
+    return x.view(batch, heads, tokens, group, -1).transpose(2, 3).flatten(1, 2)
