@@ -27,7 +27,7 @@ class TokenBuffer:
     @property
     def view(self) -> Tensor:
         """The filled part, [B, H, length, X]: a view, not a copy."""
-        return self.storage[:, :, : self.length]
+        return self.storage.narrow(2, 0, self.length)
 
     @property
     def nbytes(self) -> int:
@@ -47,7 +47,7 @@ class TokenBuffer:
             if self._data is not None:
                 data[:, :, : self.length] = self.view
             self._data = data
-        self._data[:, :, self.length : length] = rows
+        self._data.narrow(2, self.length, rows.shape[2]).copy_(rows)
         self.length = length
 
     def truncate(self, length: int) -> None:

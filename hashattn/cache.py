@@ -265,14 +265,17 @@ class KVCache:
         if self._fits != self.encoder.fits:  # fitted meanwhile: everything is encoded anew
             self._fits, self._centre, self._ready = self.encoder.fits, None, [self.warmup == 0] * self.batch
             self._store.truncate(0)
-        if not any(self.ready):
+        if not all(self._ready):
+            ready = self.ready
+            if not any(ready):
+                return
+            if ready != self._ready:
+                self._freeze_centres()
+        encoded, keys = self.encoded, len(self)
+        if encoded == keys:
             return
-        if self.ready != self._ready:
-            self._freeze_centres()
-        if self.encoded == len(self):
-            return
-        self._norms.truncate(self.encoded)
-        k = self.keys[:, :, self.encoded :]
+        self._norms.truncate(encoded)
+        k = self._keys.storage.narrow(2, encoded, keys - encoded)
         codes = self.encoder.encode_key(k, self._centre)
         if self.with_norms:
             centre = getattr(self.encoder, "mean", None)

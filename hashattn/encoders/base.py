@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from hashattn.encoders.centring import Centring
-from hashattn.ops.hamming import pack_bits, query_planes
+from hashattn.ops.hamming import query_planes
 
 __all__ = ["Encoder", "check_bits", "key_bits", "query_planes", "subtract"]
 
@@ -66,4 +66,4 @@ def subtract(k: Tensor, centre: Tensor | None) -> Tensor:
 
 def key_bits(projection: Tensor) -> Tensor:
     """Pack the signs of [B, H, N, bits]; zero counts as positive."""
-    return pack_bits(projection >= 0)
+    return query_planes(projection, 1)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from hashattn.ops import hamming
 from hashattn.ops.hamming.cpu import merge_planes
-from hashattn.ops.search import cpu, reference, scan, search
-from tests.structured import generator, hamming_numpy, heads, odd_lengths, raises_naming, seeds
+from hashattn.ops.search import reference, scan, search
+from tests.structured import generator, hamming_numpy, heads, odd_lengths, seeds
 
 
 def words(g, *shape):
@@ -34,7 +34,6 @@ def check(query, codes, counts, visible, **options):
         assert torch.equal(found.masked_fill(~first, -1).sort().values, expected.masked_fill(~first, -1).sort().values)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("planes", [None, 1, 4, 8])
 @settings(deadline=None, max_examples=25)
 @given(
@@ -43,7 +42,7 @@ def check(query, codes, counts, visible, **options):
     radius=st.sampled_from([None, 0, 0.45, 1]), similar=st.booleans(), data=st.data(),
 )  # fmt: skip
 def test_the_search_finds_what_its_specification_finds(
-    threads, planes, seed, shape, tokens, keys, n_words, shared, forced, radius, similar, data
+    planes, seed, shape, tokens, keys, n_words, shared, forced, radius, similar, data
 ):
     kv_heads, group = shape
     tokens = min(tokens, keys)
@@ -64,17 +63,11 @@ def test_the_search_finds_what_its_specification_finds(
     ]
     largest = 64 * n_words * (group if shared else 1) * ((1 << (planes or 1)) - 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_WORTH_A_THREAD", 1 if threads > 1 else 1 << 40)
         patch.setattr(scan, "AT_ONCE", data.draw(st.sampled_from([1, 1 << 17])))
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            check(
-                query, codes, counts, visible, shared=shared, sinks=forced[0], recents=forced[1],
-                radius=None if radius is None else int(radius * largest),
-            )  # fmt: skip
-        finally:
-            torch.set_num_threads(before)
+        check(
+            query, codes, counts, visible, shared=shared, sinks=forced[0], recents=forced[1],
+            radius=None if radius is None else int(radius * largest),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("library", ["faiss", "numpy"])
@@ -114,11 +107,3 @@ def test_strides_that_the_scan_cannot_take_are_copied():
     assert not codes[0, 0].is_contiguous()
     check(query, codes, [[[9]]], torch.tensor([[[0, 300]]]))
     assert np.array_equal(hamming.distances(query, codes, engine="cpu").numpy(), hamming_numpy(query, codes))
-
-
-@pytest.mark.parametrize("threads", [0, -1, True, 1.5])
-def test_a_number_of_threads_that_is_none_is_refused(threads):
-    g = generator(2)
-    raises_naming(ValueError, "threads", repr(threads), "at least 1")(
-        lambda: search(words(g, 1, 1, 1, 1), words(g, 1, 1, 8, 1), [[[2]]], [[[0, 8]]], threads=threads)
-    )

@@ -1,4 +1,4 @@
-"""Attention over selected keys on the CPU: rows are gathered into one buffer that stays, all heads are multiplied."""
+"""Attention over selected keys on the CPU: torch's bags of embeddings fetch the rows ahead, far apart as they lie."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 
 from hashattn.ops.attend.reference import Parts
-from hashattn.ops.scratch import borrow
 
 
 def logits(q: Tensor, keys: Tensor, ids: Tensor, scale: float, rows: Tensor | None = None) -> Tensor:
     """The same result as :func:`reference.logits`, for tensors on the CPU; without gradients."""
     batch, q_heads, tokens, dim = q.shape
     heads = ids.shape[1]
-    grouped = q.unflatten(1, (heads, -1)).transpose(2, 3).reshape(batch * heads * tokens, -1, dim)
-    found = gather(keys, ids, rows)
+    by_token = q if tokens == 1 else q.unflatten(1, (heads, -1)).transpose(2, 3)
+    grouped = by_token.reshape(batch * heads * tokens, -1, dim)
+    rows = row_numbers(ids, keys.shape[1], keys.shape[2]) if rows is None else rows
+    found = bags(keys, rows, 1).view(len(grouped), ids.shape[3], dim)
     return torch.bmm(grouped.float() * scale, found.float().transpose(1, 2)).view(
         batch, heads, tokens, q_heads // heads, -1
     )
@@ -26,7 +27,7 @@ def weigh(
     rows: Tensor | None = None, need_lse: bool = False, need_weights: bool = False,
 ) -> Parts:  # fmt: skip
     """The same result as :func:`reference.weigh`, for tensors on the CPU; without gradients."""
-    batch, heads, tokens, group, slots = logits.shape
+    group, slots = logits.shape[3:]
     if log_weights is not None:
         logits = logits + log_weights.unsqueeze(3)
     empty = bool(ids.numpy().min(initial=0) < 0)
@@ -35,23 +36,21 @@ def weigh(
     weights = torch.softmax(logits, -1)
     if empty:
         weights.nan_to_num_(0.0)  # a query that selected nothing
-    out = torch.bmm(weights.view(-1, group, slots).to(values.dtype), gather(values, ids, rows)).to(dtype)
+    rows = row_numbers(ids, values.shape[1], values.shape[2]) if rows is None else rows
+    if group > 1:  # the group's other heads find the rows in the cache
+        rows = rows.view(-1, 1, slots).expand(-1, group, -1).reshape(-1)
+    out = bags(values, rows, slots, weights.to(values.dtype).view(-1)).to(dtype)
     return (
-        _by_query_head(out.view(batch, heads, tokens, group, -1)),
-        _by_query_head(logits.logsumexp(-1, keepdim=True)).squeeze(-1) if need_lse else None,
-        _by_query_head(weights) if need_weights else None,
+        _by_query_head(out, logits.shape),
+        _by_query_head(logits.logsumexp(-1, keepdim=True), logits.shape).squeeze(-1) if need_lse else None,
+        _by_query_head(weights, logits.shape) if need_weights else None,
     )
 
 
-def gather(storage: Tensor, ids: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Rows of storage [B, heads, room, X] at columns ids [B, H, T, K]: [B*H*T, K, X], in a buffer that is reused."""
-    width = storage.shape[3]
-    if rows is None:
-        rows = row_numbers(ids, storage.shape[1], storage.shape[2])
-    kind = np.dtype(f"u{storage.element_size()}")
-    out = torch.from_numpy(borrow("rows", (len(rows), width), kind)).view(storage.dtype)
-    torch.index_select(storage.view(-1, width), 0, rows, out=out)
-    return out.view(-1, ids.shape[3], width)
+def bags(storage: Tensor, rows: Tensor, size: int, weights: Tensor | None = None) -> Tensor:
+    """Sums of every `size` rows of storage [B, heads, room, X], weighted if asked, in float32 or better: [n, X]."""
+    offsets = torch.arange(0, len(rows), size)
+    return torch.embedding_bag(storage.view(-1, storage.shape[3]), rows, offsets, False, 0, False, weights)[0]
 
 
 def row_numbers(ids: Tensor, heads: int, room: int) -> Tensor:
@@ -66,6 +65,9 @@ def row_numbers(ids: Tensor, heads: int, room: int) -> Tensor:
     return torch.from_numpy((columns.reshape(batch * own, -1) + base[:, None]).ravel())
 
 
-def _by_query_head(x: Tensor) -> Tensor:
-    """[B, H, T, G, X] -> [B, H * G, T, X]."""
-    return x.transpose(2, 3).flatten(1, 2)
+def _by_query_head(x: Tensor, shape: torch.Size) -> Tensor:
+    """Rows of [B, H, T, G, ...] as [B, H * G, T, X]."""
+    batch, heads, tokens, group = shape[:4]
+    if tokens == 1:
+        return x.view(batch, heads * group, 1, -1)
+    return x.view(batch, heads, tokens, group, -1).transpose(2, 3).flatten(1, 2)

@@ -59,7 +59,11 @@ def _version(name: str) -> str | None:
 
 def pack_bits(bits: Tensor) -> Tensor:
     """The same result as :func:`reference.pack_bits`, for tensors on the CPU."""
-    octets = np.packbits(bits.numpy(), axis=-1, bitorder="little")
+    return _words(bits.numpy())
+
+
+def _words(bits: IntArray) -> Tensor:
+    octets = np.packbits(bits, axis=-1, bitorder="little")
     missing = -octets.shape[-1] % 8
     if missing:
         octets = np.pad(octets, [(0, 0)] * (octets.ndim - 1) + [(0, missing)])
@@ -70,13 +74,13 @@ def query_planes(projection: Tensor, query_bits: int) -> Tensor:
     """The same result as :func:`reference.query_planes`, for tensors on the CPU."""
     values = projection.detach().float().numpy()
     if query_bits == 1:
-        return pack_bits(torch.from_numpy(values >= 0))
+        return _words(values >= 0)
     half = 1 << (query_bits - 1)
     size = np.abs(values)
     scale = np.maximum(size.max(-1, keepdims=True), _TINY)
     steps = np.minimum((size / scale * half).astype(np.uint8), half - 1)
     levels = np.where(values >= 0, half + steps, half - 1 - steps)
-    return pack_bits(torch.from_numpy(levels[..., None, :] & _PLANES[:query_bits]))
+    return _words(levels[..., None, :] & _PLANES[:query_bits])
 
 
 def differing(a: Tensor, b: Tensor) -> Tensor:
@@ -122,8 +126,8 @@ def hammings(query: IntArray, codes: IntArray, out: IntArray) -> None:
             _hammings_numpy(query[h], codes[h], out[h])
     elif keys and queries:
         pointer, scan = library.swig_ptr, library.hammings
-        for h in range(heads):
-            scan(pointer(query[h]), pointer(codes[h]), queries, keys, size, pointer(out[h]))
+        for planes, held, found in zip(query, codes, out, strict=True):
+            scan(pointer(planes), pointer(held), queries, keys, size, pointer(found))
 
 
 def _hammings_numpy(query: IntArray, codes: IntArray, out: IntArray) -> None:

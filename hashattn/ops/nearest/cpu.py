@@ -25,7 +25,7 @@ def nearest_columns(distances: IntArray, k: int, top: int | None = None) -> IntA
         top: no magnitude is larger; None to look.
 
     Returns:
-        int64 [R, min(k, n)], ascending.
+        integers [R, min(k, n)], ascending.
     """
     rows, n = distances.shape
     if k >= n:
@@ -34,19 +34,23 @@ def nearest_columns(distances: IntArray, k: int, top: int | None = None) -> IntA
         return np.empty((rows, 0), np.int64)
     if n > 4 * _SAMPLE:
         return np.stack([_nearest_of_many(row, k, top) for row in distances])
-    ranks = _ranks(distances, top)
-    cut = np.partition(ranks, k - 1, axis=-1)[:, k - 1 : k]
-    return (ranks <= cut).ravel().nonzero()[0].reshape(rows, k) - np.arange(0, rows * n, n)[:, None]
+    return _nearest_of_few(distances, k, top)
 
 
-def _ranks(distances: IntArray, top: int | None) -> IntArray:
-    """Distinct integers in the order of the rule: distances, then age (the larger column first)."""
+def _nearest_of_few(distances: IntArray, k: int, top: int | None) -> IntArray:
+    """nearest_columns() by ranks: integers in the order of the rule, distances and then age, whose low bits tell the
+    column. Reading it there is quicker than looking for what lies below the cut, which no processor predicts."""
     n = distances.shape[-1]
     if top is None:
         top = max(int(distances.max()), -int(distances.min()))
-    kind = np.int32 if (top + 1) * n < 2**31 else np.int64
-    ranks: IntArray = np.multiply(distances, n, dtype=kind)
-    return np.subtract(ranks, _COLUMNS[:n] if n <= len(_COLUMNS) else np.arange(n, dtype=kind), out=ranks)
+    unit = 1 << (n - 1).bit_length()
+    kind = np.int32 if (top + 1) * unit < 2**31 else np.int64
+    ranks: IntArray = np.multiply(distances, unit, dtype=kind)
+    np.subtract(ranks, _COLUMNS[:n] if n <= len(_COLUMNS) else np.arange(n, dtype=kind), out=ranks)
+    ranks.partition(k - 1, axis=-1)
+    columns: IntArray = -ranks[:, :k] & (unit - 1)
+    columns.sort(axis=-1)
+    return columns
 
 
 def _nearest_of_many(row: IntArray, k: int, top: int | None) -> IntArray:
@@ -54,15 +58,13 @@ def _nearest_of_many(row: IntArray, k: int, top: int | None) -> IntArray:
     sample = row[:: len(row) // _SAMPLE]
     place = k / len(row) * len(sample)
     while (rank := int(place + 3 * place**0.5 + 3)) < len(sample):  # about three standard deviations more than needed
-        columns = np.flatnonzero(row <= np.partition(sample, rank)[rank])
+        columns = (row <= np.partition(sample, rank)[rank]).nonzero()[0]
         if len(columns) >= k:
             break
         place *= 2
     else:
         columns = np.arange(len(row))
-    near = row[columns]
-    cut = np.partition(ranks := _ranks(near, top), k - 1)[k - 1] if k < len(near) else None
-    return columns if cut is None else columns[ranks <= cut]
+    return columns[_nearest_of_few(row[None, columns], k, top)[0]] if k < len(columns) else columns
 
 
 def select(
@@ -77,7 +79,7 @@ def select(
         top: no magnitude of a distance is larger; None to look.
 
     Returns:
-        int64 [R, K]; -1 where a row has no further column.
+        integers [R, K]; -1 where a row has no further column.
     """
     if kept is not None:
         found = []

@@ -1,102 +1,39 @@
-"""Scanning on the CPU: distances of a few heads at a time, in turn or ahead in other threads."""
+"""Scanning on the CPU: the distances of a few heads at a time, which a cache still holds when they are searched."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 from torch import Tensor
 
-from hashattn.ops.hamming.cpu import as_bytes, hammings, merge_planes, sum_planes, weighted_distances
+from hashattn.ops.hamming.cpu import as_bytes, merge_planes, weighted_distances
 from hashattn.ops.nearest.cpu import IntArray, Table
 from hashattn.ops.scratch import borrow
-from hashattn.threads import ahead
 
 AT_ONCE = 1 << 17  # distances held at a time: half a megabyte
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some heads of one row, and the columns that any of its queries sees."""
+def scanned(query: Tensor, codes: Tensor, spans: Table, shared: bool) -> Iterator[tuple[int, slice, int, IntArray]]:
+    """Some heads of one row after the other; see :func:`hashattn.ops.search.reference.search` for the arguments.
 
-    row: int
-    heads: slice
-    low: int
-    high: int
-
-
-@dataclass(frozen=True)
-class Scan:
-    """Queries about to be compared with codes.
-
-    Attributes:
-        planes: uint8 [B, Hc, R * T * P, bytes]: what each head of codes is scanned with; R is G, or 1 where the group
-            makes one choice.
-        weights: of the P planes, falling to 1.
-        codes: uint8 [B, Hc, N, bytes].
-        parts: what is scanned, in order.
+    Yields:
+        the row, its heads, the first column that any query of the row sees, and the distances from there to the last
+        one: int32 [h, R * T, n], good until the next; R is G, or 1 where the group makes one choice.
     """
-
-    planes: IntArray
-    weights: list[int]
-    codes: IntArray
-    parts: list[Part]
-
-    @classmethod
-    def of(cls, query: Tensor, codes: Tensor, spans: Table, shared: bool) -> Scan:
-        """The scan of a search; see :func:`hashattn.ops.search.reference.search`."""
-        heads, keys = codes.shape[1:3]
-        planes, weights = query_planes(query, heads, shared)
-        few = max(1, AT_ONCE * len(weights) // (keys * planes.shape[2]))
-        parts = []
-        for b, row in enumerate(spans):
-            low, high = min(first for first, _ in row), max(end for _, end in row)
-            if low < high:
-                parts += [Part(b, slice(h, min(heads, h + few)), low, high) for h in range(0, heads, few)]
-        return cls(planes, weights, as_bytes(codes), parts)
-
-    @property
-    def top(self) -> int:
-        """No distance is larger."""
-        return 8 * self.codes.shape[3] * sum(self.weights)
-
-    def in_turn(self) -> Iterator[tuple[Part, IntArray]]:
-        """Each part and its distances, int32 [h, R * T, n], which are good until the next."""
-        for part in self.parts:
-            distances = borrow("distances", self._shape(part, len(self.weights)), np.int32)
-            weighted_distances(self._planes(part), self.weights, self._codes(part), distances)
-            yield part, distances
-
-    def ahead(self, threads: int) -> Iterator[tuple[Part, IntArray]]:
-        """The same, with the parts that follow scanned by threads - 1 others."""
-        largest = max((prod(self._shape(part)) for part in self.parts), default=0)
-        buffers = [borrow(f"planes {i}", (largest,), np.int32) for i in range(threads + 1)]
-
-        def scan(i: int) -> IntArray:
-            part = self.parts[i]
-            shape, codes = self._shape(part), self._codes(part)
-            found = buffers[i % len(buffers)][: prod(shape)].reshape(shape)
-            hammings(self._planes(part), codes if codes[0].flags.c_contiguous else codes.copy(), found)
-            return found
-
-        for part, found in zip(self.parts, ahead(scan, len(self.parts), threads), strict=True):
-            if len(self.weights) == 1:
-                yield part, found
-                continue
-            distances = borrow("distances", self._shape(part, len(self.weights)), np.int32)
-            sum_planes(found.reshape(*distances.shape[:2], len(self.weights), -1), self.weights, distances)
-            yield part, distances
-
-    def _planes(self, part: Part) -> IntArray:
-        return self.planes[part.row, part.heads]
-
-    def _codes(self, part: Part) -> IntArray:
-        return self.codes[part.row, part.heads, part.low : part.high]
-
-    def _shape(self, part: Part, planes: int = 1) -> tuple[int, int, int]:
-        return part.heads.stop - part.heads.start, self.planes.shape[2] // planes, part.high - part.low
+    heads, keys = codes.shape[1:3]
+    planes, weights = query_planes(query, heads, shared)
+    held, queries = as_bytes(codes), planes.shape[2] // len(weights)
+    few = max(1, AT_ONCE // (keys * queries))
+    for b, row in enumerate(spans):
+        low, high = min(first for first, _ in row), max(end for _, end in row)
+        if low >= high:
+            continue
+        for h in range(0, heads, few):
+            part = slice(h, min(heads, h + few))
+            distances = borrow("distances", (part.stop - h, queries, high - low), np.int32)
+            weighted_distances(planes[b, part], weights, held[b, part, low:high], distances)
+            yield b, part, low, distances
 
 
 def query_planes(query: Tensor, heads: int, shared: bool) -> tuple[IntArray, list[int]]:
