@@ -1,0 +1,93 @@
+"""Device functions on gathered rows: attention of a tile of keys, and the last program's combination of the parts."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_rows(storage, columns, filled, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of width DIM (padded to WIDTH) at columns: [ROWS, WIDTH]."""
+    dims = tl.arange(0, WIDTH)
+    at = columns.to(tl.int64)[:, None] * DIM + dims[None, :]
+    mask = filled[:, None] if WIDTH == DIM else filled[:, None] & (dims < DIM)[None, :]
+    return tl.load(storage + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def one_head(q, keys, values, columns, filled, scale, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    """A query's attention to a tile of keys, not yet divided: (peak [1], total [1], sum [WIDTH]), float32, base 2."""
+    dims = tl.arange(0, WIDTH)
+    k = load_rows(keys, columns, filled, DIM, WIDTH)
+    v = load_rows(values, columns, filled, DIM, WIDTH)
+    row = tl.load(q + dims, mask=dims < DIM, other=0.0).to(tl.float32) * (scale * LOG2E)
+    x = tl.where(filled, tl.sum(k.to(tl.float32) * row[None, :], 1), float("-inf"))
+    peak = tl.max(x, 0)
+    p = tl.exp2(x - tl.where(peak == float("-inf"), 0.0, peak))
+    one = tl.zeros([1], tl.float32)
+    return one + peak, one + tl.sum(p, 0), tl.sum(p[:, None] * v.to(tl.float32), 0)[None, :]
+
+
+@triton.jit
+def group_of_heads(
+    q, step, keys, values, columns, filled, scale, G: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The same for G queries that share the keys, `step` elements apart: ([PADDED], [PADDED], [PADDED, WIDTH])."""
+    dims, heads = tl.arange(0, WIDTH), tl.arange(0, PADDED)
+    k = load_rows(keys, columns, filled, DIM, WIDTH)
+    v = load_rows(values, columns, filled, DIM, WIDTH)
+    rows = tl.load(
+        q + heads[:, None] * step + dims[None, :], mask=(heads < G)[:, None] & (dims < DIM)[None, :], other=0.0
+    )
+    x = tl.dot(rows, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+    x = tl.where(filled[None, :], x, float("-inf"))
+    peak = tl.max(x, 1)
+    p = tl.exp2(x - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
+    return peak, tl.sum(p, 1), tl.dot(p.to(v.dtype), v, input_precision="ieee")
+
+
+@triton.jit
+def store_part(
+    parts, stats, at, peak, total, out, WIDTH: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr
+):  # fmt: skip
+    """Keep one program's part: parts float32 [..., HEADS, WIDTH], stats float32 [..., HEADS, 2]."""
+    dims, heads = tl.arange(0, WIDTH), tl.arange(0, PADDED)
+    tl.store(parts + (at * HEADS + heads[:, None]) * WIDTH + dims[None, :], out, mask=(heads < HEADS)[:, None])
+    tl.store(stats + (at * HEADS + heads) * 2, peak, mask=heads < HEADS)
+    tl.store(stats + (at * HEADS + heads) * 2 + 1, total, mask=heads < HEADS)
+
+
+@triton.jit
+def combine(
+    parts, stats, first, n, out, lse, row0, T, DIM: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
+    PADDED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Join parts first to first + n of HEADS heads, and write their rows of out and lse (natural logarithm).
+
+    Head g's row is row0 + g * T.
+    """
+    dims, heads, pieces = tl.arange(0, WIDTH), tl.arange(0, PADDED), tl.arange(0, TILE)
+    peak = tl.full([PADDED], float("-inf"), tl.float32)
+    for i in range(0, n, TILE):
+        mask = (i + pieces < n)[:, None] & (heads < HEADS)[None, :]
+        one = ((first + i + pieces) * HEADS)[:, None] + heads[None, :]
+        peak = tl.maximum(peak, tl.max(tl.load(stats + one * 2, mask=mask, other=float("-inf")), 0))
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.zeros([PADDED], tl.float32)
+    acc = tl.zeros([PADDED, WIDTH], tl.float32)
+    for i in range(0, n, TILE):
+        mask = (i + pieces < n)[:, None] & (heads < HEADS)[None, :]
+        one = ((first + i + pieces) * HEADS)[:, None] + heads[None, :]
+        weight = tl.exp2(tl.load(stats + one * 2, mask=mask, other=float("-inf")) - peak[None, :])
+        total += tl.sum(weight * tl.load(stats + one * 2 + 1, mask=mask, other=0.0), 0)
+        own = tl.load(parts + one[:, :, None] * WIDTH + dims[None, None, :], mask=mask[:, :, None], other=0.0)
+        acc += tl.sum(own * weight[:, :, None], 0)
+    result = tl.where(total[:, None] > 0, acc / tl.where(total > 0, total, 1.0)[:, None], 0.0)
+    row = row0 + heads * T
+    mask = (heads < HEADS)[:, None] & (dims < DIM)[None, :]
+    tl.store(out + row[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty), mask=mask)
+    tl.store(lse + row, (peak + tl.log2(total)) / LOG2E, mask=heads < HEADS)

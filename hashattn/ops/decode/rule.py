@@ -1,0 +1,33 @@
+"""Rule: which keys a fused decode step keeps, in numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a selector asks of a fused step.
+
+    Attributes:
+        k, share: keys wanted of the visible ones: a number, or a share rounded up in float64. One of the two is given.
+        shared: the heads of a KV head make one choice, by the sum of their distances.
+        sinks, recents: this many first and last visible keys are ranked before every distance and count in the budget.
+        radius: the largest distance (or sum) of a key that is not forced; None for any.
+        chunks: None for the nearest of all keys; else each of so many interleaved chunks keeps its nearest
+            k / chunks keys. Column n belongs to chunk n // 8 % chunks.
+    """
+
+    k: int | None = None
+    share: float | None = None
+    shared: bool = False
+    sinks: int = 0
+    recents: int = 0
+    radius: int | None = None
+    chunks: int | None = None
+
+    def slots(self, visible: int) -> int:
+        """Keys kept by a query that sees so many."""
+        wanted = min(self.k, visible) if self.k is not None else math.ceil((self.share or 0) * visible)
+        return max(wanted, min(visible, self.sinks + self.recents))

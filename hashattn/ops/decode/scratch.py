@@ -1,0 +1,39 @@
+"""Scratch: device memory that decode steps write and read within themselves, shared by the layers of a model."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class Scratch:
+    """Buffers by name, allocated when first needed and again when a step needs more.
+
+    What was handed out stays allocated as long as this object lives, because a captured CUDA graph may point to it.
+    Steps of one Scratch must run on one stream: they overwrite each other's buffers.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.device], list[Tensor]] = {}
+
+    def borrow(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A buffer of this shape; its contents are whatever the last user left, zeros at first."""
+        numel = math.prod(shape)
+        held = self._held.setdefault((name, device), [])
+        if not held or held[-1].numel() < numel or held[-1].dtype != dtype:
+            held.append(torch.zeros(numel, dtype=dtype, device=device))
+        return held[-1][:numel].view(shape)
+
+    def constant(self, value: float, device: torch.device) -> Tensor:
+        """A number as float64 [1] on the device."""
+        name = (repr(value), device)
+        if name not in self._held:
+            self._held[name] = [torch.tensor([value], dtype=torch.float64, device=device)]
+        return self._held[name][0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(x.numel() * x.element_size() for held in self._held.values() for x in held)

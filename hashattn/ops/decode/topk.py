@@ -1,0 +1,205 @@
+"""Second kernel of exact top-k: the threshold, one program's share of the chosen keys, attention to them."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from hashattn.ops.decode.codes import FAR, RUN, distance, load_runs, offsets, read_bound, span
+from hashattn.ops.decode.rows import combine, group_of_heads, one_head, store_part
+
+LOW = tl.constexpr(0xFFFFFFFF)
+
+
+@triton.jit
+def totals(counts, chunks, BINS: tl.constexpr, TILE: tl.constexpr):
+    """Candidates of a row up to each bin, over all chunks: int32 [BINS]."""
+    bins = tl.arange(0, BINS)
+    sums = tl.zeros([BINS], tl.int32)
+    for c0 in range(0, chunks, TILE):
+        c = c0 + tl.arange(0, TILE)
+        own = tl.load(counts + bins[:, None] * chunks + c[None, :], mask=(c < chunks)[None, :], other=0)
+        sums += tl.sum(own.to(tl.int32), 1)
+    return sums
+
+
+@triton.jit
+def from_candidates(
+    ids, candidates, counts, chunks, bin, cut, nearer, dropped, rank0, rank1, CHUNK: tl.constexpr, BINS: tl.constexpr,
+    CHUNKS: tl.constexpr, ACROSS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Write the chosen columns of ranks rank0 to rank1, in column order, from the lists of the chunks that hold them.
+
+    Args:
+        bin: of the threshold; `cut` candidates lie before it, the `dropped` oldest of it are not chosen.
+        nearer: cut as an entry's upper half: bound - distance above it is before the threshold.
+    """
+    c = tl.arange(0, CHUNKS)
+    inside = c < chunks
+    listed = tl.load(counts + (BINS - 1) * chunks + c, mask=inside, other=0).to(tl.int32)
+    upto = tl.load(counts + bin * chunks + c, mask=inside, other=0).to(tl.int32)
+    before = tl.load(counts + (bin - 1) * chunks + c, mask=inside & (bin > 0), other=0).to(tl.int32)
+    packed = ((upto - before).to(tl.int64) << 32) + before
+    running = tl.cumsum(packed, 0)
+    through = (running & LOW).to(tl.int32) + tl.maximum((running >> 32).to(tl.int32) - dropped, 0)
+    running -= packed
+    already = (running & LOW).to(tl.int32) + tl.maximum((running >> 32).to(tl.int32) - dropped, 0)
+    c0 = tl.sum((through <= rank0).to(tl.int32), 0)
+    c1 = tl.sum(((already < rank1) & inside).to(tl.int32), 0)
+    for start in range(c0, c1, ACROSS):
+        mine = start + tl.arange(0, ACROSS)
+        here = (c[None, :] == mine[:, None]) & (mine < c1)[:, None]
+        state = tl.sum(tl.where(here, running[None, :], 0), 1)
+        n = tl.sum(tl.where(here, listed[None, :], 0), 1)
+        for t0 in range(0, tl.max(n, 0), TILE):
+            at = t0 + tl.arange(0, TILE)
+            entry = tl.load(
+                candidates + mine.to(tl.int64)[:, None] * CHUNK + at[None, :], mask=at[None, :] < n[:, None], other=-1
+            )
+            level = entry >> 16
+            equal = level == nearer
+            if bin == 0:  # holds everything nearer as well: then all of it is chosen
+                equal = level >= nearer
+            hit = (equal.to(tl.int64) << 32) + ((level > nearer) & (bin > 0)).to(tl.int64)
+            order = tl.cumsum(hit, 1) + state[:, None]
+            ties = (order >> 32).to(tl.int32)
+            rank = (order & LOW).to(tl.int32) + tl.maximum(ties - dropped, 0) - 1
+            chosen = ((hit & LOW) != 0) | ((hit != 0) & (ties > dropped))
+            column = mine[:, None] * CHUNK + (entry & 0xFFFF)
+            tl.store(ids + rank, column, mask=chosen & (rank >= rank0) & (rank < rank1))
+            state += tl.sum(hit, 1)
+
+
+@triton.jit
+def level_of(
+    t0, query, step, codes, first, end, sinks, recents, radius, room, SUM: tl.constexpr, WORDS: tl.constexpr,
+    PLANES: tl.constexpr, LEVELS: tl.constexpr, RADIUS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Distance + 1 of columns t0 to t0 + TILE, 0 for forced keys, LEVELS - 1 for those that may not be chosen."""
+    columns = t0 + (tl.arange(0, TILE // RUN) * RUN)[:, None] + tl.arange(0, RUN)[None, :]
+    d = distance(load_runs(codes, columns, room, WORDS), query, step, WORDS, PLANES, SUM)
+    if RADIUS:
+        d = tl.where(d > radius, LEVELS, d)
+    d += offsets(columns, first, end, sinks, recents)
+    return tl.reshape(tl.minimum(tl.maximum(d, -1), LEVELS - 2) + 1, [TILE])
+
+
+@triton.jit
+def from_codes(
+    ids, query, step, codes, first, end, sinks, recents, radius, wanted, room, rank0, rank1, SUM: tl.constexpr,
+    WORDS: tl.constexpr, PLANES: tl.constexpr, LEVELS: tl.constexpr, RADIUS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The same from all codes of the row, for a bound that missed the threshold. Returns the threshold's distance."""
+    levels = tl.arange(0, LEVELS)
+    seen_at = tl.zeros([LEVELS], tl.int32)
+    for t0 in range(first // TILE * TILE, end, TILE):
+        seen_at += tl.histogram(
+            level_of(t0, query, step, codes, first, end, sinks, recents, radius, room, SUM, WORDS, PLANES, LEVELS, RADIUS, TILE),
+            LEVELS,
+        )
+    running = tl.cumsum(seen_at, 0)
+    cut = tl.minimum(tl.sum((running < wanted).to(tl.int32), 0), LEVELS - 1)
+    dropped = tl.maximum(tl.sum(tl.where(levels == cut, running, 0), 0) - wanted, 0)
+    state = tl.zeros([1], tl.int64)
+    for t0 in range(first // TILE * TILE, end, TILE):
+        columns = t0 + tl.arange(0, TILE)
+        level = level_of(t0, query, step, codes, first, end, sinks, recents, radius, room, SUM, WORDS, PLANES, LEVELS, RADIUS, TILE)
+        hit = ((level == cut).to(tl.int64) << 32) + (level < cut).to(tl.int64)
+        order = tl.cumsum(hit, 0) + state
+        ties = (order >> 32).to(tl.int32)
+        rank = (order & LOW).to(tl.int32) + tl.maximum(ties - dropped, 0) - 1
+        chosen = (level < cut) | ((level == cut) & (ties > dropped))
+        tl.store(ids + rank, columns, mask=chosen & (rank >= rank0) & (rank < rank1))
+        state += tl.sum(hit, 0)
+    return cut - 1
+
+
+@triton.jit
+def attend_topk(
+    q, keys, values, query, codes, bounds, candidates, counts, starts, length, share, ids, parts, stats, arrived, out,
+    lse, scale, k, radius, sinks, recents, margin, room, chunks, slots, kv_heads, T, G: tl.constexpr,
+    SUM: tl.constexpr, PADDED: tl.constexpr, PADDED_OUT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr,
+    PLANES: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr, LEVELS: tl.constexpr,
+    ROWS: tl.constexpr, SHARE: tl.constexpr, RADIUS: tl.constexpr, CAUSAL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (slots / ROWS, rows). Ranks follow column order, so the result does not depend on the bounds.
+
+    Args:
+        q, keys, values: [B, Hq, T, DIM], [B, Hkv, room, DIM]; see scan for query, codes, candidates and counts.
+        bounds: int32 [rows], sixteenths, rewritten for the next step: the threshold and a margin, falling slowly.
+        share: float64 [1], of the visible keys, with SHARE; else k keys are wanted.
+        ids: int32 [rows, slots], written: columns in ascending order, then -1.
+        parts, stats, arrived: scratch; arrived int32 [rows] is zero before and after.
+        out, lse: [B, Hq, T, DIM] and float32 [B, Hq, T], written.
+    """
+    s = tl.program_id(0)
+    row = tl.program_id(1)
+    HEADS: tl.constexpr = G // SUM  # rows of a KV head
+    t = row % T
+    head = row // T  # of [B, Hkv * HEADS]
+    kv = head // HEADS
+    first, end = span(starts, length, kv // kv_heads, t, T, CAUSAL)
+    visible = end - first
+    wanted = tl.minimum(k, visible)
+    if SHARE:
+        wanted = tl.ceil(visible.to(tl.float64) * tl.load(share)).to(tl.int32)
+    wanted = tl.maximum(wanted, tl.minimum(visible, sinks + recents))
+    if PDL:
+        gdc_wait()
+    own = counts + row * BINS * chunks
+    running = totals(own, chunks, BINS, 2048 // BINS)
+    found = tl.max(running, 0)
+    if RADIUS:
+        wanted = tl.minimum(wanted, found)
+    bins = tl.arange(0, BINS)
+    bin = tl.sum((running < wanted).to(tl.int32), 0)
+    upto = tl.sum(tl.where(bins == bin, running, 0), 0)
+    cut = tl.max(tl.where(bins < bin, running, 0), 0)
+    missed = (found < wanted) | ((bin == 0) & (upto > wanted))
+    rank0 = s * ROWS
+    rank1 = tl.minimum(rank0 + ROWS, wanted)
+    programs = tl.maximum(tl.cdiv(wanted, ROWS), 1)
+    own_ids = ids + row.to(tl.int64) * slots
+    ranks = rank0 + tl.arange(0, ROWS)
+    filled = ranks < rank1
+    tl.store(own_ids + ranks, -1, mask=~filled)
+    if s < programs:
+        query_at = query + (head.to(tl.int64) * SUM * T + t) * PLANES * WORDS
+        bound = read_bound(bounds + row)
+        if missed:
+            own_codes = codes + kv.to(tl.int64) * room * WORDS
+            threshold = from_codes(
+                own_ids, query_at, T * PLANES * WORDS, own_codes, first, end, sinks, recents, radius, wanted, room,
+                rank0, rank1, SUM, WORDS, PLANES, LEVELS, RADIUS, 512,
+            )  # fmt: skip
+        else:
+            threshold = bound - (BINS - 1 - bin)
+            if rank0 < rank1:
+                own_list = candidates + row.to(tl.int64) * chunks * CHUNK
+                from_candidates(
+                    own_ids, own_list, own, chunks, bin, cut, BINS - 1 - bin, upto - wanted, rank0, rank1, CHUNK,
+                    BINS, CHUNKS, 4, 128,
+                )  # fmt: skip
+        if (not RADIUS) & (s == 0):
+            tl.store(bounds + row, tl.maximum((threshold + margin) * 16, tl.minimum(tl.load(bounds + row), FAR * 16) - 1))
+        tl.debug_barrier()  # other threads stored the columns
+        columns = tl.load(own_ids + ranks, mask=filled, other=0)
+        k_at, v_at = keys + kv.to(tl.int64) * room * DIM, values + kv.to(tl.int64) * room * DIM
+        q_at = q + (head.to(tl.int64) * SUM * T + t) * DIM
+        if SUM == 1:
+            peak, total, acc = one_head(q_at, k_at, v_at, columns, filled, scale, DIM, WIDTH)
+        else:
+            peak, total, acc = group_of_heads(
+                q_at, T * DIM, k_at, v_at, columns, filled, scale, SUM, PADDED, DIM, WIDTH
+            )
+        store_part(parts, stats, row * tl.cdiv(slots, ROWS) + s, peak, total, acc, WIDTH, SUM, PADDED)
+        tl.debug_barrier()
+        if PDL:
+            gdc_launch_dependents()
+        if tl.atomic_add(arrived + row, 1, sem="acq_rel") == programs - 1:
+            tl.store(arrived + row, 0)
+            row0 = head * SUM * T + t
+            combine(
+                parts, stats, row * tl.cdiv(slots, ROWS), programs, out, lse, row0, T, DIM, WIDTH, SUM, PADDED_OUT, 16
+            )
