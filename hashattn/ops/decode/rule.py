@@ -15,8 +15,6 @@ class Rule:
         shared: the heads of a KV head make one choice, by the sum of their distances.
         sinks, recents: this many first and last visible keys are ranked before every distance and count in the budget.
         radius: the largest distance (or sum) of a key that is not forced; None for any.
-        chunks: None for the nearest of all keys; else each of so many interleaved chunks keeps its nearest
-            k / chunks keys. Column n belongs to chunk n // 8 % chunks.
     """
 
     k: int | None = None
@@ -25,7 +23,6 @@ class Rule:
     sinks: int = 0
     recents: int = 0
     radius: int | None = None
-    chunks: int | None = None
 
     def slots(self, visible: int) -> int:
         """Keys kept by a query that sees so many."""

@@ -94,22 +94,24 @@ def from_codes(
     levels = tl.arange(0, LEVELS)
     seen_at = tl.zeros([LEVELS], tl.int32)
     for t0 in range(first // TILE * TILE, end, TILE):
-        seen_at += tl.histogram(
-            level_of(t0, query, step, codes, first, end, sinks, recents, radius, room, SUM, WORDS, PLANES, LEVELS, RADIUS, TILE),
-            LEVELS,
+        level = level_of(
+            t0, query, step, codes, first, end, sinks, recents, radius, room, SUM, WORDS, PLANES, LEVELS, RADIUS, TILE
         )
+        seen_at += tl.histogram(level, LEVELS)
     running = tl.cumsum(seen_at, 0)
     cut = tl.minimum(tl.sum((running < wanted).to(tl.int32), 0), LEVELS - 1)
     dropped = tl.maximum(tl.sum(tl.where(levels == cut, running, 0), 0) - wanted, 0)
     state = tl.zeros([1], tl.int64)
     for t0 in range(first // TILE * TILE, end, TILE):
         columns = t0 + tl.arange(0, TILE)
-        level = level_of(t0, query, step, codes, first, end, sinks, recents, radius, room, SUM, WORDS, PLANES, LEVELS, RADIUS, TILE)
-        hit = ((level == cut).to(tl.int64) << 32) + (level < cut).to(tl.int64)
+        near = level_of(
+            t0, query, step, codes, first, end, sinks, recents, radius, room, SUM, WORDS, PLANES, LEVELS, RADIUS, TILE
+        )
+        hit = ((near == cut).to(tl.int64) << 32) + (near < cut).to(tl.int64)
         order = tl.cumsum(hit, 0) + state
         ties = (order >> 32).to(tl.int32)
         rank = (order & LOW).to(tl.int32) + tl.maximum(ties - dropped, 0) - 1
-        chosen = (level < cut) | ((level == cut) & (ties > dropped))
+        chosen = (near < cut) | ((near == cut) & (ties > dropped))
         tl.store(ids + rank, columns, mask=chosen & (rank >= rank0) & (rank < rank1))
         state += tl.sum(hit, 0)
     return cut - 1
@@ -119,9 +121,9 @@ def from_codes(
 def attend_topk(
     q, keys, values, query, codes, bounds, candidates, counts, starts, length, share, ids, parts, stats, arrived, out,
     lse, scale, k, radius, sinks, recents, margin, room, chunks, slots, kv_heads, T, G: tl.constexpr,
-    SUM: tl.constexpr, PADDED: tl.constexpr, PADDED_OUT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr,
-    PLANES: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr, LEVELS: tl.constexpr,
-    ROWS: tl.constexpr, SHARE: tl.constexpr, RADIUS: tl.constexpr, CAUSAL: tl.constexpr, PDL: tl.constexpr,
+    SUM: tl.constexpr, PADDED: tl.constexpr, PADDED_OUT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    WORDS: tl.constexpr, PLANES: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr,
+    LEVELS: tl.constexpr, ROWS: tl.constexpr, SHARE: tl.constexpr, RADIUS: tl.constexpr, CAUSAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (slots / ROWS, rows). Ranks follow column order, so the result does not depend on the bounds.
 
@@ -182,7 +184,8 @@ def attend_topk(
                     BINS, CHUNKS, 4, 128,
                 )  # fmt: skip
         if (not RADIUS) & (s == 0):
-            tl.store(bounds + row, tl.maximum((threshold + margin) * 16, tl.minimum(tl.load(bounds + row), FAR * 16) - 1))
+            fallen = tl.minimum(tl.load(bounds + row), FAR * 16) - 1  # a bin in 16 steps
+            tl.store(bounds + row, tl.maximum((threshold + margin) * 16, fallen))
         tl.debug_barrier()  # other threads stored the columns
         columns = tl.load(own_ids + ranks, mask=filled, other=0)
         k_at, v_at = keys + kv.to(tl.int64) * room * DIM, values + kv.to(tl.int64) * room * DIM

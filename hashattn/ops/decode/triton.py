@@ -1,4 +1,4 @@
-"""Launches the fused decode step: exact top-k in two kernels, LocalTopK in one."""
+"""The fused decode step on a GPU: exact top-k attention in two kernels."""
 
 from __future__ import annotations
 
@@ -8,101 +8,71 @@ import torch
 import triton
 from torch import Tensor
 
-from hashattn.ops.decode.local import attend_local
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.scan import scan
 from hashattn.ops.decode.scratch import Scratch
 from hashattn.ops.decode.topk import attend_topk
 
-_CHUNK = 2048  # keys of a program of the first kernel
-_WARPS = 4
-_TILE = 1024
-_LOCAL_WARPS = 4
-_X = {}
-_AW = None
-_ROWS = 64  # keys of a program of the second
-_RUN = 8  # neighbouring columns that stay together in an interleaved chunk: 64 bytes of codes
+CHUNK = 2048  # keys of a program of the first kernel
+ROWS = 64  # keys of a program of the second
 
 
-def topk_step(
+def decode(
     q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
-    bounds: Tensor, rule: Rule, scratch: Scratch, out: Tensor, lse: Tensor, *, scale: float, causal: bool = True,
-) -> Tensor:  # fmt: skip
-    """Exact top-k attention; see :func:`hashattn.ops.decode.decode`. Returns ids, int32 [B, H, T, slots], scratch."""
+    bounds: Tensor, rule: Rule, scratch: Scratch, *, scale: float, causal: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See :func:`hashattn.ops.decode.reference.decode`. The step neither waits for the device nor asks it anything.
+
+    Args:
+        bounds: int32, one for each row of ids, zeros at first: how far candidates are looked for, which the step
+            rewrites for the next one like it. A bound that turns out wrong costs time and changes nothing.
+        scratch: what steps on the same stream share. The returned ids lie in it.
+    """
     batch, q_heads, tokens, dim = q.shape
     kv_heads, room = keys.shape[1:3]
-    group = q_heads // kv_heads
+    group, device = q_heads // kv_heads, q.device
     summed = group if rule.shared else 1
     planes, words = query.shape[3:]
-    rows, device = batch * q_heads // summed * tokens, q.device
-    chunks = triton.cdiv(room, _CHUNK)
-    slots = triton.cdiv(max(1, rule.slots(room)), _ROWS) * _ROWS
-    spread = summed * (2**planes - 1)  # one bit's largest share in a distance, summed
+    rows, chunks = batch * q_heads // summed * tokens, triton.cdiv(room, CHUNK)
+    slots = triton.cdiv(max(1, rule.slots(room)), ROWS) * ROWS
+    spread = summed * (2**planes - 1)  # the largest share of one bit in a distance
     bins = 32 if spread == 1 else 64 if spread <= 4 else 128
-    padded = triton.next_power_of_2(summed)
-    width = triton.next_power_of_2(dim)
-    candidates = scratch.borrow("candidates", (rows, chunks, _CHUNK), torch.int32, device)
+    padded, width = triton.next_power_of_2(summed), triton.next_power_of_2(dim)
+    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
+    candidates = scratch.borrow("candidates", (rows, chunks, CHUNK), torch.int32, device)
     counts = scratch.borrow("counts", (rows, bins, chunks), torch.uint16, device)
     ids = scratch.borrow("ids", (rows, slots), torch.int32, device)
-    parts = scratch.borrow("parts", (rows, slots // _ROWS, summed, width), torch.float32, device)
-    stats = scratch.borrow("stats", (rows, slots // _ROWS, summed, 2), torch.float32, device)
+    parts = scratch.borrow("parts", (rows, slots // ROWS, summed, width), torch.float32, device)
+    stats = scratch.borrow("stats", (rows, slots // ROWS, summed, 2), torch.float32, device)
     arrived = scratch.borrow("arrived", (rows,), torch.int32, device)
-    share = scratch.constant(rule.share or 0.0, device)
-    lanes = max(n for n in (1, 2, 3, 4) if group // summed % n == 0)
-    k, radius = rule.k or 0, rule.radius or 0
-    pdl = {"launch_pdl": True} if programmatic(device) else {}
-    common = {
-        "G": group, "SUM": summed, "WORDS": words, "PLANES": planes, "CHUNK": _CHUNK, "BINS": bins,
-        "CAUSAL": causal, "PDL": bool(pdl), **pdl,
-    }  # fmt: skip
     if rule.radius is not None:
         bounds = scratch.borrow("radius", (rows,), torch.int32, device).fill_(16 * rule.radius)
+    lanes = max(n for n in (1, 2, 3, 4) if group // summed % n == 0)
+    early = {"launch_pdl": True} if starts_early(device) else {}
+    common = {
+        "G": group, "SUM": summed, "WORDS": words, "PLANES": planes, "CHUNK": CHUNK, "BINS": bins, "CAUSAL": causal,
+        "PDL": bool(early), **early,
+    }  # fmt: skip
     scan[(chunks, rows // lanes)](
         query, codes, bounds, candidates, counts, starts, length, rule.sinks, rule.recents, room, chunks, kv_heads,
-        tokens, LANES=lanes, num_warps=_WARPS, **common,
+        tokens, LANES=lanes, num_warps=4, **common,
     )  # fmt: skip
-    attend_topk[(slots // _ROWS, rows)](
-        q, keys, values, query, codes, bounds, candidates, counts, starts, length, share, ids, parts, stats, arrived,
-        out, lse, scale, k, radius, rule.sinks, rule.recents, 2 * math.isqrt(spread), room, chunks, slots, kv_heads,
-        tokens, PADDED=padded if summed == 1 else max(16, padded), PADDED_OUT=padded, DIM=dim, WIDTH=width,
-        CHUNKS=triton.next_power_of_2(chunks), LEVELS=triton.next_power_of_2(64 * words * spread + 4), ROWS=_ROWS,
-        RADIUS=rule.radius is not None, SHARE=rule.share is not None, num_warps=_AW or (2 if summed == 1 else 4), **common,
+    attend_topk[(slots // ROWS, rows)](
+        q, keys, values, query, codes, bounds, candidates, counts, starts, length,
+        scratch.constant(rule.share or 0.0, device), ids, parts, stats, arrived, out, lse, scale, rule.k or 0,
+        rule.radius or 0, rule.sinks, rule.recents, 2 * math.isqrt(spread), room, chunks, slots, kv_heads, tokens,
+        PADDED=padded if summed == 1 else max(16, padded), PADDED_OUT=padded, DIM=dim, WIDTH=width,
+        CHUNKS=triton.next_power_of_2(chunks), LEVELS=levels(words, spread), ROWS=ROWS, SHARE=rule.share is not None,
+        RADIUS=rule.radius is not None, num_warps=2 if dim <= 128 else 4, **common,
     )  # fmt: skip
-    return ids.view(batch, -1, tokens, slots)
+    return out, lse, ids.view(batch, -1, tokens, slots)
 
 
-def local_step(
-    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
-    bounds: Tensor, rule: Rule, scratch: Scratch, out: Tensor, lse: Tensor, *, scale: float, causal: bool = True,
-) -> Tensor:  # fmt: skip
-    """Attention to the nearest keys of each interleaved chunk. Returns ids, int32 [B, Hq, T, slots], scratch."""
-    assert rule.chunks is not None and rule.k is not None
-    batch, q_heads, tokens, dim = q.shape
-    kv_heads, room = keys.shape[1:3]
-    group, device, chunks = q_heads // kv_heads, q.device, rule.chunks
-    planes, words = query.shape[3:]
-    lanes = max(n for n in (1, 2, 3, 4) if group % n == 0)
-    rows, programs = batch * q_heads * tokens, batch * q_heads * tokens // lanes
-    k = rule.k // chunks
-    keep = max(16, triton.next_power_of_2(k))
-    width = triton.next_power_of_2(dim)
-    places = triton.cdiv(room, _RUN * chunks) * _RUN
-    tile = min(_TILE, max(256, triton.next_power_of_2(places)))
-    candidates = scratch.borrow("candidates", (rows, chunks, places), torch.int32, device)
-    ids = scratch.borrow("ids", (rows, chunks, keep), torch.int32, device)
-    parts = scratch.borrow("parts", (programs, chunks, lanes, width), torch.float32, device)
-    stats = scratch.borrow("stats", (programs, chunks, lanes, 2), torch.float32, device)
-    arrived = scratch.borrow("arrived", (programs,), torch.int32, device)
-    pdl = {"launch_pdl": True} if programmatic(device) else {}
-    attend_local[(chunks, programs)](
-        q, keys, values, query, codes, bounds, candidates, starts, length, ids, parts, stats, arrived, out, lse, scale,
-        k, rule.radius or 0, rule.sinks, rule.recents, 2 * (2**planes - 1), room, chunks, kv_heads, tokens, G=group,
-        LANES=lanes, DIM=dim, WIDTH=width, WORDS=words, PLANES=planes,
-        TILE=tile, ROOM=places, KEEP=keep, CAUSAL=causal, PDL=bool(pdl), num_warps=_LOCAL_WARPS, **pdl, **_X,
-    )  # fmt: skip
-    return ids.view(batch, q_heads, tokens, chunks * keep)
+def levels(words: int, spread: int) -> int:
+    """Distances that a histogram of all keys tells apart."""
+    return triton.next_power_of_2(64 * words * spread + 4)
 
 
-def programmatic(device: torch.device) -> bool:
+def starts_early(device: torch.device) -> bool:
     """Whether a kernel may start while the one before it ends (Hopper and later)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -1,0 +1,49 @@
+"""One decode step fused: scan, exact top-k and attention in two kernels on a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from hashattn.ops.decode.reference import decode as reference
+from hashattn.ops.decode.rule import Rule
+from hashattn.ops.decode.scratch import Scratch
+
+__all__ = ["Rule", "Scratch", "reference", "why_not"]
+
+HEAD_DIMS = (64, 96, 128, 256)
+MOST_LEVELS = 4096  # distances that are told apart
+MOST_TOKENS = 16
+
+
+def why_not(
+    *, device: str, dtype: torch.dtype, head_dim: int, group: int, tokens: int, words: int, planes: int, rule: Rule
+) -> str | None:
+    """Why the fused step does not serve a call, and what would; None if it does.
+
+    Args:
+        device: kind of device.
+        group: query heads of a KV head.
+        tokens: queries of a row.
+        words: int64 words of a code.
+        planes: bit planes of a query.
+    """
+    if device != "cuda":
+        return f"its kernels need an NVIDIA GPU, the tensors are on {device}"
+    if importlib.util.find_spec("triton") is None:
+        return 'it needs Triton: pip install "hashattn[gpu]"'
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it serves bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
+    if head_dim not in HEAD_DIMS:
+        return f"it serves head_dim {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
+    if not 1 <= group <= 16:
+        return f"it serves 1 to 16 query heads a KV head, not {group}"
+    if tokens > MOST_TOKENS:
+        return f"it serves up to {MOST_TOKENS} queries at a time, not {tokens}"
+    if words not in (1, 2, 4):
+        return f"it serves codes of 64, 128 or 256 bits, not {64 * words}"
+    spread = (group if rule.shared else 1) * (2**planes - 1)
+    if planes > 2 or 64 * words * spread + 4 > MOST_LEVELS:
+        return f"distances up to {64 * words * spread:,} are more than it tells apart: take fewer bits or query_bits"
+    return None

@@ -1,0 +1,52 @@
+"""Specification of the fused decode step: search over packed codes, then exact attention to what was found."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hashattn.budget import Budget
+from hashattn.ops.attend.reference import logits, weigh
+from hashattn.ops.decode.rule import Rule
+from hashattn.ops.search.reference import search
+
+
+def decode(
+    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor, rule: Rule,
+    *, scale: float, causal: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Attention of a few queries to the keys that their codes find nearest.
+
+    Args:
+        q: [B, Hq, T, D], the last T of the cache's positions.
+        query: int64 [B, Hq, T, P, W], P bit planes of the packed queries, the least significant first.
+        keys, values: [B, Hkv, room, D], of which `length` columns are filled.
+        codes: int64 [B, Hkv, room, W].
+        starts: int32 [B], each row's first column.
+        length: int32 [1], filled columns.
+        rule: which keys are kept.
+        scale: of the logits.
+        causal: each query sees the keys up to its own position; otherwise all of them.
+
+    Returns:
+        out [B, Hq, T, D], zero where a query keeps no key; lse float32 [B, Hq, T]; ids int32 [B, H, T, slots] with
+        H = Hkv where the rule is shared: columns in ascending order, -1 in empty slots.
+    """
+    filled, tokens = int(length), q.shape[2]
+    ends = torch.arange(filled - tokens + 1, filled + 1, device=q.device)
+    ends = ends if causal else torch.full_like(ends, filled)
+    visible = torch.stack([starts.long()[:, None].expand(-1, tokens), ends.expand(len(starts), -1)], -1)
+    visible[..., 1] = torch.maximum(visible[..., 0], visible[..., 1])
+    seen = visible[..., 1] - visible[..., 0]
+    wanted = torch.maximum(Budget(rule.k, rule.share).counts(seen), seen.clamp(max=rule.sinks + rule.recents))
+    ids = search(
+        query.squeeze(3) if query.shape[3] == 1 else query, codes[:, :, :filled], [wanted],
+        max(1, rule.slots(keys.shape[2])), visible, shared=rule.shared, sinks=rule.sinks, recents=rule.recents,
+        radius=rule.radius,
+    )  # fmt: skip
+    last = torch.iinfo(torch.int32).max
+    ids = ids.masked_fill(ids < 0, last).sort(-1).values
+    ids = ids.masked_fill(ids == last, -1)
+    out, lse, _ = weigh(logits(q, keys, ids, scale), values, ids, q.dtype, need_lse=True)
+    assert lse is not None
+    return out, lse, ids
