@@ -6,6 +6,7 @@ Keys are encoded and indexed once, each query searches them, and the softmax run
 from hashattn.attend import Attend, DenseAttend, ExactAttend, MixedPrecision, merge
 from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
+from hashattn.decoder import Decoder
 from hashattn.encoders import ITQ, AsymmetricHash, Centring, Encoder, Identity, PerLayer, SimHash, SymmetricHash
 from hashattn.index import FlatDot, FlatHamming, Index
 from hashattn.presets import PRESETS
@@ -21,6 +22,7 @@ __all__ = [
     "Attend",
     "Centring",
     "Consensus",
+    "Decoder",
     "DenseAttend",
     "Encoder",
     "ExactAttend",

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hashattn import fused
 from hashattn.attend import Attend, ExactAttend
 from hashattn.attend.dense import dense
 from hashattn.cache import KVCache
 from hashattn.composition import check_composition
+from hashattn.decoder import Decoder
 from hashattn.encoders import Encoder
 from hashattn.engines import Shape, crossover, resolve
 from hashattn.index import Index
+from hashattn.ops.decode.scratch import Scratch
 from hashattn.plan import Plan, explain
 from hashattn.selectors import Selector
 from hashattn.shapes import check_finite, check_float, check_kv, check_q
@@ -34,8 +37,9 @@ class HashAttention:
         index: keeps the codes and scans them; None likewise.
         selector: which keys a query keeps; None for DenseAttend.
         attend: the softmax over what is kept.
-        engine: "reference" (plain PyTorch, any device), "cpu" (FAISS's scan and numpy), "dense" (full attention, no
-            index), or "auto": the fastest of these, by what a step reads and does (hashattn/engines.py).
+        engine: "reference" (plain PyTorch, any device), "cpu" (FAISS's scan and numpy), "triton" (a fused step on an
+            NVIDIA GPU), "dense" (full attention, no index), or "auto": the fastest of these, by what a step reads and
+            does (hashattn/engines.py).
         dense_layers: layers of a model that attend densely; negative numbers count from the last.
 
     Raises:
@@ -83,16 +87,25 @@ class HashAttention:
                 part.to(device)
         return self
 
-    def new_cache(self, batch: int, kv_heads: int, head_dim: int, *, capacity: int | None = None) -> KVCache:
+    def new_cache(
+        self, batch: int, kv_heads: int, head_dim: int, *, capacity: int | None = None,
+        scratch: Scratch | None = None,
+    ) -> KVCache:  # fmt: skip
         """An empty cache for keys and values [batch, kv_heads, N, head_dim]; dtype and device come with the first keys.
 
         Args:
             capacity: fixed number of columns, allocated at once; None grows as needed.
+            scratch: device memory that fused steps write; give one Scratch to the caches of a model, which then share
+                it and must run on one stream.
         """
         return KVCache(
             batch, kv_heads, head_dim, encoder=self.encoder, index=self.index, norms=self.attend.needs_norms,
-            capacity=capacity,
+            capacity=capacity, scratch=scratch,
         )  # fmt: skip
+
+    def decoder(self, cache: KVCache) -> Decoder:
+        """Decode steps on a cache with a capacity that a CUDA graph can capture; see :class:`hashattn.Decoder`."""
+        return Decoder(self, cache)
 
     def __call__(
         self, q: Tensor, k: Tensor | KVCache, v: Tensor | None = None, *, scale: float | None = None,
@@ -148,17 +161,19 @@ class HashAttention:
             seen = cache.seen(tokens, causal)
             return dense(q, cache.keys, cache.values, seen, scale, need_lse=need_lse, need_weights=need_weights), None
         assert self.selector is not None
+        fewest = cache.shortest - (tokens - 1 if causal else 0)  # keys that the shortest-sighted query sees
+        if engine == "triton" and fewest >= warmup and not need_weights and not needs_grad(q):
+            return fused.step(self, q, cache, scale, causal)
         query = self.encoder.encode_query(q) if self.encoder is not None else None
         view = cache.view(query, q.shape[1], cache.spans(tokens, causal), engine=engine)
         selection = self.selector.select(view, step or Step())
-        fewest = cache.shortest - (tokens - 1 if causal else 0)  # keys that the shortest-sighted query sees
         if fewest < warmup:
             selection = keep_short(selection, view.visible, warmup)
         output = self.attend.attend(q, cache, selection, scale, view=view, need_lse=need_lse, need_weights=need_weights)
         return output, selection
 
     def engine_for(self, q: Tensor, cache: KVCache) -> str:
-        """The engine that serves these queries on this cache: "dense", "reference" or "cpu".
+        """The engine that serves these queries on this cache: "dense", "reference", "cpu" or "triton".
 
         Raises:
             TypeError, ValueError: they do not go together.
@@ -169,9 +184,15 @@ class HashAttention:
         call = (self, fits, q.shape, q.dtype, q.device, torch.get_num_threads())
         if cache.admitted is None or cache.admitted[0] != call or q.shape[2] > len(cache):
             self.check_call(q, cache)
+            kind = q.device.type
             shape = Shape(cache.batch, q.shape[1], cache.kv_heads, cache.head_dim, q.element_size())
-            cache.admitted = call, crossover(self, q.device.type, shape)  # the next call like it needs no second look
-        return resolve(self, q.device.type, cache.longest, cache.admitted[1])
+            unfused = fused.why_not(
+                self, device=kind, dtype=q.dtype, q_heads=q.shape[1], kv_heads=cache.kv_heads,
+                head_dim=cache.head_dim, tokens=q.shape[2],
+            )  # fmt: skip
+            least = crossover(self, kind, shape) if kind != "cuda" or unfused is None else None
+            cache.admitted = call, least, unfused  # the next call like it needs no second look
+        return resolve(self, q.device.type, cache.longest, *cache.admitted[1:])
 
     def check_call(self, q: Tensor, cache: KVCache) -> None:
         """Raise unless these queries can attend to this cache."""
@@ -212,6 +233,11 @@ class HashAttention:
         fields = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)]
         shown = [f"{name}={value!r}" for name, value, default in fields if value != default]
         return f"HashAttention({', '.join(shown)})"
+
+
+def needs_grad(q: Tensor) -> bool:
+    """Whether a gradient is wanted, which only the reference gives."""
+    return q.requires_grad and torch.is_grad_enabled()
 
 
 def keep_short(selection: Selection, visible: Tensor, warmup: int) -> Selection:

@@ -50,6 +50,12 @@ class TokenBuffer:
         self._data.narrow(2, self.length, rows.shape[2]).copy_(rows)
         self.length = length
 
+    def adopt(self, length: int) -> None:
+        """Count rows that were written into the storage, up to `length`."""
+        if length > self.storage.shape[2]:
+            raise ValueError(f"length must be at most the room of {self.storage.shape[2]}, got {length}")
+        self.length = length
+
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length` rows; the memory stays."""
         self.length = min(length, self.length)

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hashattn.buffer import TokenBuffer
+from hashattn.device_state import DeviceState
 from hashattn.encoders.base import Encoder
 from hashattn.index.base import Index
 from hashattn.ops.attend import row_numbers
+from hashattn.ops.decode.scratch import Scratch
 from hashattn.ops.hamming import popcount
 from hashattn.ops.nearest.cpu import Table
 from hashattn.shapes import check_kv
@@ -34,11 +36,12 @@ class KVCache:
         encoder, index: of the composition; None for one that ranks nothing.
         norms: keep |k - centre| of each key, float16.
         capacity: fixed number of columns; None grows by a quarter when full.
+        scratch: device memory of the fused steps, to share among the caches of a model; None for one of its own.
     """
 
     def __init__(
         self, batch: int, kv_heads: int, head_dim: int, *, encoder: Encoder | None = None, index: Index | None = None,
-        norms: bool = False, capacity: int | None = None,
+        norms: bool = False, capacity: int | None = None, scratch: Scratch | None = None,
     ) -> None:  # fmt: skip
         for name, value in (("batch", batch), ("kv_heads", kv_heads), ("head_dim", head_dim), ("capacity", capacity)):
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -51,7 +54,8 @@ class KVCache:
         self._ready = [self.warmup == 0] * batch  # rows whose centre is frozen
         self._centre: Tensor | None = None
         self._fits = encoder.fits if encoder is not None else 0
-        self.admitted: tuple[object, int | None] | None = None  # HashAttention's: the last call that was checked
+        self.admitted: tuple[object, int | None, str | None] | None = None  # HashAttention's: the last call checked
+        self.on_device = DeviceState(scratch if scratch is not None else Scratch())
 
     # ---- what is in it
 
@@ -197,6 +201,13 @@ class KVCache:
             for row, first in enumerate(starts):  # padding may hold NaN, and 0 * NaN would reach a masked sum
                 self._keys.storage[row, :, :first] = 0
                 self._values.storage[row, :, :first] = 0
+
+    def adopt(self, length: int) -> None:
+        """Count columns that a Decoder wrote in place, with their codes, up to `length`."""
+        self._keys.adopt(length)
+        self._values.adopt(length)
+        if self._store is not None:
+            self._store.adopt(length)
 
     def set_start(self, start: Tensor) -> None:
         """Change the first column of each row, int [B]; rows that change lose their centre.
@@ -412,8 +423,9 @@ class KVCache:
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         twin = copy.copy(self)
         for name, value in self.__dict__.items():
-            if name not in ("encoder", "index", "admitted"):  # shared: a copy is still of the same composition
+            if name not in ("encoder", "index", "admitted", "on_device"):  # parts are shared
                 twin.__dict__[name] = copy.deepcopy(value, memo)
+        twin.on_device = DeviceState(self.on_device.scratch)
         return twin
 
     def __repr__(self) -> str:

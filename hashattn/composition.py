@@ -12,7 +12,7 @@ from hashattn.selectors.base import Selector
 if TYPE_CHECKING:
     from hashattn.attention import HashAttention
 
-ENGINES = ("auto", "dense", "reference", "cpu")
+ENGINES = ("auto", "dense", "reference", "cpu", "triton")
 _FITS = {"binary": "FlatHamming()", "vector": "FlatDot()"}
 _MAKES = {"binary": "a binary encoder such as SimHash(bits=128)", "vector": "Identity()"}
 

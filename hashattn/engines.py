@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from hashattn.threads import thread_count
 
 if TYPE_CHECKING:
@@ -19,6 +21,20 @@ _GATHER, _STREAM, _STREAM_16 = 6_000.0, 12_000.0, 6_000.0
 _ESTIMATE = 1.6  # a gathered key costs so much more where logits are estimated from codes
 _MARGIN = 0.6  # "auto" searches where this share of dense attention's time is not exceeded
 _LARGEST = 1 << 24
+_MARGIN_GPU = 0.8  # the same share on a GPU
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a class of GPUs costs, measured: microseconds to launch a step from Python, bytes a microsecond."""
+
+    launch: float
+    stream: float
+
+    def crossover(self, shape: Shape) -> int:
+        """Keys from which dense attention takes clearly longer than a step that its launches bound."""
+        key_bytes = 2 * shape.batch * shape.kv_heads * shape.head_dim * shape.itemsize
+        return math.ceil(self.launch * self.stream / (_MARGIN_GPU * key_bytes))
 
 
 @dataclass(frozen=True)
@@ -32,31 +48,40 @@ class Shape:
     itemsize: int
 
 
-def resolve(attn: HashAttention, device: str, visible: int, least: int | None) -> str:
-    """The engine for a step over `visible` keys on this kind of device: "dense", "reference" or "cpu".
+def resolve(attn: HashAttention, device: str, visible: int, least: int | None, unfused: str | None) -> str:
+    """The engine for a step over `visible` keys on this kind of device: "dense", "reference", "cpu" or "triton".
 
     Args:
         least: from :func:`crossover`, for engine="auto".
+        unfused: why engine="triton" does not serve it, from :func:`hashattn.fused.why_not`.
 
     Raises:
-        ValueError: engine="cpu" for tensors on another device.
+        ValueError: engine="cpu" for tensors on another device, or engine="triton" for a step that it does not serve.
     """
     if not attn.attend.needs_selection or attn.engine == "dense":
         return "dense"
     if attn.engine == "cpu" and device != "cpu":
         raise ValueError(f'engine="cpu" needs tensors on the CPU, got {device}; engine="reference" runs anywhere')
+    if attn.engine == "triton" and unfused is not None:
+        raise ValueError(f'engine="triton" cannot take this step: {unfused}; engine="reference" or "auto" can')
     if attn.engine != "auto":
         return attn.engine
-    return "dense" if least is None or visible < least else "cpu"
+    if least is None or visible < least:
+        return "dense"
+    return "triton" if device == "cuda" else "cpu"
 
 
 def crossover(attn: HashAttention, device: str, shape: Shape, threads: int | None = None) -> int | None:
     """Visible keys from which engine="auto" searches on this kind of device; None if it never does.
 
-    Plain PyTorch on CUDA did not win at any length (benchmarks/results/decode_step_h200.json), so there it never does.
+    On CUDA it holds for steps that engine="triton" serves: plain PyTorch did not win there at any length
+    (benchmarks/results/decode_step_h200.json).
     """
-    if device != "cpu" or not attn.attend.needs_selection or attn.selector is None:
+    if device not in ("cpu", "cuda") or not attn.attend.needs_selection or attn.selector is None:
         return None
+    if device == "cuda":
+        gpu = _GPUS.get(torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
+        return None if gpu is None else gpu.crossover(shape)
     if attn.encoder is not None and attn.encoder.code != "binary":
         return None  # scores of floats read as much as dense attention does
     low, high = 1, _LARGEST
@@ -111,3 +136,6 @@ def choices(selector: Selector, q_heads: int, kv_heads: int) -> tuple[int, int]:
     if getattr(part, "per", None) != "kv_head":
         return q_heads, 1
     return kv_heads, q_heads // kv_heads if getattr(part, "combine", None) == "union" else 1
+
+
+_GPUS = {(9, 0): Gpu(launch=1_000.0, stream=2_900_000.0)}  # by compute capability

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hashattn.engines import Shape, choices, crossover, resolve
+from hashattn.fused import why_not
 
 if TYPE_CHECKING:
     from hashattn.attention import HashAttention
@@ -18,7 +19,7 @@ class Plan:
     """One decode step (T = 1) of one layer.
 
     Attributes:
-        engine: "dense", "reference" or "cpu".
+        engine: "dense", "reference", "cpu" or "triton".
         stages: (stage, part and engine, remark) for encode, scan, select and attend.
         dense_bytes: read by full attention.
         scan_bytes: read to rank the keys.
@@ -75,8 +76,11 @@ def explain(
     if q_heads % kv_heads:
         raise ValueError(f"q_heads must be a multiple of kv_heads, got {q_heads} and {kv_heads}")
     kind = torch.device(device).type
-    least = crossover(attn, kind, Shape(batch, q_heads, kv_heads, head_dim, dtype.itemsize))
-    engine = resolve(attn, kind, keys, least)
+    unfused = why_not(attn, device=kind, dtype=dtype, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim)
+    least = None
+    if kind != "cuda" or unfused is None:
+        least = crossover(attn, kind, Shape(batch, q_heads, kv_heads, head_dim, dtype.itemsize))
+    engine = resolve(attn, kind, keys, least, unfused)
     row = head_dim * dtype.itemsize
     kv_bytes = 2 * batch * kv_heads * keys * row
     code_bytes = code_row = 0
@@ -95,9 +99,8 @@ def explain(
             attend_bytes = batch * heads * kept * 2 * row
         if attn.selector.ranked and attn.encoder is not None:
             scan_bytes = batch * attn.encoder.code_heads(kv_heads) * keys * code_row
-    return Plan(
-        engine, _stages(attn, engine, kind, least), kv_bytes, scan_bytes, attend_bytes, code_bytes, kv_bytes, least
-    )
+    stages = _stages(attn, engine, kind, least, unfused)
+    return Plan(engine, stages, kv_bytes, scan_bytes, attend_bytes, code_bytes, kv_bytes, least)
 
 
 def _crossover(least: int | None) -> str:
@@ -106,24 +109,37 @@ def _crossover(least: int | None) -> str:
     return f'"auto" runs dense below {least:,} keys on this device'
 
 
-def _stages(attn: HashAttention, engine: str, device: str, least: int | None) -> tuple[tuple[str, str, str], ...]:
+def _stages(
+    attn: HashAttention, engine: str, device: str, least: int | None, unfused: str | None
+) -> tuple[tuple[str, str, str], ...]:
     if engine == "dense":
         why = "the composition attends densely"
         if attn.attend.needs_selection:
             why = 'engine="dense" was asked for'
             if attn.engine == "auto":
                 why = "below the crossover" if least is not None else "nothing faster was measured on this device"
+                if device == "cuda" and unfused is not None:
+                    why = f'engine="triton" cannot take it: {unfused}'
         return (("attend", "full attention (PyTorch SDPA, grouped heads)", why),)
     binary = attn.encoder is not None and attn.encoder.code == "binary"
     fast = engine == "cpu" and binary
     scan = "FAISS's scan (numpy without FAISS)" if fast else "PyTorch, plain operations" if binary else "PyTorch matmul"
     slow = ""
     if engine == "reference":
-        slow = "no fused kernel for this device yet" if device != "cpu" else 'engine="cpu" scans faster here'
+        slow = 'engine="cpu" scans faster here'
+        if device != "cpu":
+            slow = 'engine="triton" is faster' if unfused is None else f'engine="triton" cannot: {unfused}'
     elif not binary and attn.encoder is not None:
         slow = "scores of floats: the reference serves them"
     elif attn.selector is not None and attn.selector.matrices:
         slow = "calibrated distances: a matrix of all of them is made"
+    if engine == "triton":
+        return (
+            ("encode", f"{_name(attn.encoder)}: PyTorch", "one token's query and key; keys late and in bulk"),
+            ("scan", f"{_name(attn.index)}: Triton, one kernel", "lists the keys near the last step's threshold"),
+            ("select", f"{_name(attn.selector)}: Triton, one kernel with attend", "exact, ties to the most recent key"),
+            ("attend", f"{_name(attn.attend)}: Triton", "split over the selected keys"),
+        )
     rows = []
     if attn.encoder is not None and attn.selector is not None and attn.selector.ranked:
         rows = [

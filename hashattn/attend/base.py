@@ -39,11 +39,13 @@ class Attend(ABC):
         needs_selection: whether it reads a selection at all.
         needs_norms: whether the cache has to keep |k - centre| (2 bytes a key).
         code: the kind of code it reads ("binary"), or None if it reads keys and values only.
+        fused: whether a fused decode step attends as it does: exactly, to every selected key.
     """
 
     needs_selection: bool = True
     needs_norms: bool = False
     code: str | None = None
+    fused: bool = False
 
     @abstractmethod
     def attend(

@@ -19,6 +19,8 @@ class ExactAttend(Attend):
     Its error is bounded by the attention mass that the selection misses: |out - dense| <= 2 (1 - mass) max|v|.
     """
 
+    fused = True
+
     def attend(
         self, q: Tensor, cache: Keys, selection: Selection | None, scale: float, *, view: View | None = None,
         need_lse: bool = False, need_weights: bool = False,

@@ -32,6 +32,10 @@ class Store:
         """Append the codes of new keys, [B, H, n, X]."""
         self._codes.append(codes)
 
+    def adopt(self, length: int) -> None:
+        """Count codes that were written into the storage, up to `length`."""
+        self._codes.adopt(length)
+
     def truncate(self, length: int) -> None:
         """Keep the first `length` keys."""
         self._codes.truncate(length)

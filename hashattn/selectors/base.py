@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hashattn.ops.decode.rule import Rule
 from hashattn.types import Selection, Step
 from hashattn.view import View
 
@@ -41,6 +42,10 @@ class Selector(ABC):
     def critical(self, visible: int) -> int:
         """How many of these get exact logits, at most."""
         return self.budget(visible)
+
+    def rule(self, group: int) -> Rule | None:
+        """What it asks of a fused decode step, for `group` query heads a KV head; None if a Rule cannot say it."""
+        return None
 
     def __or__(self, other: Selector) -> Joined:
         if not isinstance(other, Selector):
@@ -137,6 +142,10 @@ class Joined(Selector):
     def critical(self, visible: int) -> int:
         forced = min(visible, self.sinks + self.recents)
         return forced if self.ranked_part is None else max(forced, self.ranked_part.critical(visible))
+
+    def rule(self, group: int) -> Rule | None:
+        ranked = self.ranked_part.rule(group) if self.ranked_part is not None else None
+        return replace(ranked, sinks=self.sinks, recents=self.recents) if ranked is not None else None
 
     def select(self, view: View, step: Step) -> Selection:
         if self.ranked_part is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hashattn.budget import Budget, check_k
+from hashattn.ops.decode.rule import Rule
 from hashattn.selectors.base import Selector
 from hashattn.selectors.grouping import check_grouping
 from hashattn.types import Selection, Step
@@ -44,6 +45,13 @@ class Threshold(Selector):
 
     def budget(self, visible: int) -> int:
         return visible if self.limit is None else min(visible, self.limit)
+
+    def rule(self, group: int) -> Rule | None:
+        together = self.shared and group > 1
+        if together and self.combine != "sum":
+            return None
+        radius = self.radius * group if together else self.radius
+        return Rule(self.limit, None if self.limit else 1.0, together, radius=radius)
 
     def select(self, view: View, step: Step) -> Selection:
         budget, shared = Budget(self.limit, None if self.limit else 1.0), False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hashattn.budget import Budget, check_k, check_share
+from hashattn.ops.decode.rule import Rule
 from hashattn.selectors.base import Selector
 from hashattn.selectors.grouping import check_grouping, take
 from hashattn.types import Selection, Step
@@ -42,6 +43,10 @@ class TopK(Selector):
 
     def budget(self, visible: int) -> int:
         return Budget(self.k, self.share).count(visible)
+
+    def rule(self, group: int) -> Rule | None:
+        together = self.shared and group > 1
+        return Rule(self.k, self.share, together) if not together or self.combine == "sum" else None
 
     def select(self, view: View, step: Step) -> Selection:
         return take(view, [Budget(self.k, self.share)], self.per, self.combine)

@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
+from hashattn.ops.decode import Scratch
 
 
 class HashedLayer(DynamicLayer):
@@ -21,12 +22,13 @@ class HashedLayer(DynamicLayer):
 
     Args:
         attn: the composition of this layer.
+        scratch: what the layers of a model share.
     """
 
     capacity: int | None = None
 
-    def __init__(self, attn: HashAttention) -> None:
-        self.attn = attn
+    def __init__(self, attn: HashAttention, scratch: Scratch) -> None:
+        self.attn, self.scratch = attn, scratch
         self.kv: KVCache | None = None
         super().__init__()
 
@@ -56,7 +58,7 @@ class HashedLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, heads, _, dim = key_states.shape
-        self.kv = self.attn.new_cache(batch, heads, dim, capacity=self.capacity)
+        self.kv = self.attn.new_cache(batch, heads, dim, capacity=self.capacity, scratch=self.scratch)
         self.is_initialized = True
 
     @torch.compiler.disable
@@ -110,13 +112,14 @@ class HashedStaticLayer(HashedLayer):
 
     Args:
         attn: the composition of this layer.
+        scratch: what the layers of a model share.
         max_cache_len: columns.
     """
 
     is_compileable = True  # transformers makes masks of full length for such caches
 
-    def __init__(self, attn: HashAttention, max_cache_len: int) -> None:
-        super().__init__(attn)
+    def __init__(self, attn: HashAttention, scratch: Scratch, max_cache_len: int) -> None:
+        super().__init__(attn, scratch)
         self.capacity = self.max_cache_len = max_cache_len
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -131,13 +134,13 @@ class HashedStaticLayer(HashedLayer):
         return self.max_cache_len
 
 
-def hashed_layer(layer: CacheLayerMixin, attn: HashAttention) -> HashedLayer:
+def hashed_layer(layer: CacheLayerMixin, attn: HashAttention, scratch: Scratch) -> HashedLayer:
     """A hashed layer with the contents of a DynamicLayer, a StaticLayer or one of another composition."""
     filled = int(layer.get_seq_length())
     if isinstance(layer, StaticLayer | HashedStaticLayer):
-        new: HashedLayer = HashedStaticLayer(attn, layer.max_cache_len)
+        new: HashedLayer = HashedStaticLayer(attn, scratch, layer.max_cache_len)
     else:
-        new = HashedLayer(attn)
+        new = HashedLayer(attn, scratch)
     if filled and layer.keys is not None and layer.values is not None:
         new.update(layer.keys[:, :, :filled], layer.values[:, :, :filled])
     return new

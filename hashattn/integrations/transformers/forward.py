@@ -19,6 +19,7 @@ from hashattn.integrations.transformers.cache_layer import HashedLayer, hashed_l
 from hashattn.integrations.transformers.layers import Served
 from hashattn.integrations.transformers.mask import read_mask
 from hashattn.integrations.transformers.report import LayerRecord
+from hashattn.ops.decode import Scratch
 from hashattn.types import Selection, Step
 
 HASHATTN_CALL = "hashattn_call"
@@ -45,6 +46,7 @@ class Forward:
     trace: bool
     device: torch.device | None  # None where the model is spread over several
     step: Step = field(default_factory=Step)
+    scratch: Scratch = field(default_factory=Scratch)
     masked: tuple[Tensor, list[int], str | None] | None = None
 
     @torch.compiler.disable
@@ -67,7 +69,7 @@ class Forward:
             cache.layers.append(DynamicLayer())
         layer = cache.layers[number]
         if not isinstance(layer, HashedLayer) or not same_cache(layer.attn, served.attn):
-            layer = cache.layers[number] = hashed_layer(layer, served.attn)
+            layer = cache.layers[number] = hashed_layer(layer, served.attn, self.scratch)
         layer.attn = served.attn
         return Call(self, number, layer, None)
 

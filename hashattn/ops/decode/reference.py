@@ -21,7 +21,7 @@ def decode(
         q: [B, Hq, T, D], the last T of the cache's positions.
         query: int64 [B, Hq, T, P, W], P bit planes of the packed queries, the least significant first.
         keys, values: [B, Hkv, room, D], of which `length` columns are filled.
-        codes: int64 [B, Hkv, room, W].
+        codes: int64 [B, Hkv, room, W]; the room may be another.
         starts: int32 [B], each row's first column.
         length: int32 [1], filled columns.
         rule: which keys are kept.

@@ -63,12 +63,12 @@ def store_part(
 
 @triton.jit
 def combine(
-    parts, stats, first, n, out, lse, row0, T, DIM: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
+    parts, stats, first, n, spoilt, out, lse, row0, T, DIM: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
     PADDED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Join parts first to first + n of HEADS heads, and write their rows of out and lse (natural logarithm).
 
-    Head g's row is row0 + g * T.
+    Head g's row is row0 + g * T. A spoilt result is NaN.
     """
     dims, heads, pieces = tl.arange(0, WIDTH), tl.arange(0, PADDED), tl.arange(0, TILE)
     peak = tl.full([PADDED], float("-inf"), tl.float32)
@@ -87,6 +87,7 @@ def combine(
         own = tl.load(parts + one[:, :, None] * WIDTH + dims[None, None, :], mask=mask[:, :, None], other=0.0)
         acc += tl.sum(own * weight[:, :, None], 0)
     result = tl.where(total[:, None] > 0, acc / tl.where(total > 0, total, 1.0)[:, None], 0.0)
+    result = tl.where(spoilt, float("nan"), result)
     row = row0 + heads * T
     mask = (heads < HEADS)[:, None] & (dims < DIM)[None, :]
     tl.store(out + row[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty), mask=mask)

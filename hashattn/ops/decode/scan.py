@@ -49,7 +49,7 @@ def scan(
     lengths = tl.zeros([], tl.int64)
     sums = tl.zeros([4 * BINS], tl.int32)
     lists = candidates + (row0.to(tl.int64) * chunks + chunk) * CHUNK
-    stride = chunks.to(tl.int64) * T * CHUNK
+    stride = tl.full([], CHUNK, tl.int64) * chunks * T
     if (low < end) & (low + CHUNK > first):
         words = query + ((kv * G + group * LANES * SUM) * T + t).to(tl.int64) * PLANES * WORDS
         step = T * PLANES * WORDS  # words from a head's query to the next head's

@@ -120,10 +120,11 @@ def from_codes(
 @triton.jit
 def attend_topk(
     q, keys, values, query, codes, bounds, candidates, counts, starts, length, share, ids, parts, stats, arrived, out,
-    lse, scale, k, radius, sinks, recents, margin, room, chunks, slots, kv_heads, T, G: tl.constexpr,
+    lse, scale, k, radius, sinks, recents, margin, room, code_room, chunks, slots, kv_heads, T, G: tl.constexpr,
     SUM: tl.constexpr, PADDED: tl.constexpr, PADDED_OUT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     WORDS: tl.constexpr, PLANES: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr,
-    LEVELS: tl.constexpr, ROWS: tl.constexpr, SHARE: tl.constexpr, RADIUS: tl.constexpr, CAUSAL: tl.constexpr, PDL: tl.constexpr,
+    LEVELS: tl.constexpr, ROWS: tl.constexpr, SHARE: tl.constexpr, RADIUS: tl.constexpr, CAUSAL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (slots / ROWS, rows). Ranks follow column order, so the result does not depend on the bounds.
 
@@ -170,9 +171,9 @@ def attend_topk(
         query_at = query + (head.to(tl.int64) * SUM * T + t) * PLANES * WORDS
         bound = read_bound(bounds + row)
         if missed:
-            own_codes = codes + kv.to(tl.int64) * room * WORDS
+            own_codes = codes + kv.to(tl.int64) * code_room * WORDS
             threshold = from_codes(
-                own_ids, query_at, T * PLANES * WORDS, own_codes, first, end, sinks, recents, radius, wanted, room,
+                own_ids, query_at, T * PLANES * WORDS, own_codes, first, end, sinks, recents, radius, wanted, code_room,
                 rank0, rank1, SUM, WORDS, PLANES, LEVELS, RADIUS, 512,
             )  # fmt: skip
         else:
@@ -204,5 +205,18 @@ def attend_topk(
             tl.store(arrived + row, 0)
             row0 = head * SUM * T + t
             combine(
-                parts, stats, row * tl.cdiv(slots, ROWS), programs, out, lse, row0, T, DIM, WIDTH, SUM, PADDED_OUT, 16
+                parts,
+                stats,
+                row * tl.cdiv(slots, ROWS),
+                programs,
+                tl.load(length) > room,
+                out,
+                lse,
+                row0,
+                T,
+                DIM,
+                WIDTH,
+                SUM,
+                PADDED_OUT,
+                16,
             )

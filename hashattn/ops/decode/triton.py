@@ -26,14 +26,14 @@ def decode(
     Args:
         bounds: int32, one for each row of ids, zeros at first: how far candidates are looked for, which the step
             rewrites for the next one like it. A bound that turns out wrong costs time and changes nothing.
-        scratch: what steps on the same stream share. The returned ids lie in it.
+        scratch: what steps on the same stream share.
     """
     batch, q_heads, tokens, dim = q.shape
-    kv_heads, room = keys.shape[1:3]
+    kv_heads, room, code_room = keys.shape[1], keys.shape[2], codes.shape[2]
     group, device = q_heads // kv_heads, q.device
     summed = group if rule.shared else 1
     planes, words = query.shape[3:]
-    rows, chunks = batch * q_heads // summed * tokens, triton.cdiv(room, CHUNK)
+    rows, chunks = batch * q_heads // summed * tokens, triton.cdiv(code_room, CHUNK)
     slots = triton.cdiv(max(1, rule.slots(room)), ROWS) * ROWS
     spread = summed * (2**planes - 1)  # the largest share of one bit in a distance
     bins = 32 if spread == 1 else 64 if spread <= 4 else 128
@@ -41,7 +41,7 @@ def decode(
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
     candidates = scratch.borrow("candidates", (rows, chunks, CHUNK), torch.int32, device)
     counts = scratch.borrow("counts", (rows, bins, chunks), torch.uint16, device)
-    ids = scratch.borrow("ids", (rows, slots), torch.int32, device)
+    ids = torch.empty((rows, slots), dtype=torch.int32, device=device)
     parts = scratch.borrow("parts", (rows, slots // ROWS, summed, width), torch.float32, device)
     stats = scratch.borrow("stats", (rows, slots // ROWS, summed, 2), torch.float32, device)
     arrived = scratch.borrow("arrived", (rows,), torch.int32, device)
@@ -54,16 +54,17 @@ def decode(
         "PDL": bool(early), **early,
     }  # fmt: skip
     scan[(chunks, rows // lanes)](
-        query, codes, bounds, candidates, counts, starts, length, rule.sinks, rule.recents, room, chunks, kv_heads,
+        query, codes, bounds, candidates, counts, starts, length, rule.sinks, rule.recents, code_room, chunks, kv_heads,
         tokens, LANES=lanes, num_warps=4, **common,
     )  # fmt: skip
     attend_topk[(slots // ROWS, rows)](
         q, keys, values, query, codes, bounds, candidates, counts, starts, length,
         scratch.constant(rule.share or 0.0, device), ids, parts, stats, arrived, out, lse, scale, rule.k or 0,
-        rule.radius or 0, rule.sinks, rule.recents, 2 * math.isqrt(spread), room, chunks, slots, kv_heads, tokens,
+        rule.radius or 0, rule.sinks, rule.recents, 2 * math.isqrt(spread), room, code_room, chunks, slots, kv_heads,
+        tokens,
         PADDED=padded if summed == 1 else max(16, padded), PADDED_OUT=padded, DIM=dim, WIDTH=width,
         CHUNKS=triton.next_power_of_2(chunks), LEVELS=levels(words, spread), ROWS=ROWS, SHARE=rule.share is not None,
-        RADIUS=rule.radius is not None, num_warps=2 if dim <= 128 else 4, **common,
+        RADIUS=rule.radius is not None, num_warps=attend_warps(width, levels(words, spread)), **common,
     )  # fmt: skip
     return out, lse, ids.view(batch, -1, tokens, slots)
 
@@ -71,6 +72,11 @@ def decode(
 def levels(words: int, spread: int) -> int:
     """Distances that a histogram of all keys tells apart."""
     return triton.next_power_of_2(64 * words * spread + 4)
+
+
+def attend_warps(width: int, levels: int) -> int:
+    """Warps of a program of the second kernel: two unless its registers would not suffice."""
+    return 2 if width <= 128 and levels <= 1024 else 4
 
 
 def starts_early(device: torch.device) -> bool:

@@ -20,7 +20,7 @@ def pack_bits(bits: Tensor) -> Tensor:
     """Pack bool [..., L] into int64 [..., ceil(L / 64)]."""
     length = bits.shape[-1]
     padded = F.pad(bits.to(torch.uint8), (0, 64 * words(length) - length))
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
+    weights = (1 << torch.arange(8, device=bits.device)).to(torch.uint8)  # made there: a graph may capture it
     octets = (padded.unflatten(-1, (-1, 8)) * weights).sum(-1, dtype=torch.uint8)
     return octets.view(torch.int64)
 

@@ -1,0 +1,113 @@
+"""Inputs that the fused decode step's tests on CPU and GPU share, and the comparison with its reference."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hashattn.ops.decode import Rule, Scratch, reference
+from tests.structured import generator
+
+WORST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What decode takes before bounds."""
+
+    q: Tensor
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    codes: Tensor
+    starts: Tensor
+    length: Tensor
+
+    def to(self, device: str) -> Inputs:
+        return Inputs(*(x.to(device) for x in self.all))
+
+    @property
+    def all(self) -> tuple[Tensor, ...]:
+        return self.q, self.query, self.keys, self.values, self.codes, self.starts, self.length
+
+
+def inputs(
+    seed: int = 0, *, batch: int = 1, kv_heads: int = 1, group: int = 4, tokens: int = 1, filled: int = 2500,
+    room: int = 4096, dim: int = 64, words: int = 1, planes: int = 1, starts: tuple[int, ...] = (),
+    dtype: torch.dtype = torch.float32, clustered: bool = False,
+) -> Inputs:  # fmt: skip
+    """Random keys and codes, NaN outside the filled columns; clustered: the near codes lie in 2 % of the columns."""
+    g = generator(seed)
+
+    def bits(*shape: int) -> Tensor:
+        return torch.randint(-(2**63), 2**63 - 1, shape, generator=g)
+
+    q = torch.randn(batch, kv_heads * group, tokens, dim, generator=g).to(dtype)
+    keys, values = (torch.randn(batch, kv_heads, room, dim, generator=g).to(dtype) for _ in range(2))
+    keys[:, :, filled:], values[:, :, filled:] = torch.nan, torch.nan
+    codes, query = bits(batch, kv_heads, room, words), bits(batch, kv_heads * group, tokens, planes, words)
+    if clustered:
+        few = filled // 50
+        near = bits(batch, kv_heads, few, words) & bits(batch, kv_heads, few, words)
+        codes[:, :, filled // 2 : filled // 2 + few] = query[:, ::group, 0, -1].unsqueeze(2) ^ near
+    first = torch.tensor(starts or [0] * batch, dtype=torch.int32)
+    return Inputs(q, query, keys, values, codes, first, torch.tensor([filled], dtype=torch.int32))
+
+
+CASES: list[tuple[dict[str, Any], Rule]] = [
+    ({"kv_heads": 2}, Rule(k=100)),
+    ({"group": 3, "batch": 2, "words": 2, "starts": (0, 700)}, Rule(share=0.05, sinks=4, recents=20)),
+    ({"tokens": 2, "planes": 2, "kv_heads": 2}, Rule(k=100, shared=True)),
+    ({"group": 5, "tokens": 3, "filled": 70, "room": 80}, Rule(k=33)),
+    ({"group": 8, "dim": 96, "words": 4, "filled": 300, "room": 333}, Rule(k=40, shared=True, recents=50)),
+    ({"group": 16, "dim": 128, "filled": 500, "room": 512}, Rule(share=0.1)),
+    ({"group": 1, "dim": 256, "filled": 130, "room": 144, "starts": (129,)}, Rule(k=50, sinks=3)),
+    ({"clustered": True, "filled": 4000}, Rule(k=70)),
+    ({"filled": 800, "room": 896}, Rule(share=1.0, radius=24, sinks=2)),
+    ({}, Rule(k=30, radius=26)),
+    ({"tokens": 2}, Rule(k=64, shared=True, radius=110, recents=5)),
+    ({"filled": 300, "room": 320}, Rule(share=1.0)),
+    ({"filled": 60, "room": 64}, Rule(k=10, sinks=30, recents=40)),
+]
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """torch.empty gives NaN and the largest integers, so that what a step leaves unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def agrees(decode: Any, x: Inputs, rule: Rule, *, causal: bool = True) -> None:
+    """The step's keys are the reference's, its outputs within rounding, and bitwise the same whatever the bounds."""
+    scale = x.q.shape[-1] ** -0.5
+    ids = reference(*x.all, rule, scale=scale, causal=causal)[2]
+    rows, scratch, first = ids.shape[0] * ids.shape[1] * ids.shape[2], Scratch(), None
+    bounds = torch.zeros(rows, dtype=torch.int32, device=x.q.device)
+    for wrong in (None, None, 0, WORST, 16 * 20):  # none: what the step before left
+        if wrong is not None:
+            bounds.fill_(wrong)
+        with poisoned():
+            found = decode(*x.all, bounds, rule, scratch, scale=scale, causal=causal)
+        assert torch.equal(found[2][..., : ids.shape[-1]], ids), (rule, wrong)
+        assert (found[2][..., ids.shape[-1] :] == -1).all()
+        first = found if first is None else first
+        assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True)), (rule, wrong)
+    exact = reference(*(y.double() if y.is_floating_point() else y for y in x.all), rule, scale=scale, causal=causal)
+    spacing = torch.finfo(x.q.dtype).eps
+    size = x.values[:, :, : int(x.length)].double().abs().max()
+    # p and the output are rounded to the values' dtype; sums are float32 over at most 4,096 keys
+    assert (first[0].double() - exact[0]).abs().max() <= 3 * spacing * size + 1e-5 * size, rule
+    seen = torch.isfinite(exact[1])
+    assert torch.equal(torch.isfinite(first[1]), seen)
+    logit = (x.q.double().norm(dim=-1).max() * x.keys[:, :, : int(x.length)].double().norm(dim=-1).max()) * scale
+    assert ((first[1] - exact[1])[seen].abs() <= 1e-6 * logit + 1e-5).all()

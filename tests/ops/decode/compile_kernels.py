@@ -1,0 +1,74 @@
+"""Compiles the decode kernels for a GPU that need not be there and prints what came out, a line of JSON a kernel."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hashattn.ops.decode.scan import scan
+from hashattn.ops.decode.topk import attend_topk
+from hashattn.ops.decode.triton import CHUNK, ROWS, attend_warps, levels
+
+TYPES = {
+    "query": "*i64", "codes": "*i64", "counts": "*u16", "share": "*fp64", "parts": "*fp32", "stats": "*fp32",
+    "lse": "*fp32", "scale": "fp32", "room": "i32", "code_room": "i32", "radius": "i32", "sinks": "i32",
+    "recents": "i32", "margin": "i32", "chunks": "i32", "slots": "i32", "kv_heads": "i32", "k": "i32",
+}  # fmt: skip
+
+
+def compiled(fn: Any, constants: dict[str, Any], warps: int, arch: int, dtype: str) -> dict[str, Any]:
+    """Stack bytes a thread (where registers would be spilled to), registers, and whether popc is there."""
+    signature, aligned = {}, {}
+    for i, name in enumerate(fn.arg_names):
+        kind = "*" + dtype if name in ("q", "keys", "values", "out") else TYPES.get(name, "*i32")
+        signature[name] = "constexpr" if name in constants else kind
+        if signature[name].startswith("*") or name in ("room", "code_room"):
+            aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn, signature=signature, constexprs=constants, attrs=aligned)
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(kernel.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return {"registers": int(found[1]), "stack": int(found[2]), "popc": "popc.b64" in kernel.asm["ptx"]}
+
+
+def main(arch: int) -> None:
+    common = {"T": 1, "CAUSAL": True, "PDL": arch >= 90, "CHUNK": CHUNK}
+    for group, shared, words, planes, dim, dtype in (
+        (4, False, 1, 1, 128, "bf16"),
+        (4, True, 1, 1, 128, "bf16"),
+        (8, False, 2, 1, 64, "fp16"),
+        (4, True, 2, 2, 96, "bf16"),
+        (2, False, 4, 1, 256, "bf16"),
+    ):
+        summed = group if shared else 1
+        spread = summed * (2**planes - 1)
+        bins = 32 if spread == 1 else 64 if spread <= 4 else 128
+        lanes = 1 if shared else min(group, 4)
+        own = common | {"G": group, "SUM": summed, "WORDS": words, "PLANES": planes, "BINS": bins}
+        attend = own | {
+            "PADDED": 16 if shared else 1, "PADDED_OUT": summed, "DIM": dim, "WIDTH": triton.next_power_of_2(dim),
+            "CHUNKS": 64, "LEVELS": levels(words, spread), "ROWS": ROWS, "SHARE": True, "RADIUS": False,
+        }  # fmt: skip
+        name = f"G={group} shared={shared} W={words} P={planes} D={dim} {dtype}"
+        found = compiled(scan, own | {"LANES": lanes}, 4, arch, dtype)
+        print(json.dumps({"kernel": f"scan {name}", **found}), flush=True)
+        found = compiled(attend_topk, attend, attend_warps(attend["WIDTH"], attend["LEVELS"]), arch, dtype)
+        print(json.dumps({"kernel": f"attend {name}", **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

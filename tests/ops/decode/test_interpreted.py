@@ -1,0 +1,78 @@
+"""The fused decode step under Triton's interpreter, on the CPU, against its reference."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hashattn.ops.decode import Rule, Scratch, why_not
+from tests.ops.decode.cases import CASES, agrees, inputs
+from tests.structured import seeds
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("kernels are compiled where there is a GPU: test_on_a_gpu.py", allow_module_level=True)
+
+from hashattn.ops.decode.triton import decode
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")  # rows that keep no key
+@pytest.mark.parametrize(("shape", "rule"), CASES)
+def test_it_selects_and_attends_as_the_reference_does(shape, rule):
+    agrees(decode, inputs(1, **shape), rule)
+
+
+def test_queries_that_see_everything():
+    agrees(decode, inputs(2, tokens=3, filled=90, room=96), Rule(k=20), causal=False)
+
+
+@settings(max_examples=8, deadline=None)
+@given(seeds, st.integers(1, 200), st.integers(1, 210), st.sampled_from([1, 2]), st.booleans(), st.integers(0, 9))
+def test_any_length_and_budget(seed, filled, k, words, shared, recents):
+    start = seed % filled
+    x = inputs(seed % 1000, group=2, filled=filled, room=208, words=words, starts=(start,))
+    agrees(decode, x, Rule(k=k, shared=shared, recents=recents))
+
+
+def test_codes_may_have_another_room_than_keys():
+    x = inputs(3, filled=300, room=400)
+    wide = torch.nn.functional.pad(x.codes, (0, 0, 0, 112))
+    a, b = (
+        decode(*x.all[:4], codes, *x.all[5:], torch.zeros(4, dtype=torch.int32), Rule(k=9), Scratch(), scale=1.0)
+        for codes in (x.codes, wide)
+    )
+    assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+
+
+def test_scratch_is_kept_and_does_not_grow_with_steps():
+    x, scratch, bounds = inputs(4, filled=500, room=512), Scratch(), torch.zeros(4, dtype=torch.int32)
+    sizes = []
+    for _ in range(3):
+        decode(*x.all, bounds, Rule(k=9), scratch, scale=1.0)
+        sizes.append(scratch.nbytes)
+    assert sizes[0] == sizes[1] == sizes[2] > 0
+    candidates = scratch.borrow("candidates", (4, 1, 2048), torch.int32, x.q.device)
+    assert candidates.data_ptr() == scratch.borrow("candidates", (2,), torch.int32, x.q.device).data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"device": "cpu"}, "NVIDIA GPU"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"head_dim": 80}, "head_dim 64, 96, 128, 256, not 80"),
+        ({"group": 32}, "1 to 16 query heads"),
+        ({"tokens": 17}, "up to 16 queries"),
+        ({"words": 3}, "64, 128 or 256 bits, not 192"),
+        ({"planes": 4}, "query_bits"),
+        ({"group": 16, "words": 4, "planes": 2, "rule": Rule(k=3, shared=True)}, "fewer bits"),
+    ],
+)
+def test_what_is_not_served_is_named(change, reason):
+    call = {
+        "device": "cuda", "dtype": torch.bfloat16, "head_dim": 128, "group": 4, "tokens": 1, "words": 2, "planes": 1,
+        "rule": Rule(k=3),
+    }  # fmt: skip
+    found = why_not(**{**call, **change})
+    assert found is None if reason is None else reason in found

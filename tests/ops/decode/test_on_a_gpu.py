@@ -1,0 +1,145 @@
+"""The fused decode step compiled, on a GPU, against its reference. Run with pytest -m gpu."""
+
+import pytest
+import torch
+
+from hashattn import AsymmetricHash, FlatHamming, HashAttention, Recent, SimHash, Sink, Tiers, TopK
+from hashattn.ops.decode import Rule, Scratch
+from tests.ops.decode.cases import CASES, agrees, inputs
+from tests.structured import qkv
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def decode():
+    from hashattn.ops.decode.triton import decode
+
+    return decode
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("shape", "rule"), CASES)
+def test_it_selects_and_attends_as_the_reference_does(decode, shape, rule, dtype):
+    agrees(decode, inputs(1, **shape, dtype=dtype).to("cuda"), rule)
+
+
+@pytest.mark.parametrize("clustered", [False, True])
+@pytest.mark.parametrize("rule", [Rule(k=1024), Rule(share=0.02, shared=True, sinks=4, recents=64)], ids=str)
+def test_long_rows(decode, rule, clustered):
+    shape = {"kv_heads": 2, "dim": 128, "filled": 131_000, "room": 131_072, "clustered": clustered}
+    agrees(decode, inputs(2, **shape, dtype=torch.bfloat16).to("cuda"), rule)
+
+
+def test_one_captured_step_serves_growing_lengths(decode):
+    x, scratch, rule = inputs(3, filled=1000, room=4096).to("cuda"), Scratch(), Rule(share=0.05, recents=8)
+    x.keys[:], x.values[:] = torch.randn_like(x.keys), torch.randn_like(x.values)
+    bounds = torch.zeros(4, dtype=torch.int32, device="cuda")
+    decode(*x.all, bounds, rule, scratch, scale=0.1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = decode(*x.all, bounds, rule, scratch, scale=0.1)
+    for length in (1000, 1001, 1500, 4096, 3, 700):
+        x.length.fill_(length)
+        graph.replay()
+        fresh = decode(*x.all, torch.zeros_like(bounds), rule, Scratch(), scale=0.1)
+        assert all(torch.equal(a, b) for a, b in zip(captured, fresh, strict=True)), length
+
+
+def test_the_step_waits_for_nothing(decode):
+    x, scratch, bounds = inputs(4).to("cuda"), Scratch(), torch.zeros(4, dtype=torch.int32, device="cuda")
+    decode(*x.all, bounds, Rule(k=9), scratch, scale=1.0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decode(*x.all, bounds, Rule(k=9), scratch, scale=1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("per", ["query_head", "kv_head"])
+def test_the_engine_gives_what_the_reference_gives_while_decoding(per):
+    q, k, v = (x.cuda() for x in qkv(5, 2, keys=900, dim=64, group=4, dtype=torch.bfloat16))
+    attn = HashAttention(SimHash(128), FlatHamming(), Sink(4) | Recent(8) | TopK(share=0.05, per=per), engine="triton")
+    plain, caches = attn.replace(engine="reference"), [attn.new_cache(2, 2, 64) for _ in range(2)]
+    start = torch.tensor([0, 70], device="cuda")
+    for cache in caches:
+        cache.append(k[:, :, :800], v[:, :, :800], start=start)
+    for n in range(800, 900, 20):
+        for cache in caches:
+            cache.append(k[:, :, n : n + 20], v[:, :, n : n + 20])
+        (out, found), (exact, expected) = attn.run(q, caches[0]), plain.run(q, caches[1])
+        assert torch.equal(found.ids.sort(-1).values[..., -expected.ids.shape[-1] :], expected.ids.sort(-1).values)
+        assert (out.out - exact.out).abs().max() < 2e-2
+        assert attn.engine_for(q, caches[0]) == "triton"
+        if n == 840:
+            for cache in caches:
+                cache.crop(700)
+                cache.append(k[:, :, 700:n], v[:, :, 700:n])
+                cache.reorder(torch.tensor([1, 0]))
+                cache.set_start(torch.tensor([70, 0]))
+
+
+def test_what_it_cannot_take_is_refused_by_name_and_left_alone_by_auto():
+    q, k, v = (x.cuda() for x in qkv(6, keys=700, dim=80, dtype=torch.bfloat16))
+    attn = HashAttention(SimHash(128), FlatHamming(), TopK(k=9), engine="triton")
+    with pytest.raises(ValueError, match="head_dim 64, 96, 128, 256, not 80"):
+        attn(q, k, v)
+    assert torch.isfinite(attn.replace(engine="auto")(q, k, v)).all()
+
+
+def test_auto_searches_long_rows():
+    attn = HashAttention(SimHash(128), FlatHamming(), TopK(k=64))
+    plan = attn.explain(batch=8, q_heads=32, kv_heads=8, head_dim=128, keys=1 << 20, device="cuda")
+    assert plan.engine == ("triton" if torch.cuda.get_device_capability() == (9, 0) else "dense")
+
+
+@pytest.mark.filterwarnings("ignore:this AsymmetricHash is not fitted:UserWarning")
+@pytest.mark.parametrize("encoder", [SimHash(64), AsymmetricHash(128, query_bits=2)], ids=["sign", "planes"])
+@pytest.mark.parametrize("per", ["query_head", "kv_head"])
+def test_a_captured_decoder_serves_until_the_cache_is_full(encoder, per):
+    q, k, v = (x.cuda() for x in qkv(7, 2, keys=1024, dim=64, group=4, dtype=torch.bfloat16))
+    queries = torch.randn(1024, *q.shape, device="cuda", dtype=q.dtype)
+    attn = HashAttention(encoder, FlatHamming(), Sink(4) | TopK(share=0.1, per=per), engine="triton")
+    caches = [attn.new_cache(2, 2, 64, capacity=1024) for _ in range(2)]
+    for cache in caches:
+        cache.append(k[:, :, :600], v[:, :, :600], start=torch.tensor([0, 50], device="cuda"))
+    decoder, plain = attn.decoder(caches[0]), attn.replace(engine="reference")
+    step = [x[:, :, 600:601].clone() for x in (k, v)]
+    decoder(q, *step)
+    decoder.length.fill_(600)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decoder(q, *step)
+    for n in range(600, 1024):
+        for held, new in zip((q, *step), (queries[n], k[:, :, n : n + 1], v[:, :, n : n + 1]), strict=True):
+            held.copy_(new)
+        graph.replay()
+        caches[1].append(*step)
+        if n % 20 == 0 or n == 1023:
+            assert (out - plain(q, caches[1])).abs().max() < 2e-2, n
+    assert len(decoder.finish()) == 1024
+    assert torch.equal(caches[0].keys, caches[1].keys) and torch.equal(caches[0].values, caches[1].values)
+    assert (caches[0].codes != caches[1].codes).float().mean() < 1e-3  # a bit within rounding of zero
+    graph.replay()
+    assert out.isnan().all()
+    with pytest.raises(ValueError, match="capacity is 1024 columns, but 1025"):
+        decoder.finish()
+    assert torch.equal(caches[0].keys, caches[1].keys)
+    assert torch.isfinite(plain(q, caches[0])).all()
+
+
+def test_a_decoder_needs_room_and_a_served_composition():
+    q, k, v = (x.cuda() for x in qkv(8, keys=600, dim=64, dtype=torch.bfloat16))
+    attn = HashAttention(SimHash(64), FlatHamming(), TopK(k=9), engine="triton")
+    growing, short = attn.new_cache(1, 2, 64), attn.new_cache(1, 2, 64, capacity=700)
+    growing.append(k, v)
+    short.append(k[:, :, :9], v[:, :, :9])
+    with pytest.raises(ValueError, match="capacity"):
+        attn.decoder(growing)
+    with pytest.raises(ValueError, match="the shortest holds 9"):
+        attn.decoder(short)
+    other = attn.replace(selector=Tiers(0.1, 0.2))
+    short.append(k, v)
+    with pytest.raises(ValueError, match="it serves TopK and Threshold"):
+        other.decoder(short)(q, k[:, :, :1], v[:, :, :1])
+    assert len(short) == 609 and len(attn.decoder(short).finish()) == 609
