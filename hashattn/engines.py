@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from hashattn.attention import HashAttention
     from hashattn.selectors import Selector
 
-# What a step costs on a CPU, fitted to benchmarks/results/bench_cpu.json: microseconds a call, nanoseconds for each
-# planes of codes compared with a key, for each further pass over a matrix of distances, and bytes a microsecond.
-_CALL, _PAIR, _PASS = 180.0, 0.9, 12.0
-_GATHER, _STREAM, _STREAM_16 = 6_000.0, 12_000.0, 6_000.0
+# What a step costs on a CPU, fitted to benchmarks/results/bench_cpu*.json: microseconds a call, nanoseconds for each
+# planes of codes compared with a key, for each further pass over a matrix of distances and for each number gathered
+# (which costs a miss more than its bytes), and bytes a microsecond that dense attention reads.
+_CALL, _PAIR, _PASS, _GATHER = 220.0, 0.84, 12.0, 0.34
+_STREAM, _STREAM_16 = 11_500.0, 8_500.0
 _ESTIMATE = 1.6  # a gathered key costs so much more where logits are estimated from codes
-_MARGIN = 0.6  # "auto" searches where this share of dense attention's time is not exceeded
+_MARGIN = 0.85  # "auto" searches where this share of dense attention's time is not exceeded
 _LARGEST = 1 << 24
 _MARGIN_GPU = 0.8  # the same share on a GPU
 
@@ -104,12 +105,11 @@ def pays(attn: HashAttention, shape: Shape, keys: int, threads: int | None = Non
 
 def step_microseconds(attn: HashAttention, shape: Shape, keys: int, threads: int) -> tuple[float, float]:
     """Expected time of dense attention and of a search, over so many keys, in memory that is not in a cache."""
-    row = shape.head_dim * shape.itemsize
     selector = attn.selector
     assert selector is not None
     heads, times = choices(selector, shape.q_heads, shape.kv_heads)
     kept = min(keys, times * selector.budget(keys))
-    gathered = shape.batch * heads * kept * 2 * row * (_ESTIMATE if attn.attend.needs_norms else 1)
+    gathered = shape.batch * heads * kept * 2 * shape.head_dim * (_ESTIMATE if attn.attend.needs_norms else 1)
     scans = passes = 0.0
     if selector.ranked and attn.encoder is not None:
         group = shape.q_heads // shape.kv_heads
@@ -119,8 +119,8 @@ def step_microseconds(attn: HashAttention, shape: Shape, keys: int, threads: int
         scans = shape.batch * shape.kv_heads * per_head * keys * max(1, words) / 2
         passes = shape.batch * shape.q_heads * keys * selector.matrices
     stream = _STREAM if shape.itemsize >= 4 else _STREAM_16  # 16-bit types are converted as it goes
-    dense = 2 * shape.batch * shape.kv_heads * keys * row / stream / threads
-    return dense, _CALL + (scans * _PAIR + passes * _PASS) / 1000 + gathered / _GATHER / threads
+    dense = 2 * shape.batch * shape.kv_heads * keys * shape.head_dim * shape.itemsize / stream / threads
+    return dense, _CALL + (scans * _PAIR + passes * _PASS + gathered * _GATHER / threads) / 1000
 
 
 def choices(selector: Selector, q_heads: int, kv_heads: int) -> tuple[int, int]:
