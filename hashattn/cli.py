@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hashattn.attention import HashAttention
-from hashattn.bench.cases import AUTO_KEYS, KEYS, SHAPES, Case, parse_keys, parse_shape
+from hashattn.bench import command
+from hashattn.bench.report import check_folder, environment
 from hashattn.presets import PRESETS
 
 EXPECTED = (ValueError, TypeError, ImportError, OSError, RuntimeError)
@@ -71,43 +72,18 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--device", default="cpu", help="cpu or cuda; it need not be there")
     explain.set_defaults(run=_explain)
 
-    bench = commands.add_parser(
-        "bench", help="time a decode step against the fastest dense attention",
-        description="One decode step of one layer, checked against the reference first, then timed against the fastest "
-        "dense attention in the same run. Random keys: cost, not quality. Without --shape and --keys it takes minutes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
-    bench.add_argument("--device", default="cpu", choices=["cpu"], help="what to measure")
-    bench.add_argument(
-        "--shape", nargs="+", default=list(SHAPES), metavar="HQ/HKVxD:DTYPE", help="query heads/KV heads x head_dim"
-    )
-    bench.add_argument(
-        "--keys", nargs="+", default=[f"{n}:{k}" for n, k in KEYS], metavar="N:K", help="keys : keys kept"
-    )
-    bench.add_argument("--threads", nargs="+", type=int, default=[1], metavar="T", help="threads of torch and the scan")
-    bench.add_argument("--bits", type=int, default=128, help="of the codes, 8 to 1024")
-    bench.add_argument(
-        "--per", default="kv_head", choices=["kv_head", "query_head"], help="who chooses keys: a group or each head"
-    )
-    bench.add_argument("--rounds", type=int, default=9, metavar="R", help="turns of which medians are taken")
-    bench.add_argument(
-        "--auto", action="store_true",
-        help='only compare engine="auto" with dense attention, by default from 128 to 8,192 keys',
-    )  # fmt: skip
-    bench.add_argument("--out", metavar="FILE.json", help="write the results to this file")
-    bench.set_defaults(run=_bench)
-    for command in (demo, explain, bench):
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    bench = command.add(commands)
+    for each in (demo, explain, bench):
+        each.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from hashattn.bench.report import environment
     from hashattn.demo.run import run_demo
     from hashattn.demo.show import picture, save_plot, table
 
-    _check_folder("json", arguments.json)
-    _check_folder("plot", arguments.plot)
+    check_folder("json", arguments.json)
+    check_folder("plot", arguments.plot)
     result = run_demo(
         model=arguments.model, preset=arguments.preset, text=arguments.text, question=arguments.question,
         context=arguments.context, budget=arguments.budget, device=arguments.device,
@@ -139,32 +115,6 @@ def _explain(arguments: argparse.Namespace) -> int:
         )
     )  # fmt: skip
     return 0
-
-
-def _bench(arguments: argparse.Namespace) -> int:
-    from hashattn.bench import cpu, report
-    from hashattn.threads import thread_count
-
-    if arguments.rounds < 1:
-        raise ValueError(f"--rounds must be at least 1, got {arguments.rounds}")
-    threads = [thread_count(t) for t in arguments.threads]
-    _check_folder("out", arguments.out)
-    keys = [parse_keys(text) for text in arguments.keys]
-    if arguments.auto and keys == list(KEYS):
-        keys = list(AUTO_KEYS)
-    shapes = [parse_shape(text) for text in arguments.shape]
-    cases = [Case(*shape, n, k, t) for shape in shapes for n, k in keys for t in threads]
-    result = cpu.run(cases, bits=arguments.bits, per=arguments.per, rounds=arguments.rounds, sparse=not arguments.auto)
-    print(report.table(result["rows"]))
-    print("\nMicroseconds a layer, medians; every case was checked against the reference first.")
-    if arguments.out:
-        report.write(Path(arguments.out), report.environment(arguments.command_line) | result)
-    return 0
-
-
-def _check_folder(name: str, path: str | None) -> None:
-    if path is not None and not Path(path).absolute().parent.is_dir():  # refuse at once what a long run would end in
-        raise ValueError(f"--{name} {path}: there is no folder {Path(path).absolute().parent}")
 
 
 def _write(path: Path, text: str) -> None:

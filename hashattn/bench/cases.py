@@ -11,6 +11,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SHAPES = ("32/8x128:float32", "32/8x128:bfloat16", "9/3x64:float32")
 KEYS = ((4096, 256), (16384, 256), (65536, 1024), (262144, 1024))
 AUTO_KEYS = tuple((n, 256) for n in (128, 256, 512, 1024, 2048, 4096, 8192))
+CUDA_SHAPES = ("32/8x128:bfloat16",)
+CUDA_KEYS = (  # batch, keys, k
+    (1, 8192, 256), (1, 32768, 256), (1, 131072, 256), (1, 131072, 1024), (1, 524288, 1024), (8, 32768, 1024),
+    (8, 131072, 1024),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Case:
     keys: int
     k: int
     threads: int = 1
+    batch: int = 1
 
     @property
     def shape(self) -> str:
@@ -32,7 +38,7 @@ class Case:
     @property
     def dense_bytes(self) -> int:
         """Read by full attention."""
-        return 2 * self.kv_heads * self.keys * self.head_dim * DTYPES[self.dtype].itemsize
+        return 2 * self.batch * self.kv_heads * self.keys * self.head_dim * DTYPES[self.dtype].itemsize
 
 
 def parse_shape(text: str) -> tuple[int, int, int, str]:

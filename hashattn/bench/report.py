@@ -16,15 +16,16 @@ import numpy
 import torch
 
 
-def environment(command: list[str]) -> dict[str, Any]:
-    """Command, date, device and versions."""
+def environment(command: list[str], device: str = "cpu") -> dict[str, Any]:
+    """Command, date, device and versions. device: "cpu" or "cuda", what ran."""
+    gpu = {"triton": _version("triton"), "cuda": torch.version.cuda} if device == "cuda" else {}
     return {
         "command": shlex.join(["hashattn", *command]),
         "date": datetime.date.today().isoformat(),
-        "device": f"{cpu_name()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {os.cpu_count()} cores",
         "versions": {
             "hashattn": _version("hashattn"), "torch": torch.__version__, "numpy": numpy.__version__,
-            "faiss": _version("faiss-cpu") or _version("faiss-gpu"), "python": platform.python_version(),
+            "faiss": _version("faiss-cpu") or _version("faiss-gpu"), "python": platform.python_version(), **gpu,
         },
     }  # fmt: skip
 
@@ -62,8 +63,19 @@ def table(rows: list[dict[str, Any]]) -> str:
             floor = (f"{row['floor_us']:,.0f}", f"{us['step'] / row['floor_us']:.1f}")
             cells = (f"{us['step']:,.0f}", f"{row['speedup']:.2f}", *encode, *floor)
         lines.append(tuple(map(str, (*start, *cells, *end))))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return aligned(lines)
+
+
+def aligned(lines: list[tuple[str, ...]]) -> str:
+    """Cells in columns, right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+
+
+def check_folder(name: str, path: str | None) -> None:
+    """Refuse at once what a long run would end in: raise ValueError if a file's folder is not there."""
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"--{name} {path}: there is no folder {Path(path).absolute().parent}")
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

@@ -19,11 +19,12 @@ ROWS = 64  # keys of a program of the second
 
 def decode(
     q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
-    bounds: Tensor, rule: Rule, scratch: Scratch, *, scale: float, causal: bool = True,
+    bounds: Tensor, rule: Rule, scratch: Scratch, *, scale: float, causal: bool = True, scan_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See :func:`hashattn.ops.decode.reference.decode`. The step neither waits for the device nor asks it anything.
 
     Args:
+        scan_only: launch the first kernel alone, to time it; what is returned is not written then.
         bounds: int32, one for each row of ids, zeros at first: how far candidates are looked for, which the step
             rewrites for the next one like it. A bound that turns out wrong costs time and changes nothing.
         scratch: what steps on the same stream share.
@@ -57,6 +58,8 @@ def decode(
         query, codes, bounds, candidates, counts, starts, length, rule.sinks, rule.recents, code_room, chunks, kv_heads,
         tokens, LANES=lanes, num_warps=4, **common,
     )  # fmt: skip
+    if scan_only:
+        return out, lse, ids.view(batch, -1, tokens, slots)
     attend_topk[(slots // ROWS, rows)](
         q, keys, values, query, codes, bounds, candidates, counts, starts, length,
         scratch.constant(rule.share or 0.0, device), ids, parts, stats, arrived, out, lse, scale, rule.k or 0,

@@ -1,0 +1,74 @@
+"""Results of a benchmark on a GPU: a table and a picture."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+from hashattn.bench.report import aligned
+from hashattn.extras import require
+
+NOTE = (
+    "Microseconds a layer, medians of cold CUDA-graph replays; every case was checked against the reference first.\n"
+    "Encoding the query and the newest key is not part of the step. attend = step - scan, the first kernel alone.\n"
+    "floor: the larger of the bytes read at the measured bandwidth and the popcounts at the clock's rate.\n"
+    "topk: torch.topk over distances made beforehand; FAISS: with its host's part, keys warm. Neither attends."
+)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line a case: times in microseconds a layer, ratios to the fastest dense attention and to the floor."""
+    lines: list[tuple[str, ...]] = [(
+        "shape", "batch", "keys", "k", "per", "bits", "dense", "us", "step", "x dense", "scan", "attend", "floor",
+        "x floor", "topk", "FAISS",
+    )]  # fmt: skip
+    for row in rows:
+        us = row["us"]
+        case = (row["shape"], str(row["batch"]), f"{row['keys']:,}", str(row["k"]), row["per"], str(row["bits"]))
+        times = (row["dense"], _us(us[row["dense"]]), _us(us["step"]), f"{row['speedup']:.2f}", _us(us["scan"]))
+        floor = (_us(us["attend"]), _us(row["floor_us"]), f"{us['step'] / row['floor_us']:.1f}")
+        lines.append(
+            (*case, *times, *floor, *(_us(us[name]) if name in us else "-" for name in ("torch.topk", "FAISS")))
+        )
+    return aligned(lines)
+
+
+def save_plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Latency against keys, logarithmic: steps, their floors, and the fastest dense attention.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure = require("matplotlib.figure", "demo", "--plot").Figure(figsize=(9, 7), layout="constrained")
+    axes = figure.subplots()
+    steps: dict[str, list[tuple[int, float, float]]] = {}
+    dense: dict[str, dict[int, float]] = {}
+    for row in rows:
+        name = f"{row['shape']}, batch {row['batch']}"
+        step = (row["keys"], row["us"]["step"], row["floor_us"])
+        steps.setdefault(f"{name}, k={row['k']} per {row['per']}", []).append(step)
+        own = dense.setdefault(f"{name}, fastest dense", {})
+        own[row["keys"]] = min(own.get(row["keys"], float("inf")), row["us"][row["dense"]])
+    for name, points in steps.items():
+        keys, times, least = zip(*sorted(points), strict=True)
+        (line,) = axes.plot(keys, times, "o-", label=name)
+        axes.plot(keys, least, "^:", color=line.get_color(), alpha=0.6)
+    for (name, fastest), style in zip(dense.items(), itertools.cycle(("ks--", "kd-.", "kv:")), strict=False):
+        axes.plot(*zip(*sorted(fastest.items()), strict=True), style, label=name)
+    axes.plot([], [], "^:", color="gray", label="floor of the same colour's step")
+    axes.set_xscale("log", base=2)
+    axes.set(yscale="log", xlabel="keys", ylabel="microseconds a layer")
+    axes.grid(True, which="both", alpha=0.2)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.png")
+    try:
+        figure.savefig(scratch, dpi=130)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _us(value: float) -> str:
+    return f"{value:,.1f}"

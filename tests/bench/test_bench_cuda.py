@@ -1,0 +1,328 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hashattn.bench import cuda, cuda_report
+from hashattn.bench.cases import CUDA_KEYS, Case
+from hashattn.bench.command import cuda_cases
+from hashattn.bench.cuda_check import check_dense, check_step
+from hashattn.bench.cuda_contenders import row_distances
+from hashattn.bench.cuda_inputs import layer_count, make_layer, rule, step_count
+from hashattn.bench.floors import Machine, code_bytes, floors, step_bytes
+from hashattn.cli import main
+from hashattn.ops.decode import reference
+from tests.structured import raises_naming
+
+SMALL = Case(4, 2, 16, "float32", 300, 40, batch=2)
+LARGE = Case(32, 8, 128, "bfloat16", 131072, 1024)
+
+
+def small_layer(per, clustered=False):
+    return make_layer(SMALL, 64, per, steps=2, clustered=clustered, seed=0, device=torch.device("cpu"))
+
+
+def spec(layer, per):
+    return reference(
+        layer.q[0], layer.query[0], layer.keys, layer.values, layer.codes, layer.starts, layer.length,
+        rule(SMALL, per), scale=16**-0.5,
+    )  # fmt: skip
+
+
+def without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+# ---- arguments
+
+
+def test_without_sizes_the_default_cases_are_measured():
+    cases = cuda_cases(None, None, None)
+    assert [(c.batch, c.keys, c.k) for c in cases] == list(CUDA_KEYS)
+    assert {c.shape for c in cases} == {"32/8x128:bfloat16"}
+
+
+def test_given_sizes_are_combined():
+    cases = cuda_cases(["4/2x64:float16"], [1, 3], ["600:50", "700:60"])
+    assert [(c.batch, c.keys, c.k) for c in cases] == [(1, 600, 50), (1, 700, 60), (3, 600, 50), (3, 700, 60)]
+    assert [(c.batch, c.keys) for c in cuda_cases(None, [2], ["600:50"])] == [(2, 600)]
+    assert {c.batch for c in cuda_cases(None, [8], None)} == {8}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--batch", "0"], ["--batch", "0"]),
+        (["--keys", "600:601"], ["--keys", "600:601"]),
+        (["--threads", "2"], ["--threads", "--device cpu"]),
+        (["--auto"], ["--auto", "--device cpu"]),
+        (["--plot", "/no/such/folder/x.png"], ["--plot", "/no/such/folder"]),
+        (["--bits", "100"], ["--bits", "64, 128 or 256", "100"]),
+        (["--bits", "512"], ["64, 128 or 256", "512"]),
+        (["--shape", "4/2x80:float16"], ["head_dim", "80"]),
+        (["--shape", "32/1x64:float16"], ["query heads a KV head", "32"]),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_runs(monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "measure_machine", lambda: pytest.fail("measured"))
+    assert main(["bench", "--device", "cuda", *arguments]) == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("arguments", [["--batch", "2"], ["--clustered"], ["--plot", "x.png"]])
+def test_what_only_a_gpu_is_measured_with_is_refused_on_the_cpu(capsys, arguments):
+    assert main(["bench", *arguments]) == 2
+    assert f"{arguments[0]} goes with --device cuda" in capsys.readouterr().err
+
+
+def test_without_a_gpu_the_message_says_what_to_do(monkeypatch, capsys):
+    without_a_gpu(monkeypatch)
+    assert main(["bench", "--device", "cuda"]) == 2
+    message = capsys.readouterr().err
+    for word in ("NVIDIA GPU", "CUDA build", torch.__version__, "--device cpu"):
+        assert word in message
+
+
+def test_a_missing_matplotlib_is_missed_before_anything_runs(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(cuda, "run", lambda *_, **__: pytest.fail("measured"))
+    assert main(["bench", "--device", "cuda", "--plot", "x.png"]) == 2
+    assert "--plot needs matplotlib" in capsys.readouterr().err
+
+
+# ---- what is measured
+
+
+def test_layers_are_more_than_a_cache_holds_and_fit_the_memory():
+    assert step_bytes(LARGE, 64, "query_head") == 8 * 131072 * 8 + 32 * 1024 * 2 * 256
+    assert step_bytes(LARGE, 128, "kv_head") == 8 * 131072 * 16 + 8 * 1024 * 2 * 256
+    for batch, keys, k in CUDA_KEYS:
+        for bits in (64, 128, 256):
+            case = Case(32, 8, 128, "bfloat16", keys, k, batch=batch)
+            count = layer_count(case, bits)
+            assert count >= 3
+            assert count * code_bytes(case, bits) >= 200 << 20
+            assert count * (case.dense_bytes + code_bytes(case, bits)) <= 40 << 30
+            assert count * step_count(count) >= 12
+            assert step_count(count) >= 2
+    assert layer_count(Case(32, 8, 128, "bfloat16", 1 << 24, 256), 64) == 1  # memory comes first
+
+
+def test_floors_are_those_of_bytes_and_popcounts():
+    found = floors(LARGE, 64, "query_head", Machine(read=3e12, processors=132, clock=1.5e9))
+    assert found["byte_floor_us"] == pytest.approx((8388608 + 16777216) / 3e6)
+    assert found["popcount_floor_us"] == pytest.approx(2 * 32 * 131072 / (16 * 132 * 1500))
+    assert found["floor_us"] == found["byte_floor_us"]
+    assert found["dense_floor_us"] == pytest.approx(2 * 8 * 131072 * 256 / 3e6)
+    more = floors(LARGE, 256, "kv_head", Machine(3e13, 132, 1.5e9))
+    assert more["popcount_floor_us"] == pytest.approx(4 * found["popcount_floor_us"])
+    assert more["floor_us"] == more["popcount_floor_us"]
+    unknown = floors(LARGE, 64, "query_head", Machine(3e12, 132, None))
+    assert unknown["popcount_floor_us"] is None
+    assert unknown["floor_us"] == unknown["byte_floor_us"]
+
+
+@pytest.mark.parametrize("per", ["query_head", "kv_head"])
+def test_near_keys_of_a_clustered_layer_are_neighbours(per):
+    case = Case(4, 2, 16, "float32", 6400, 50)
+    layer = make_layer(case, 64, per, steps=2, clustered=True, seed=0, device=torch.device("cpu"))
+    nearest = row_distances(layer, per == "kv_head").topk(50, largest=False).indices
+    assert nearest.shape == (2 if per == "kv_head" else 4, 50)
+    inside = (nearest >= 3200) & (nearest < 3300)
+    assert inside.float().mean() > 0.9
+
+
+# ---- the checks before it
+
+
+@pytest.mark.parametrize("per", ["query_head", "kv_head"])
+@pytest.mark.parametrize("clustered", [False, True])
+def test_a_right_step_passes(per, clustered):
+    layer = small_layer(per, clustered)
+    check_step(lambda: spec(layer, per), layer, rule(SMALL, per), SMALL)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda out, lse, ids: (out, lse, ids + 1), ["selects other keys"]),
+        (lambda out, lse, ids: (out * 1.001, lse, ids), ["off by"]),
+        (lambda out, lse, ids: (out.fill_(torch.nan), lse, ids), ["off by"]),
+        (lambda out, lse, ids: (out, lse + 1e-6 * torch.rand_like(lse), ids), ["its own hint", "other bits"]),
+    ],
+)
+def test_a_wrong_step_is_not_measured(wrong, words):
+    layer = small_layer("kv_head")
+    raises_naming(RuntimeError, *words, "nothing is measured")(
+        lambda: check_step(lambda: wrong(*spec(layer, "kv_head")), layer, rule(SMALL, "kv_head"), SMALL)
+    )
+
+
+def test_a_step_that_believes_its_hints_is_not_measured():
+    layer = small_layer("kv_head")
+
+    def step():
+        out, lse, ids = spec(layer, "kv_head")
+        return out, lse, ids - (layer.bounds.view(ids.shape[:3])[..., None] > 0).int()
+
+    raises_naming(RuntimeError, "a huge hint", "selects other keys")(
+        lambda: check_step(step, layer, rule(SMALL, "kv_head"), SMALL)
+    )
+
+
+def test_wrong_dense_attention_is_not_measured():
+    layer = small_layer("kv_head")
+    exact = torch.nn.functional.scaled_dot_product_attention(layer.q[0], layer.keys, layer.values, enable_gqa=True)
+    check_dense("it", exact, layer, SMALL)
+    for wrong in (exact * 1.001, exact * torch.nan):
+        raises_naming(RuntimeError, "it is off by")(lambda wrong=wrong: check_dense("it", wrong, layer, SMALL))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton runs on Linux")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])  # the interpreter has no product of bfloat16
+def test_the_dense_kernel_attends_to_everything(dtype):
+    pytest.importorskip("triton")
+    code = f"""
+import torch
+from hashattn.bench.dense_triton import attend
+from hashattn.ops.decode import Scratch
+torch.manual_seed(0)
+q, k, v = (torch.randn(2, h, n, 96, dtype=torch.{dtype}) for h, n in ((6, 1), (2, 331), (2, 331)))
+exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
+scratch = Scratch()
+for programs in (1, 8, 20, 100):  # 100: more than there are tiles
+    error = (attend(q, k, v, scratch, programs) - exact).abs().max().item()
+    assert error <= 8 * torch.finfo(q.dtype).eps * v.abs().max().item(), (programs, error)
+assert not scratch.borrow("arrived", (4,), torch.int32, q.device).any()
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- results
+
+
+def row(keys=8192, **changes):
+    us = {"SDPA flash": 20.0, "Triton 128": 18.0, "step": 9.0, "scan": 4.0, "attend": 5.0, "torch.topk": 30.0}
+    return {
+        "shape": "32/8x128:bfloat16", "batch": 1, "keys": keys, "k": 256, "per": "kv_head", "bits": 64, "us": us,
+        "dense": "Triton 128", "speedup": 2.0, "floor_us": 3.0, **changes,
+    }  # fmt: skip
+
+
+def test_the_table_has_a_line_a_case():
+    head, line = cuda_report.table([row()]).splitlines()
+    assert head.split()[:6] == ["shape", "batch", "keys", "k", "per", "bits"]
+    cells = ["Triton", "128", "18.0", "9.0", "2.00", "4.0", "5.0", "3.0", "3.0", "30.0", "-"]
+    assert line.split() == ["32/8x128:bfloat16", "1", "8,192", "256", "kv_head", "64", *cells]
+
+
+def test_the_picture_is_written_whole(tmp_path):
+    cuda_report.save_plot([row(), row(32768), row(per="query_head"), row(batch=8)], tmp_path / "x.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
+    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_command_writes_how_its_results_came_about(tmp_path, monkeypatch, capsys):
+    result = {"read_GB_per_s": 3000.0, "notes": ["a remark"], "rows": [row()]}
+    monkeypatch.setattr(cuda, "run", lambda cases, **_: result)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    out, plot = tmp_path / "x.json", tmp_path / "x.png"
+    assert main(["bench", "--device", "cuda", "--out", str(out), "--plot", str(plot)]) == 0
+    printed = capsys.readouterr().out
+    assert "Encoding the query and the newest key is not part of the step" in printed
+    assert "note: a remark" in printed
+    written = json.loads(out.read_text())
+    assert written["device"] == "a GPU"
+    assert {"triton", "cuda", "torch"} <= written["versions"].keys()
+    assert written["command"].startswith("hashattn bench --device cuda")
+    assert written["rows"] == [row()]
+    assert plot.exists()
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """A run on the CPU: the specification is the step, every graph is a list of calls that were made once."""
+    make = make_layer
+    monkeypatch.setattr(cuda, "make_layer", lambda *a, device, **o: make(*a, device=torch.device("cpu"), **o))
+    monkeypatch.setattr(cuda, "layer_count", lambda *_: 3)
+    monkeypatch.setattr(cuda, "refuse", lambda *_: None)
+    monkeypatch.setattr(cuda, "measure_machine", lambda: Machine(1e12, 100, None))
+    monkeypatch.setattr(cuda, "capture", lambda calls: [call() for call in calls])
+    monkeypatch.setattr(cuda, "take_turns", lambda graphs, calls, _: {n: 50.0 - i for i, n in enumerate(graphs)})
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(cuda, "faiss_us", lambda *_: 70.0)
+
+    def unserved(layer, i):
+        raise NotImplementedError("not this shape\nat all")
+
+    def sdpa(layer, i):
+        return torch.nn.functional.scaled_dot_product_attention(layer.q[i], layer.keys, layer.values, enable_gqa=True)
+
+    monkeypatch.setattr(cuda, "dense", lambda _: {"a": sdpa, "unserved": unserved, "b": sdpa})
+
+    def fused(layer, i, per, case, scratch, scan_only=False):
+        return reference(
+            layer.q[i], layer.query[i], layer.keys, layer.values, layer.codes, layer.starts, layer.length,
+            rule(case, per), scale=16**-0.5,
+        )  # fmt: skip
+
+    monkeypatch.setattr(cuda, "fused", fused)
+
+
+def test_ratios_are_those_of_the_times_and_what_does_not_serve_is_noted(pretended):
+    result = cuda.run([SMALL], rounds=1)
+    assert [r["per"] for r in result["rows"]] == ["query_head", "kv_head"]
+    for r in result["rows"]:
+        assert r["us"].keys() >= {"a", "b", "step", "scan", "attend", "torch.topk"}
+        assert (r["dense"], r["layers"], r["calls"], r["batch"]) == ("b", 3, 12, 2)
+        assert r["speedup"] == 49 / 48
+        assert r["us"]["attend"] == r["us"]["step"] - r["us"]["scan"]
+    assert ["FAISS" in r["us"] for r in result["rows"]] == [True, False]
+    assert "unserved is left out at 4/2x16:float32: not this shape" in result["notes"]
+    assert "no popcount floor: the clock is not known" in result["notes"]
+    assert len(cuda_report.table(result["rows"]).splitlines()) == 3
+
+
+def test_a_run_ends_where_a_dense_contender_is_wrong(pretended, monkeypatch):
+    monkeypatch.setattr(cuda, "dense", lambda _: {"wrong": lambda layer, i: layer.q[i]})
+    monkeypatch.setattr(cuda, "take_turns", lambda *_: pytest.fail("measured"))
+    raises_naming(RuntimeError, "wrong is off by", "nothing is measured")(lambda: cuda.run([SMALL]))
+
+
+# ---- for real
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("clustered", [False, True])
+def test_a_small_case_is_measured(monkeypatch, clustered):
+    from hashattn.bench import cuda_inputs
+
+    monkeypatch.setattr(cuda_inputs, "COLD", 1 << 20)
+    case = Case(8, 2, 64, "bfloat16", 5000, 200, batch=2)
+    result = cuda.run([case], clustered=clustered, rounds=3)
+    assert [r["per"] for r in result["rows"]] == ["query_head", "kv_head"]
+    for r in result["rows"]:
+        us = r["us"]
+        assert us[r["dense"]] == min(t for name, t in us.items() if name.startswith(("SDPA", "Triton")))
+        assert 0 < us["scan"] < us["step"]
+        assert us["step"] > r["byte_floor_us"]
+        assert {"Triton 128", "Triton 256", "torch.topk"} <= us.keys()
+    assert result["read_GB_per_s"] > 100
+
+
+@pytest.mark.gpu
+def test_nothing_is_measured_where_the_kernels_are_wrong(monkeypatch):
+    right = cuda.fused
+    monkeypatch.setattr(cuda, "fused", lambda *a, **o: (1.1 * right(*a, **o)[0], *right(*a, **o)[1:]))
+    monkeypatch.setattr(cuda, "take_turns", lambda *_: pytest.fail("measured"))
+    raises_naming(RuntimeError, "off by", "nothing is measured")(
+        lambda: cuda.run([Case(8, 2, 64, "bfloat16", 5000, 200)])
+    )
