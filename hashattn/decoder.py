@@ -41,7 +41,10 @@ class Decoder:
         if cache.with_norms:
             raise ValueError('engine="triton" keeps no norms: take a composition with ExactAttend()')
         cache.encode()
+        encoder = attn.encoder
         self.attn, self.cache = attn, cache
+        self.planes = encoder.linear_planes(cache.head_dim, cache.keys.device) if encoder is not None else None
+        self.centre = cache.centre.float().contiguous()
         self.length = torch.full((1,), len(cache), dtype=torch.int32, device=cache.keys.device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
@@ -51,6 +54,7 @@ class Decoder:
             [B, Hq, T, D].
         """
         from hashattn.ops.decode.append import append  # Triton is optional
+        from hashattn.ops.decode.encode import encode
 
         cache, encoder = self.cache, self.attn.encoder
         if q.shape[2] != k.shape[2] or k.shape != v.shape:
@@ -61,13 +65,15 @@ class Decoder:
         )  # fmt: skip
         if reason is not None:
             raise ValueError(f'engine="triton" cannot take this step: {reason}')
+        held = cache.storage("keys"), cache.storage("values"), cache.storage("codes"), self.length
         assert encoder is not None
-        codes = encoder.encode_key(k, cache._centre)
-        append(
-            k, v, codes, cache.storage("keys"), cache.storage("values"), cache.storage("codes"), self.length
-        )  # fmt: skip
+        query = None
+        if self.planes is not None:
+            query = encode(q, k, v, self.centre, self.planes, encoder.query_bits, *held)
+        else:
+            append(k, v, encoder.encode_key(k, cache._centre), *held)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return fused.step(self.attn, q, cache, scale, True, length=self.length)[0].out
+        return fused.step(self.attn, q, cache, scale, True, length=self.length, query=query)[0].out
 
     def finish(self) -> KVCache:
         """Wait for the device and let the cache know what was appended. Returns it.

@@ -37,12 +37,14 @@ def why_not(
 
 
 def step(
-    attn: HashAttention, q: Tensor, cache: KVCache, scale: float, causal: bool, *, length: Tensor | None = None
+    attn: HashAttention, q: Tensor, cache: KVCache, scale: float, causal: bool, *, length: Tensor | None = None,
+    query: Tensor | None = None,
 ) -> tuple[Output, Selection]:  # fmt: skip
     """Encode the queries, search and attend, without waiting for the device, for a composition that is served.
 
     Args:
         length: int32 [1], columns with their codes, where only the device knows; None for what the cache knows.
+        query: packed, int64 [B, Hq, T, P, W]; None if they are yet to be encoded.
     """
     from hashattn.ops.decode.triton import decode as fused  # Triton is optional
 
@@ -50,12 +52,14 @@ def step(
     if length is None:
         cache.encode()
         length = torch.full((1,), len(cache), dtype=torch.int32, device=q.device)
-    query = attn.encoder.encode_query(q)
+    if query is None:
+        query = attn.encoder.encode_query(q)
+        query = (query if query.ndim == 5 else query.unsqueeze(3)).contiguous()
     rule = attn.selector.rule(q.shape[1] // cache.kv_heads)
     assert rule is not None
     rows = q.shape[0] * q.shape[2] * (cache.kv_heads if rule.shared else q.shape[1])
     out, lse, ids = fused(
-        q.contiguous(), (query if query.ndim == 5 else query.unsqueeze(3)).contiguous(), cache.storage("keys"),
+        q.contiguous(), query, cache.storage("keys"),
         cache.storage("values"), cache.storage("codes"), cache.on_device.starts(cache._starts, q.device), length,
         cache.on_device.bounds(rows, q.device), rule, cache.on_device.scratch, scale=scale, causal=causal,
     )  # fmt: skip

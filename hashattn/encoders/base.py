@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from hashattn.encoders.centring import Centring
@@ -40,6 +41,10 @@ class Encoder(ABC):
     def code_heads(self, kv_heads: int) -> int:
         """Heads of the key codes for a model of this many KV heads."""
         return kv_heads
+
+    def linear_planes(self, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """If codes are signs of linear maps that all heads share: theirs, of queries and of keys, float32 [D, bits]."""
+        return None
 
     def layer(self, i: int) -> Encoder:
         """The encoder of layer i of a model; encoders that serve every layer return themselves."""

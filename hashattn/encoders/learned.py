@@ -137,6 +137,15 @@ class LearnedHash(nn.Module, Encoder):
             return self.query_net(q)
         return self.query_net(q * torch.rsqrt(q.square().mean(-1, keepdim=True).clamp(min=1e-12)))
 
+    def linear_planes(self, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        self.build(head_dim, device)
+        assert self.query_net is not None and self.key_net is not None
+        nets = (self.query_net, self.key_net)
+        if any(len(net.weights) or len(net.skip) > 1 for net in nets):
+            return None
+        query, key = (net.skip[0].detach() for net in nets)
+        return query, key
+
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         if not self.fitted and not self._warned:
             self._warned = True

@@ -52,6 +52,10 @@ class SimHash(Encoder):
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         return key_bits(subtract(k, centre) @ orthogonal_planes(k.shape[-1], self.bits, self.seed, k.device))
 
+    def linear_planes(self, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        planes = orthogonal_planes(head_dim, self.bits, self.seed, device).contiguous()
+        return planes, planes
+
     def encode_query(self, q: Tensor) -> Tensor:
         projection = q.float() @ orthogonal_planes(q.shape[-1], self.bits, self.seed, q.device)
         return query_planes(projection, self.query_bits)

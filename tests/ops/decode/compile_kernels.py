@@ -14,23 +14,34 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hashattn.ops.decode.encode import encode_rows
 from hashattn.ops.decode.scan import scan
 from hashattn.ops.decode.topk import attend_topk
 from hashattn.ops.decode.triton import CHUNK, ROWS, attend_warps, levels
 
-TYPES = {
+POINTERS = {
     "query": "*i64", "codes": "*i64", "counts": "*u16", "share": "*fp64", "parts": "*fp32", "stats": "*fp32",
-    "lse": "*fp32", "scale": "fp32", "room": "i32", "code_room": "i32", "radius": "i32", "sinks": "i32",
-    "recents": "i32", "margin": "i32", "chunks": "i32", "slots": "i32", "kv_heads": "i32", "k": "i32",
+    "lse": "*fp32", "centre": "*fp32", "query_planes": "*fp32", "key_planes": "*fp32",
 }  # fmt: skip
+NUMBERS = (
+    "room", "code_room", "radius", "sinks", "recents", "margin", "chunks", "slots", "kv_heads", "queries",
+)  # fmt: skip
+
+
+def type_of(fn: Any, name: str, dtype: str) -> str:
+    """What Triton calls the type of an argument."""
+    if name == "scale":
+        return "fp32"
+    if name in NUMBERS or (name == "k" and fn is attend_topk):
+        return "i32"
+    return "*" + dtype if name in ("q", "k", "v", "keys", "values", "out") else POINTERS.get(name, "*i32")
 
 
 def compiled(fn: Any, constants: dict[str, Any], warps: int, arch: int, dtype: str) -> dict[str, Any]:
     """Stack bytes a thread (where registers would be spilled to), registers, and whether popc is there."""
     signature, aligned = {}, {}
     for i, name in enumerate(fn.arg_names):
-        kind = "*" + dtype if name in ("q", "keys", "values", "out") else TYPES.get(name, "*i32")
-        signature[name] = "constexpr" if name in constants else kind
+        signature[name] = "constexpr" if name in constants else type_of(fn, name, dtype)
         if signature[name].startswith("*") or name in ("room", "code_room"):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn, signature=signature, constexprs=constants, attrs=aligned)
@@ -63,9 +74,15 @@ def main(arch: int) -> None:
             "PADDED": 16 if shared else 1, "PADDED_OUT": summed, "DIM": dim, "WIDTH": triton.next_power_of_2(dim),
             "CHUNKS": 64, "LEVELS": levels(words, spread), "ROWS": ROWS, "SHARE": True, "RADIUS": False,
         }  # fmt: skip
+        encode = {
+            "T": 1, "DIM": dim, "PADDED": triton.next_power_of_2(dim), "BITS": 64 * words, "WORDS": words,
+            "PLANES": planes,
+        }  # fmt: skip
         name = f"G={group} shared={shared} W={words} P={planes} D={dim} {dtype}"
         found = compiled(scan, own | {"LANES": lanes}, 4, arch, dtype)
         print(json.dumps({"kernel": f"scan {name}", **found}), flush=True)
+        found = compiled(encode_rows, encode, 4, arch, dtype)
+        print(json.dumps({"kernel": f"encode {name}", **found}), flush=True)
         found = compiled(attend_topk, attend, attend_warps(attend["WIDTH"], attend["LEVELS"]), arch, dtype)
         print(json.dumps({"kernel": f"attend {name}", **found}), flush=True)
 
