@@ -535,3 +535,44 @@ def test_an_unfitted_encoder_warns_in_a_call():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attn(q, k, v)
+
+
+def test_the_fused_engine_says_what_it_cannot_take():
+    q, k, v = qkv(1, keys=400, dim=64)
+    attn = HashAttention(SimHash(128), FlatHamming(), TopK(k=9), engine="triton")
+    with pytest.raises(ValueError, match='engine="triton" cannot take this step: its kernels need an NVIDIA GPU'):
+        attn(q, k, v)
+    shape = {"q_heads": 4, "kv_heads": 2, "head_dim": 64, "keys": 4000, "device": "cuda"}
+    pytest.importorskip("triton")
+    assert "Triton, one kernel" in str(attn.explain(**shape))
+    plain = attn.replace(engine="auto")
+    for other, reason in (
+        (plain.replace(selector=Tiers(0.1, 0.2)), "it serves TopK and Threshold"),
+        (plain.replace(attend=MixedPrecision()), "it attends exactly"),
+        (plain.replace(selector=TopK(k=9, per="kv_head", combine="vote")), "it serves TopK and Threshold"),
+        (plain.replace(selector=Sink(4) | Consensus(TopK(k=9))), "it serves TopK and Threshold"),
+        (plain.replace(encoder=SimHash(160)), "64, 128 or 256 bits, not 192"),
+        (plain.replace(encoder=Identity(), index=FlatDot()), "binary codes"),
+        (plain.replace(encoder=AsymmetricHash(64, heads=4)), "one code a key"),
+    ):
+        assert reason in str(other.explain(**shape))
+        with pytest.raises(ValueError, match=reason):
+            other.replace(engine="triton").explain(**shape)
+    for served in (TopK(k=9, per="kv_head"), Sink(4) | Recent(4) | TopK(share=0.1), Threshold(radius=20, limit=9)):
+        assert attn.replace(selector=served).explain(**shape).engine == "triton"
+
+
+def test_a_decoder_refuses_what_a_graph_could_not_keep():
+    _, k, v = qkv(2, keys=400, dim=64)
+    attn = HashAttention(SimHash(64), FlatHamming(), TopK(k=9), engine="reference")
+    growing, short = attn.new_cache(1, 2, 64), attn.new_cache(1, 2, 64, capacity=500)
+    growing.append(k, v)
+    short.append(k[:, :, :9], v[:, :, :9])
+    for cache, words in ((growing, "must have a capacity"), (short, "the shortest holds 9")):
+        with pytest.raises(ValueError, match=words):
+            attn.decoder(cache)
+    with pytest.raises(ValueError, match="keeps no norms"):
+        tiers = attn.replace(attend=MixedPrecision())
+        cache = tiers.new_cache(1, 2, 64, capacity=500)
+        cache.append(k, v)
+        tiers.decoder(cache)
