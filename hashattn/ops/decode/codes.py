@@ -51,10 +51,10 @@ def distance(x, query, step, WORDS: tl.constexpr, PLANES: tl.constexpr, SUM: tl.
 
 
 @triton.jit
-def span(starts, length, b, t, T, CAUSAL: tl.constexpr):
-    """The columns (first, end) that query t of row b sees."""
+def span(starts, length, room, b, t, T, CAUSAL: tl.constexpr):
+    """The columns (first, end) that query t of row b sees, none of them beyond the room."""
     first = tl.load(starts + b)
-    end = tl.load(length)
+    end = tl.minimum(tl.load(length), room)
     if CAUSAL:
         end = end - (T - 1) + t
     return first, tl.maximum(end, first)

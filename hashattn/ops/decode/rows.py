@@ -56,6 +56,7 @@ def store_part(
 ):  # fmt: skip
     """Keep one program's part: parts float32 [..., HEADS, WIDTH], stats float32 [..., HEADS, 2]."""
     dims, heads = tl.arange(0, WIDTH), tl.arange(0, PADDED)
+    at = at.to(tl.int64)
     tl.store(parts + (at * HEADS + heads[:, None]) * WIDTH + dims[None, :], out, mask=(heads < HEADS)[:, None])
     tl.store(stats + (at * HEADS + heads) * 2, peak, mask=heads < HEADS)
     tl.store(stats + (at * HEADS + heads) * 2 + 1, total, mask=heads < HEADS)
@@ -71,6 +72,7 @@ def combine(
     Head g's row is row0 + g * T. A spoilt result is NaN.
     """
     dims, heads, pieces = tl.arange(0, WIDTH), tl.arange(0, PADDED), tl.arange(0, TILE)
+    first = first.to(tl.int64)
     peak = tl.full([PADDED], float("-inf"), tl.float32)
     for i in range(0, n, TILE):
         mask = (i + pieces < n)[:, None] & (heads < HEADS)[None, :]

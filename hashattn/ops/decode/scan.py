@@ -43,7 +43,7 @@ def scan(
     group = tl.program_id(1) % GROUPS
     t = tl.program_id(1) // GROUPS % T
     kv = tl.program_id(1) // GROUPS // T  # b * Hkv + KV head
-    first, end = span(starts, length, kv // kv_heads, t, T, CAUSAL)
+    first, end = span(starts, length, room, kv // kv_heads, t, T, CAUSAL)
     row0 = (kv * (G // SUM) + group * LANES) * T + t  # of the first lane; the next lane's is T further
     low = chunk * CHUNK
     lengths = tl.zeros([], tl.int64)
@@ -72,7 +72,7 @@ def scan(
             sums += count_levels(lists, stride, lengths, t0, BINS, 64)
     upto = tl.cumsum(tl.reshape(sums, [4, BINS]), 1)
     lane = tl.arange(0, 4)[:, None]
-    to = counts + ((row0 + lane * T) * BINS + tl.arange(0, BINS)[None, :]) * chunks + chunk
+    to = counts + ((row0 + lane * T).to(tl.int64) * BINS + tl.arange(0, BINS)[None, :]) * chunks + chunk
     tl.store(to, upto.to(tl.uint16), mask=lane < LANES)
     if PDL:
         gdc_launch_dependents()

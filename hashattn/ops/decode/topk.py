@@ -26,14 +26,14 @@ def totals(counts, chunks, BINS: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def from_candidates(
-    ids, candidates, counts, chunks, bin, cut, nearer, dropped, rank0, rank1, CHUNK: tl.constexpr, BINS: tl.constexpr,
+    ids, candidates, counts, chunks, bin, nearer, dropped, rank0, rank1, CHUNK: tl.constexpr, BINS: tl.constexpr,
     CHUNKS: tl.constexpr, ACROSS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Write the chosen columns of ranks rank0 to rank1, in column order, from the lists of the chunks that hold them.
 
     Args:
-        bin: of the threshold; `cut` candidates lie before it, the `dropped` oldest of it are not chosen.
-        nearer: cut as an entry's upper half: bound - distance above it is before the threshold.
+        bin: of the threshold, whose `dropped` oldest candidates are not chosen.
+        nearer: what the threshold is in an entry: bound - distance, more than which is nearer.
     """
     c = tl.arange(0, CHUNKS)
     inside = c < chunks
@@ -142,7 +142,7 @@ def attend_topk(
     t = row % T
     head = row // T  # of [B, Hkv * HEADS]
     kv = head // HEADS
-    first, end = span(starts, length, kv // kv_heads, t, T, CAUSAL)
+    first, end = span(starts, length, code_room, kv // kv_heads, t, T, CAUSAL)
     visible = end - first
     wanted = tl.minimum(k, visible)
     if SHARE:
@@ -150,7 +150,7 @@ def attend_topk(
     wanted = tl.maximum(wanted, tl.minimum(visible, sinks + recents))
     if PDL:
         gdc_wait()
-    own = counts + row * BINS * chunks
+    own = counts + row.to(tl.int64) * BINS * chunks
     running = totals(own, chunks, BINS, 2048 // BINS)
     found = tl.max(running, 0)
     if RADIUS:
@@ -158,7 +158,6 @@ def attend_topk(
     bins = tl.arange(0, BINS)
     bin = tl.sum((running < wanted).to(tl.int32), 0)
     upto = tl.sum(tl.where(bins == bin, running, 0), 0)
-    cut = tl.max(tl.where(bins < bin, running, 0), 0)
     missed = (found < wanted) | ((bin == 0) & (upto > wanted))
     rank0 = s * ROWS
     rank1 = tl.minimum(rank0 + ROWS, wanted)
@@ -181,7 +180,7 @@ def attend_topk(
             if rank0 < rank1:
                 own_list = candidates + row.to(tl.int64) * chunks * CHUNK
                 from_candidates(
-                    own_ids, own_list, own, chunks, bin, cut, BINS - 1 - bin, upto - wanted, rank0, rank1, CHUNK,
+                    own_ids, own_list, own, chunks, bin, BINS - 1 - bin, upto - wanted, rank0, rank1, CHUNK,
                     BINS, CHUNKS, 4, 128,
                 )  # fmt: skip
         if (not RADIUS) & (s == 0):
@@ -205,18 +204,6 @@ def attend_topk(
             tl.store(arrived + row, 0)
             row0 = head * SUM * T + t
             combine(
-                parts,
-                stats,
-                row * tl.cdiv(slots, ROWS),
-                programs,
-                tl.load(length) > room,
-                out,
-                lse,
-                row0,
-                T,
-                DIM,
-                WIDTH,
-                SUM,
-                PADDED_OUT,
-                16,
-            )
+                parts, stats, row * tl.cdiv(slots, ROWS), programs, tl.load(length) > room, out, lse, row0, T, DIM,
+                WIDTH, SUM, PADDED_OUT, 16,
+            )  # fmt: skip

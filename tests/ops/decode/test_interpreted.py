@@ -120,3 +120,11 @@ def test_what_does_not_fit_is_dropped_and_counted():
         assert torch.equal(held[0][:, :, :63], x.keys[:, :, :63]) and torch.equal(
             held[2][:, :, :63], x.codes[:, :, :63]
         )
+
+
+def test_an_outgrown_length_gives_nan_and_reads_nothing_beyond_the_room():
+    x = inputs(7, filled=64, room=64)
+    x.length.fill_(70)
+    out, lse, ids = decode(*x.all, torch.zeros(4, dtype=torch.int32), Rule(k=64), Scratch(), scale=1.0)
+    assert out.isnan().all() and torch.isfinite(lse).all()
+    assert sorted(ids[0, 0, 0].tolist()) == list(range(64))
