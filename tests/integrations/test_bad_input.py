@@ -192,3 +192,14 @@ def test_a_paged_cache_is_refused(llama):
 
     with TENTH.attach(llama), pytest.raises(ValueError, match="the cache is a PagedAttentionCache"):
         llama.model.layers[0].self_attn(torch.zeros(1, 1, 48), cache=PagedAttentionCache())
+
+
+def test_an_engine_that_cannot_serve_the_model_is_refused_when_it_is_attached(llama):
+    before = llama.config._attn_implementation
+    with pytest.raises(ValueError, match=r'engine="triton" cannot take this step: .* NVIDIA GPU'):
+        ON_CPU.replace(engine="triton").attach(llama)
+    assert llama.config._attn_implementation == before
+    with ON_CPU.attach(llama) as handle:
+        with pytest.raises(ValueError, match="NVIDIA GPU"):
+            handle.update(engine="triton")
+        write(llama, prompt())

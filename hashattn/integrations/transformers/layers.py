@@ -53,6 +53,7 @@ def serve(composition: HashAttention, own: bool, module: nn.Module, number: int,
     attn = composition.layer(number)
     if attn.encoder is not None:
         attn.encoder.check_model(*support.heads(module))
+    support.check_engine(attn, module)
     return Served(composition, own, attn)
 
 

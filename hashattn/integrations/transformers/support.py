@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from hashattn import fused
+from hashattn.attention import HashAttention
+from hashattn.engines import resolve
 from hashattn.integrations.transformers.cache_layer import HashedLayer, HashedStaticLayer
 
 
@@ -80,6 +83,18 @@ def heads(module: nn.Module) -> tuple[int, int, int]:
     """(q_heads, kv_heads, head_dim) of an attention module."""
     config: Any = module.config
     return config.num_attention_heads, config.num_key_value_heads, int(module.head_dim)  # type: ignore[arg-type]
+
+
+def check_engine(attn: HashAttention, module: nn.Module) -> None:
+    """Raise ValueError if the engine that the composition names cannot serve this module where it is."""
+    q_heads, kv_heads, head_dim = heads(module)
+    weight = next(module.parameters())
+    if weight.is_meta:  # offloaded: not yet known
+        return
+    unfused = fused.why_not(
+        attn, device=weight.device.type, dtype=weight.dtype, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim
+    )
+    resolve(attn, weight.device.type, 0, None, unfused)
 
 
 def devices_of(modules: dict[int, nn.Module]) -> list[torch.device]:
