@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from hashattn.attention import HashAttention
 from hashattn.bench import command
 from hashattn.bench.report import check_folder, environment
+from hashattn.files import replacing
 from hashattn.presets import PRESETS
 
 EXPECTED = (ValueError, TypeError, ImportError, OSError, RuntimeError)
@@ -99,7 +98,8 @@ def _demo(arguments: argparse.Namespace) -> int:
     print()
     print(picture(result))
     if arguments.json:
-        _write(Path(arguments.json), json.dumps(environment(arguments.command_line) | result.as_json()))
+        with replacing(arguments.json) as path:
+            path.write_text(json.dumps(environment(arguments.command_line) | result.as_json()), encoding="utf-8")
     if arguments.plot:
         save_plot(result, arguments.plot)
     return 0
@@ -115,15 +115,6 @@ def _explain(arguments: argparse.Namespace) -> int:
         )
     )  # fmt: skip
     return 0
-
-
-def _write(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hashattn import fused
+from hashattn.shapes import check_float, check_kv, check_q
 
 if TYPE_CHECKING:
     from hashattn.attention import HashAttention
@@ -57,8 +58,11 @@ class Decoder:
         from hashattn.ops.decode.encode import encode
 
         cache, encoder = self.cache, self.attn.encoder
-        if q.shape[2] != k.shape[2] or k.shape != v.shape:
-            raise ValueError(f"q, k and v must be of the same positions, got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
+        check_float(q=q, k=k, v=v, keys=cache.keys)
+        check_kv(k, v, cache.batch, cache.kv_heads, cache.head_dim)
+        check_q(q, cache.batch, cache.kv_heads, cache.head_dim, k.shape[2])
+        if q.shape[2] != k.shape[2]:
+            raise ValueError(f"q and k must be of the same positions, got T = {q.shape[2]} and {k.shape[2]}")
         reason = fused.why_not(
             self.attn, device=q.device.type, dtype=q.dtype, q_heads=q.shape[1], kv_heads=cache.kv_heads,
             head_dim=cache.head_dim, tokens=q.shape[2],
@@ -67,6 +71,7 @@ class Decoder:
             raise ValueError(f'engine="triton" cannot take this step: {reason}')
         held = cache.storage("keys"), cache.storage("values"), cache.storage("codes"), self.length
         assert encoder is not None
+        encoder.check_model(q.shape[1], cache.kv_heads, cache.head_dim)
         query = None
         if self.planes is not None:
             query = encode(q, k, v, self.centre, self.planes, encoder.query_bits, *held)

@@ -571,6 +571,20 @@ def test_a_decoder_refuses_what_a_graph_could_not_keep():
     for cache, words in ((growing, "must have a capacity"), (short, "the shortest holds 9")):
         with pytest.raises(ValueError, match=words):
             attn.decoder(cache)
+    short.append(k[:, :, 9:], v[:, :, 9:])
+    decoder, q = attn.decoder(short), torch.randn(1, 4, 1, 64)
+    for wrong, words in (
+        ((q, k[:, :1, :1], v[:, :1, :1]), "k must be"),
+        ((q[..., :32], k[:, :, :1], v[:, :, :1]), "q must be"),
+        ((q[:, :3], k[:, :, :1], v[:, :, :1]), "a multiple of Hkv"),
+        ((q, k[:, :, :2], v[:, :, :2]), "same positions"),
+        ((q, k[:, :, :1], v[:, :, :1]), "its kernels need an NVIDIA GPU"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            decoder(*wrong)
+    with pytest.raises(TypeError, match="must have one dtype"):
+        decoder(q.half(), k[:, :, :1].half(), v[:, :, :1].half())
+    assert len(decoder.finish()) == 400
     with pytest.raises(ValueError, match="keeps no norms"):
         tiers = attn.replace(attend=MixedPrecision())
         cache = tiers.new_cache(1, 2, 64, capacity=500)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
 from pathlib import Path
 from typing import Any
 
 from hashattn.bench.report import aligned
 from hashattn.extras import require
+from hashattn.files import replacing
 
 NOTE = (
     "Microseconds a layer, medians of cold CUDA-graph replays; every case was checked against the reference first.\n"
@@ -62,12 +62,8 @@ def save_plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set(yscale="log", xlabel="keys", ylabel="microseconds a layer")
     axes.grid(True, which="both", alpha=0.2)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.png")
-    try:
+    with replacing(path) as scratch:
         figure.savefig(scratch, dpi=130)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _us(value: float) -> str:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy
 import torch
 
+from hashattn.files import replacing
+
 
 def environment(command: list[str], device: str = "cpu") -> dict[str, Any]:
     """Command, date, device and versions. device: "cpu" or "cuda", what ran."""
@@ -79,13 +81,9 @@ def check_folder(name: str, path: str | None) -> None:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Write JSON to a temporary name and rename it."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    """Write JSON."""
+    with replacing(path) as scratch:
         scratch.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def say(line: str) -> None:

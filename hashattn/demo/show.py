@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
 from pathlib import Path
 
 from hashattn.demo.run import Contender, Result
 from hashattn.extras import require
+from hashattn.files import replacing
 
 SHADES = " .:-=+*#%@"
 
@@ -68,13 +68,8 @@ def save_plot(result: Result, path: str | Path) -> None:
     axes.set_xlabel("position in the text (tokens)")
     axes.set_ylabel("layer")
     figure.colorbar(image, ax=axes, label="reads per bin, all heads (1 = none)")
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.png")
-    try:
+    with replacing(path) as scratch:
         figure.savefig(scratch, dpi=130)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _bins(counts: list[int], width: int) -> list[float]:

@@ -46,8 +46,9 @@ def decode(
     parts = scratch.borrow("parts", (rows, slots // ROWS, summed, width), torch.float32, device)
     stats = scratch.borrow("stats", (rows, slots // ROWS, summed, 2), torch.float32, device)
     arrived = scratch.borrow("arrived", (rows,), torch.int32, device)
+    radius = min(rule.radius or 0, levels(words, spread))  # no distance is larger
     if rule.radius is not None:
-        bounds = scratch.borrow("radius", (rows,), torch.int32, device).fill_(16 * rule.radius)
+        bounds = scratch.borrow("radius", (rows,), torch.int32, device).fill_(16 * radius)
     lanes = max(n for n in (1, 2, 3, 4) if group // summed % n == 0)
     early = {"launch_pdl": True} if starts_early(device) else {}
     common = {
@@ -63,7 +64,7 @@ def decode(
     attend_topk[(slots // ROWS, rows)](
         q, keys, values, query, codes, bounds, candidates, counts, starts, length,
         scratch.constant(rule.share or 0.0, device), ids, parts, stats, arrived, out, lse, scale, rule.k or 0,
-        rule.radius or 0, rule.sinks, rule.recents, 2 * math.isqrt(spread), room, code_room, chunks, slots, kv_heads,
+        radius, rule.sinks, rule.recents, 2 * math.isqrt(spread), room, code_room, chunks, slots, kv_heads,
         tokens,
         PADDED=padded if summed == 1 else max(16, padded), PADDED_OUT=padded, DIM=dim, WIDTH=width,
         CHUNKS=triton.next_power_of_2(chunks), LEVELS=levels(words, spread), ROWS=ROWS, SHARE=rule.share is not None,
