@@ -11,10 +11,12 @@ from tests.structured import qkv
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def decode():
-    from hashattn.ops.decode.triton import decode
-
+@pytest.fixture(scope="module", params=["cuda", "triton"])
+def decode(request):
+    if request.param == "triton":
+        from hashattn.ops.decode.triton import decode
+    else:
+        from hashattn.ops.decode.cuda.step import decode
     return decode
 
 

@@ -1,0 +1,234 @@
+// Attention to a program's ROWS keys, its part of the result, and the last program's combination of all parts.
+#include "step.cuh"
+
+constexpr int THREADS = 128;
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr int EACH = TYPE == 2 ? 4 : 8;  // numbers in 16 bytes
+constexpr int PIECES = DIM / EACH;       // of a row
+constexpr int ABREAST = PIECES <= 8 ? 8 : PIECES <= 16 ? 16 : 32;  // threads that read a row
+constexpr int DEPTH = (PIECES + ABREAST - 1) / ABREAST;            // pieces of one of them
+constexpr int TEAMS = THREADS / ABREAST;
+constexpr int OWN = ROWS / TEAMS;                                // rows of a team
+constexpr int BATCH = OWN * DEPTH <= 8 ? OWN : 8 / DEPTH;        // that it holds at a time
+static_assert(OWN % BATCH == 0 && ROWS % TEAMS == 0, "ROWS must be a multiple of what a program holds");
+
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+
+struct Sum {  // of exp2(x - peak) over some keys, and of it times their values
+  float peak, total, values[DEPTH][EACH];
+};
+
+__device__ __forceinline__ void widen(const uint4 &piece, float *to) {
+  const u32 words[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+#if TYPE == 0
+    to[2 * i] = __uint_as_float(words[i] << 16), to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+#elif TYPE == 1
+    asm("cvt.f32.f16 %0, %1;" : "=f"(to[2 * i]) : "h"((u16)words[i]));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(to[2 * i + 1]) : "h"((u16)(words[i] >> 16)));
+#else
+    to[i] = __uint_as_float(words[i]);
+#endif
+  }
+}
+
+__device__ __forceinline__ void store(void *to, size_t at, float x) {
+#if TYPE == 2
+  static_cast<float *>(to)[at] = x;
+#else
+  u16 y;
+#if TYPE == 0
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+#else
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+#endif
+  static_cast<u16 *>(to)[at] = y;
+#endif
+}
+
+__device__ __forceinline__ bool mine(int piece) { return PIECES % ABREAST == 0 || piece < PIECES; }
+
+// One thread's pieces of a team's rows `from` to `from` + BATCH; nothing is read where a column is negative.
+__device__ __forceinline__ void load_rows(uint4 (*x)[DEPTH], const void *storage, const int *columns, int from) {
+  const int team = threadIdx.x / ABREAST, place = threadIdx.x % ABREAST;
+#pragma unroll
+  for (int i = 0; i < BATCH; i++) {
+    const int column = columns[(from + i) * TEAMS + team];
+#pragma unroll
+    for (int j = 0; j < DEPTH; j++) {
+      const int piece = j * ABREAST + place;
+      x[i][j] = make_uint4(0, 0, 0, 0);
+      if (column >= 0 && mine(piece)) x[i][j] = __ldcs(static_cast<const uint4 *>(storage) + (size_t)column * PIECES + piece);
+    }
+  }
+}
+
+// Add a batch of rows to a sum; all threads of a team get the same logits.
+__device__ __forceinline__ void attend_rows(
+    Sum &sum, const uint4 (*keys)[DEPTH], const uint4 (*values)[DEPTH], const float (*q)[EACH], const int *columns, int from
+) {
+  const int team = threadIdx.x / ABREAST;
+  float x[BATCH], peak = sum.peak;
+#pragma unroll
+  for (int i = 0; i < BATCH; i++) {
+    x[i] = 0;
+#pragma unroll
+    for (int j = 0; j < DEPTH; j++) {
+      float key[EACH];
+      widen(keys[i][j], key);
+#pragma unroll
+      for (int e = 0; e < EACH; e++) x[i] += key[e] * q[j][e];
+    }
+#pragma unroll
+    for (int d = ABREAST / 2; d; d /= 2) x[i] += __shfl_xor_sync(~0u, x[i], d);
+    if (columns[(from + i) * TEAMS + team] < 0) x[i] = -infinity();
+    peak = fmaxf(peak, x[i]);
+  }
+  const float base = peak == -infinity() ? 0 : peak, shrink = exp2f(sum.peak - base);
+  sum.peak = peak, sum.total *= shrink;
+#pragma unroll
+  for (int j = 0; j < DEPTH; j++)
+#pragma unroll
+    for (int e = 0; e < EACH; e++) sum.values[j][e] *= shrink;
+#pragma unroll
+  for (int i = 0; i < BATCH; i++) {
+    const float p = exp2f(x[i] - base);
+    sum.total += p;
+#pragma unroll
+    for (int j = 0; j < DEPTH; j++) {
+      float value[EACH];
+      widen(values[i][j], value);
+#pragma unroll
+      for (int e = 0; e < EACH; e++) sum.values[j][e] += p * value[e];
+    }
+  }
+}
+
+// One program's attention to `columns` [ROWS] in shared memory, of each of SUM heads, into parts and stats at `part`.
+// q is the first head's row, the next one's is `stride` elements further.
+__device__ __forceinline__ void attend_part(
+    const Step &s, const void *q, size_t stride, const void *keys, const void *values, const int *columns, size_t part
+) {
+  __shared__ float sums[TEAMS][DIM], peaks[TEAMS], totals[TEAMS];
+  const int team = threadIdx.x / ABREAST, place = threadIdx.x % ABREAST;
+  uint4 k[BATCH][DEPTH], v[BATCH][DEPTH];
+  load_rows(k, keys, columns, 0);
+  load_rows(v, values, columns, 0);
+#pragma unroll 1
+  for (int head = 0; head < SUM; head++) {
+    float own_q[DEPTH][EACH];
+    Sum sum = {-infinity(), 0};
+#pragma unroll
+    for (int j = 0; j < DEPTH; j++) {
+      const int piece = j * ABREAST + place;
+      uint4 x = make_uint4(0, 0, 0, 0);
+      if (mine(piece)) x = static_cast<const uint4 *>(q)[(head * stride) / EACH + piece];
+      widen(x, own_q[j]);
+#pragma unroll
+      for (int e = 0; e < EACH; e++) own_q[j][e] *= s.scale * LOG2E, sum.values[j][e] = 0;
+    }
+#pragma unroll 1
+    for (int from = 0; from < OWN; from += BATCH) {
+      if (BATCH < OWN && (head || from)) {
+        load_rows(k, keys, columns, from);
+        load_rows(v, values, columns, from);
+      }
+      attend_rows(sum, k, v, own_q, columns, from);
+    }
+    if (head) __syncthreads();
+#pragma unroll
+    for (int j = 0; j < DEPTH; j++) {
+      const int piece = j * ABREAST + place;
+#pragma unroll
+      for (int e = 0; e < EACH; e++)
+        if (mine(piece)) sums[team][piece * EACH + e] = sum.values[j][e];
+    }
+    if (place == 0) peaks[team] = sum.peak, totals[team] = sum.total;
+    __syncthreads();
+    float peak = -infinity(), total = 0;
+#pragma unroll
+    for (int i = 0; i < TEAMS; i++) peak = fmaxf(peak, peaks[i]);
+    const float base = peak == -infinity() ? 0 : peak;
+    float weights[TEAMS];
+#pragma unroll
+    for (int i = 0; i < TEAMS; i++) weights[i] = exp2f(peaks[i] - base), total += weights[i] * totals[i];
+    for (int d = threadIdx.x; d < DIM; d += THREADS) {
+      float x = 0;
+#pragma unroll
+      for (int i = 0; i < TEAMS; i++) x += weights[i] * sums[i][d];
+      __stcg(s.parts + (part * SUM + head) * DIM + d, x);
+    }
+    if (threadIdx.x == 0) __stcg(reinterpret_cast<float2 *>(s.stats) + part * SUM + head, make_float2(peak, total));
+  }
+}
+
+// Whether this program is the last of `programs` that arrive at a counter, which is then zero again.
+__device__ __forceinline__ bool is_last(int *arrived, int programs) {
+  __shared__ int last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(arrived, 1) == programs - 1;
+    __threadfence();
+    if (last) *arrived = 0;
+  }
+  __syncthreads();
+  return last;
+}
+
+// Join `programs` parts from `part` on and write SUM rows of out and lse from row0 on, T apart. A spoilt result is NaN.
+__device__ __forceinline__ void combine(const Step &s, size_t part, int programs, size_t row0, bool spoilt) {
+  constexpr int AT_ONCE = 16, COPIES = (DIM + THREADS - 1) / THREADS;
+  __shared__ float weights[THREADS], warp_peaks[THREADS / 32];
+  const float2 *stats = reinterpret_cast<const float2 *>(s.stats) + part * SUM;
+  const float *parts = s.parts + part * SUM * DIM;
+#pragma unroll 1
+  for (int head = 0; head < SUM; head++) {
+    float peak = -infinity(), total = 0, x[COPIES] = {};
+    for (int i = threadIdx.x; i < programs; i += THREADS) peak = fmaxf(peak, __ldcg(stats + i * SUM + head).x);
+#pragma unroll
+    for (int d = 16; d; d /= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, d));
+    if (threadIdx.x % 32 == 0) warp_peaks[threadIdx.x / 32] = peak;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < THREADS / 32; i++) peak = fmaxf(peak, warp_peaks[i]);
+    const float base = peak == -infinity() ? 0 : peak;
+    for (int from = 0; from < programs; from += THREADS) {
+      const int here = min(THREADS, programs - from);
+      if (from) __syncthreads();
+      float2 own = make_float2(-infinity(), 0);
+      if (threadIdx.x < here) own = __ldcg(stats + (from + threadIdx.x) * SUM + head);
+      weights[threadIdx.x] = exp2f(own.x - base);
+      float sum = weights[threadIdx.x] * own.y;
+#pragma unroll
+      for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+      __syncthreads();
+      if (threadIdx.x % 32 == 0) warp_peaks[threadIdx.x / 32] = sum;
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < THREADS / 32; i++) total += warp_peaks[i];
+#pragma unroll
+      for (int c = 0; c < COPIES; c++) {
+        const int d = c * THREADS + threadIdx.x;
+        if (d >= DIM) continue;
+        for (int i = 0; i < here; i += AT_ONCE) {
+          float own_parts[AT_ONCE];
+#pragma unroll
+          for (int j = 0; j < AT_ONCE; j++)
+            own_parts[j] = i + j < here ? __ldcg(parts + ((size_t)(from + i + j) * SUM + head) * DIM + d) : 0;
+#pragma unroll
+          for (int j = 0; j < AT_ONCE; j++) x[c] += i + j < here ? weights[i + j] * own_parts[j] : 0;
+        }
+      }
+    }
+    const size_t row = row0 + (size_t)head * s.T;
+#pragma unroll
+    for (int c = 0; c < COPIES; c++) {
+      const int d = c * THREADS + threadIdx.x;
+      if (d < DIM) store(s.out, row * DIM + d, spoilt ? __int_as_float(0x7fffffff) : total > 0 ? x[c] / total : 0);
+    }
+    if (threadIdx.x == 0) s.lse[row] = (base + log2f(total)) / LOG2E;
+    __syncthreads();
+  }
+}
