@@ -1,5 +1,5 @@
 // Second kernel of exact top-k: the threshold, one program's share of the chosen keys, attention to them.
-// Grid (slots / ROWS, rows), 128 threads. Ranks follow column order, so the result does not depend on the bounds.
+// Grid (slots / ROWS, Hkv * G / SUM, B * TOKENS), 128 threads. Ranks follow column order, so the result does not depend on the bounds.
 #include "rows.cuh"
 
 constexpr int WARPS = THREADS / 32, EACH_SCAN = 8;
@@ -111,14 +111,12 @@ __device__ __noinline__ int from_codes(
   __shared__ int histogram[DISTANCES];
   __shared__ int found[2];
   const int lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) terms.base = 0;
   for (int i = threadIdx.x; i < DISTANCES; i += THREADS) histogram[i] = 0;
-  __syncthreads();
-  prepare(&terms, 1, query, s.T * PLANES * WORDS, WARPS);
+  prepare(&terms, 1, query, TOKENS * PLANES * WORDS, WARPS);
   __syncthreads();
   int most = MOST_RANKED;
 #if RADIUS
-  most = min(most, within(s.radius, terms.base));
+  most = min(most, within(s.radius, terms.base()));
 #endif
   auto place_of = [&](const u32 *code, int column) {  // in the histogram; -1 for keys that may not be chosen
     const int d = ranked(code, terms), shift = offset(s, column, first, end);
@@ -183,15 +181,15 @@ __device__ __noinline__ int from_codes(
       c.nearer += near, c.ties += tie;
     }
   }
-  return terms.base + STEP * (cut - 1);
+  return terms.base() + STEP * (cut - 1);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4) attend(const __grid_constant__ Step s) {
   __shared__ int columns[ROWS];
-  const int part = blockIdx.x, row = blockIdx.y, lane = threadIdx.x % 32;
-  const int t = row % s.T, head = row / s.T, kv = head / (G / SUM);
+  const int part = blockIdx.x, lane = threadIdx.x % 32, b = blockIdx.z / TOKENS, t = blockIdx.z % TOKENS;
+  const int head = b * gridDim.y + blockIdx.y, kv = b * s.kv_heads + blockIdx.y / (G / SUM), row = head * TOKENS + t;
   int first, end;
-  span(s, kv / s.kv_heads, t, first, end);
+  span(s, b, t, first, end);
   const int visible = end - first;
 #if SHARE
   int wanted = (int)ceil((double)visible * s.share);
@@ -216,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) attend(const __grid_con
     const bool missed = enough == 0 || (level == LEVELS - 1 && here > wanted);
     int threshold = 0;
     if (missed) {
-      const u64 *query = s.query + ((size_t)head * SUM * s.T + t) * PLANES * WORDS;
+      const u64 *query = s.query + ((size_t)head * SUM * TOKENS + t) * PLANES * WORDS;
       const u64 *codes = s.codes + (size_t)kv * s.code_room * WORDS;
       threshold = from_codes(s, query, codes, first, end, wanted, rank0, rank1, columns);
     } else {
@@ -233,9 +231,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) attend(const __grid_con
   if (part >= programs) return;
   constexpr size_t SIZE = TYPE == 2 ? 4 : 2;
   const size_t programs_most = s.slots / ROWS, storage = (size_t)kv * s.room * DIM * SIZE;
-  const size_t q_row = (size_t)head * SUM * s.T + t;
+  const size_t q_row = (size_t)head * SUM * TOKENS + t;
   attend_part(
-      s, static_cast<const char *>(s.q) + q_row * DIM * SIZE, (size_t)s.T * DIM,
+      s, static_cast<const char *>(s.q) + q_row * DIM * SIZE, (size_t)TOKENS * DIM,
       static_cast<const char *>(s.keys) + storage, static_cast<const char *>(s.values) + storage, columns,
       row * programs_most + part
   );

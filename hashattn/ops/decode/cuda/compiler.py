@@ -86,12 +86,12 @@ def kernel(name: str, defines: Defines, device: int) -> Any:
     return _checked(driver.cuModuleGetFunction(module, name.encode()))
 
 
-def launch(kernel: Any, grid: tuple[int, int], threads: int, argument: ctypes.Structure, *, early: bool) -> None:
+def launch(kernel: Any, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, *, early: bool) -> None:
     """Launch a kernel of one argument on the current stream; early: it may start while the kernel before it ends."""
     from cuda.bindings import driver
 
     config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
     config.hStream = torch.cuda.current_stream().cuda_stream
     if early:

@@ -222,7 +222,7 @@ __device__ __forceinline__ void combine(const Step &s, size_t part, int programs
         }
       }
     }
-    const size_t row = row0 + (size_t)head * s.T;
+    const size_t row = row0 + (size_t)head * TOKENS;
 #pragma unroll
     for (int c = 0; c < COPIES; c++) {
       const int d = c * THREADS + threadIdx.x;

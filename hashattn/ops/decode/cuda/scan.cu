@@ -1,82 +1,128 @@
 // First kernel of exact top-k: a chunk's keys near each row's bound, in column order, and how many there are by level.
-// Grid (chunks, B * Hkv * T * G / SUM / LANES), 256 threads. Eight keys or four a thread; a row's candidates are few, so
-// that counting bits, a quarter-rate instruction, is what takes the time.
+// Grid (chunks, Hkv * G / SUM / LANES, B * TOKENS), 256 threads. A thread looks at a few neighbouring keys. Counting bits, a
+// quarter-rate instruction, takes the time; candidates are few, so they are queued and written by all threads at once.
 #include "step.cuh"
 
-constexpr int WARPS = 8, LOADS = 4, KEYS = LOADS * PAIR;
-constexpr int TILE = CHUNK / WARPS;  // columns of a warp: load j of lane l holds PAIR columns from (32 j + l) * PAIR on
+constexpr int WARPS = 8, THREADS = 32 * WARPS, KEYS = CHUNK / THREADS;
+constexpr bool CLAMPED = MOST_RANKED > 96;  // more than a byte may be lacking to the bound
 
-// Four counters of 8 bits, of the flagged keys of each load.
-__device__ __forceinline__ u32 by_load(u32 flags) {
-  if (PAIR == 1) return (flags | flags << 7 | flags << 14 | flags << 21) & 0x01010101;
-  const u32 pairs = (flags & 0x55) + (flags >> 1 & 0x55);
-  return (pairs | pairs << 6 | pairs << 12 | pairs << 18) & 0x03030303;
+// Sixteen bits for each lane's number: of candidates.
+struct Lengths {
+  u32 low, high;
+  __device__ __forceinline__ void add(Lengths other) { low += other.low, high += other.high; }
+  __device__ __forceinline__ int of(int lane) const { return (lane < 2 ? low : high) >> (lane % 2 * 16) & 0xffff; }
+};
+
+// Ask for a row's keys and values, so that they are on their way when the second kernel wants them.
+__device__ __forceinline__ void prefetch(const void *storage, size_t row) {
+#if PREFETCH
+  constexpr int BYTES = DIM * (TYPE == 2 ? 4 : 2);
+#pragma unroll
+  for (int i = 0; i < BYTES; i += 128)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char *>(storage) + row * BYTES + i));
+#endif
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS) scan(const __grid_constant__ Step s) {
+extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant__ Step s) {
   __shared__ Terms terms[LANES];
-  __shared__ int histogram[LANES][LEVELS];
-  __shared__ u16 found[LANES][WARPS];
+  __shared__ int bounds[LANES], histogram[LANES][LEVELS];
+  __shared__ Lengths found[WARPS];
+  __shared__ u16 queue[LANES * CHUNK];  // candidates of all lanes, one lane's after the other's
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int groups = G / SUM / LANES, group = blockIdx.y % groups, t = blockIdx.y / groups % s.T;
-  const int kv = blockIdx.y / groups / s.T, chunk = blockIdx.x, low = chunk * CHUNK;
-  const int row0 = (kv * (G / SUM) + group * LANES) * s.T + t;  // the next lane's is T further
+  constexpr int GROUPS = G / SUM / LANES;
+  const int b = blockIdx.z / TOKENS, t = blockIdx.z % TOKENS, group = blockIdx.y % GROUPS;
+  const int kv = b * s.kv_heads + blockIdx.y / GROUPS, chunk = blockIdx.x, low = chunk * CHUNK;
+  const int row0 = (kv * (G / SUM) + group * LANES) * TOKENS + t;  // the next lane's is T further
   const u64 *codes = s.codes + (size_t)kv * s.code_room * WORDS;
+  constexpr int LINE = 16 / WORDS;  // codes in 128 bytes
+  if (thread < CHUNK / LINE && low + thread * LINE < min(*s.length, s.code_room))  // a length of before is as good
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(codes + (size_t)(low + thread * LINE) * WORDS));
   wait_for_the_kernel_before();
-  int first, end;
-  span(s, kv / s.kv_heads, t, first, end);
-  if (low >= end || low + CHUNK <= first) return;  // nobody looks at what is not written
-
+  const int own = low + thread * KEYS;  // this thread's first column
   u32 code[KEYS][HALVES];
 #pragma unroll
-  for (int j = 0; j < LOADS; j++)
-    load_codes(code[j * PAIR], codes, low + warp * TILE + (j * 32 + lane) * PAIR, s.code_room);
-  if (thread < LANES) terms[thread].base = 0;
-  for (int i = thread; i < LANES * LEVELS; i += 32 * WARPS) histogram[0][i] = 0;
-  __syncthreads();
-  const u64 *query = s.query + ((size_t)(kv * G + group * LANES * SUM) * s.T + t) * PLANES * WORDS;
-  prepare(terms, LANES, query, s.T * PLANES * WORDS, WARPS);
+  for (int key = 0; key < KEYS; key += PAIR) load_codes(code[key], codes, own + key, s.code_room);
+  int first, end;
+  span(s, b, t, first, end);
+  if (low >= end || low + CHUNK <= first) return;  // nobody looks at what is not written
+  if (thread < LANES) bounds[thread] = read_bound(s, row0 + thread * TOKENS);
+  if (thread < LANES * LEVELS) histogram[0][thread] = 0;
+  const u64 *query = s.query + ((size_t)(kv * G + group * LANES * SUM) * TOKENS + t) * PLANES * WORDS;
+  prepare(terms, LANES, query, TOKENS * PLANES * WORDS, WARPS);
   __syncthreads();
 
-  const bool edge = low < first + s.sinks || low + CHUNK > end - s.recents;  // holds keys that are unseen or forced
-  u32 flags[LANES], nearer[LANES][KEYS / 4], before[LANES];
+  u32 seen = (1 << KEYS) - 1, forced = 0;
+  if (low < first + s.sinks || low + CHUNK > end - s.recents) {
+    seen = 0;
+#pragma unroll
+    for (int key = 0; key < KEYS; key++) {
+      const int shift = offset(s, own + key, first, end);
+      seen |= (u32)(shift <= 0) << key, forced |= (u32)(shift < 0) << key;
+    }
+  }
+  u32 flags[LANES], lacking[LANES][KEYS / 4];  // lacking: a byte for each key, ~level
+  Lengths length = {0, 0};
 #pragma unroll
   for (int i = 0; i < LANES; i++) {
-    const int past = within(read_bound(s, row0 + i * s.T), terms[i].base) + 1;
+    const int past = within(bounds[i], terms[i].base()) + 1;
     flags[i] = 0;
 #pragma unroll
     for (int key = KEYS - 1; key >= 0; key--) {
-      int short_of = ranked(code[key], terms[i]) - past;  // negative within the bound
-      if (edge) short_of += offset(s, low + warp * TILE + (key / PAIR * 32 + lane) * PAIR + key % PAIR, first, end);
-      flags[i] = __funnelshift_l(short_of, flags[i], 1);
-      nearer[i][key / 4] = __byte_perm(max(short_of, -LEVELS), nearer[i][key / 4], 0x6540);
+      const int beyond = ranked(code[key], terms[i]) - past;  // negative within the bound
+      flags[i] = __funnelshift_l(beyond, flags[i], 1);
+      lacking[i][key / 4] = __byte_perm(CLAMPED ? max(beyond, -LEVELS) : beyond, lacking[i][key / 4], 0x6540);
     }
-    const u32 own = by_load(flags[i]);
-    u32 upto = own;
+    if (forced) {  // as near as can be
 #pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const u32 other = __shfl_up_sync(~0u, upto, d);
-      if (lane >= d) upto += other;
+      for (int key = 0; key < KEYS; key++) {
+        const u32 byte = 0xffu << key % 4 * 8;
+        if (forced >> key & 1) lacking[i][key / 4] = lacking[i][key / 4] & ~byte | (u32)-LEVELS << key % 4 * 8;
+      }
     }
-    const u32 all = __shfl_sync(~0u, upto, 31), loads_before = all * 0x01010100u;
-    if (lane == 0) found[i][warp] = (loads_before >> 24) + (all >> 24);
-    before[i] = upto - own + loads_before;
+    flags[i] = flags[i] & seen | forced;
+    (i < 2 ? length.low : length.high) += __popc(flags[i]) << (i % 2 * 16);
   }
+  Lengths upto = length;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const Lengths other = {__shfl_up_sync(~0u, upto.low, d), __shfl_up_sync(~0u, upto.high, d)};
+    if (lane >= d) upto.add(other);
+  }
+  if (lane == 31) found[warp] = upto;
   __syncthreads();
+  Lengths before = {upto.low - length.low, upto.high - length.high}, all = {0, 0};
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) {
+    if (w < warp) before.add(found[w]);
+    all.add(found[w]);
+  }
+  int start = 0;
 #pragma unroll
   for (int i = 0; i < LANES; i++) {
-    int at = 0;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) at += w < warp ? found[i][w] : 0;
-    u16 *list = s.lists + ((size_t)(row0 + i * s.T) * s.chunks + chunk) * CHUNK + at;
+    u16 *to = queue + start + before.of(i);
     for (u32 left = flags[i]; left; left &= left - 1) {
-      const int key = __ffs(left) - 1, load = key / PAIR;
-      int rank = before[i] >> (8 * load) & 255;
-      if (key % PAIR) rank += flags[i] >> (key - 1) & 1;
-      const int level = ~(int)(signed char)(nearer[i][key / 4] >> (8 * (key % 4)));  // bound - ranked
-      const int place = warp * TILE + (load * 32 + lane) * PAIR + key % PAIR;
-      list[rank] = level << PLACE_BITS | place;
-      atomicAdd(&histogram[i][level], 1);
+      const int key = __ffs(left) - 1;
+      int beyond;  // its byte, and the byte's sign three times
+      asm("prmt.b32 %0, %1, %2, %3;"
+          : "=r"(beyond) : "r"(lacking[i][0]), "r"(lacking[i][KEYS / 4 - 1]), "r"(key * 0x1111 | 0x8880));
+      *to++ = ~max(beyond, -LEVELS) << PLACE_BITS | (thread * KEYS + key);
+    }
+    start += all.of(i);
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int at = thread; at < start; at += THREADS) {
+    int i = 0, rank = at;
+#pragma unroll
+    for (int j = 0; j < LANES - 1; j++)
+      if (i == j && rank >= all.of(j)) rank -= all.of(j), i++;
+    const u32 entry = queue[at];
+    const int level = entry >> PLACE_BITS;
+    s.lists[((size_t)(row0 + i * TOKENS) * s.chunks + chunk) * CHUNK + rank] = entry;
+    atomicAdd(&histogram[i][level], 1);
+    if (level * STEP >= s.margin) {
+      const size_t row = (size_t)kv * s.room + low + (entry & ((1 << PLACE_BITS) - 1));
+      prefetch(s.keys, row), prefetch(s.values, row);
     }
   }
   __syncthreads();
@@ -87,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan(const __grid_const
       const int other = __shfl_down_sync(~0u, count, d);
       if (lane + d < 32) count += other;
     }
-    const int row = row0 + warp * s.T;
+    const int row = row0 + warp * TOKENS;
     s.counts[((size_t)row * LEVELS + lane) * s.chunks + chunk] = count;
     if (count) atomicAdd(s.totals + row * LEVELS + lane, count);
   }

@@ -2,7 +2,7 @@
 //
 // The host defines: G query heads a KV head; SUM heads that choose together (1 or G); LANES rows that a program of the
 // scan serves; WORDS of 64 bits a code; PLANES of a query; DIM of a head; TYPE of keys and values (0 bfloat16, 1 float16,
-// 2 float32); ROWS that a program of the second kernel attends to; CAUSAL, SHARE, RADIUS; ALIGNED: codes may be read in
+// 2 float32); TOKENS queries a head; ROWS that a program of the second kernel attends to; CAUSAL, SHARE, RADIUS; ALIGNED: codes may be read in
 // 16 bytes. A row is one choice of keys: a query head's, or a KV head's with SUM = G, at one of T positions.
 
 typedef unsigned long long u64;
@@ -24,7 +24,7 @@ struct Step {
   float *lse;                     // [B, Hq, T]
   double share;
   float scale;
-  int k, radius, sinks, recents, margin, room, code_room, chunks, slots, kv_heads, T;
+  int k, radius, sinks, recents, margin, room, code_room, chunks, slots, kv_heads;
 };
 
 constexpr int LEVELS = 32;  // how much nearer than the bound a candidate is, where it is no more than LEVELS - 1
@@ -48,7 +48,13 @@ constexpr int MOST_RANKED = 64 * WORDS * WEIGHT / STEP;
 struct Terms {
   u32 cheaper[HALVES];
   u32 masks[SLICES > 0 ? SLICES : 1][HALVES];
-  int base;
+  int bases[HALVES];  // of each word's bits
+  __device__ __forceinline__ int base() const {
+    int sum = 0;
+#pragma unroll
+    for (int w = 0; w < HALVES; w++) sum += bases[w];
+    return WEIGHT == 1 ? 0 : sum;
+  }
 };
 
 __device__ __forceinline__ void wait_for_the_kernel_before() {
@@ -68,7 +74,7 @@ __device__ __forceinline__ void span(const Step &s, int b, int t, int &first, in
   first = s.starts[b];
   end = min(*s.length, s.code_room);
 #if CAUSAL
-  end += t - (s.T - 1);
+  end += t - (TOKENS - 1);
 #endif
   end = max(end, first);
 }
@@ -83,14 +89,19 @@ __device__ __forceinline__ int read_bound(const Step &s, int row) {
 #if RADIUS
   return s.radius;
 #else
-  return min(max(s.bounds[row] >> 4, 0), FAR - 1);
+  return min(max(s.bounds[row] >> 4, 0), 64 * WORDS * WEIGHT);
 #endif
 }
 
 // Terms of `lanes` rows, from the query of the first; the next row's is SUM * stride words further. All threads call it,
-// and synchronise before and after; base is zero before.
+// and synchronise after it.
 __device__ __forceinline__ void prepare(Terms *terms, int lanes, const u64 *query, int stride, int warps) {
   const u32 *words = reinterpret_cast<const u32 *>(query);
+  if (WEIGHT == 1) {
+    const int row = threadIdx.x / HALVES, word = threadIdx.x % HALVES;
+    if (row < lanes) terms[row].cheaper[word] = words[row * stride * 2 + word];
+    return;
+  }
   const int lane = threadIdx.x % 32;
   for (int task = threadIdx.x / 32; task < lanes * HALVES; task += warps) {
     const int row = task / HALVES, word = task % HALVES;
@@ -102,14 +113,13 @@ __device__ __forceinline__ void prepare(Terms *terms, int lanes, const u64 *quer
         dear += (words[((row * SUM + i) * stride + p * WORDS) * 2 + word] >> lane & 1) << p;
     const int cheap = min(dear, WEIGHT - dear), extra = (WEIGHT - 2 * cheap) / 2;
     const u32 cheaper = __ballot_sync(~0u, dear > WEIGHT - dear);
-    if (lane == 0) terms[row].cheaper[word] = cheaper;
 #pragma unroll
     for (int p = 0; p < SLICES; p++) {
       const u32 mask = __ballot_sync(~0u, extra >> p & 1);
       if (lane == 0) terms[row].masks[p][word] = mask;
     }
     const int base = __reduce_add_sync(~0u, cheap);
-    if (lane == 0) atomicAdd(&terms[row].base, base);
+    if (lane == 0) terms[row].cheaper[word] = cheaper, terms[row].bases[word] = base;
   }
 }
 

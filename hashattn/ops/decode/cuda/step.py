@@ -19,7 +19,7 @@ _POINTERS = (
     "parts", "stats", "ids", "out", "lse",
 )  # fmt: skip
 _INTS = (
-    "k", "radius", "sinks", "recents", "margin", "room", "code_room", "chunks", "slots", "kv_heads", "T",
+    "k", "radius", "sinks", "recents", "margin", "room", "code_room", "chunks", "slots", "kv_heads",
 )  # fmt: skip
 
 
@@ -65,21 +65,20 @@ def decode(
         **{name: x.data_ptr() for name, x in tensors.items()}, share=rule.share or 0.0, scale=scale, k=rule.k or 0,
         radius=min(rule.radius or 0, 64 * words * spread), sinks=rule.sinks, recents=rule.recents,
         margin=2 * math.isqrt(spread), room=room, code_room=code_room, chunks=chunks, slots=slots, kv_heads=kv_heads,
-        T=tokens,
     )  # fmt: skip
     lanes = max(n for n in (1, 2, 3, 4) if group // summed % n == 0)
     common = {
-        "G": group, "SUM": summed, "WORDS": words, "PLANES": planes, "CAUSAL": causal,
+        "G": group, "SUM": summed, "TOKENS": tokens, "WORDS": words, "PLANES": planes, "CAUSAL": causal,
         "RADIUS": rule.radius is not None,
         "ALIGNED": code_room * words % 2 == 0 and codes.data_ptr() % 16 == 0,
     }  # fmt: skip
-    defines = compiler.defines_of(common | {"LANES": lanes, "DIM": 64, "TYPE": 0, "ROWS": 64, "SHARE": 0})
+    defines = compiler.defines_of(common | {"LANES": lanes, "DIM": dim, "TYPE": TYPES[q.dtype], "PREFETCH": 1})
     early = torch.cuda.get_device_capability(device) >= (9, 0)
     scan = compiler.kernel("scan", defines, q.get_device())
-    compiler.launch(scan, (chunks, rows // lanes), 256, step, early=early)
+    compiler.launch(scan, (chunks, kv_heads * group // summed // lanes, batch * tokens), 256, step, early=early)
     if not scan_only:
         own = {"DIM": dim, "TYPE": TYPES[q.dtype], "ROWS": rows_each, "SHARE": rule.share is not None}
         defines = compiler.defines_of(common | {"LANES": 1} | own)
         attend = compiler.kernel("attend", defines, q.get_device())
-        compiler.launch(attend, (slots // rows_each, rows), 128, step, early=early)
+        compiler.launch(attend, (slots // rows_each, kv_heads * group // summed, batch * tokens), 128, step, early=early)
     return out, lse, ids.view(batch, -1, tokens, slots)
