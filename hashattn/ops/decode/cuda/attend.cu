@@ -1,6 +1,6 @@
 // Second kernel of exact top-k: the threshold, one program's share of the chosen keys, attention to them.
 // Grid (slots / ROWS, Hkv * G / SUM, B * TOKENS), 128 threads. Ranks follow column order, so the result does not depend on the bounds.
-#include "rows.cuh"
+#include "group.cuh"
 
 constexpr int WARPS = THREADS / 32, EACH_SCAN = 8;
 
@@ -184,7 +184,7 @@ __device__ __noinline__ int from_codes(
   return terms.base() + STEP * (cut - 1);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 4) attend(const __grid_constant__ Step s) {
+extern "C" __global__ void __launch_bounds__(THREADS, DIM > 128 ? 3 : 4) attend(const __grid_constant__ Step s) {
   __shared__ int columns[ROWS];
   const int part = blockIdx.x, lane = threadIdx.x % 32, b = blockIdx.z / TOKENS, t = blockIdx.z % TOKENS;
   const int head = b * gridDim.y + blockIdx.y, kv = b * s.kv_heads + blockIdx.y / (G / SUM), row = head * TOKENS + t;
@@ -232,7 +232,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) attend(const __grid_con
   constexpr size_t SIZE = TYPE == 2 ? 4 : 2;
   const size_t programs_most = s.slots / ROWS, storage = (size_t)kv * s.room * DIM * SIZE;
   const size_t q_row = (size_t)head * SUM * TOKENS + t;
+#if TENSOR_CORES
+  attend_group(
+#else
   attend_part(
+#endif
       s, static_cast<const char *>(s.q) + q_row * DIM * SIZE, (size_t)TOKENS * DIM,
       static_cast<const char *>(s.keys) + storage, static_cast<const char *>(s.values) + storage, columns,
       row * programs_most + part

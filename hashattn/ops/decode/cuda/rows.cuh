@@ -1,16 +1,33 @@
 // Attention to a program's ROWS keys, its part of the result, and the last program's combination of all parts.
 #include "step.cuh"
 
-constexpr int THREADS = 128;
+#if LOCAL
+constexpr int THREADS = 256, JOINED = LANES;  // threads, and heads whose results lie together in a part
+#else
+constexpr int THREADS = 128, JOINED = SUM;
+#endif
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr int EACH = TYPE == 2 ? 4 : 8;  // numbers in 16 bytes
 constexpr int PIECES = DIM / EACH;       // of a row
 constexpr int ABREAST = PIECES <= 8 ? 8 : PIECES <= 16 ? 16 : 32;  // threads that read a row
 constexpr int DEPTH = (PIECES + ABREAST - 1) / ABREAST;            // pieces of one of them
 constexpr int TEAMS = THREADS / ABREAST;
-constexpr int OWN = ROWS / TEAMS;                                // rows of a team
-constexpr int BATCH = OWN * DEPTH <= 8 ? OWN : 8 / DEPTH;        // that it holds at a time
-static_assert(OWN % BATCH == 0 && ROWS % TEAMS == 0, "ROWS must be a multiple of what a program holds");
+#if LOCAL
+constexpr int TEAMS_EACH = TEAMS / LANES;                         // of a head, which has ROWS keys of its own
+constexpr int LEAST = (ROWS + TEAMS_EACH - 1) / TEAMS_EACH;
+#else
+constexpr int LEAST = (ROWS + TEAMS - 1) / TEAMS;                 // rows of a team
+#endif
+constexpr int BATCH = LEAST * DEPTH <= 8 ? LEAST : 8 / DEPTH;     // that it holds at a time
+constexpr int OWN = (LEAST + BATCH - 1) / BATCH * BATCH;          // rows of a team, some of which may not be there
+#if SUM > 1 && TYPE != 2
+#define TENSOR_CORES 1  // group.cuh attends, and keeps parts in an order of its own
+constexpr int PART = (DIM + 63) / 64 * 64;
+__device__ __forceinline__ int dim_of(int place) { return place / 64 * 64 + place % 8 * 8 + place % 64 / 8; }
+#else
+constexpr int PART = DIM;
+__device__ __forceinline__ int dim_of(int place) { return place; }
+#endif
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
@@ -157,7 +174,7 @@ __device__ __forceinline__ void attend_part(
       float x = 0;
 #pragma unroll
       for (int i = 0; i < TEAMS; i++) x += weights[i] * sums[i][d];
-      __stcg(s.parts + (part * SUM + head) * DIM + d, x);
+      __stcg(s.parts + (part * SUM + head) * PART + d, x);
     }
     if (threadIdx.x == 0) __stcg(reinterpret_cast<float2 *>(s.stats) + part * SUM + head, make_float2(peak, total));
   }
@@ -177,58 +194,74 @@ __device__ __forceinline__ bool is_last(int *arrived, int programs) {
   return last;
 }
 
-// Join `programs` parts from `part` on and write SUM rows of out and lse from row0 on, T apart. A spoilt result is NaN.
+// Join `programs` parts from `part` on and write JOINED rows of out and lse from row0 on, TOKENS apart. A spoilt result is
+// NaN.
 __device__ __forceinline__ void combine(const Step &s, size_t part, int programs, size_t row0, bool spoilt) {
-  constexpr int AT_ONCE = 16, COPIES = (DIM + THREADS - 1) / THREADS;
-  __shared__ float weights[THREADS], warp_peaks[THREADS / 32];
-  const float2 *stats = reinterpret_cast<const float2 *>(s.stats) + part * SUM;
-  const float *parts = s.parts + part * SUM * DIM;
+  constexpr int TILE = 64, AT_ONCE = 16, OUTPUTS = (JOINED * PART + THREADS - 1) / THREADS;
+  __shared__ float weights[JOINED][TILE], peaks[JOINED], sums[JOINED], shrinks[JOINED];
+  const int lane = threadIdx.x % 32;
+  const float2 *stats = reinterpret_cast<const float2 *>(s.stats) + part * JOINED;
+  const float *parts = s.parts + part * JOINED * PART;
+  float x[OUTPUTS] = {}, ahead[AT_ONCE];  // the first parts are on their way while their weights are found
+  auto load = [&](int output, int from) {
+    const int at = output * THREADS + threadIdx.x;
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; j++)
+      ahead[j] = from + j < programs && at < JOINED * PART ? __ldcg(parts + (size_t)(from + j) * JOINED * PART + at) : 0;
+  };
+  load(0, 0);
+  if (threadIdx.x < JOINED) peaks[threadIdx.x] = -infinity(), sums[threadIdx.x] = 0;
+  __syncthreads();
 #pragma unroll 1
-  for (int head = 0; head < SUM; head++) {
-    float peak = -infinity(), total = 0, x[COPIES] = {};
-    for (int i = threadIdx.x; i < programs; i += THREADS) peak = fmaxf(peak, __ldcg(stats + i * SUM + head).x);
+  for (int from = 0; from < programs; from += TILE) {
+    for (int head = threadIdx.x / 32; head < JOINED; head += THREADS / 32) {
+      float2 own[TILE / 32];
+      float peak = peaks[head];
+      const float old = peak;
 #pragma unroll
-    for (int d = 16; d; d /= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, d));
-    if (threadIdx.x % 32 == 0) warp_peaks[threadIdx.x / 32] = peak;
-    __syncthreads();
+      for (int i = 0; i < TILE / 32; i++) {
+        const int at = from + i * 32 + lane;
+        own[i] = at < programs ? __ldcg(stats + (size_t)at * JOINED + head) : make_float2(-infinity(), 0);
+        peak = fmaxf(peak, own[i].x);
+      }
 #pragma unroll
-    for (int i = 0; i < THREADS / 32; i++) peak = fmaxf(peak, warp_peaks[i]);
-    const float base = peak == -infinity() ? 0 : peak;
-    for (int from = 0; from < programs; from += THREADS) {
-      const int here = min(THREADS, programs - from);
-      if (from) __syncthreads();
-      float2 own = make_float2(-infinity(), 0);
-      if (threadIdx.x < here) own = __ldcg(stats + (from + threadIdx.x) * SUM + head);
-      weights[threadIdx.x] = exp2f(own.x - base);
-      float sum = weights[threadIdx.x] * own.y;
+      for (int d = 16; d; d /= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, d));
+      const float base = peak == -infinity() ? 0 : peak;
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < TILE / 32; i++) {
+        const float weight = exp2f(own[i].x - base);
+        weights[head][i * 32 + lane] = weight, sum += weight * own[i].y;
+      }
 #pragma unroll
       for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
-      __syncthreads();
-      if (threadIdx.x % 32 == 0) warp_peaks[threadIdx.x / 32] = sum;
-      __syncthreads();
-#pragma unroll
-      for (int i = 0; i < THREADS / 32; i++) total += warp_peaks[i];
-#pragma unroll
-      for (int c = 0; c < COPIES; c++) {
-        const int d = c * THREADS + threadIdx.x;
-        if (d >= DIM) continue;
-        for (int i = 0; i < here; i += AT_ONCE) {
-          float own_parts[AT_ONCE];
-#pragma unroll
-          for (int j = 0; j < AT_ONCE; j++)
-            own_parts[j] = i + j < here ? __ldcg(parts + ((size_t)(from + i + j) * SUM + head) * DIM + d) : 0;
-#pragma unroll
-          for (int j = 0; j < AT_ONCE; j++) x[c] += i + j < here ? weights[i + j] * own_parts[j] : 0;
-        }
+      if (lane == 0) {
+        const float shrink = exp2f(old - base);
+        shrinks[head] = shrink, peaks[head] = peak, sums[head] = sums[head] * shrink + sum;
       }
     }
-    const size_t row = row0 + (size_t)head * TOKENS;
-#pragma unroll
-    for (int c = 0; c < COPIES; c++) {
-      const int d = c * THREADS + threadIdx.x;
-      if (d < DIM) store(s.out, row * DIM + d, spoilt ? __int_as_float(0x7fffffff) : total > 0 ? x[c] / total : 0);
-    }
-    if (threadIdx.x == 0) s.lse[row] = (base + log2f(total)) / LOG2E;
     __syncthreads();
+#pragma unroll
+    for (int output = 0; output < OUTPUTS; output++) {
+      const int head = min((output * THREADS + (int)threadIdx.x) / PART, JOINED - 1);
+      x[output] *= shrinks[head];
+      for (int i = 0; i < min(TILE, programs - from); i += AT_ONCE) {
+        if (output || from || i) load(output, from + i);
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) x[output] += weights[head][i + j] * ahead[j];
+      }
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int output = 0; output < OUTPUTS; output++) {
+    const int at = output * THREADS + threadIdx.x, head = at / PART, d = dim_of(at % PART);
+    if (at >= JOINED * PART || d >= DIM) continue;
+    const float sum = sums[head], result = spoilt ? __int_as_float(0x7fffffff) : sum > 0 ? x[output] / sum : 0;
+    store(s.out, (row0 + (size_t)head * TOKENS) * DIM + d, result);
+  }
+  if (threadIdx.x < JOINED) {
+    const float peak = peaks[threadIdx.x];
+    s.lse[row0 + (size_t)threadIdx.x * TOKENS] = ((peak == -infinity() ? 0 : peak) + log2f(sums[threadIdx.x])) / LOG2E;
   }
 }

@@ -15,12 +15,10 @@ struct Lengths {
 
 // Ask for a row's keys and values, so that they are on their way when the second kernel wants them.
 __device__ __forceinline__ void prefetch(const void *storage, size_t row) {
-#if PREFETCH
   constexpr int BYTES = DIM * (TYPE == 2 ? 4 : 2);
 #pragma unroll
   for (int i = 0; i < BYTES; i += 128)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char *>(storage) + row * BYTES + i));
-#endif
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant__ Step s) {
@@ -120,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
     const int level = entry >> PLACE_BITS;
     s.lists[((size_t)(row0 + i * TOKENS) * s.chunks + chunk) * CHUNK + rank] = entry;
     atomicAdd(&histogram[i][level], 1);
-    if (level * STEP >= s.margin) {
+    if (PREFETCH && level * STEP >= s.margin + 2) {  // nearer than the last threshold
       const size_t row = (size_t)kv * s.room + low + (entry & ((1 << PLACE_BITS) - 1));
       prefetch(s.keys, row), prefetch(s.values, row);
     }

@@ -18,7 +18,7 @@ struct Step {
   int *arrived;                   // [rows], zero before and after
   u16 *lists;                     // [rows, chunks, CHUNK]: level << PLACE_BITS | place, in column order
   u16 *counts;                    // [rows, LEVELS, chunks]: candidates of at least this level
-  float *parts, *stats;           // [rows, programs, SUM, DIM], [rows, programs, SUM, 2]
+  float *parts, *stats;           // [parts, JOINED, PART], [parts, JOINED, 2]
   int *ids;                       // [rows, slots]
   void *out;                      // [B, Hq, T, DIM]
   float *lse;                     // [B, Hq, T]
@@ -31,7 +31,7 @@ constexpr int LEVELS = 32;  // how much nearer than the bound a candidate is, wh
 constexpr int FAR = 1 << 14;  // beyond every distance
 constexpr int PLACE_BITS = 11;
 constexpr int PAIR = WORDS == 1 ? 2 : 1;  // codes in 16 bytes, or 1
-constexpr int CHUNK = 1024 * PAIR;        // keys of a program of the scan
+constexpr int CHUNK = WORDS == 4 ? 1024 : 2048;  // keys of a program of the scan
 constexpr int HALVES = 2 * WORDS;         // 32-bit words of a code
 
 // The summed distance of a key to SUM queries of PLANES bit planes counts, for each bit, the weight of the terms that

@@ -42,7 +42,8 @@ def decode(
     group, device = q_heads // kv_heads, q.device
     summed = group if rule.shared else 1
     planes, words = query.shape[3:]
-    rows_each = 64 if summed == 1 else 32  # keys of a program of the second kernel
+    tensor_cores = summed > 1 and q.dtype != torch.float32
+    rows_each = 32 if summed > 1 and not tensor_cores else 64  # keys of a program of the second kernel
     chunk = 2048 if words == 1 else 1024
     rows, chunks = batch * q_heads // summed * tokens, -(-code_room // chunk)
     slots = -(-max(1, rule.slots(room)) // rows_each) * rows_each
@@ -54,7 +55,7 @@ def decode(
         "arrived": scratch.borrow("arrived", (rows,), torch.int32, device),
         "lists": scratch.borrow("lists", (rows, chunks, chunk), torch.int16, device),
         "counts": scratch.borrow("counts", (rows, LEVELS, chunks), torch.int16, device),
-        "parts": scratch.borrow("parts", (rows, slots // rows_each, summed, dim), torch.float32, device),
+        "parts": scratch.borrow("parts", (rows, slots // rows_each, summed, -(-dim // 64) * 64), torch.float32, device),
         "stats": scratch.borrow("stats", (rows, slots // rows_each, summed, 2), torch.float32, device),
     }
     tensors = {
