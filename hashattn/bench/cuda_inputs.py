@@ -83,5 +83,5 @@ def make_layer(
         normal(*kv, case.keys, case.head_dim), normal(*kv, case.keys, case.head_dim), codes,
         torch.zeros(case.batch, dtype=torch.int32, device=device),
         torch.tensor([case.keys], dtype=torch.int32, device=device),
-        torch.zeros(rows, dtype=torch.int32, device=device),
+        torch.zeros((2, rows), dtype=torch.int32, device=device),
     )  # fmt: skip

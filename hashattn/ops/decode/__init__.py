@@ -9,9 +9,11 @@ import torch
 from hashattn.ops.decode.reference import decode as reference
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.scratch import Scratch
+from hashattn.ops.decode.sizes import Sizes
 
-__all__ = ["Rule", "Scratch", "reference", "why_not"]
+__all__ = ["Rule", "Scratch", "Sizes", "reference", "why_not"]
 
+DEVICES = ("cuda",)
 HEAD_DIMS = (64, 96, 128, 256)
 MOST_LEVELS = 4096  # distances that are told apart
 MOST_TOKENS = 16
@@ -29,7 +31,7 @@ def why_not(
         words: int64 words of a code.
         planes: bit planes of a query.
     """
-    if device != "cuda":
+    if device not in DEVICES:
         return f"its kernels need an NVIDIA GPU, the tensors are on {device}"
     if importlib.util.find_spec("triton") is None:
         return 'it needs Triton: pip install "hashattn[gpu]"'

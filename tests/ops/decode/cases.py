@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hashattn.ops.decode import Rule, Scratch, reference
+from hashattn.ops.decode import Rule, reference
+from hashattn.ops.decode.sizes import Sizes
 from tests.structured import generator
 
 WORST = 2**31 - 1
@@ -30,6 +31,12 @@ class Inputs:
 
     def to(self, device: str) -> Inputs:
         return Inputs(*(x.to(device) for x in self.all))
+
+    def state(self, rule: Rule) -> tuple[Tensor, Tensor]:
+        """Bounds of a first step, and a workspace that holds anything."""
+        sizes = Sizes.of(self.q, self.query, self.keys, self.codes, rule)
+        bounds = torch.zeros((2, sizes.rows), dtype=torch.int32, device=self.q.device)
+        return bounds, torch.full((sizes.workspace,), 0xA5, dtype=torch.uint8, device=self.q.device)
 
     @property
     def all(self) -> tuple[Tensor, ...]:
@@ -91,15 +98,15 @@ def agrees(decode: Any, x: Inputs, rule: Rule, *, causal: bool = True) -> None:
     """The step's keys are the reference's, its outputs within rounding, and bitwise the same whatever the bounds."""
     scale = x.q.shape[-1] ** -0.5
     ids = reference(*x.all, rule, scale=scale, causal=causal)[2]
-    rows, scratch, first = ids.shape[0] * ids.shape[1] * ids.shape[2], Scratch(), None
-    bounds = torch.zeros(rows, dtype=torch.int32, device=x.q.device)
+    (bounds, workspace), first = x.state(rule), None
     for wrong in (None, None, 0, WORST, 16 * 20):  # none: what the step before left
         if wrong is not None:
-            bounds.fill_(wrong)
+            bounds[0].fill_(wrong)
         with poisoned():
-            found = decode(*x.all, bounds, rule, scratch, scale=scale, causal=causal)
+            found = decode(*x.all, bounds, rule, workspace, scale=scale, causal=causal)
         assert torch.equal(found[2][..., : ids.shape[-1]], ids), (rule, wrong)
         assert (found[2][..., ids.shape[-1] :] == -1).all()
+        assert not bounds[1].any()
         first = found if first is None else first
         assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True)), (rule, wrong)
     exact = reference(*(y.double() if y.is_floating_point() else y for y in x.all), rule, scale=scale, causal=causal)

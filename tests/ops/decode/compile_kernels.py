@@ -20,7 +20,7 @@ from hashattn.ops.decode.topk import attend_topk
 from hashattn.ops.decode.triton import CHUNK, ROWS, attend_warps, levels
 
 POINTERS = {
-    "query": "*i64", "codes": "*i64", "counts": "*u16", "share": "*fp64", "parts": "*fp32", "stats": "*fp32",
+    "query": "*i64", "codes": "*i64", "counts": "*u16", "parts": "*fp32", "stats": "*fp32",
     "lse": "*fp32", "centre": "*fp32", "query_planes": "*fp32", "key_planes": "*fp32",
 }  # fmt: skip
 NUMBERS = (
@@ -30,8 +30,8 @@ NUMBERS = (
 
 def type_of(fn: Any, name: str, dtype: str) -> str:
     """What Triton calls the type of an argument."""
-    if name == "scale":
-        return "fp32"
+    if name in ("scale", "share"):
+        return {"scale": "fp32", "share": "i64"}[name]
     if name in NUMBERS or (name == "k" and fn is attend_topk):
         return "i32"
     return "*" + dtype if name in ("q", "k", "v", "keys", "values", "out") else POINTERS.get(name, "*i32")

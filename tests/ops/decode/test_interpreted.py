@@ -1,5 +1,8 @@
 """The fused decode step under Triton's interpreter, on the CPU, against its reference."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 
 from hashattn import AsymmetricHash, SimHash
 from hashattn.ops.decode import Rule, Scratch, why_not
+from hashattn.ops.decode.sizes import Sizes
 from tests.ops.decode.cases import CASES, agrees, inputs
 from tests.structured import seeds
 
@@ -40,22 +44,26 @@ def test_any_length_and_budget(seed, filled, k, words, shared, recents):
 def test_codes_may_have_another_room_than_keys():
     x = inputs(3, filled=300, room=400)
     wide = torch.nn.functional.pad(x.codes, (0, 0, 0, 112))
-    a, b = (
-        decode(*x.all[:4], codes, *x.all[5:], torch.zeros(4, dtype=torch.int32), Rule(k=9), Scratch(), scale=1.0)
-        for codes in (x.codes, wide)
-    )
+    rule, found = Rule(k=9), []
+    for codes in (x.codes, wide):
+        own = replace(x, codes=codes)
+        bounds, workspace = own.state(rule)
+        found.append(decode(*own.all, bounds, rule, workspace, scale=1.0))
+    a, b = found
     assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
 
 
-def test_scratch_is_kept_and_does_not_grow_with_steps():
-    x, scratch, bounds = inputs(4, filled=500, room=512), Scratch(), torch.zeros(4, dtype=torch.int32)
-    sizes = []
-    for _ in range(3):
-        decode(*x.all, bounds, Rule(k=9), scratch, scale=1.0)
-        sizes.append(scratch.nbytes)
-    assert sizes[0] == sizes[1] == sizes[2] > 0
-    candidates = scratch.borrow("candidates", (4, 1, 2048), torch.int32, x.q.device)
-    assert candidates.data_ptr() == scratch.borrow("candidates", (2,), torch.int32, x.q.device).data_ptr()
+def test_a_workspace_is_shared_kept_and_no_larger_than_needed():
+    small = Sizes(1, 32, 8, 1, 128, 1 << 17, 1 << 17, 1, Rule(k=1024))
+    assert small.workspace <= 24e6
+    scratch, device = Scratch(), torch.device("cpu")
+    first = scratch.workspace(300, device)
+    assert scratch.workspace(200, device) is first
+    kept = first.data_ptr()
+    assert scratch.workspace(400, device).data_ptr() != kept and scratch.nbytes == 700  # a graph may point to both
+    buffers = small.carve(torch.empty(small.workspace, dtype=torch.uint8))
+    ends = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in buffers.values())
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
 
 
 @pytest.mark.parametrize(
@@ -125,6 +133,7 @@ def test_what_does_not_fit_is_dropped_and_counted():
 def test_an_outgrown_length_gives_nan_and_reads_nothing_beyond_the_room():
     x = inputs(7, filled=64, room=64)
     x.length.fill_(70)
-    out, lse, ids = decode(*x.all, torch.zeros(4, dtype=torch.int32), Rule(k=64), Scratch(), scale=1.0)
+    bounds, workspace = x.state(Rule(k=64))
+    out, lse, ids = decode(*x.all, bounds, Rule(k=64), workspace, scale=1.0)
     assert out.isnan().all() and torch.isfinite(lse).all()
     assert sorted(ids[0, 0, 0].tolist()) == list(range(64))

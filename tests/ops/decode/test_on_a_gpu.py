@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hashattn import AsymmetricHash, FlatHamming, HashAttention, Recent, SimHash, Sink, Tiers, TopK
-from hashattn.ops.decode import Rule, Scratch
+from hashattn.ops.decode import Rule
 from tests.ops.decode.cases import CASES, agrees, inputs
 from tests.structured import qkv
 
@@ -34,27 +34,29 @@ def test_long_rows(decode, rule, clustered):
 
 
 def test_one_captured_step_serves_growing_lengths(decode):
-    x, scratch, rule = inputs(3, filled=1000, room=4096).to("cuda"), Scratch(), Rule(share=0.05, recents=8)
+    x, rule = inputs(3, filled=1000, room=4096).to("cuda"), Rule(share=0.05, recents=8)
     x.keys[:], x.values[:] = torch.randn_like(x.keys), torch.randn_like(x.values)
-    bounds = torch.zeros(4, dtype=torch.int32, device="cuda")
-    decode(*x.all, bounds, rule, scratch, scale=0.1)
+    bounds, workspace = x.state(rule)
+    decode(*x.all, bounds, rule, workspace, scale=0.1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = decode(*x.all, bounds, rule, scratch, scale=0.1)
+        captured = decode(*x.all, bounds, rule, workspace, scale=0.1)
     for length in (1000, 1001, 1500, 4096, 3, 700):
         x.length.fill_(length)
         graph.replay()
-        fresh = decode(*x.all, torch.zeros_like(bounds), rule, Scratch(), scale=0.1)
+        other, apart = x.state(rule)
+        fresh = decode(*x.all, other, rule, apart, scale=0.1)
         assert all(torch.equal(a, b) for a, b in zip(captured, fresh, strict=True)), length
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 def test_the_step_waits_for_nothing(decode):
-    x, scratch, bounds = inputs(4).to("cuda"), Scratch(), torch.zeros(4, dtype=torch.int32, device="cuda")
-    decode(*x.all, bounds, Rule(k=9), scratch, scale=1.0)
+    x, rule = inputs(4).to("cuda"), Rule(k=9)
+    bounds, workspace = x.state(rule)
+    decode(*x.all, bounds, rule, workspace, scale=1.0)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        decode(*x.all, bounds, Rule(k=9), scratch, scale=1.0)
+        decode(*x.all, bounds, rule, workspace, scale=1.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
