@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from hashattn.ops.nearest.local import most_of_span
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -31,9 +33,14 @@ class Rule:
         """Keys kept of each chunk."""
         return (self.k or 0) // (self.chunks or 1)
 
+    @property
+    def most_forced(self) -> int:
+        """No chunk has more forced keys."""
+        return sum(most_of_span(n, self.chunks or 1) for n in (self.sinks, self.recents))
+
     def slots(self, visible: int) -> int:
         """Keys kept by a query that sees so many."""
         if self.chunks is not None:
-            return self.chunks * self.per_chunk
+            return self.chunks * max(self.per_chunk, self.most_forced)
         wanted = min(self.k, visible) if self.k is not None else math.ceil((self.share or 0) * visible)
         return max(wanted, min(visible, self.sinks + self.recents))

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hashattn.ops.decode import local
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.scan import scan
 from hashattn.ops.decode.scratch import Scratch
@@ -29,6 +30,11 @@ def decode(
             rewrites for the next one like it. A bound that turns out wrong costs time and changes nothing.
         scratch: what steps on the same stream share.
     """
+    if rule.chunks is not None:
+        return local.decode(
+            q, query, keys, values, codes, starts, length, rule, scratch, scale=scale, causal=causal,
+            early=starts_early(q.device), scan_only=scan_only,
+        )  # fmt: skip
     batch, q_heads, tokens, dim = q.shape
     kv_heads, room, code_room = keys.shape[1], keys.shape[2], codes.shape[2]
     group, device = q_heads // kv_heads, q.device

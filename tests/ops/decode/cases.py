@@ -74,6 +74,16 @@ CASES: list[tuple[dict[str, Any], Rule]] = [
     ({"filled": 300, "room": 320}, Rule(share=1.0)),
     ({"filled": 60, "room": 64}, Rule(k=10, sinks=30, recents=40)),
 ]
+LOCAL_CASES: list[tuple[dict[str, Any], Rule]] = [
+    ({"kv_heads": 2}, Rule(k=64, chunks=4)),
+    ({"group": 3, "batch": 2, "words": 2, "starts": (0, 700)}, Rule(k=96, chunks=3, sinks=4, recents=20)),
+    ({"tokens": 3, "planes": 2, "filled": 300, "room": 333}, Rule(k=64, chunks=8, recents=40)),
+    ({"group": 1, "dim": 256, "filled": 130, "room": 144, "starts": (129,)}, Rule(k=24, chunks=3, sinks=3)),
+    ({"clustered": True, "filled": 4000}, Rule(k=64, chunks=1)),
+    ({"group": 2, "filled": 9000, "room": 9001, "dim": 96}, Rule(k=32, chunks=2, sinks=1)),
+    ({"group": 8, "words": 4, "filled": 70, "room": 80}, Rule(k=80, chunks=10)),
+    ({"filled": 500, "room": 512, "dim": 128}, Rule(k=512, chunks=8)),
+]
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hashattn import AsymmetricHash, SimHash
 from hashattn.ops.decode import Rule, Scratch, why_not
-from tests.ops.decode.cases import CASES, agrees, inputs
+from tests.ops.decode.cases import CASES, LOCAL_CASES, agrees, inputs
 from tests.structured import seeds
 
 pytest.importorskip("triton")
@@ -20,7 +20,7 @@ from hashattn.ops.decode.triton import decode
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")  # rows that keep no key
-@pytest.mark.parametrize(("shape", "rule"), CASES)
+@pytest.mark.parametrize(("shape", "rule"), CASES + LOCAL_CASES)
 def test_it_selects_and_attends_as_the_reference_does(shape, rule):
     agrees(decode, inputs(1, **shape), rule)
 
