@@ -20,7 +20,7 @@ class DeviceState:
     def __init__(self, scratch: Scratch) -> None:
         self.scratch = scratch
         self._starts: tuple[list[int], Tensor] | None = None
-        self._bounds: dict[tuple[int, torch.device], Tensor] = {}
+        self._bounds: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
 
     def starts(self, starts: list[int], device: torch.device) -> Tensor:
         """These as int32 [B]; copied to the device when they change."""
@@ -32,8 +32,8 @@ class DeviceState:
             self._starts = list(starts), fresh
         return self._starts[1]
 
-    def bounds(self, rows: int, device: torch.device) -> Tensor:
-        """What steps of this many rows leave for the next one, int32 [2, rows], zeros at first: see ops.decode."""
-        if (rows, device) not in self._bounds:
-            self._bounds[rows, device] = torch.zeros((2, rows), dtype=torch.int32, device=device)
-        return self._bounds[rows, device]
+    def bounds(self, shape: tuple[int, int], device: torch.device) -> Tensor:
+        """What steps of Sizes.state `shape` leave for the next one, int32, zeros at first: see ops.decode."""
+        if (shape, device) not in self._bounds:
+            self._bounds[shape, device] = torch.zeros(shape, dtype=torch.int32, device=device)
+        return self._bounds[shape, device]

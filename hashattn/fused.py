@@ -69,11 +69,11 @@ def prepare(attn: HashAttention, cache: KVCache, q_heads: int, tokens: int) -> P
     keys, values, codes = (cache.storage(what) for what in ("keys", "values", "codes"))
     sizes = decode.Sizes(
         cache.batch, q_heads, cache.kv_heads, tokens, cache.head_dim, keys.shape[2], codes.shape[2],
-        attn.encoder.query_bits, rule,
+        attn.encoder.query_bits, codes.shape[3], rule,
     )  # fmt: skip
     state, device = cache.on_device, keys.device
     return Prepared(
-        rule, keys, values, codes, state.starts(cache._starts, device), state.bounds(sizes.rows, device),
+        rule, keys, values, codes, state.starts(cache._starts, device), state.bounds(sizes.state, device),
         state.scratch.workspace(sizes.workspace, device),
     )  # fmt: skip
 

@@ -132,7 +132,7 @@ def _stages(
     elif not binary and attn.encoder is not None:
         slow = "scores of floats: the reference serves them"
     elif attn.selector is not None and attn.selector.matrices:
-        slow = "calibrated distances: a matrix of all of them is made"
+        slow = "a matrix of all distances is made"
     if engine == "triton":
         return (
             ("encode", f"{_name(attn.encoder)}: PyTorch", "one token's query and key; keys late and in bulk"),
@@ -146,7 +146,7 @@ def _stages(
             ("encode", f"{_name(attn.encoder)}: PyTorch", "one token's query and key; keys late and in bulk"),
             ("scan", f"{_name(attn.index)}: {scan}", slow),
         ]
-    select = "numpy partition" if fast else "PyTorch top-k"
+    select = "numpy or PyTorch" if fast else "PyTorch top-k"
     rows.append(("select", f"{_name(attn.selector)}: {select}", "exact, ties to the most recent key"))
     rows.append(("attend", f"{_name(attn.attend)}: gather and softmax in PyTorch", ""))
     return tuple(rows)

@@ -17,6 +17,7 @@ from hashattn import (
     FlatHamming,
     HashAttention,
     Identity,
+    LocalTopK,
     MixedPrecision,
     Momentum,
     PerLayer,
@@ -55,6 +56,7 @@ ranked = st.one_of(
     st.builds(lambda s, p: TopK(share=s, **p), st.floats(0.01, 1), per),
     st.builds(lambda r, n, p: Threshold(r, n, **p), st.integers(0, 40), st.sampled_from([None, 3]), per),
     st.builds(lambda a, b, p: Tiers(a, a + b, **p), st.floats(0.01, 0.4), st.floats(0.01, 0.4), per),
+    st.builds(lambda c, t, p: LocalTopK(c * t, t, **p), st.integers(1, 9), st.integers(1, 9), per),
 )
 forced = st.one_of(st.builds(Sink, st.integers(1, 9)), st.builds(Recent, st.integers(1, 9)))
 joined = st.builds(lambda a, b, r: a | b | r, forced, forced, ranked)

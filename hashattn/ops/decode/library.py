@@ -20,7 +20,7 @@ _KINDS = {"int | None": "int?", "float | None": "float?", "int": "int", "bool": 
 _NAMES = tuple(f.name for f in fields(Rule))
 _RULE = ", ".join(f"{_KINDS[str(f.type)]} {f.name}" for f in fields(Rule))
 
-_OPS = torch.library.Library("hashattn", "DEF")  # noqa: TOR901 (kept as long as the process)
+_OPS = torch.library.Library("hashattn", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _OPS.define(
     "decode(Tensor q, Tensor query, Tensor keys, Tensor values, Tensor codes, Tensor starts, Tensor length, "

@@ -12,7 +12,11 @@ from hashattn.ops.decode.rule import Rule
 
 CHUNK = 2048  # keys of a program of the first kernel
 ROWS = 64  # keys of a program of the second
+SPLIT = 2048  # keys of a program of the first kernel of local.py, of one chunk
+LEVELS = 32  # of candidates, as in cuda/step.cuh
 _ALIGNED = 256  # bytes
+
+Buffers = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,15 @@ class Sizes:
     room: int
     code_room: int
     planes: int
+    words: int
     rule: Rule
 
     @classmethod
     def of(cls, q: Tensor, query: Tensor, keys: Tensor, codes: Tensor, rule: Rule) -> Sizes:
         """The sizes of a step on these tensors."""
         batch, q_heads, tokens, dim = q.shape
-        return cls(batch, q_heads, keys.shape[1], tokens, dim, keys.shape[2], codes.shape[2], query.shape[3], rule)
+        rooms = keys.shape[2], codes.shape[2]
+        return cls(batch, q_heads, keys.shape[1], tokens, dim, *rooms, *query.shape[3:], rule)
 
     @property
     def group(self) -> int:
@@ -57,8 +63,24 @@ class Sizes:
 
     @property
     def slots(self) -> int:
-        """Columns of ids: the most keys that a choice keeps, rounded up."""
-        return -(-max(1, self.rule.slots(self.room)) // ROWS) * ROWS
+        """Columns of ids: the most keys that a choice keeps, rounded up unless every chunk has its own."""
+        slots = self.rule.slots(self.room)
+        return slots if self.rule.chunks is not None else -(-max(1, slots) // ROWS) * ROWS
+
+    @property
+    def splits(self) -> int:
+        """Programs of the first kernel of local.py for each chunk."""
+        return -(-self.code_room // (SPLIT * (self.rule.chunks or 1)))
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """Shape of what a step leaves for the next one, int32: hints, which may be anything, and zeros."""
+        return self.hints + 1 + LEVELS, self.rows
+
+    @property
+    def hints(self) -> int:
+        """Numbers that say how far a row's candidates are looked for."""
+        return self.rule.chunks or 1
 
     @property
     def spread(self) -> int:
@@ -71,29 +93,61 @@ class Sizes:
         return 32 if self.spread == 1 else 64 if self.spread <= 4 else 128
 
     @property
-    def buffers(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and type of everything that the kernels write within a step."""
-        parts, width = (self.rows, self.slots // ROWS, self.summed), 1 << (self.head_dim - 1).bit_length()
+    def triton(self) -> Buffers:
+        """Shape and type of everything that the Triton kernels write within a step."""
+        width = 1 << (self.head_dim - 1).bit_length()
+        parts = self.rows, -(-self.slots // ROWS), self.summed
+        joint: Buffers = {"parts": ((*parts, width), torch.float32), "stats": ((*parts, 2), torch.float32)}
+        if self.rule.chunks is not None:
+            entries = self.rows, self.rule.chunks, self.splits, self.rule.per_chunk
+            return {"entries": (entries, torch.int32), **joint}
         return {
             "candidates": ((self.rows, self.chunks, CHUNK), torch.int32),
-            "counts": ((self.rows, self.bins, self.chunks), torch.uint16),
-            "parts": ((*parts, width), torch.float32),
-            "stats": ((*parts, 2), torch.float32),
-        }
+            "counts": ((self.rows, self.bins, self.chunks), torch.uint16), **joint,
+        }  # fmt: skip
+
+    @property
+    def cuda(self) -> Buffers:
+        """The same for the kernels in CUDA C++."""
+        width = -(-self.head_dim // 64) * 64
+        if self.rule.chunks is not None:
+            parts = self.rows, self.rule.chunks
+            return {"parts": ((*parts, width), torch.float32), "stats": ((*parts, 2), torch.float32)}
+        parts = self.rows, self.slots // ROWS, self.summed
+        return {
+            "lists": ((self.rows, self.cuda_chunks, self.cuda_chunk), torch.uint16),
+            "counts": ((self.rows, LEVELS, self.cuda_chunks), torch.uint16),
+            "parts": ((*parts, width), torch.float32), "stats": ((*parts, 2), torch.float32),
+        }  # fmt: skip
+
+    @property
+    def cuda_chunk(self) -> int:
+        """Keys of a program of the first kernel in CUDA C++."""
+        return 1024 if self.words == 4 else 2048
+
+    @property
+    def cuda_chunks(self) -> int:
+        """Such programs for each KV head's codes."""
+        return -(-self.code_room // self.cuda_chunk)
 
     @property
     def workspace(self) -> int:
-        """Bytes of a workspace that holds the buffers."""
-        return sum(_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in self.buffers.values())
+        """Bytes of a workspace that holds either's buffers."""
+        return max(_nbytes(self.triton), _nbytes(self.cuda))
 
-    def carve(self, workspace: Tensor) -> dict[str, Tensor]:
-        """The buffers as parts of a workspace, uint8."""
-        found, at = {}, 0
-        for name, (shape, dtype) in self.buffers.items():
-            nbytes = math.prod(shape) * dtype.itemsize
-            found[name] = workspace[at : at + nbytes].view(dtype).view(shape)
-            at += _aligned(nbytes)
-        return found
+
+def carve(workspace: Tensor, buffers: Buffers) -> dict[str, Tensor]:
+    """The buffers as parts of a workspace, uint8."""
+    found, at = {}, 0
+    for name, (shape, dtype) in buffers.items():
+        nbytes = math.prod(shape) * dtype.itemsize
+        found[name] = workspace[at : at + nbytes].view(dtype).view(shape)
+        at += _aligned(nbytes)
+    return found
+
+
+def _nbytes(buffers: Buffers) -> int:
+    return sum(_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in buffers.values())
 
 
 def _aligned(nbytes: int) -> int:

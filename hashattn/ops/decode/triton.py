@@ -9,9 +9,10 @@ import torch
 import triton
 from torch import Tensor
 
+from hashattn.ops.decode import local
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.scan import scan
-from hashattn.ops.decode.sizes import CHUNK, ROWS, Sizes
+from hashattn.ops.decode.sizes import CHUNK, ROWS, Sizes, carve
 from hashattn.ops.decode.topk import attend_topk
 
 
@@ -23,17 +24,22 @@ def decode(
 
     Args:
         scan_only: launch the first kernel alone, to time it; what is returned is not written then.
-        bounds: int32 [2, rows of ids], zeros at first, which the step rewrites for the next one like it: how far
+        bounds: int32, Sizes.state, zeros at first, which the step rewrites for the next one like it: how far
             candidates are looked for (one that turns out wrong costs time and changes nothing), and zeros.
         workspace: uint8, Sizes.workspace of them at least, whatever it holds; steps on the same stream share it.
     """
     sizes = Sizes.of(q, query, keys, codes, rule)
+    if rule.chunks is not None:
+        return local.decode(
+            q, query, keys, values, codes, starts, length, bounds, sizes, workspace, scale=scale, causal=causal,
+            early=starts_early(q.device), scan_only=scan_only,
+        )  # fmt: skip
     group, summed, rows, chunks, slots = sizes.group, sizes.summed, sizes.rows, sizes.chunks, sizes.slots
-    words, width, padded = query.shape[4], triton.next_power_of_2(sizes.head_dim), triton.next_power_of_2(summed)
+    words, width, padded = sizes.words, triton.next_power_of_2(sizes.head_dim), triton.next_power_of_2(summed)
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
     ids = torch.empty((rows, slots), dtype=torch.int32, device=q.device)
-    buffers = sizes.carve(workspace)
-    far, arrived = bounds.unbind(0)
+    buffers = carve(workspace, sizes.triton)
+    far, arrived = bounds[0], bounds[1]
     radius = min(rule.radius or 0, levels(words, sizes.spread))  # no distance is larger
     if rule.radius is not None:
         far.fill_(16 * radius)

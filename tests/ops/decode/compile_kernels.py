@@ -15,6 +15,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hashattn.ops.decode.encode import encode_rows
+from hashattn.ops.decode.local import ROWS as LOCAL_ROWS
+from hashattn.ops.decode.local import SPLIT, attend_chunks, level_bits, search_splits
+from hashattn.ops.decode.local import attend_warps as local_warps
 from hashattn.ops.decode.scan import scan
 from hashattn.ops.decode.topk import attend_topk
 from hashattn.ops.decode.triton import CHUNK, ROWS, attend_warps, levels
@@ -25,6 +28,7 @@ POINTERS = {
 }  # fmt: skip
 NUMBERS = (
     "room", "code_room", "radius", "sinks", "recents", "margin", "chunks", "slots", "kv_heads", "queries",
+    "splits",
 )  # fmt: skip
 
 
@@ -85,6 +89,23 @@ def main(arch: int) -> None:
         print(json.dumps({"kernel": f"encode {name}", **found}), flush=True)
         found = compiled(attend_topk, attend, attend_warps(attend["WIDTH"], attend["LEVELS"]), arch, dtype)
         print(json.dumps({"kernel": f"attend {name}", **found}), flush=True)
+        if not shared:
+            near = {
+                "T": 1,
+                "G": group,
+                "KEEP": 16,
+                "BITS": level_bits(words, planes),
+                "PDL": arch >= 90,
+                "SPLIT": SPLIT,
+            }
+            search = near | {"LANES": lanes, "WORDS": words, "PLANES": planes, "CAUSAL": True}
+            found = compiled(search_splits, search, 4, arch, dtype)
+            print(json.dumps({"kernel": f"local search {name}", **found}), flush=True)
+            width = attend["WIDTH"]
+            for entries in (16, 64):
+                chunks = near | {"DIM": dim, "WIDTH": width, "ENTRIES": entries, "ROWS": LOCAL_ROWS}
+                found = compiled(attend_chunks, chunks, local_warps(width), arch, dtype)
+                print(json.dumps({"kernel": f"local attend {entries} {name}", **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from hashattn import AsymmetricHash, SimHash
 from hashattn.ops.decode import Rule, Scratch, why_not
-from hashattn.ops.decode.sizes import Sizes
-from tests.ops.decode.cases import CASES, agrees, inputs
+from hashattn.ops.decode.sizes import Sizes, carve
+from tests.ops.decode.cases import CASES, LOCAL_CASES, agrees, inputs
 from tests.structured import seeds
 
 pytest.importorskip("triton")
@@ -24,7 +24,7 @@ from hashattn.ops.decode.triton import decode
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")  # rows that keep no key
-@pytest.mark.parametrize(("shape", "rule"), CASES)
+@pytest.mark.parametrize(("shape", "rule"), CASES + LOCAL_CASES)
 def test_it_selects_and_attends_as_the_reference_does(shape, rule):
     agrees(decode, inputs(1, **shape), rule)
 
@@ -54,14 +54,14 @@ def test_codes_may_have_another_room_than_keys():
 
 
 def test_a_workspace_is_shared_kept_and_no_larger_than_needed():
-    small = Sizes(1, 32, 8, 1, 128, 1 << 17, 1 << 17, 1, Rule(k=1024))
+    small = Sizes(1, 32, 8, 1, 128, 1 << 17, 1 << 17, 1, 1, Rule(k=1024))
     assert small.workspace <= 24e6
     scratch, device = Scratch(), torch.device("cpu")
     first = scratch.workspace(300, device)
     assert scratch.workspace(200, device) is first
     kept = first.data_ptr()
     assert scratch.workspace(400, device).data_ptr() != kept and scratch.nbytes == 700  # a graph may point to both
-    buffers = small.carve(torch.empty(small.workspace, dtype=torch.uint8))
+    buffers = carve(torch.empty(small.workspace, dtype=torch.uint8), small.triton)
     ends = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in buffers.values())
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
 

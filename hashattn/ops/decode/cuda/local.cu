@@ -213,7 +213,7 @@ __device__ __forceinline__ bool from_candidates(
   return __syncthreads_or(missed);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 3) local(const __grid_constant__ Step s) {
+extern "C" __global__ void __launch_bounds__(THREADS, WORDS == 4 ? 2 : 3) local(const __grid_constant__ Step s) {
   constexpr int GROUPS = G / LANES;
   __shared__ Terms terms[LANES];
   __shared__ int bounds[LANES], thresholds[LANES], columns[OWN * TEAMS];

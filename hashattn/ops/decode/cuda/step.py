@@ -1,4 +1,4 @@
-"""The fused decode step in CUDA C++: exact top-k attention in two kernels."""
+"""The fused decode step in CUDA C++: exact top-k attention in two kernels, LocalTopK in one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from hashattn.ops.decode.cuda import compiler
 from hashattn.ops.decode.rule import Rule
-from hashattn.ops.decode.scratch import Scratch
+from hashattn.ops.decode.sizes import ROWS, Sizes, carve
 
-LEVELS = 32  # as in step.cuh
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+CACHED = 32 << 20  # bytes of keys and values that a cache holds until they are wanted
 _POINTERS = (
     "q", "keys", "values", "query", "codes", "starts", "length", "bounds", "totals", "arrived", "lists", "counts",
     "parts", "stats", "ids", "out", "lse",
@@ -34,52 +34,46 @@ class Step(ctypes.Structure):
 
 def decode(
     q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
-    bounds: Tensor, rule: Rule, scratch: Scratch, *, scale: float, causal: bool = True, scan_only: bool = False,
+    bounds: Tensor, rule: Rule, workspace: Tensor, *, scale: float, causal: bool = True, scan_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See :func:`hashattn.ops.decode.triton.decode`, which does the same."""
-    batch, q_heads, tokens, dim = q.shape
-    kv_heads, room, code_room = keys.shape[1], keys.shape[2], codes.shape[2]
-    group, device = q_heads // kv_heads, q.device
-    summed = group if rule.shared else 1
-    planes, words = query.shape[3:]
-    tensor_cores = summed > 1 and q.dtype != torch.float32
-    rows_each = 32 if summed > 1 and not tensor_cores else 64  # keys of a program of the second kernel
-    chunk = 2048 if words == 1 else 1024
-    rows, chunks = batch * q_heads // summed * tokens, -(-code_room // chunk)
-    slots = -(-max(1, rule.slots(room)) // rows_each) * rows_each
-    spread = summed * (2**planes - 1)  # the largest share of one bit in a distance
+    """See :func:`hashattn.ops.decode.triton.decode`, which does the same.
+
+    Raises:
+        RuntimeError: a kernel does not compile or launch.
+    """
+    sizes = Sizes.of(q, query, keys, codes, rule)
+    dim, summed, rows, device = sizes.head_dim, sizes.summed, sizes.rows, q.device
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
-    ids = torch.empty((rows, slots), dtype=torch.int32, device=device)
-    buffers = {
-        "totals": scratch.borrow("totals", (rows, LEVELS), torch.int32, device),
-        "arrived": scratch.borrow("arrived", (rows,), torch.int32, device),
-        "lists": scratch.borrow("lists", (rows, chunks, chunk), torch.int16, device),
-        "counts": scratch.borrow("counts", (rows, LEVELS, chunks), torch.int16, device),
-        "parts": scratch.borrow("parts", (rows, slots // rows_each, summed, -(-dim // 64) * 64), torch.float32, device),
-        "stats": scratch.borrow("stats", (rows, slots // rows_each, summed, 2), torch.float32, device),
-    }
+    ids = torch.empty((rows, sizes.slots), dtype=torch.int32, device=device)
     tensors = {
         "q": q, "keys": keys, "values": values, "query": query, "codes": codes, "starts": starts, "length": length,
-        "bounds": bounds, "ids": ids, "out": out, "lse": lse, **buffers,
+        "bounds": bounds, "arrived": bounds[sizes.hints], "totals": bounds[sizes.hints + 1 :], "ids": ids, "out": out,
+        "lse": lse, **carve(workspace, sizes.cuda),
     }  # fmt: skip
     step = Step(
         **{name: x.data_ptr() for name, x in tensors.items()}, share=rule.share or 0.0, scale=scale, k=rule.k or 0,
-        radius=min(rule.radius or 0, 64 * words * spread), sinks=rule.sinks, recents=rule.recents,
-        margin=2 * math.isqrt(spread), room=room, code_room=code_room, chunks=chunks, slots=slots, kv_heads=kv_heads,
+        radius=min(rule.radius or 0, 64 * sizes.words * sizes.spread), sinks=rule.sinks, recents=rule.recents,
+        margin=2 * math.isqrt(sizes.spread), room=sizes.room, code_room=sizes.code_room, chunks=sizes.cuda_chunks,
+        slots=sizes.slots, kv_heads=sizes.kv_heads,
     )  # fmt: skip
-    lanes = max(n for n in (1, 2, 3, 4) if group // summed % n == 0)
+    lanes = max(n for n in (1, 2, 3, 4) if sizes.group // summed % n == 0)
     common = {
-        "G": group, "SUM": summed, "TOKENS": tokens, "WORDS": words, "PLANES": planes, "CAUSAL": causal,
-        "RADIUS": rule.radius is not None,
-        "ALIGNED": code_room * words % 2 == 0 and codes.data_ptr() % 16 == 0,
+        "G": sizes.group, "SUM": summed, "WORDS": sizes.words, "PLANES": sizes.planes, "TOKENS": sizes.tokens,
+        "DIM": dim, "TYPE": TYPES[q.dtype], "CAUSAL": causal, "RADIUS": rule.radius is not None,
+        "ALIGNED": sizes.code_room * sizes.words % 2 == 0 and codes.data_ptr() % 16 == 0,
     }  # fmt: skip
-    defines = compiler.defines_of(common | {"LANES": lanes, "DIM": dim, "TYPE": TYPES[q.dtype], "PREFETCH": 1})
-    early = torch.cuda.get_device_capability(device) >= (9, 0)
-    scan = compiler.kernel("scan", defines, q.get_device())
-    compiler.launch(scan, (chunks, kv_heads * group // summed // lanes, batch * tokens), 256, step, early=early)
+    heads, queries = sizes.kv_heads * sizes.group // summed, sizes.batch * sizes.tokens
+
+    def launch(name: str, grid: tuple[int, int, int], threads: int, **own: int) -> None:
+        kernel = compiler.kernel(name, compiler.defines_of(common | own), q.get_device())
+        compiler.launch(kernel, grid, threads, step, early=torch.cuda.get_device_capability(device) >= (9, 0))
+
+    if rule.chunks is not None:
+        launch("local", (rule.chunks, heads // lanes, queries), 256, LOCAL=1, LANES=lanes, ROWS=rule.per_chunk)
+        return out, lse, ids.view(sizes.batch, -1, sizes.tokens, sizes.slots)
+    gathered = 2 * rows * sizes.slots * dim * q.element_size()
+    launch("scan", (sizes.cuda_chunks, heads // lanes, queries), 256, LANES=lanes, PREFETCH=gathered <= CACHED)
     if not scan_only:
-        own = {"DIM": dim, "TYPE": TYPES[q.dtype], "ROWS": rows_each, "SHARE": rule.share is not None}
-        defines = compiler.defines_of(common | {"LANES": 1} | own)
-        attend = compiler.kernel("attend", defines, q.get_device())
-        compiler.launch(attend, (slots // rows_each, kv_heads * group // summed, batch * tokens), 128, step, early=early)
-    return out, lse, ids.view(batch, -1, tokens, slots)
+        grid = sizes.slots // ROWS, heads, queries
+        launch("attend", grid, 128, LANES=1, ROWS=ROWS, SHARE=rule.share is not None)
+    return out, lse, ids.view(sizes.batch, -1, sizes.tokens, sizes.slots)
