@@ -2,7 +2,7 @@
 // Grid (slots / ROWS, Hkv * G / SUM, B * TOKENS), 128 threads. Ranks follow column order, so the result does not depend on the bounds.
 #include "group.cuh"
 
-constexpr int WARPS = THREADS / 32, EACH_SCAN = 8;
+constexpr int WARPS = THREADS / 32;
 
 struct Cut {  // what is chosen: candidates above a level, and those at it but for the `dropped` oldest
   int level, dropped;
@@ -36,14 +36,42 @@ __device__ __forceinline__ Count before(Count own, Count &carry) {
   return result;
 }
 
+// Eight entries of a chunk's list, and flags of those nearer than the threshold and at it.
+struct Eight {
+  u32 words[4], nearer, ties;
+  __device__ __forceinline__ Eight(const u16 *list, int at, int entries, int level) : words{}, nearer(0), ties(0) {
+    if (at >= entries) return;
+    const uint4 all = *reinterpret_cast<const uint4 *>(list + at);
+    words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+      const int own = (words[e / 2] >> (16 * (e % 2)) & 0xffff) >> PLACE_BITS;
+      nearer |= (u32)(at + e < entries && own > level) << e;
+      ties |= (u32)(at + e < entries && own == level) << e;
+    }
+  }
+  // Write the chosen ones of ranks rank0 to rank1, if `c` is counted before them.
+  __device__ __forceinline__ void choose(int *columns, int low, Count c, int dropped, int rank0, int rank1) const {
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+      const bool near = nearer >> e & 1, tie = ties >> e & 1;
+      const int rank = chosen_before(c, dropped);
+      if ((near || (tie && c.ties >= dropped)) && rank >= rank0 && rank < rank1)
+        columns[rank - rank0] = low + (words[e / 2] >> (16 * (e % 2)) & ((1 << PLACE_BITS) - 1));
+      c.nearer += near, c.ties += tie;
+    }
+  }
+};
+
 // The columns of ranks rank0 to rank1, in column order, from the lists of the chunks that hold them.
 __device__ __forceinline__ void from_lists(
     const Step &s, int row, Cut cut, int first_chunk, int end_chunk, int rank0, int rank1, int *columns
 ) {
-  __shared__ int4 held[ROWS];  // chunk, entries, counts before it
+  constexpr int LONG = 32 * 8;  // entries: a warp reads a list that is not longer
+  __shared__ int4 held[ROWS];   // chunk, entries, counts before it
   __shared__ int holders;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const u16 *counts = s.counts + (size_t)row * LEVELS * s.chunks;
+  const u16 *counts = s.counts + (size_t)row * LEVELS * s.chunks, *lists = s.lists + (size_t)row * s.chunks * CHUNK;
   if (threadIdx.x == 0) holders = 0;
   __syncthreads();
   Count carry = {0, 0};
@@ -66,38 +94,25 @@ __device__ __forceinline__ void from_lists(
   __syncthreads();
   for (int i = warp; i < holders; i += WARPS) {
     const int4 one = held[i];
-    const u16 *list = s.lists + ((size_t)row * s.chunks + one.x) * CHUNK;
+    if (one.y > LONG) continue;
+    const Eight eight(lists + (size_t)one.x * CHUNK, lane * 8, one.y, cut.level);
+    u32 upto = __popc(eight.nearer) | __popc(eight.ties) << 16;
+    const u32 own = upto;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const u32 other = __shfl_up_sync(~0u, upto, d);
+      if (lane >= d) upto += other;
+    }
+    const Count c = {one.z + (int)((upto - own) & 0xffff), one.w + (int)((upto - own) >> 16)};
+    eight.choose(columns, one.x * CHUNK, c, cut.dropped, rank0, rank1);
+  }
+  for (int i = 0; i < holders; i++) {
+    const int4 one = held[i];
     Count c = {one.z, one.w};
-    for (int from = 0; from < one.y && chosen_before(c, cut.dropped) < rank1; from += 32 * EACH_SCAN) {
-      const int at = from + lane * EACH_SCAN;
-      uint4 eight = make_uint4(0, 0, 0, 0);
-      if (at < one.y) eight = *reinterpret_cast<const uint4 *>(list + at);
-      const u32 words[4] = {eight.x, eight.y, eight.z, eight.w};
-      u32 nearer = 0, ties = 0;  // flags of the eight
-#pragma unroll
-      for (int e = 0; e < EACH_SCAN; e++) {
-        const int level = (words[e / 2] >> (16 * (e % 2)) & 0xffff) >> PLACE_BITS;
-        nearer |= (u32)(at + e < one.y && level > cut.level) << e;
-        ties |= (u32)(at + e < one.y && level == cut.level) << e;
-      }
-      u32 upto = __popc(nearer) | __popc(ties) << 16;
-      const u32 own = upto;
-#pragma unroll
-      for (int d = 1; d < 32; d *= 2) {
-        const u32 other = __shfl_up_sync(~0u, upto, d);
-        if (lane >= d) upto += other;
-      }
-      const u32 all = __shfl_sync(~0u, upto, 31);
-      Count mine = {c.nearer + (int)((upto - own) & 0xffff), c.ties + (int)((upto - own) >> 16)};
-#pragma unroll
-      for (int e = 0; e < EACH_SCAN; e++) {
-        const bool near = nearer >> e & 1, tie = ties >> e & 1;
-        const int rank = chosen_before(mine, cut.dropped);
-        if ((near || (tie && mine.ties >= cut.dropped)) && rank >= rank0 && rank < rank1)
-          columns[rank - rank0] = one.x * CHUNK + (words[e / 2] >> (16 * (e % 2)) & ((1 << PLACE_BITS) - 1));
-        mine.nearer += near, mine.ties += tie;
-      }
-      c.nearer += all & 0xffff, c.ties += all >> 16;
+    for (int from = 0; one.y > LONG && from < one.y && chosen_before(c, cut.dropped) < rank1; from += THREADS * 8) {
+      const Eight eight(lists + (size_t)one.x * CHUNK, from + threadIdx.x * 8, one.y, cut.level);
+      const Count own = before({__popc(eight.nearer), __popc(eight.ties)}, c);
+      eight.choose(columns, one.x * CHUNK, own, cut.dropped, rank0, rank1);
     }
   }
 }

@@ -33,7 +33,8 @@ __device__ __forceinline__ u32 narrow(float low, float high) {
 __device__ __forceinline__ void attend_group(
     const Step &s, const void *q, size_t stride, const void *keys, const void *values, const int *columns, size_t part
 ) {
-  __shared__ float peaks[WARPS_HERE][HEADS], totals[WARPS_HERE][HEADS], sums[WARPS_HERE][HEADS * STRIDE];
+  __shared__ float peaks[WARPS_HERE][HEADS], totals[WARPS_HERE][HEADS];
+  __shared__ __align__(16) float sums[WARPS_HERE][HEADS * STRIDE];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slow = lane / 4, fast = lane % 4;
   const int *own = columns + warp * OWN_KEYS;
   const uint4 none = make_uint4(0, 0, 0, 0);

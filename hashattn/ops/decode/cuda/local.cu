@@ -2,7 +2,8 @@
 // Grid (chunks, Hkv * G / LANES, B * TOKENS), 256 threads. Column n is in chunk n / 8 % chunks: a thread looks at 8 columns.
 #include "rows.cuh"
 
-constexpr int WARPS = THREADS / 32, RUN = 8, QUEUE = 512;  // candidates of a lane
+constexpr int WARPS = THREADS / 32, QUEUE = 512;  // candidates of a lane
+constexpr int EIGHT = 8, PIECES_OF_A_RUN = RUN / EIGHT;  // columns of a thread at a time
 constexpr int DISTANCES = MOST_RANKED + 2;                  // forced keys come first
 static_assert(SUM == 1, "heads choose for themselves");
 
@@ -48,7 +49,9 @@ __device__ __forceinline__ int slot_of(int lane, int rank) {
 struct Chunk {  // the runs `from` to `to` of a chunk hold columns that are seen
   const u64 *codes;
   int number, chunks, from, to, first, end;
-  __device__ __forceinline__ int column(int run) const { return (run * chunks + number) * RUN; }
+  __device__ __forceinline__ int column(int own) const {
+    return (own / PIECES_OF_A_RUN * chunks + number) * RUN + own % PIECES_OF_A_RUN * EIGHT;
+  }
   // Seen columns of the chunk before a column.
   __device__ __forceinline__ int filled(int end) const {
     return end / (RUN * chunks) * RUN + min(max(end % (RUN * chunks) - number * RUN, 0), RUN);
@@ -57,7 +60,7 @@ struct Chunk {  // the runs `from` to `to` of a chunk hold columns that are seen
 
 __device__ __forceinline__ void load_run(u32 (*code)[HALVES], const Step &s, const Chunk &c, int run) {
 #pragma unroll
-  for (int key = 0; key < RUN; key += PAIR)
+  for (int key = 0; key < EIGHT; key += PAIR)
     load_codes(code[key], c.codes, run < c.to ? c.column(run) + key : s.code_room, s.code_room);
 }
 
@@ -65,9 +68,9 @@ __device__ __forceinline__ void load_run(u32 (*code)[HALVES], const Step &s, con
 __device__ __forceinline__ void look(const Step &s, const Chunk &c, int run, u32 &seen, u32 &forced) {
   const int column = c.column(run);
   seen = run < c.to ? 0xff : 0, forced = 0;
-  if (column >= c.first + s.sinks && column + RUN <= c.end - s.recents) return;
+  if (column >= c.first + s.sinks && column + EIGHT <= c.end - s.recents) return;
 #pragma unroll
-  for (int key = 0; key < RUN; key++) {
+  for (int key = 0; key < EIGHT; key++) {
     const int shift = offset(s, column + key, c.first, c.end);
     seen &= ~((u32)(shift > 0) << key), forced |= (u32)(shift < 0) << key;
   }
@@ -80,11 +83,11 @@ __device__ __noinline__ void from_codes(const Step &s, const Chunk &c, const Ter
   for (int i = threadIdx.x; i < LANES * DISTANCES; i += THREADS) histogram[0][i] = 0;
   __syncthreads();
   for (int run = c.from + threadIdx.x; run < c.to; run += THREADS) {
-    u32 code[RUN][HALVES], seen, forced;
+    u32 code[EIGHT][HALVES], seen, forced;
     load_run(code, s, c, run);
     look(s, c, run, seen, forced);
 #pragma unroll
-    for (int key = 0; key < RUN; key++)
+    for (int key = 0; key < EIGHT; key++)
       if (seen >> key & 1)
         for (int i = 0; i < LANES; i++)
           atomicAdd(&histogram[i][forced >> key & 1 ? 0 : 1 + ranked(code[key], terms[i])], 1);
@@ -100,7 +103,7 @@ __device__ __noinline__ void from_codes(const Step &s, const Chunk &c, const Ter
   Counts carry = {};
   for (int from = c.from; from < c.to; from += THREADS) {
     const int run = from + threadIdx.x;
-    u32 code[RUN][HALVES], seen, forced, near[LANES], ties[LANES];
+    u32 code[EIGHT][HALVES], seen, forced, near[LANES], ties[LANES];
     load_run(code, s, c, run);
     look(s, c, run, seen, forced);
     Counts own;
@@ -108,7 +111,7 @@ __device__ __noinline__ void from_codes(const Step &s, const Chunk &c, const Ter
     for (int i = 0; i < LANES; i++) {
       near[i] = ties[i] = 0;
 #pragma unroll
-      for (int key = 0; key < RUN; key++) {
+      for (int key = 0; key < EIGHT; key++) {
         const int place = forced >> key & 1 ? 0 : 1 + ranked(code[key], terms[i]);
         near[i] |= (u32)(place < cuts[i]) << key, ties[i] |= (u32)(place == cuts[i]) << key;
       }
@@ -141,7 +144,7 @@ __device__ __forceinline__ bool from_candidates(
   bool full = false;
   for (int from = c.from; from < c.to; from += THREADS) {
     const int run = from + threadIdx.x;
-    u32 code[RUN][HALVES], seen, forced, flags[LANES], lacking[LANES][2];
+    u32 code[EIGHT][HALVES], seen, forced, flags[LANES], lacking[LANES][2];
     load_run(code, s, c, run);
     look(s, c, run, seen, forced);
     if (from == c.from) __syncthreads();  // terms and bounds are there
@@ -151,14 +154,14 @@ __device__ __forceinline__ bool from_candidates(
       const int past = within(bounds[i], terms[i].base()) + 1;
       flags[i] = 0;
 #pragma unroll
-      for (int key = RUN - 1; key >= 0; key--) {
+      for (int key = EIGHT - 1; key >= 0; key--) {
         const int beyond = ranked(code[key], terms[i]) - past;  // negative within the bound
         flags[i] = __funnelshift_l(beyond, flags[i], 1);
         lacking[i][key / 4] = __byte_perm(MOST_RANKED > 96 ? max(beyond, -LEVELS) : beyond, lacking[i][key / 4], 0x6540);
       }
       if (forced) {  // as near as can be
 #pragma unroll
-        for (int key = 0; key < RUN; key++) {
+        for (int key = 0; key < EIGHT; key++) {
           const u32 byte = 0xffu << key % 4 * 8;
           if (forced >> key & 1) lacking[i][key / 4] = lacking[i][key / 4] & ~byte | (u32)-LEVELS << key % 4 * 8;
         }
@@ -177,7 +180,7 @@ __device__ __forceinline__ bool from_candidates(
           int beyond;  // its byte, and the byte's sign three times
           asm("prmt.b32 %0, %1, %2, %3;" : "=r"(beyond) : "r"(lacking[i][0]), "r"(lacking[i][1]), "r"(key * 0x1111 | 0x8880));
           const int level = ~max(beyond, -LEVELS);
-          *to++ = level << 20 | (run - c.from) * RUN + key;
+          *to++ = level << 20 | (run - c.from) * EIGHT + key;
           atomicAdd(&histogram[i][level], 1);
         }
     }
@@ -205,7 +208,7 @@ __device__ __forceinline__ bool from_candidates(
       const int ties_before = equal + __popc(ties & below);
       if (near >> lane & 1 || (ties >> lane & 1 && ties_before >= drop))
         columns[slot_of(warp, nearer + __popc(near & below) + max(ties_before - drop, 0))] =
-            c.column(c.from + place / RUN) + place % RUN;
+            c.column(c.from + place / EIGHT) + place % EIGHT;
       nearer += __popc(near), equal += __popc(ties);
     }
     if (lane == 0) thresholds[warp] = bounds[warp] - STEP * level;
@@ -213,7 +216,7 @@ __device__ __forceinline__ bool from_candidates(
   return __syncthreads_or(missed);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, WORDS == 4 ? 2 : 3) local(const __grid_constant__ Step s) {
+extern "C" __global__ void __launch_bounds__(THREADS, WORDS == 1 ? 4 : WORDS == 2 ? 3 : 2) local(const __grid_constant__ Step s) {
   constexpr int GROUPS = G / LANES;
   __shared__ Terms terms[LANES];
   __shared__ int bounds[LANES], thresholds[LANES], columns[OWN * TEAMS];
@@ -225,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORDS == 4 ? 2 : 3) local(
   Chunk c = {s.codes + (size_t)kv * s.code_room * WORDS, number, (int)gridDim.x};
   span(s, b, t, c.first, c.end);
   const int stride = RUN * c.chunks;
-  c.from = c.first / stride, c.to = (c.end + stride - 1) / stride;
+  c.from = c.first / stride * PIECES_OF_A_RUN, c.to = (c.end + stride - 1) / stride * PIECES_OF_A_RUN;
   const int wanted = min(ROWS, c.filled(c.end) - c.filled(c.first));
   if (thread < LANES) bounds[thread] = min(max(s.bounds[(row0 + thread * TOKENS) * c.chunks + number] >> 4, 0), 64 * WORDS * WEIGHT);
   for (int i = thread; i < OWN * TEAMS; i += THREADS) columns[i] = -1;

@@ -13,6 +13,7 @@ from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.sizes import ROWS, Sizes, carve
 
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+RUN = 8  # neighbouring columns of a chunk
 CACHED = 32 << 20  # bytes of keys and values that a cache holds until they are wanted
 _POINTERS = (
     "q", "keys", "values", "query", "codes", "starts", "length", "bounds", "totals", "arrived", "lists", "counts",
@@ -69,7 +70,7 @@ def decode(
         compiler.launch(kernel, grid, threads, step, early=torch.cuda.get_device_capability(device) >= (9, 0))
 
     if rule.chunks is not None:
-        launch("local", (rule.chunks, heads // lanes, queries), 256, LOCAL=1, LANES=lanes, ROWS=rule.per_chunk)
+        launch("local", (rule.chunks, heads // lanes, queries), 256, LOCAL=1, RUN=RUN, LANES=lanes, ROWS=rule.per_chunk)
         return out, lse, ids.view(sizes.batch, -1, sizes.tokens, sizes.slots)
     gathered = 2 * rows * sizes.slots * dim * q.element_size()
     launch("scan", (sizes.cuda_chunks, heads // lanes, queries), 256, LANES=lanes, PREFETCH=gathered <= CACHED)
