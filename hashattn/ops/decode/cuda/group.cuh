@@ -3,6 +3,7 @@
 // A product does not care about the order of what it sums over, so that fragments are read straight from memory in 16
 // bytes: of queries and keys, a thread's two words of a step are 4 of 8 neighbouring dimensions; of values, a thread holds
 // 8 neighbouring dimensions of 4 keys, which are columns of 8 products. So the parts' dimensions lie as dim_of says.
+#pragma once
 #include "rows.cuh"
 
 #if TENSOR_CORES

@@ -1,8 +1,9 @@
 // LocalTopK in one kernel: a program looks at its chunk's keys, keeps the ROWS nearest of each lane and attends to them.
 // Grid (chunks, Hkv * G / LANES, B * TOKENS), 256 threads. Column n is in chunk n / 8 % chunks: a thread looks at 8 columns.
+#include "candidates.cuh"
 #include "rows.cuh"
 
-constexpr int WARPS = THREADS / 32, QUEUE = 512;  // candidates of a lane
+constexpr int WARPS = THREADS / 32, SEGMENT = 64;  // candidates of a lane that a warp finds
 constexpr int EIGHT = 8, PIECES_OF_A_RUN = RUN / EIGHT;  // columns of a thread at a time
 constexpr int DISTANCES = MOST_RANKED + 2;                  // forced keys come first
 static_assert(SUM == 1, "heads choose for themselves");
@@ -132,23 +133,27 @@ __device__ __noinline__ void from_codes(const Step &s, const Chunk &c, const Ter
   }
 }
 
-// The same from the candidates within the lanes' bounds. Returns whether bounds were wrong for any of them.
+// The same from the candidates within the lanes' bounds. A warp looks at a part of the chunk for itself. Returns whether
+// bounds were wrong for any lane.
 __device__ __forceinline__ bool from_candidates(
     const Step &s, const Chunk &c, const Terms *terms, const int *bounds, int wanted, int *columns, int *thresholds
 ) {
-  __shared__ u32 queue[LANES][QUEUE];  // level << 20 | place in the chunk
-  __shared__ int histogram[LANES][LEVELS];
+  __shared__ u32 queue[LANES][WARPS][SEGMENT];  // level << 20 | place in the chunk
+  __shared__ int histogram[LANES][LEVELS], lengths[LANES][WARPS];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int share = (c.to - c.from + THREADS - 1) / THREADS * 32;
+  const int from = c.from + warp * share, to = min(from + share, c.to);
+  u32 code[EIGHT][HALVES];
+  load_run(code, s, c, from + lane < to ? from + lane : c.to);
   if (threadIdx.x < LANES * LEVELS) histogram[0][threadIdx.x] = 0;
-  Counts carry = {};
-  bool full = false;
-  for (int from = c.from; from < c.to; from += THREADS) {
-    const int run = from + threadIdx.x;
-    u32 code[EIGHT][HALVES], seen, forced, flags[LANES], lacking[LANES][2];
-    load_run(code, s, c, run);
+  __syncthreads();  // terms and bounds are there as well
+  Lengths held = {0, 0};
+#pragma unroll 1
+  for (int run = from + lane; run - lane < to; run += 32) {
+    u32 seen, forced, flags[LANES], lacking[LANES][2];
+    Lengths own = {0, 0};
     look(s, c, run, seen, forced);
-    if (from == c.from) __syncthreads();  // terms and bounds are there
-    Counts own;
+    if (run >= to) seen = forced = 0;
 #pragma unroll
     for (int i = 0; i < LANES; i++) {
       const int past = within(bounds[i], terms[i].base()) + 1;
@@ -157,38 +162,37 @@ __device__ __forceinline__ bool from_candidates(
       for (int key = EIGHT - 1; key >= 0; key--) {
         const int beyond = ranked(code[key], terms[i]) - past;  // negative within the bound
         flags[i] = __funnelshift_l(beyond, flags[i], 1);
-        lacking[i][key / 4] = __byte_perm(MOST_RANKED > 96 ? max(beyond, -LEVELS) : beyond, lacking[i][key / 4], 0x6540);
+        lacking[i][key / 4] = __byte_perm(CLAMPED ? max(beyond, -LEVELS) : beyond, lacking[i][key / 4], 0x6540);
       }
-      if (forced) {  // as near as can be
-#pragma unroll
-        for (int key = 0; key < EIGHT; key++) {
-          const u32 byte = 0xffu << key % 4 * 8;
-          if (forced >> key & 1) lacking[i][key / 4] = lacking[i][key / 4] & ~byte | (u32)-LEVELS << key % 4 * 8;
-        }
-      }
+      force(lacking[i], forced);
       flags[i] = flags[i] & seen | forced;
-      own.of[i] = __popc(flags[i]);
+      own.add(i, __popc(flags[i]));
     }
-    const Counts at = before(own, carry);
+    if (run - lane + 32 < to) load_run(code, s, c, run + 32 < to ? run + 32 : c.to);  // on its way meanwhile
+    Lengths upto = own;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const Lengths other = {__shfl_up_sync(~0u, upto.low, d), __shfl_up_sync(~0u, upto.high, d)};
+      if (lane >= d) upto.add(other);
+    }
+    const Lengths all = {__shfl_sync(~0u, upto.low, 31), __shfl_sync(~0u, upto.high, 31)};
 #pragma unroll
     for (int i = 0; i < LANES; i++) {
-      u32 *to = queue[i] + at.of[i];
-      if (carry.of[i] > QUEUE) full = true;  // in every thread alike
-      if (!full)
-        for (u32 left = flags[i]; left; left &= left - 1) {
-          const int key = __ffs(left) - 1;
-          int beyond;  // its byte, and the byte's sign three times
-          asm("prmt.b32 %0, %1, %2, %3;" : "=r"(beyond) : "r"(lacking[i][0]), "r"(lacking[i][1]), "r"(key * 0x1111 | 0x8880));
-          const int level = ~max(beyond, -LEVELS);
-          *to++ = level << 20 | (run - c.from) * EIGHT + key;
-          atomicAdd(&histogram[i][level], 1);
-        }
+      int at = held.of(i) + upto.of(i) - own.of(i);
+      for (u32 left = flags[i]; left && at < SEGMENT; left &= left - 1) {
+        const int key = __ffs(left) - 1, level = level_of(lacking[i][0], lacking[i][1], key);
+        queue[i][warp][at++] = level << 20 | (run - c.from) * EIGHT + key;
+        atomicAdd(&histogram[i][level], 1);
+      }
     }
-    if (full) break;
+    held.add(all);
   }
+#pragma unroll
+  for (int i = 0; i < LANES; i++)
+    if (lane == 0) lengths[i][warp] = held.of(i);
   __syncthreads();
-  bool missed = full;
-  if (!full && warp < LANES) {  // a warp for a lane
+  bool missed = false;
+  if (warp < LANES) {  // a warp for a lane
     int count = histogram[warp][lane];  // at least this level
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
@@ -196,20 +200,22 @@ __device__ __forceinline__ bool from_candidates(
       if (lane + d < 32) count += other;
     }
     const u32 enough = __ballot_sync(~0u, count >= wanted);
-    const int level = 31 - __clz(enough), here = __shfl_sync(~0u, count, level & 31), drop = here - wanted;
-    missed = enough == 0 || (level == LEVELS - 1 && drop > 0);
-    const int length = __shfl_sync(~0u, count, 0);
+    const int level = 31 - __clz(enough), drop = __shfl_sync(~0u, count, level & 31) - wanted;
+    missed = enough == 0 || (level == LEVELS - 1 && drop > 0) || __any_sync(~0u, lengths[warp][lane % WARPS] > SEGMENT);
     int nearer = 0, equal = 0;
-    for (int from = 0; !missed && from < length; from += 32) {
-      const u32 entry = queue[warp][min(from + lane, QUEUE - 1)];
-      const int own = entry >> 20, place = entry & 0xfffff;
-      const u32 near = __ballot_sync(~0u, from + lane < length && own > level);
-      const u32 ties = __ballot_sync(~0u, from + lane < length && own == level), below = (1u << lane) - 1;
-      const int ties_before = equal + __popc(ties & below);
-      if (near >> lane & 1 || (ties >> lane & 1 && ties_before >= drop))
-        columns[slot_of(warp, nearer + __popc(near & below) + max(ties_before - drop, 0))] =
-            c.column(c.from + place / EIGHT) + place % EIGHT;
-      nearer += __popc(near), equal += __popc(ties);
+    for (int w = 0; w < WARPS && !missed; w++) {
+      const int length = lengths[warp][w];
+      for (int at = lane; at - lane < length; at += 32) {
+        const u32 entry = queue[warp][w][min(at, SEGMENT - 1)];
+        const int own = entry >> 20, place = entry & 0xfffff;
+        const u32 near = __ballot_sync(~0u, at < length && own > level), below = (1u << lane) - 1;
+        const u32 ties = __ballot_sync(~0u, at < length && own == level);
+        const int ties_before = equal + __popc(ties & below);
+        if (near >> lane & 1 || (ties >> lane & 1 && ties_before >= drop))
+          columns[slot_of(warp, nearer + __popc(near & below) + max(ties_before - drop, 0))] =
+              c.column(c.from + place / EIGHT) + place % EIGHT;
+        nearer += __popc(near), equal += __popc(ties);
+      }
     }
     if (lane == 0) thresholds[warp] = bounds[warp] - STEP * level;
   }

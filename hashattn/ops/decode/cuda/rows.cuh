@@ -1,4 +1,5 @@
 // Attention to a program's ROWS keys, its part of the result, and the last program's combination of all parts.
+#pragma once
 #include "step.cuh"
 
 #if LOCAL
@@ -195,21 +196,26 @@ __device__ __forceinline__ bool is_last(int *arrived, int programs) {
 }
 
 // Join `programs` parts from `part` on and write JOINED rows of out and lse from row0 on, TOKENS apart. A spoilt result is
-// NaN.
+// NaN. Four numbers of a part are a quad; where threads outnumber quads, they share the parts.
 __device__ __forceinline__ void combine(const Step &s, size_t part, int programs, size_t row0, bool spoilt) {
-  constexpr int TILE = 64, AT_ONCE = 16, OUTPUTS = (JOINED * PART + THREADS - 1) / THREADS;
+  constexpr int TILE = 64, AT_ONCE = 8, QUADS = JOINED * PART / 4;
+  constexpr int SHARES = QUADS >= THREADS ? 1 : THREADS / QUADS, OUTPUTS = (QUADS + THREADS - 1) / THREADS;
   __shared__ float weights[JOINED][TILE], peaks[JOINED], sums[JOINED], shrinks[JOINED];
-  const int lane = threadIdx.x % 32;
+  __shared__ float4 shared[SHARES > 1 ? SHARES * QUADS : 1];
+  const int lane = threadIdx.x % 32, share = SHARES > 1 ? threadIdx.x / QUADS : 0;
   const float2 *stats = reinterpret_cast<const float2 *>(s.stats) + part * JOINED;
-  const float *parts = s.parts + part * JOINED * PART;
-  float x[OUTPUTS] = {}, ahead[AT_ONCE];  // the first parts are on their way while their weights are found
-  auto load = [&](int output, int from) {
-    const int at = output * THREADS + threadIdx.x;
+  const float4 *parts = reinterpret_cast<const float4 *>(s.parts) + part * QUADS;
+  float4 x[OUTPUTS] = {}, ahead[AT_ONCE];
+  auto load = [&](int quad, int from) {  // of every SHARES-th part
 #pragma unroll
-    for (int j = 0; j < AT_ONCE; j++)
-      ahead[j] = from + j < programs && at < JOINED * PART ? __ldcg(parts + (size_t)(from + j) * JOINED * PART + at) : 0;
+    for (int j = 0; j < AT_ONCE; j++) {
+      const int at = from + j * SHARES + share;
+      const bool there = at < programs && quad < QUADS && share < SHARES;
+      ahead[j] = there ? __ldcg(parts + (size_t)at * QUADS + quad) : make_float4(0, 0, 0, 0);
+    }
   };
-  load(0, 0);
+  const int first = SHARES > 1 ? threadIdx.x % QUADS : threadIdx.x;
+  load(first, 0);  // on their way while the weights are found
   if (threadIdx.x < JOINED) peaks[threadIdx.x] = -infinity(), sums[threadIdx.x] = 0;
   __syncthreads();
 #pragma unroll 1
@@ -235,6 +241,7 @@ __device__ __forceinline__ void combine(const Step &s, size_t part, int programs
       }
 #pragma unroll
       for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+      __syncwarp();
       if (lane == 0) {
         const float shrink = exp2f(old - base);
         shrinks[head] = shrink, peaks[head] = peak, sums[head] = sums[head] * shrink + sum;
@@ -243,22 +250,42 @@ __device__ __forceinline__ void combine(const Step &s, size_t part, int programs
     __syncthreads();
 #pragma unroll
     for (int output = 0; output < OUTPUTS; output++) {
-      const int head = min((output * THREADS + (int)threadIdx.x) / PART, JOINED - 1);
-      x[output] *= shrinks[head];
-      for (int i = 0; i < min(TILE, programs - from); i += AT_ONCE) {
-        if (output || from || i) load(output, from + i);
+      const int quad = first + output * THREADS, head = min(quad * 4 / PART, JOINED - 1);
+      float4 &to = x[output];
+      to.x *= shrinks[head], to.y *= shrinks[head], to.z *= shrinks[head], to.w *= shrinks[head];
+      for (int i = 0; i < min(TILE, programs - from); i += AT_ONCE * SHARES) {
+        if (output || from || i) load(quad, from + i);
 #pragma unroll
-        for (int j = 0; j < AT_ONCE; j++) x[output] += weights[head][i + j] * ahead[j];
+        for (int j = 0; j < AT_ONCE; j++) {
+          const int at = i + j * SHARES + share;
+          const float weight = at < TILE ? weights[head][at] : 0;  // nothing is loaded beyond
+          to.x += weight * ahead[j].x, to.y += weight * ahead[j].y, to.z += weight * ahead[j].z, to.w += weight * ahead[j].w;
+        }
       }
     }
     __syncthreads();
   }
+  if (SHARES > 1) {
+    if (share < SHARES) shared[share * QUADS + first] = x[0];
+    __syncthreads();
+    x[0] = make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int i = 0; i < SHARES; i++) {
+      const float4 y = shared[i * QUADS + first];
+      x[0].x += y.x, x[0].y += y.y, x[0].z += y.z, x[0].w += y.w;
+    }
+  }
 #pragma unroll
   for (int output = 0; output < OUTPUTS; output++) {
-    const int at = output * THREADS + threadIdx.x, head = at / PART, d = dim_of(at % PART);
-    if (at >= JOINED * PART || d >= DIM) continue;
-    const float sum = sums[head], result = spoilt ? __int_as_float(0x7fffffff) : sum > 0 ? x[output] / sum : 0;
-    store(s.out, (row0 + (size_t)head * TOKENS) * DIM + d, result);
+    const int quad = first + output * THREADS, head = quad * 4 / PART;
+    if (share || quad >= QUADS) continue;
+    const float sum = sums[head], four[4] = {x[output].x, x[output].y, x[output].z, x[output].w};
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const int d = dim_of((quad * 4 + e) % PART);
+      const float result = spoilt ? __int_as_float(0x7fffffff) : sum > 0 ? four[e] / sum : 0;
+      if (d < DIM) store(s.out, (row0 + (size_t)head * TOKENS) * DIM + d, result);
+    }
   }
   if (threadIdx.x < JOINED) {
     const float peak = peaks[threadIdx.x];

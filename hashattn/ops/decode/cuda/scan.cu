@@ -1,18 +1,9 @@
 // First kernel of exact top-k: a chunk's keys near each row's bound, in column order, and how many there are by level.
 // Grid (chunks, Hkv * G / SUM / LANES, B * TOKENS), 256 threads. A thread looks at a few neighbouring keys. Counting bits, a
 // quarter-rate instruction, takes the time; candidates are few, so they are queued and written by all threads at once.
-#include "step.cuh"
+#include "candidates.cuh"
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS, KEYS = CHUNK / THREADS;
-constexpr bool CLAMPED = MOST_RANKED > 96;  // more than a byte may be lacking to the bound
-
-// Sixteen bits for each lane's number: of candidates.
-struct Lengths {
-  u32 low, high;
-  __device__ __forceinline__ void add(Lengths other) { low += other.low, high += other.high; }
-  __device__ __forceinline__ int of(int lane) const { return (lane < 2 ? low : high) >> (lane % 2 * 16) & 0xffff; }
-};
-
 // Ask for a row's keys and values, so that they are on their way when the second kernel wants them.
 __device__ __forceinline__ void prefetch(const void *storage, size_t row) {
   constexpr int BYTES = DIM * (TYPE == 2 ? 4 : 2);
@@ -70,15 +61,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
       flags[i] = __funnelshift_l(beyond, flags[i], 1);
       lacking[i][key / 4] = __byte_perm(CLAMPED ? max(beyond, -LEVELS) : beyond, lacking[i][key / 4], 0x6540);
     }
-    if (forced) {  // as near as can be
-#pragma unroll
-      for (int key = 0; key < KEYS; key++) {
-        const u32 byte = 0xffu << key % 4 * 8;
-        if (forced >> key & 1) lacking[i][key / 4] = lacking[i][key / 4] & ~byte | (u32)-LEVELS << key % 4 * 8;
-      }
-    }
+    force(lacking[i], forced);
     flags[i] = flags[i] & seen | forced;
-    (i < 2 ? length.low : length.high) += __popc(flags[i]) << (i % 2 * 16);
+    length.add(i, __popc(flags[i]));
   }
   Lengths upto = length;
 #pragma unroll
@@ -99,11 +84,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
   for (int i = 0; i < LANES; i++) {
     u16 *to = queue + start + before.of(i);
     for (u32 left = flags[i]; left; left &= left - 1) {
-      const int key = __ffs(left) - 1;
-      int beyond;  // its byte, and the byte's sign three times
-      asm("prmt.b32 %0, %1, %2, %3;"
-          : "=r"(beyond) : "r"(lacking[i][0]), "r"(lacking[i][KEYS / 4 - 1]), "r"(key * 0x1111 | 0x8880));
-      *to++ = ~max(beyond, -LEVELS) << PLACE_BITS | (thread * KEYS + key);
+      const int key = __ffs(left) - 1, level = level_of(lacking[i][0], lacking[i][KEYS / 4 - 1], key);
+      *to++ = level << PLACE_BITS | (thread * KEYS + key);
     }
     start += all.of(i);
   }
@@ -118,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
     const int level = entry >> PLACE_BITS;
     s.lists[((size_t)(row0 + i * TOKENS) * s.chunks + chunk) * CHUNK + rank] = entry;
     atomicAdd(&histogram[i][level], 1);
-    if (PREFETCH && level * STEP >= s.margin + 2) {  // nearer than the last threshold
+    if (PREFETCH && level * STEP >= s.margin + 2 && start <= 2 * THREADS) {  // nearer than the last threshold, and few
       const size_t row = (size_t)kv * s.room + low + (entry & ((1 << PLACE_BITS) - 1));
       prefetch(s.keys, row), prefetch(s.values, row);
     }

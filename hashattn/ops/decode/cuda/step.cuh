@@ -4,6 +4,7 @@
 // scan serves; WORDS of 64 bits a code; PLANES of a query; DIM of a head; TYPE of keys and values (0 bfloat16, 1 float16,
 // 2 float32); TOKENS queries a head; ROWS that a program of the second kernel attends to; CAUSAL, SHARE, RADIUS; ALIGNED: codes may be read in
 // 16 bytes. A row is one choice of keys: a query head's, or a KV head's with SUM = G, at one of T positions.
+#pragma once
 
 typedef unsigned long long u64;
 typedef unsigned int u32;
