@@ -31,7 +31,7 @@ def why_not(
         return f"it attends exactly, as ExactAttend does, not as {attn.attend!r}"
     rule = selector.rule(q_heads // kv_heads)
     if rule is None:
-        return f'it serves TopK and Threshold (of a group, with combine="sum"), not {selector!r}'
+        return f'it serves TopK, LocalTopK and Threshold (of a group, with combine="sum"), not {selector!r}'
     return decode.why_not(
         device=device, dtype=dtype, head_dim=head_dim, group=q_heads // kv_heads, tokens=tokens,
         words=words(encoder.bits), planes=encoder.query_bits, rule=rule,

@@ -134,9 +134,12 @@ def _stages(
     elif attn.selector is not None and attn.selector.matrices:
         slow = "a matrix of all distances is made"
     if engine == "triton":
+        rule = attn.selector.rule(1) if attn.selector is not None else None
+        chunks = rule is not None and rule.chunks is not None
+        listed = "keeps the nearest of each chunk" if chunks else "lists the keys near the last step's threshold"
         return (
             ("encode", f"{_name(attn.encoder)}: PyTorch", "one token's query and key; keys late and in bulk"),
-            ("scan", f"{_name(attn.index)}: Triton, one kernel", "lists the keys near the last step's threshold"),
+            ("scan", f"{_name(attn.index)}: Triton, one kernel", listed),
             ("select", f"{_name(attn.selector)}: Triton, one kernel with attend", "exact, ties to the most recent key"),
             ("attend", f"{_name(attn.attend)}: Triton", "split over the selected keys"),
         )

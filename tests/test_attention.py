@@ -549,10 +549,11 @@ def test_the_fused_engine_says_what_it_cannot_take():
     assert "Triton, one kernel" in str(attn.explain(**shape))
     plain = attn.replace(engine="auto")
     for other, reason in (
-        (plain.replace(selector=Tiers(0.1, 0.2)), "it serves TopK and Threshold"),
+        (plain.replace(selector=Tiers(0.1, 0.2)), "it serves TopK, LocalTopK and Threshold"),
         (plain.replace(attend=MixedPrecision()), "it attends exactly"),
-        (plain.replace(selector=TopK(k=9, per="kv_head", combine="vote")), "it serves TopK and Threshold"),
-        (plain.replace(selector=Sink(4) | Consensus(TopK(k=9))), "it serves TopK and Threshold"),
+        (plain.replace(selector=TopK(k=9, per="kv_head", combine="vote")), "it serves TopK, LocalTopK and Threshold"),
+        (plain.replace(selector=Sink(4) | Consensus(TopK(k=9))), "it serves TopK, LocalTopK and Threshold"),
+        (plain.replace(selector=LocalTopK(64, per="kv_head")), "one choice per query head"),
         (plain.replace(encoder=SimHash(160)), "64, 128 or 256 bits, not 192"),
         (plain.replace(encoder=Identity(), index=FlatDot()), "binary codes"),
         (plain.replace(encoder=AsymmetricHash(64, heads=4)), "one code a key"),
@@ -562,6 +563,8 @@ def test_the_fused_engine_says_what_it_cannot_take():
             other.replace(engine="triton").explain(**shape)
     for served in (TopK(k=9, per="kv_head"), Sink(4) | Recent(4) | TopK(share=0.1), Threshold(radius=20, limit=9)):
         assert attn.replace(selector=served).explain(**shape).engine == "triton"
+    local = attn.replace(selector=Sink(4) | LocalTopK(64)).explain(**shape)
+    assert local.engine == "triton" and "keeps the nearest of each chunk" in str(local)
 
 
 def test_a_decoder_refuses_what_a_graph_could_not_keep():

@@ -15,6 +15,8 @@ from hashattn.ops.decode.codes import RUN, distance, load_runs, span
 from hashattn.ops.decode.rows import combine, one_head, store_part
 from hashattn.ops.decode.sizes import ROWS, SPLIT, Sizes, carve
 
+MOST_SPLITS = 128  # of a chunk, that the second kernel merges
+
 
 @triton.jit
 def smallest(level, wanted, BITS: tl.constexpr):
@@ -44,10 +46,10 @@ def place_of(column, chunk, chunks):
 @triton.jit
 def search_splits(
     query, codes, entries, starts, length, sinks, recents, room, chunks, splits, kv_heads, T, G: tl.constexpr,
-    LANES: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr, SPLIT: tl.constexpr, KEEP: tl.constexpr,
-    BITS: tl.constexpr, CAUSAL: tl.constexpr, PDL: tl.constexpr,
+    WORDS: tl.constexpr, PLANES: tl.constexpr, SPLIT: tl.constexpr, KEEP: tl.constexpr, BITS: tl.constexpr,
+    CAUSAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks * splits, B * Hkv * T * G / LANES). Column n belongs to chunk n // RUN % chunks.
+    """Grid (chunks * splits, rows). Column n belongs to chunk n // RUN % chunks; a split is SPLIT columns of a chunk.
 
     Args:
         query: int64 [B, Hq, T, PLANES, WORDS].
@@ -58,34 +60,27 @@ def search_splits(
     """
     if PDL:
         gdc_wait()
-    place = tl.program_id(0)
-    chunk, split = place // splits, place % splits
-    GROUPS: tl.constexpr = G // LANES
-    group = tl.program_id(1) % GROUPS
-    t = tl.program_id(1) // GROUPS % T
-    kv = tl.program_id(1) // GROUPS // T
-    first, end = span(starts, length, room, kv // kv_heads, t, T, CAUSAL)
-    row0 = (kv * G + group * LANES) * T + t
+    chunk, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    row = tl.program_id(1)
+    kv = row // (G * T)
+    first, end = span(starts, length, room, kv // kv_heads, row % T, T, CAUSAL)
     low = split * SPLIT
     begin, stop = place_of(first, chunk, chunks) - low, place_of(end, chunk, chunks) - low
     wanted = tl.minimum(tl.maximum(tl.minimum(stop, SPLIT) - tl.maximum(begin, 0), 0), KEEP)
-    own = entries + (row0.to(tl.int64) * chunks * splits + place) * KEEP
-    step = T * chunks * splits * KEEP  # entries from a lane's to the next lane's
+    own = entries + (row.to(tl.int64) * chunks * splits + tl.program_id(0)) * KEEP
     if wanted > 0:
         at = tl.arange(0, SPLIT)[None, :]
         columns = ((low + at) // RUN * chunks + chunk) * RUN + at % RUN
         x = load_runs(codes + kv.to(tl.int64) * room * WORDS, columns, room, WORDS)
+        d = distance(x, query + row.to(tl.int64) * PLANES * WORDS, 0, WORDS, PLANES, 1)
         sinks = place_of(first + sinks, chunk, chunks) - low
         recents = place_of(tl.maximum(end - recents, 0), chunk, chunks) - low
-        for i in range(LANES):
-            words = query + (row0 + i * T).to(tl.int64) * PLANES * WORDS
-            level = tl.where((at < sinks) | (at >= recents), 0, distance(x, words, 0, WORDS, PLANES, 1) + 1)
-            level = tl.where((at >= begin) & (at < stop), level, (1 << BITS) - 1)
-            chosen, rank = smallest(level, wanted + tl.zeros([1], tl.int32), BITS)
-            tl.store(own + i * step + rank, level << 16 | at, mask=chosen)
+        level = tl.where((at < sinks) | (at >= recents), 0, d + 1)
+        level = tl.where((at >= begin) & (at < stop), level, (1 << BITS) - 1)
+        chosen, rank = smallest(level, wanted + tl.zeros([1], tl.int32), BITS)
+        tl.store(own + rank, level << 16 | at, mask=chosen)
     slots = tl.arange(0, KEEP)
-    for i in tl.static_range(LANES):
-        tl.store(own + i * step + slots, -1, mask=slots >= wanted)
+    tl.store(own + slots, -1, mask=slots >= wanted)
     if PDL:
         gdc_launch_dependents()
 
@@ -155,29 +150,34 @@ def decode(
 
     Args:
         early: whether a kernel may start while the one before it ends (Hopper and later).
+
+    Raises:
+        ValueError: more columns than so few chunks serve.
     """
     rule, rows, tokens, dim = sizes.rule, sizes.rows, sizes.tokens, sizes.head_dim
-    chunks, keep, splits = rule.chunks or 1, rule.per_chunk, sizes.splits
+    chunks, keep, split, splits = rule.chunks or 1, rule.per_chunk, SPLIT // sizes.words, sizes.splits
+    if splits > MOST_SPLITS:
+        raise ValueError(
+            f"the cache has room for {sizes.code_room:,} columns, {rule.chunks} chunks serve up to "
+            f"{MOST_SPLITS * split * chunks:,} of them: take a larger k or a smaller per_chunk"
+        )
     programs, width = triton.cdiv(chunks * keep, ROWS), triton.next_power_of_2(dim)
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
     ids = torch.empty((rows, chunks * keep), dtype=torch.int32, device=q.device)
     buffers, arrived = carve(workspace, sizes.triton), bounds[sizes.hints]
-    lanes = 1
     common = {
-        "G": sizes.group, "KEEP": keep, "BITS": level_bits(sizes.words, sizes.planes), "SPLIT": SPLIT, "PDL": early,
+        "G": sizes.group, "KEEP": keep, "BITS": level_bits(sizes.words, sizes.planes), "SPLIT": split, "PDL": early,
         **({"launch_pdl": True} if early else {}),
     }  # fmt: skip
-    search_splits[(chunks * splits, rows // lanes)](
+    search_splits[(chunks * splits, rows)](
         query, codes, buffers["entries"], starts, length, rule.sinks, rule.recents, sizes.code_room, chunks, splits,
-        sizes.kv_heads, tokens, LANES=lanes, WORDS=sizes.words, PLANES=sizes.planes, CAUSAL=causal, num_warps=4,
-        **common,
+        sizes.kv_heads, tokens, WORDS=sizes.words, PLANES=sizes.planes, CAUSAL=causal, num_warps=4, **common,
     )  # fmt: skip
     if not scan_only:
         attend_chunks[(programs, rows)](
             q, keys, values, buffers["entries"], starts, length, ids, buffers["parts"], buffers["stats"], arrived, out,
             lse, scale, sizes.room, chunks, splits, tokens, DIM=dim, WIDTH=width,
-            ENTRIES=triton.next_power_of_2(splits * keep), ROWS=ROWS,
-            num_warps=attend_warps(width), **common,
+            ENTRIES=triton.next_power_of_2(splits * keep), ROWS=ROWS, num_warps=attend_warps(width, splits), **common,
         )  # fmt: skip
     return out, lse, ids.view(sizes.batch, -1, tokens, chunks * keep)
 
@@ -187,6 +187,6 @@ def level_bits(words: int, planes: int) -> int:
     return (64 * words * (2**planes - 1) + 2).bit_length()
 
 
-def attend_warps(width: int) -> int:
-    """Warps of a program of the second kernel."""
-    return 2 if width <= 128 else 4
+def attend_warps(width: int, splits: int) -> int:
+    """Warps of a program of the second kernel: two unless its registers would not suffice."""
+    return 2 if width <= 128 and splits <= 8 else 4 if splits <= 32 else 8

@@ -12,7 +12,7 @@ from hashattn.ops.decode.rule import Rule
 
 CHUNK = 2048  # keys of a program of the first kernel
 ROWS = 64  # keys of a program of the second
-SPLIT = 2048  # keys of a program of the first kernel of local.py, of one chunk
+SPLIT = 2048  # words of codes that a program of the first kernel of local.py compares, of one chunk
 LEVELS = 32  # of candidates, as in cuda/step.cuh
 _ALIGNED = 256  # bytes
 
@@ -70,7 +70,7 @@ class Sizes:
     @property
     def splits(self) -> int:
         """Programs of the first kernel of local.py for each chunk."""
-        return -(-self.code_room // (SPLIT * (self.rule.chunks or 1)))
+        return -(-self.code_room // (SPLIT // self.words * (self.rule.chunks or 1)))
 
     @property
     def state(self) -> tuple[int, int]:

@@ -98,14 +98,14 @@ def main(arch: int) -> None:
                 "PDL": arch >= 90,
                 "SPLIT": SPLIT,
             }
-            search = near | {"LANES": lanes, "WORDS": words, "PLANES": planes, "CAUSAL": True}
+            search = near | {"WORDS": words, "PLANES": planes, "CAUSAL": True}
             found = compiled(search_splits, search, 4, arch, dtype)
             print(json.dumps({"kernel": f"local search {name}", **found}), flush=True)
             width = attend["WIDTH"]
-            for entries in (16, 64):
-                chunks = near | {"DIM": dim, "WIDTH": width, "ENTRIES": entries, "ROWS": LOCAL_ROWS}
-                found = compiled(attend_chunks, chunks, local_warps(width), arch, dtype)
-                print(json.dumps({"kernel": f"local attend {entries} {name}", **found}), flush=True)
+            for splits in (1, 4):
+                chunks = near | {"DIM": dim, "WIDTH": width, "ENTRIES": 16 * splits, "ROWS": LOCAL_ROWS}
+                found = compiled(attend_chunks, chunks, local_warps(width, splits), arch, dtype)
+                print(json.dumps({"kernel": f"local attend, {splits} splits {name}", **found}), flush=True)
 
 
 if __name__ == "__main__":

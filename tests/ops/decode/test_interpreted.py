@@ -29,8 +29,9 @@ def test_it_selects_and_attends_as_the_reference_does(shape, rule):
     agrees(decode, inputs(1, **shape), rule)
 
 
-def test_queries_that_see_everything():
-    agrees(decode, inputs(2, tokens=3, filled=90, room=96), Rule(k=20), causal=False)
+@pytest.mark.parametrize("rule", [Rule(k=20), Rule(k=32, chunks=2)], ids=str)
+def test_queries_that_see_everything(rule):
+    agrees(decode, inputs(2, tokens=3, filled=90, room=96), rule, causal=False)
 
 
 @settings(max_examples=8, deadline=None)
@@ -39,6 +40,23 @@ def test_any_length_and_budget(seed, filled, k, words, shared, recents):
     start = seed % filled
     x = inputs(seed % 1000, group=2, filled=filled, room=208, words=words, starts=(start,))
     agrees(decode, x, Rule(k=k, shared=shared, recents=recents))
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    seeds, st.integers(1, 200), st.integers(1, 9), st.sampled_from([1, 2]), st.sampled_from([(0, 0), (3, 0), (2, 9)])
+)
+def test_any_length_and_number_of_chunks(seed, filled, chunks, words, forced):
+    x = inputs(seed % 1000, group=2, filled=filled, room=208, words=words, starts=(seed % filled,))
+    rule = Rule(k=16 * chunks, chunks=chunks, sinks=forced[0], recents=forced[1] if chunks > 1 else 0)
+    agrees(decode, x, rule)
+
+
+def test_more_columns_than_chunks_serve_are_refused():
+    x = inputs(8, filled=9, room=16)
+    codes = torch.zeros(1, 1, 1, 1, dtype=torch.int64).expand(-1, -1, 600_000, -1)
+    with pytest.raises(ValueError, match="600,000 columns, 2 chunks serve up to 524,288"):
+        decode(*x.all[:4], codes, *x.all[5:], torch.zeros(4), Rule(k=16, chunks=2), Scratch(), scale=1.0)
 
 
 def test_codes_may_have_another_room_than_keys():
@@ -77,6 +95,10 @@ def test_a_workspace_is_shared_kept_and_no_larger_than_needed():
         ({"tokens": 17}, "up to 16 queries"),
         ({"words": 3}, "64, 128 or 256 bits, not 192"),
         ({"planes": 4}, "query_bits"),
+        ({"rule": Rule(k=64, chunks=4, recents=40)}, None),
+        ({"rule": Rule(k=64, chunks=4, shared=True)}, "per query head"),
+        ({"rule": Rule(k=40, chunks=4)}, "per_chunk 8, 16, 32, 64, not 10"),
+        ({"rule": Rule(k=32, chunks=4, sinks=4, recents=8)}, "up to 12 sinks and recents"),
         ({"group": 16, "words": 4, "planes": 2, "rule": Rule(k=3, shared=True)}, "fewer bits"),
     ],
 )
@@ -130,10 +152,11 @@ def test_what_does_not_fit_is_dropped_and_counted():
         )
 
 
-def test_an_outgrown_length_gives_nan_and_reads_nothing_beyond_the_room():
+@pytest.mark.parametrize("rule", [Rule(k=64), Rule(k=64, chunks=1)], ids=str)
+def test_an_outgrown_length_gives_nan_and_reads_nothing_beyond_the_room(rule):
     x = inputs(7, filled=64, room=64)
     x.length.fill_(70)
-    bounds, workspace = x.state(Rule(k=64))
-    out, lse, ids = decode(*x.all, bounds, Rule(k=64), workspace, scale=1.0)
+    bounds, workspace = x.state(rule)
+    out, lse, ids = decode(*x.all, bounds, rule, workspace, scale=1.0)
     assert out.isnan().all() and torch.isfinite(lse).all()
     assert sorted(ids[0, 0, 0].tolist()) == list(range(64))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from hashattn import AsymmetricHash, FlatHamming, HashAttention, Recent, SimHash, Sink, Tiers, TopK
+from hashattn import AsymmetricHash, FlatHamming, HashAttention, LocalTopK, Recent, SimHash, Sink, Tiers, TopK
 from hashattn.ops.decode import Rule
-from tests.ops.decode.cases import CASES, agrees, inputs
+from tests.ops.decode.cases import CASES, LOCAL_CASES, agrees, inputs
 from tests.structured import qkv
 
 pytestmark = pytest.mark.gpu
@@ -21,20 +21,28 @@ def decode(request):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize(("shape", "rule"), CASES)
+@pytest.mark.parametrize(("shape", "rule"), CASES + LOCAL_CASES)
 def test_it_selects_and_attends_as_the_reference_does(decode, shape, rule, dtype):
     agrees(decode, inputs(1, **shape, dtype=dtype).to("cuda"), rule)
 
 
 @pytest.mark.parametrize("clustered", [False, True])
-@pytest.mark.parametrize("rule", [Rule(k=1024), Rule(share=0.02, shared=True, sinks=4, recents=64)], ids=str)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule(k=1024), Rule(share=0.02, shared=True, sinks=4, recents=64), Rule(k=1024, chunks=64, sinks=4, recents=64),
+        Rule(k=256, chunks=8),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_long_rows(decode, rule, clustered):
     shape = {"kv_heads": 2, "dim": 128, "filled": 131_000, "room": 131_072, "clustered": clustered}
     agrees(decode, inputs(2, **shape, dtype=torch.bfloat16).to("cuda"), rule)
 
 
-def test_one_captured_step_serves_growing_lengths(decode):
-    x, rule = inputs(3, filled=1000, room=4096).to("cuda"), Rule(share=0.05, recents=8)
+@pytest.mark.parametrize("rule", [Rule(share=0.05, recents=8), Rule(k=64, chunks=4, recents=8)], ids=str)
+def test_one_captured_step_serves_growing_lengths(decode, rule):
+    x = inputs(3, filled=1000, room=4096).to("cuda")
     x.keys[:], x.values[:] = torch.randn_like(x.keys), torch.randn_like(x.values)
     bounds, workspace = x.state(rule)
     decode(*x.all, bounds, rule, workspace, scale=0.1)
@@ -61,10 +69,14 @@ def test_the_step_waits_for_nothing(decode):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("per", ["query_head", "kv_head"])
-def test_the_engine_gives_what_the_reference_gives_while_decoding(per):
+@pytest.mark.parametrize(
+    "selector",
+    [TopK(share=0.05), TopK(share=0.05, per="kv_head"), LocalTopK(64, 16)],
+    ids=["query_head", "kv_head", "local"],
+)
+def test_the_engine_gives_what_the_reference_gives_while_decoding(selector):
     q, k, v = (x.cuda() for x in qkv(5, 2, keys=900, dim=64, group=4, dtype=torch.bfloat16))
-    attn = HashAttention(SimHash(128), FlatHamming(), Sink(4) | Recent(8) | TopK(share=0.05, per=per), engine="triton")
+    attn = HashAttention(SimHash(128), FlatHamming(), Sink(4) | Recent(8) | selector, engine="triton")
     plain, caches = attn.replace(engine="reference"), [attn.new_cache(2, 2, 64) for _ in range(2)]
     start = torch.tensor([0, 70], device="cuda")
     for cache in caches:
@@ -147,6 +159,6 @@ def test_a_decoder_needs_room_and_a_served_composition():
         attn.decoder(short)
     other = attn.replace(selector=Tiers(0.1, 0.2))
     short.append(k, v)
-    with pytest.raises(ValueError, match="it serves TopK and Threshold"):
+    with pytest.raises(ValueError, match="it serves TopK, LocalTopK and Threshold"):
         other.decoder(short)(q, k[:, :, :1], v[:, :, :1])
     assert len(short) == 609 and len(attn.decoder(short).finish()) == 609
