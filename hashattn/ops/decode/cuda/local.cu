@@ -1,5 +1,5 @@
 // LocalTopK in one kernel: a program looks at its chunk's keys, keeps the ROWS nearest of each lane and attends to them.
-// Grid (chunks, Hkv * G / LANES, B * TOKENS), 256 threads. Column n is in chunk n / 8 % chunks: a thread looks at 8 columns.
+// Grid (CHUNKS, Hkv * G / LANES, B * TOKENS), 256 threads. Column n is in chunk n / RUN % CHUNKS: a thread looks at 8 columns.
 #include "candidates.cuh"
 #include "rows.cuh"
 
@@ -49,13 +49,13 @@ __device__ __forceinline__ int slot_of(int lane, int rank) {
 
 struct Chunk {  // the runs `from` to `to` of a chunk hold columns that are seen
   const u64 *codes;
-  int number, chunks, from, to, first, end;
+  int number, from, to, first, end;
   __device__ __forceinline__ int column(int own) const {
-    return (own / PIECES_OF_A_RUN * chunks + number) * RUN + own % PIECES_OF_A_RUN * EIGHT;
+    return (own / PIECES_OF_A_RUN * CHUNKS + number) * RUN + own % PIECES_OF_A_RUN * EIGHT;
   }
   // Seen columns of the chunk before a column.
   __device__ __forceinline__ int filled(int end) const {
-    return end / (RUN * chunks) * RUN + min(max(end % (RUN * chunks) - number * RUN, 0), RUN);
+    return end / (RUN * CHUNKS) * RUN + min(max(end % (RUN * CHUNKS) - number * RUN, 0), RUN);
   }
 };
 
@@ -182,7 +182,6 @@ __device__ __forceinline__ bool from_candidates(
       for (u32 left = flags[i]; left && at < SEGMENT; left &= left - 1) {
         const int key = __ffs(left) - 1, level = level_of(lacking[i][0], lacking[i][1], key);
         queue[i][warp][at++] = level << 20 | (run - c.from) * EIGHT + key;
-        atomicAdd(&histogram[i][level], 1);
       }
     }
     held.add(all);
@@ -193,6 +192,19 @@ __device__ __forceinline__ bool from_candidates(
   __syncthreads();
   bool missed = false;
   if (warp < LANES) {  // a warp for a lane
+    int length = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) length += lengths[warp][w];
+    auto entry = [&](int at) {  // of all segments, one after the other
+      int w = 0;
+#pragma unroll
+      for (int i = 0; i < WARPS - 1; i++)
+        if (w == i && at >= lengths[warp][i]) at -= lengths[warp][i], w++;
+      return queue[warp][w][min(at, SEGMENT - 1)];
+    };
+    const bool full = __any_sync(~0u, lengths[warp][lane % WARPS] > SEGMENT);
+    for (int at = lane; !full && at < length; at += 32) atomicAdd(&histogram[warp][entry(at) >> 20], 1);
+    __syncwarp();
     int count = histogram[warp][lane];  // at least this level
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
@@ -201,21 +213,18 @@ __device__ __forceinline__ bool from_candidates(
     }
     const u32 enough = __ballot_sync(~0u, count >= wanted);
     const int level = 31 - __clz(enough), drop = __shfl_sync(~0u, count, level & 31) - wanted;
-    missed = enough == 0 || (level == LEVELS - 1 && drop > 0) || __any_sync(~0u, lengths[warp][lane % WARPS] > SEGMENT);
+    missed = full || enough == 0 || (level == LEVELS - 1 && drop > 0);
     int nearer = 0, equal = 0;
-    for (int w = 0; w < WARPS && !missed; w++) {
-      const int length = lengths[warp][w];
-      for (int at = lane; at - lane < length; at += 32) {
-        const u32 entry = queue[warp][w][min(at, SEGMENT - 1)];
-        const int own = entry >> 20, place = entry & 0xfffff;
-        const u32 near = __ballot_sync(~0u, at < length && own > level), below = (1u << lane) - 1;
-        const u32 ties = __ballot_sync(~0u, at < length && own == level);
-        const int ties_before = equal + __popc(ties & below);
-        if (near >> lane & 1 || (ties >> lane & 1 && ties_before >= drop))
-          columns[slot_of(warp, nearer + __popc(near & below) + max(ties_before - drop, 0))] =
-              c.column(c.from + place / EIGHT) + place % EIGHT;
-        nearer += __popc(near), equal += __popc(ties);
-      }
+    for (int at = lane; !missed && at - lane < length; at += 32) {
+      const u32 one = entry(min(at, length - 1));
+      const int own = one >> 20, place = one & 0xfffff;
+      const u32 near = __ballot_sync(~0u, at < length && own > level), below = (1u << lane) - 1;
+      const u32 ties = __ballot_sync(~0u, at < length && own == level);
+      const int ties_before = equal + __popc(ties & below);
+      if (near >> lane & 1 || (ties >> lane & 1 && ties_before >= drop))
+        columns[slot_of(warp, nearer + __popc(near & below) + max(ties_before - drop, 0))] =
+            c.column(c.from + place / EIGHT) + place % EIGHT;
+      nearer += __popc(near), equal += __popc(ties);
     }
     if (lane == 0) thresholds[warp] = bounds[warp] - STEP * level;
   }
@@ -231,25 +240,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORDS == 1 ? 4 : WORDS == 
   const int b = blockIdx.z / TOKENS, t = blockIdx.z % TOKENS, group = blockIdx.y % GROUPS;
   const int kv = b * s.kv_heads + blockIdx.y / GROUPS, row0 = (kv * G + group * LANES) * TOKENS + t;
   wait_for_the_kernel_before();
-  Chunk c = {s.codes + (size_t)kv * s.code_room * WORDS, number, (int)gridDim.x};
+  Chunk c = {s.codes + (size_t)kv * s.code_room * WORDS, number};
   span(s, b, t, c.first, c.end);
-  const int stride = RUN * c.chunks;
+  constexpr int stride = RUN * CHUNKS;
   c.from = c.first / stride * PIECES_OF_A_RUN, c.to = (c.end + stride - 1) / stride * PIECES_OF_A_RUN;
   const int wanted = min(ROWS, c.filled(c.end) - c.filled(c.first));
-  if (thread < LANES) bounds[thread] = min(max(s.bounds[(row0 + thread * TOKENS) * c.chunks + number] >> 4, 0), 64 * WORDS * WEIGHT);
+  if (thread < LANES) bounds[thread] = min(max(s.bounds[(row0 + thread * TOKENS) * CHUNKS + number] >> 4, 0), 64 * WORDS * WEIGHT);
   for (int i = thread; i < OWN * TEAMS; i += THREADS) columns[i] = -1;
   prepare(terms, LANES, s.query + (size_t)row0 * PLANES * WORDS, TOKENS * PLANES * WORDS, WARPS);
   if (wanted > 0) {
     if (from_candidates(s, c, terms, bounds, wanted, columns, thresholds))
       from_codes(s, c, terms, wanted, columns, thresholds);
     if (thread < LANES) {  // falls by one in 16 steps
-      int *bound = s.bounds + (row0 + thread * TOKENS) * c.chunks + number;
+      int *bound = s.bounds + (row0 + thread * TOKENS) * CHUNKS + number;
       *bound = max((thresholds[thread] + s.margin) * 16, min(*bound, FAR * 16) - 1);
     }
   }
   __syncthreads();
   for (int i = thread; i < LANES * ROWS; i += THREADS)
-    s.ids[((size_t)(row0 + i / ROWS * TOKENS) * c.chunks + number) * ROWS + i % ROWS] = columns[slot_of(i / ROWS, i % ROWS)];
+    s.ids[((size_t)(row0 + i / ROWS * TOKENS) * CHUNKS + number) * ROWS + i % ROWS] = columns[slot_of(i / ROWS, i % ROWS)];
 
   constexpr size_t SIZE = TYPE == 2 ? 4 : 2;
   const size_t storage = (size_t)kv * s.room * DIM * SIZE;
@@ -283,7 +292,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORDS == 1 ? 4 : WORDS == 
   if (place == 0) peaks[team] = sum.peak, totals[team] = sum.total;
   __syncthreads();
   const int joint = blockIdx.z * gridDim.y + blockIdx.y;  // whose parts lie together
-  const size_t part = (size_t)joint * c.chunks + number;
+  const size_t part = (size_t)joint * CHUNKS + number;
   for (int i = thread; i < LANES * DIM; i += THREADS) {
     const int own = i / DIM;
     float peak = -infinity(), total = 0, x = 0;
@@ -299,6 +308,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORDS == 1 ? 4 : WORDS == 
     if (i % DIM == 0) __stcg(reinterpret_cast<float2 *>(s.stats) + part * LANES + own, make_float2(peak, total));
   }
   let_the_next_kernel_start();
-  if (is_last(s.arrived + joint, c.chunks))
-    combine(s, part - number, c.chunks, row0, *s.length > s.room);
+  if (is_last(s.arrived + joint, CHUNKS))
+    combine(s, part - number, CHUNKS, row0, *s.length > s.room);
 }

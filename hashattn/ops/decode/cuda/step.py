@@ -70,7 +70,16 @@ def decode(
         compiler.launch(kernel, grid, threads, step, early=torch.cuda.get_device_capability(device) >= (9, 0))
 
     if rule.chunks is not None:
-        launch("local", (rule.chunks, heads // lanes, queries), 256, LOCAL=1, RUN=RUN, LANES=lanes, ROWS=rule.per_chunk)
+        launch(
+            "local",
+            (rule.chunks, heads // lanes, queries),
+            256,
+            LOCAL=1,
+            CHUNKS=rule.chunks,
+            RUN=RUN,
+            LANES=lanes,
+            ROWS=rule.per_chunk,
+        )
         return out, lse, ids.view(sizes.batch, -1, sizes.tokens, sizes.slots)
     gathered = 2 * rows * sizes.slots * dim * q.element_size()
     launch("scan", (sizes.cuda_chunks, heads // lanes, queries), 256, LANES=lanes, PREFETCH=gathered <= CACHED)
