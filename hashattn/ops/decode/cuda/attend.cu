@@ -199,7 +199,7 @@ __device__ __noinline__ int from_codes(
   return terms.base() + STEP * (cut - 1);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, DIM > 128 ? 3 : 4) attend(const __grid_constant__ Step s) {
+extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 4 : SUM > 8 ? 2 : 3) attend(const __grid_constant__ Step s) {
   __shared__ int columns[ROWS];
   const int part = blockIdx.x, lane = threadIdx.x % 32, b = blockIdx.z / TOKENS, t = blockIdx.z % TOKENS;
   const int head = b * gridDim.y + blockIdx.y, kv = b * s.kv_heads + blockIdx.y / (G / SUM), row = head * TOKENS + t;

@@ -8,35 +8,23 @@ constexpr int EIGHT = 8, PIECES_OF_A_RUN = RUN / EIGHT;  // columns of a thread 
 constexpr int DISTANCES = MOST_RANKED + 2;                  // forced keys come first
 static_assert(SUM == 1, "heads choose for themselves");
 
-// Two counts of 16 bits for each lane: keys nearer than the threshold, and those at it.
-struct Counts {
-  u32 of[LANES];
-};
-
-// Counts of all threads up to each one's own, which is left out, plus `carry`, which is moved on past them all.
-__device__ __forceinline__ Counts before(Counts own, Counts &carry) {
-  __shared__ u32 sums[WARPS][LANES];
+// Numbers of all threads up to each one's own, which is left out, plus `carry`, which is moved on past them all.
+__device__ __forceinline__ u32 before(u32 own, u32 &carry) {
+  __shared__ u32 sums[WARPS];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  Counts upto = own;
+  u32 upto = own;
 #pragma unroll
-  for (int d = 1; d < 32; d *= 2)
-#pragma unroll
-    for (int i = 0; i < LANES; i++) {
-      const u32 other = __shfl_up_sync(~0u, upto.of[i], d);
-      if (lane >= d) upto.of[i] += other;
-    }
-#pragma unroll
-  for (int i = 0; i < LANES; i++)
-    if (lane == 31) sums[warp][i] = upto.of[i];
+  for (int d = 1; d < 32; d *= 2) {
+    const u32 other = __shfl_up_sync(~0u, upto, d);
+    if (lane >= d) upto += other;
+  }
+  if (lane == 31) sums[warp] = upto;
   __syncthreads();
+  upto += carry - own;
 #pragma unroll
-  for (int i = 0; i < LANES; i++) {
-    upto.of[i] += carry.of[i] - own.of[i];
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) {
-      if (w < warp) upto.of[i] += sums[w][i];
-      carry.of[i] += sums[w][i];
-    }
+  for (int w = 0; w < WARPS; w++) {
+    if (w < warp) upto += sums[w];
+    carry += sums[w];
   }
   __syncthreads();
   return upto;
@@ -101,31 +89,25 @@ __device__ __noinline__ void from_codes(const Step &s, const Chunk &c, const Ter
     thresholds[threadIdx.x] = terms[threadIdx.x].base() + STEP * (cut - 1);
   }
   __syncthreads();
-  Counts carry = {};
-  for (int from = c.from; from < c.to; from += THREADS) {
-    const int run = from + threadIdx.x;
-    u32 code[EIGHT][HALVES], seen, forced, near[LANES], ties[LANES];
-    load_run(code, s, c, run);
-    look(s, c, run, seen, forced);
-    Counts own;
-#pragma unroll
-    for (int i = 0; i < LANES; i++) {
-      near[i] = ties[i] = 0;
+#pragma unroll 1
+  for (int i = 0; i < LANES; i++) {
+    u32 carry = 0;  // keys nearer than the threshold in the low half, those at it in the high half
+    for (int from = c.from; from < c.to; from += THREADS) {
+      const int run = from + threadIdx.x;
+      u32 code[EIGHT][HALVES], seen, forced, near = 0, ties = 0;
+      load_run(code, s, c, run);
+      look(s, c, run, seen, forced);
 #pragma unroll
       for (int key = 0; key < EIGHT; key++) {
         const int place = forced >> key & 1 ? 0 : 1 + ranked(code[key], terms[i]);
-        near[i] |= (u32)(place < cuts[i]) << key, ties[i] |= (u32)(place == cuts[i]) << key;
+        near |= (u32)(place < cuts[i]) << key, ties |= (u32)(place == cuts[i]) << key;
       }
-      near[i] &= seen, ties[i] &= seen;
-      own.of[i] = __popc(near[i]) | __popc(ties[i]) << 16;
-    }
-    const Counts at = before(own, carry);
-#pragma unroll
-    for (int i = 0; i < LANES; i++) {
-      int nearer = at.of[i] & 0xffff, equal = at.of[i] >> 16;
-      for (u32 left = near[i] | ties[i]; left; left &= left - 1) {
+      near &= seen, ties &= seen;
+      const u32 at = before(__popc(near) | __popc(ties) << 16, carry);
+      int nearer = at & 0xffff, equal = at >> 16;
+      for (u32 left = near | ties; left; left &= left - 1) {
         const int key = __ffs(left) - 1;
-        const bool tie = ties[i] >> key & 1;
+        const bool tie = ties >> key & 1;
         if (!tie || equal >= drops[i]) columns[slot_of(i, nearer + max(equal - drops[i], 0))] = c.column(run) + key;
         nearer += !tie, equal += tie;
       }
@@ -231,11 +213,12 @@ __device__ __forceinline__ bool from_candidates(
   return __syncthreads_or(missed);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, WORDS == 1 ? 4 : WORDS == 2 ? 3 : 2) local(const __grid_constant__ Step s) {
+extern "C" __global__ void __launch_bounds__(THREADS, WORDS > 1 ? 2 : DEPTH > 1 ? 3 : 4) local(const __grid_constant__ Step s) {
   constexpr int GROUPS = G / LANES;
   __shared__ Terms terms[LANES];
   __shared__ int bounds[LANES], thresholds[LANES], columns[OWN * TEAMS];
   __shared__ float sums[TEAMS][DIM], peaks[TEAMS], totals[TEAMS];
+  __shared__ uint4 v[BATCH][DEPTH][THREADS];
   const int thread = threadIdx.x, number = blockIdx.x, team = thread / ABREAST, place = thread % ABREAST;
   const int b = blockIdx.z / TOKENS, t = blockIdx.z % TOKENS, group = blockIdx.y % GROUPS;
   const int kv = b * s.kv_heads + blockIdx.y / GROUPS, row0 = (kv * G + group * LANES) * TOKENS + t;
@@ -277,9 +260,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORDS == 1 ? 4 : WORDS == 
   }
 #pragma unroll 1
   for (int from = 0; from < OWN; from += BATCH) {
-    uint4 k[BATCH][DEPTH], v[BATCH][DEPTH];
+    uint4 k[BATCH][DEPTH];
     load_rows(k, keys, columns, from);
-    load_rows(v, values, columns, from);
+    copy_rows(v, values, columns, from);
     attend_rows(sum, k, v, q, columns, from);
   }
 #pragma unroll

@@ -2,6 +2,9 @@
 #pragma once
 #include "step.cuh"
 
+#ifndef LOCAL
+#define LOCAL 0
+#endif
 #if LOCAL
 constexpr int THREADS = 256, JOINED = LANES;  // threads, and heads whose results lie together in a part
 #else
@@ -19,7 +22,8 @@ constexpr int LEAST = (ROWS + TEAMS_EACH - 1) / TEAMS_EACH;
 #else
 constexpr int LEAST = (ROWS + TEAMS - 1) / TEAMS;                 // rows of a team
 #endif
-constexpr int BATCH = LEAST * DEPTH <= 8 ? LEAST : 8 / DEPTH;     // that it holds at a time
+constexpr int PIECES_HELD = LOCAL ? 4 : 8;
+constexpr int BATCH = LEAST * DEPTH <= PIECES_HELD ? LEAST : PIECES_HELD / DEPTH;  // that it holds at a time
 constexpr int OWN = (LEAST + BATCH - 1) / BATCH * BATCH;          // rows of a team, some of which may not be there
 #if SUM > 1 && TYPE != 2
 #define TENSOR_CORES 1  // group.cuh attends, and keeps parts in an order of its own
@@ -82,9 +86,26 @@ __device__ __forceinline__ void load_rows(uint4 (*x)[DEPTH], const void *storage
   }
 }
 
-// Add a batch of rows to a sum; all threads of a team get the same logits.
+// The same into the thread's own places of shared memory, where the compiler cannot put it off until it is used.
+__device__ __forceinline__ void copy_rows(uint4 (*x)[DEPTH][THREADS], const void *storage, const int *columns, int from) {
+  const int team = threadIdx.x / ABREAST, place = threadIdx.x % ABREAST;
+#pragma unroll
+  for (int i = 0; i < BATCH; i++) {
+    const int column = columns[(from + i) * TEAMS + team];
+#pragma unroll
+    for (int j = 0; j < DEPTH; j++) {
+      const int piece = j * ABREAST + place, bytes = column >= 0 && mine(piece) ? 16 : 0;  // the rest is filled with zeros
+      const uint4 *source = static_cast<const uint4 *>(storage) + (bytes ? (size_t)column * PIECES + piece : 0);
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                       (u32)__cvta_generic_to_shared(&x[i][j][threadIdx.x])), "l"(source), "r"(bytes) : "memory");
+    }
+  }
+}
+
+// Add a batch of rows to a sum, its values copied before; all threads of a team get the same logits.
 __device__ __forceinline__ void attend_rows(
-    Sum &sum, const uint4 (*keys)[DEPTH], const uint4 (*values)[DEPTH], const float (*q)[EACH], const int *columns, int from
+    Sum &sum, const uint4 (*keys)[DEPTH], const uint4 (*values)[DEPTH][THREADS], const float (*q)[EACH], const int *columns,
+    int from
 ) {
   const int team = threadIdx.x / ABREAST;
   float x[BATCH], peak = sum.peak;
@@ -103,6 +124,7 @@ __device__ __forceinline__ void attend_rows(
     if (columns[(from + i) * TEAMS + team] < 0) x[i] = -infinity();
     peak = fmaxf(peak, x[i]);
   }
+  asm volatile("cp.async.wait_all;" ::: "memory");
   const float base = peak == -infinity() ? 0 : peak, shrink = exp2f(sum.peak - base);
   sum.peak = peak, sum.total *= shrink;
 #pragma unroll
@@ -116,7 +138,7 @@ __device__ __forceinline__ void attend_rows(
 #pragma unroll
     for (int j = 0; j < DEPTH; j++) {
       float value[EACH];
-      widen(values[i][j], value);
+      widen(values[i][j][threadIdx.x], value);
 #pragma unroll
       for (int e = 0; e < EACH; e++) sum.values[j][e] += p * value[e];
     }
@@ -130,9 +152,10 @@ __device__ __forceinline__ void attend_part(
 ) {
   __shared__ float sums[TEAMS][DIM], peaks[TEAMS], totals[TEAMS];
   const int team = threadIdx.x / ABREAST, place = threadIdx.x % ABREAST;
-  uint4 k[BATCH][DEPTH], v[BATCH][DEPTH];
+  __shared__ uint4 v[BATCH][DEPTH][THREADS];
+  uint4 k[BATCH][DEPTH];
   load_rows(k, keys, columns, 0);
-  load_rows(v, values, columns, 0);
+  copy_rows(v, values, columns, 0);
 #pragma unroll 1
   for (int head = 0; head < SUM; head++) {
     float own_q[DEPTH][EACH];
@@ -150,7 +173,7 @@ __device__ __forceinline__ void attend_part(
     for (int from = 0; from < OWN; from += BATCH) {
       if (BATCH < OWN && (head || from)) {
         load_rows(k, keys, columns, from);
-        load_rows(v, values, columns, from);
+        copy_rows(v, values, columns, from);
       }
       attend_rows(sum, k, v, own_q, columns, from);
     }
@@ -185,10 +208,10 @@ __device__ __forceinline__ void attend_part(
 __device__ __forceinline__ bool is_last(int *arrived, int programs) {
   __shared__ int last;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(arrived, 1) == programs - 1;
-    __threadfence();
+  if (threadIdx.x == 0) {  // publishes what the program's threads wrote, and sees what others published
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(arrived) : "memory");
+    last = before == programs - 1;
     if (last) *arrived = 0;
   }
   __syncthreads();
