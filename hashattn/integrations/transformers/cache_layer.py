@@ -250,7 +250,9 @@ class HashedStaticLayer(HashedLayer):
 
 def unseen() -> bool:
     """Whether the host cannot look at values, because the call is traced or captured."""
-    return torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def same_kind(kv: KVCache, k: Tensor) -> bool:

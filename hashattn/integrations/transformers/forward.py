@@ -63,10 +63,11 @@ class Forward:
 
         Traced itself, so that it asks no more than attributes.
         """
-        if not isinstance(cache, StaticCache):
-            return False
         own = self.served[number].attn is None
-        layer = cache.layers[self.first if own else number]
+        number = self.first if own else number
+        if not isinstance(cache, StaticCache) or number >= len(cache.layers):
+            return False
+        layer = cache.layers[number]
         if not isinstance(layer, HashedStaticLayer) or not layer.steps(tokens):
             return False
         return own or layer

@@ -85,8 +85,9 @@ class Ledger:
 
     def open(self, number: int, tally: Tally) -> None:
         """Count a layer's steps by this tally from here on."""
-        if number in self.tallies:
-            self.book(number, self.tallies[number])
+        before = self.tallies.get(number)
+        if before is not None and before.length is not tally.length:  # of another cache, which may be gone
+            self.book(number, before)
         self.tallies[number] = tally
 
     def book(self, number: int, tally: Tally) -> None:
@@ -94,7 +95,9 @@ class Ledger:
         steps = tally.book(self.records[number])
         if steps and number == min(self.tallies):
             for i, why in self.unserved.items():
-                self.records[i].dense[why] += steps
+                record = self.records[i]
+                record.dense[why] += steps
+                record.engine, record.why = "dense", why
 
     def look(self) -> None:
         """Add all that was not yet counted."""
