@@ -123,6 +123,12 @@ class Decoder:
             self.found.add_((selection.ids >= 0).sum())
         return output.out
 
+    def filled(self) -> Tensor:
+        """Filled columns, int64 [], without waiting for the device: see ops.decode.library."""
+        from hashattn.ops.decode.library import filled
+
+        return filled(self.length)
+
     def finish(self) -> KVCache:
         """Wait for the device and let the cache know what was appended. Returns it.
 

@@ -2,13 +2,18 @@
 the fused step run their specifications."""
 
 import copy
+import os
+import shutil
 
 import pytest
 import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, StaticCache
 
+from hashattn.integrations.transformers import cache_layer
 from hashattn.ops import decode
 from tests.integrations.models import CACHE, LENGTH, TENTH, cache_of, check_codes, hashed, make, prompt, write
 
@@ -91,6 +96,38 @@ def test_one_graph_decodes_what_eager_steps_decode(name, backend, changes):
         assert (own.keys - other.keys).abs().max() < 1e-4 and own._starts == other._starts == [0, 9]
 
 
+class Watched(TorchDispatchMode):
+    """Fails at what would make the host wait for a GPU, or copy to it, which a captured graph cannot do."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func._overloadpacket not in WAITING, func
+        return func(*args, **(kwargs or {}))
+
+
+WAITING = {
+    getattr(torch.ops.aten, name) for name in ("_local_scalar_dense", "equal", "nonzero", "lift_fresh", "is_nonzero")
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_captured_step_asks_the_device_nothing_and_tells_the_host_nothing(monkeypatch, name):
+    model, tokens = small(name), range(5, 9)
+    expected, _, _ = eager_logits(TENTH.replace(dense_layers=(0,)), model, tokens)
+    with FUSED.replace(dense_layers=(0,)).attach(model):
+        cache, mask = prefilled(model)
+        before = [len(layer.kv) for layer in cache.layers]
+        with monkeypatch.context() as patch:
+            patch.setattr(cache_layer, "unseen", lambda: True)  # as within torch.cuda.graph
+            for token, logits in zip(tokens, expected, strict=True):
+                ids = torch.tensor([[token], [token + 1]])
+                with torch.no_grad(), Watched():
+                    found = model(input_ids=ids, attention_mask=mask, **{CACHE: cache}).logits
+                assert (found - logits).abs().max() < 1e-4
+        assert [len(layer.kv) for layer in cache.layers] == before
+        cache.crop(0)
+        assert [len(layer.kv) for layer in cache.layers] == [n + len(tokens) for n in before]
+
+
 def test_host_calls_between_compiled_steps():
     model = small()
     with FUSED.attach(model):
@@ -165,6 +202,21 @@ def test_generate_compiles_its_steps():
             assert [row.sparse for row in handle.report().layers] == [11 * times] * 2
         cache_of(out).crop(0)
         check_codes(cache_of(out))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="inductor needs a C++ compiler")
+def test_inductor_copies_no_cache():
+    model = small(num_hidden_layers=2)
+    expected, _, _ = eager_logits(TENTH.replace(dense_layers=(1,)), model, (5, 6))
+    with FUSED.replace(dense_layers=(1,)).attach(model):
+        cache, mask = prefilled(model)
+        forward = torch.compile(model.forward, fullgraph=True)
+        logits, code = run_and_get_code(step, forward, cache, mask, 5)
+        assert (logits - expected[0]).abs().max() < 1e-4
+        assert (step(forward, cache, mask, 6) - expected[1]).abs().max() < 1e-4
+    held = cache.layers[0].kv.storage("keys")
+    assert str((*held.shape,)) in code[0] and f"empty_strided_cpu({(*held.shape,)}" not in code[0]
 
 
 def test_short_rows_are_left_to_eager_steps():

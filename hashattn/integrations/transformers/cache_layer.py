@@ -225,7 +225,7 @@ class HashedStaticLayer(HashedLayer):
 
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override]
         if self.armed and self.decoder is not None:
-            return self.decoder.length[0]  # as a StaticLayer's: nobody waits for it
+            return self.decoder.filled()  # as a StaticLayer's: nobody waits for it
         return super().get_seq_length()
 
     def reset(self) -> None:

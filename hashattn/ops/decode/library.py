@@ -37,6 +37,7 @@ _OPS.define(
     "Tensor(a!) keys, Tensor(b!) values, Tensor(c!) codes, Tensor(d!) length) -> Tensor",
     tags=_TAGS,
 )
+_OPS.define("filled(Tensor length) -> Tensor", tags=_TAGS)
 
 
 def decode(
@@ -65,6 +66,16 @@ def encode(
     """See :func:`hashattn.ops.decode.append_reference.encode`."""
     query: Tensor = torch.ops.hashattn.encode(q, k, v, centre, *planes, query_bits, keys, values, codes, length)
     return query
+
+
+def filled(length: Tensor) -> Tensor:
+    """A length, int32 [1], as int64 [] that stays what it is when the length goes on.
+
+    What a traced graph reads of a tensor that operators write, it must read through an operator: inductor may compute
+    anything else later than it was asked for, from what has been written meanwhile.
+    """
+    now: Tensor = torch.ops.hashattn.filled(length)
+    return now
 
 
 @torch.library.impl(_OPS, "decode", "CUDA")
@@ -146,3 +157,13 @@ def _encode_fake(
     keys: Tensor, values: Tensor, codes: Tensor, length: Tensor,
 ) -> Tensor:  # fmt: skip
     return q.new_empty((*q.shape[:3], query_bits, codes.shape[3]), dtype=torch.int64)
+
+
+@torch.library.impl(_OPS, "filled", "CompositeExplicitAutograd")
+def _filled(length: Tensor) -> Tensor:
+    return length[0].long()
+
+
+@torch.library.register_fake("hashattn::filled", lib=_OPS)
+def _filled_fake(length: Tensor) -> Tensor:
+    return length.new_empty((), dtype=torch.int64)
