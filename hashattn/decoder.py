@@ -48,6 +48,7 @@ class Decoder:
         self.starts = cache.on_device.starts(cache._starts, device)
         self.length = torch.empty(1, dtype=torch.int32, device=device)
         self.found = torch.zeros(1, dtype=torch.int64, device=device)
+        self._encoder_fits = encoder.fits if encoder is not None else 0
         self.planes: tuple[Tensor, Tensor] | None = None
         self.centre: Tensor | None = None
         if not self.dense and encoder is not None:
@@ -159,8 +160,10 @@ class Decoder:
             self.centre.copy_(cache.centre)  # encodes what was not
 
     def fits(self, cache: KVCache) -> bool:
-        """Whether it is of this cache, whose memory is where it was."""
-        return self.cache is cache and self.keys is cache.storage("keys")
+        """Whether it is of this cache, whose memory is where it was, and its encoder what it was."""
+        encoder = self.attn.encoder
+        same = self.cache is cache and self.keys is cache.storage("keys")
+        return same and (encoder is None or encoder.fits == self._encoder_fits)
 
     def _check_filled(self, cache: KVCache) -> None:
         least = max(1, 0 if self.dense else cache.warmup)

@@ -33,6 +33,11 @@ class Arming:
     why: str
     ledger: Ledger
 
+    @property
+    def dense(self) -> bool:
+        """Whether the steps attend densely."""
+        return self.attn.engine == "dense" or not self.attn.attend.needs_selection
+
 
 class HashedLayer(DynamicLayer):
     """Takes the place of a DynamicLayer: the same keys and values, in a KVCache that appends in place.
@@ -156,7 +161,7 @@ class HashedStaticLayer(HashedLayer):
         max_cache_len: columns.
 
     Attributes:
-        decoder: of the steps that are traced or captured; it stays where it is, as a graph may point to it.
+        decoder: of the steps that are traced or captured. It is kept and changed in place, as a graph may point to it.
         armed: whether it is ready.
         arming: how, and where its steps are counted.
         outgrown: the error of such steps, until someone is told.
@@ -168,6 +173,7 @@ class HashedStaticLayer(HashedLayer):
         super().__init__(attn, scratch)
         self.capacity = self.max_cache_len = max_cache_len
         self.decoder: Decoder | None = None
+        self._decoders: dict[bool, Decoder] = {}  # by whether they are dense
         self.armed = False
         self.arming: Arming | None = None
         self.tally: Tally | None = None
@@ -181,18 +187,21 @@ class HashedStaticLayer(HashedLayer):
     def arm(self, arming: Arming) -> None:
         """Make the decoder ready for what the cache now holds; leave it unready where that cannot be searched yet."""
         assert self.kv is not None
-        self.arming, self.armed, decoder = arming, False, self.decoder
+        self.arming, self.armed = arming, False
+        decoder = self._decoders.get(arming.dense)
         try:
-            if decoder is None or decoder.attn != arming.attn or not decoder.fits(self.kv):
-                decoder = Decoder(arming.attn, self.kv)
+            if decoder is None or not decoder.fits(self.kv):
+                decoder = self._decoders[arming.dense] = Decoder(arming.attn, self.kv)
                 decoder.prepare(arming.q_heads)
                 decoder.warm_up(arming.q_heads)
-                self.decoder = decoder
             else:
+                if decoder.attn != arming.attn:  # of the same encoder
+                    decoder.attn = arming.attn
+                    decoder.prepare(arming.q_heads)
                 decoder.follow()
         except ValueError:  # rows that are too short
             return
-        self.armed, self.tally = True, Tally.of(decoder, arming.q_heads, arming.why)
+        self.armed, self.decoder, self.tally = True, decoder, Tally.of(decoder, arming.q_heads, arming.why)
         arming.ledger.open(arming.number, self.tally)
 
     @torch.compiler.disable
@@ -237,7 +246,7 @@ class HashedStaticLayer(HashedLayer):
     def __deepcopy__(self, memo: dict[int, Any]) -> HashedStaticLayer:
         twin = super().__deepcopy__(memo)
         assert isinstance(twin, HashedStaticLayer)
-        twin.decoder = None
+        twin.decoder, twin._decoders = None, {}
         twin.changed()
         return twin
 
