@@ -19,8 +19,8 @@ class Decoder:
     """Appends and attends without asking the device or telling the host. Made by attn.decoder(cache).
 
     A captured step serves every later length up to the cache's capacity. Until :meth:`finish` the cache itself does
-    not know of what was appended, and must not be changed. Beyond the capacity nothing is written and the output is
-    NaN.
+    not know of what was appended, and must not be changed; after a change, :meth:`follow`. Beyond the capacity nothing
+    is written and the output is NaN.
 
     Args:
         attn: a composition that engine="triton" serves, or one that attends densely (engine="dense").
@@ -39,27 +39,23 @@ class Decoder:
         if cache.capacity is None:
             raise ValueError("cache must have a capacity, which a graph cannot change: new_cache(..., capacity=...)")
         self.dense = attn.engine == "dense" or not attn.attend.needs_selection
-        warmup = 0 if self.dense else cache.warmup
-        if cache.shortest < max(1, warmup):
-            raise ValueError(
-                f"every row must hold at least {max(1, warmup)} keys, so that its centre is frozen; "
-                f"the shortest holds {cache.shortest}"
-            )
+        self._check_filled(cache)
         if cache.with_norms and not self.dense:
             raise ValueError('engine="triton" keeps no norms: take a composition with ExactAttend()')
         device, encoder = cache.keys.device, attn.encoder
         self.attn, self.cache = attn, cache
         self.keys, self.values = cache.storage("keys"), cache.storage("values")
         self.starts = cache.on_device.starts(cache._starts, device)
-        self.length = torch.full((1,), len(cache), dtype=torch.int32, device=device)
+        self.length = torch.empty(1, dtype=torch.int32, device=device)
         self.found = torch.zeros(1, dtype=torch.int64, device=device)
+        self._encoder_fits = encoder.fits if encoder is not None else 0
         self.planes: tuple[Tensor, Tensor] | None = None
         self.centre: Tensor | None = None
         if not self.dense and encoder is not None:
-            cache.encode()
             self.planes = encoder.linear_planes(cache.head_dim, device)
-            self.centre = cache.centre.float().contiguous()
+            self.centre = cache.centre.float().clone(memory_format=torch.contiguous_format)
         self._prepared: dict[tuple[int, int], fused.Prepared] = {}
+        self.follow()
         for held in (self.keys, self.values, self.starts, self.length, self.found, self.centre, *(self.planes or ())):
             _stays(held)
 
@@ -100,6 +96,14 @@ class Decoder:
         for held in (prepared.codes, prepared.bounds, prepared.workspace):
             _stays(held)
 
+    def warm_up(self, q_heads: int) -> None:
+        """Load the kernels, which a capture cannot do, by a step on zeros that leaves nothing behind."""
+        cache = self.cache
+        q = self.keys.new_zeros((cache.batch, q_heads, 1, cache.head_dim))
+        k = self.keys.new_zeros((cache.batch, cache.kv_heads, 1, cache.head_dim))
+        self.step(q, k, k, 1.0)  # into a column that is free
+        self.follow()
+
     def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """The same as a call, of a kind that was prepared, without its checks."""
         if self.dense:
@@ -114,11 +118,17 @@ class Decoder:
             query = encode(q, k, v, self.centre, self.planes, encoder.query_bits, *held)
         else:
             query = fused.packed(encoder, q)
-            append(k, v, encoder.encode_key(k, self.cache._centre), *held)
+            append(k, v, encoder.encode_key(k, self.centre), *held)
         output, selection = prepared.step(q, query, self.length, scale, True)
         if prepared.rule.radius is not None:
             self.found.add_((selection.ids >= 0).sum())
         return output.out
+
+    def filled(self) -> Tensor:
+        """Filled columns, int64 [], without waiting for the device: see ops.decode.library."""
+        from hashattn.ops.decode.library import filled
+
+        return filled(self.length)
 
     def finish(self) -> KVCache:
         """Wait for the device and let the cache know what was appended. Returns it.
@@ -134,6 +144,34 @@ class Decoder:
                 f"capacity is {room} columns, but {length} were appended: their outputs are NaN; make the cache larger"
             )
         return self.cache
+
+    def follow(self) -> None:
+        """Take up what the cache now holds, in place: captured steps go on from there.
+
+        Raises:
+            ValueError: a row holds too few keys.
+        """
+        cache = self.cache
+        self._check_filled(cache)
+        self.length.fill_(len(cache))
+        self.found.zero_()
+        cache.on_device.starts(cache._starts, self.length.device)
+        if self.centre is not None:
+            self.centre.copy_(cache.centre)  # encodes what was not
+
+    def fits(self, cache: KVCache) -> bool:
+        """Whether it is of this cache, whose memory is where it was, and its encoder what it was."""
+        encoder = self.attn.encoder
+        same = self.cache is cache and self.keys is cache.storage("keys")
+        return same and (encoder is None or encoder.fits == self._encoder_fits)
+
+    def _check_filled(self, cache: KVCache) -> None:
+        least = max(1, 0 if self.dense else cache.warmup)
+        if cache.shortest < least:
+            raise ValueError(
+                f"every row must hold at least {least} keys, so that its centre is frozen; the shortest holds "
+                f"{cache.shortest}"
+            )
 
 
 def _stays(held: Tensor | None) -> None:

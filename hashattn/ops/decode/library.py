@@ -37,6 +37,7 @@ _OPS.define(
     "Tensor(a!) keys, Tensor(b!) values, Tensor(c!) codes, Tensor(d!) length) -> Tensor",
     tags=_TAGS,
 )
+_OPS.define("filled(Tensor length) -> Tensor", tags=_TAGS)
 
 
 def decode(
@@ -67,67 +68,102 @@ def encode(
     return query
 
 
-@torch.library.impl(_OPS, "decode", "CUDA")
-def _decode_cuda(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from hashattn.ops.decode.triton import decode as fused
+def filled(length: Tensor) -> Tensor:
+    """A length, int32 [1], as int64 [] that stays what it is when the length goes on.
 
-    q, *tensors, workspace, scale, causal = given[:11]
-    return fused(q.contiguous(), *tensors, Rule(*given[11:]), workspace, scale=scale, causal=causal)
+    What a traced graph reads of a tensor that operators write, it must read through an operator: inductor may compute
+    anything else later than it was asked for, from what has been written meanwhile.
+    """
+    now: Tensor = torch.ops.hashattn.filled(length)
+    return now
+
+
+@torch.library.impl(_OPS, "decode", "CUDA")
+def _decode_cuda(
+    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
+    bounds: Tensor, workspace: Tensor, scale: float, causal: bool, *rule: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from hashattn.ops.decode.triton import decode as fused  # Triton is optional
+
+    return fused(
+        q.contiguous(), query, keys, values, codes, starts, length, bounds, Rule(*rule), workspace, scale=scale,
+        causal=causal,
+    )  # fmt: skip
 
 
 @torch.library.impl(_OPS, "decode", "CPU")
-def _decode_cpu(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    q, query, keys, values, codes, starts, length, _, _, scale, causal = given[:11]
-    rule = Rule(*given[11:])
-    room, filled = min(keys.shape[2], codes.shape[2]), int(length)
+def _decode_cpu(
+    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
+    bounds: Tensor, workspace: Tensor, scale: float, causal: bool, *rule: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    room, kept = min(keys.shape[2], codes.shape[2]), Rule(*rule)
     out, lse, ids = reference(
-        q, query, keys, values, codes, starts, length.clamp(max=room), rule, scale=scale, causal=causal
+        q, query, keys, values, codes, starts, length.clamp(max=room), kept, scale=scale, causal=causal
     )
-    if filled > room:  # as the kernels do: nothing beyond the room is read, and the result says so
+    if int(length) > room:  # as the kernels do: nothing beyond the room is read, and the result says so
         out = torch.full_like(out, torch.nan)
-    slots = Sizes.of(q, query, keys, codes, rule).slots
+    slots = Sizes.of(q, query, keys, codes, kept).slots
     return out.contiguous(), lse, torch.nn.functional.pad(ids, (0, slots - ids.shape[-1]), value=-1)
 
 
 @torch.library.register_fake("hashattn::decode", lib=_OPS)
-def _decode_fake(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    q, query, keys, _, codes = given[:5]
-    sizes = Sizes.of(q, query, keys, codes, Rule(*given[11:]))
-    heads = sizes.q_heads // sizes.summed
-    ids = q.new_empty((sizes.batch, heads, sizes.tokens, sizes.slots), dtype=torch.int32)
+def _decode_fake(
+    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
+    bounds: Tensor, workspace: Tensor, scale: float, causal: bool, *rule: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    sizes = Sizes.of(q, query, keys, codes, Rule(*rule))
+    ids = q.new_empty((sizes.batch, q.shape[1] // sizes.summed, sizes.tokens, sizes.slots), dtype=torch.int32)
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32), ids
 
 
 @torch.library.impl(_OPS, "append", "CUDA")
-def _append_cuda(*given: Any) -> None:
+def _append_cuda(*given: Tensor) -> None:
     from hashattn.ops.decode.append import append as fused
 
     fused(*given)
 
 
 @torch.library.impl(_OPS, "append", "CPU")
-def _append_cpu(*given: Any) -> None:
+def _append_cpu(*given: Tensor) -> None:
     append_reference.append(*given)
 
 
 @torch.library.register_fake("hashattn::append", lib=_OPS)
-def _append_fake(*given: Any) -> None:
+def _append_fake(*given: Tensor) -> None:
     return None
 
 
 @torch.library.impl(_OPS, "encode", "CUDA")
-def _encode_cuda(*given: Any) -> Tensor:
+def _encode_cuda(
+    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_planes: Tensor, key_planes: Tensor, query_bits: int,
+    *held: Tensor,
+) -> Tensor:  # fmt: skip
     from hashattn.ops.decode.encode import encode as fused
 
-    return fused(*given[:4], given[4:6], *given[6:])
+    return fused(q, k, v, centre, (query_planes, key_planes), query_bits, *held)
 
 
 @torch.library.impl(_OPS, "encode", "CPU")
-def _encode_cpu(*given: Any) -> Tensor:
-    return append_reference.encode(*given[:4], given[4:6], *given[6:])
+def _encode_cpu(
+    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_planes: Tensor, key_planes: Tensor, query_bits: int,
+    *held: Tensor,
+) -> Tensor:  # fmt: skip
+    return append_reference.encode(q, k, v, centre, (query_planes, key_planes), query_bits, *held)
 
 
 @torch.library.register_fake("hashattn::encode", lib=_OPS)
-def _encode_fake(*given: Any) -> Tensor:
-    q, codes, query_bits = given[0], given[9], given[6]
+def _encode_fake(
+    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_planes: Tensor, key_planes: Tensor, query_bits: int,
+    keys: Tensor, values: Tensor, codes: Tensor, length: Tensor,
+) -> Tensor:  # fmt: skip
     return q.new_empty((*q.shape[:3], query_bits, codes.shape[3]), dtype=torch.int64)
+
+
+@torch.library.impl(_OPS, "filled", "CompositeExplicitAutograd")
+def _filled(length: Tensor) -> Tensor:
+    return length[0].long()
+
+
+@torch.library.register_fake("hashattn::filled", lib=_OPS)
+def _filled_fake(length: Tensor) -> Tensor:
+    return length.new_empty((), dtype=torch.int64)

@@ -36,6 +36,7 @@ def test_append_and_encode_are_sound(filled):
     k, v, centre = torch.randn(2, 2, 2, 64), torch.randn(2, 2, 2, 64), torch.randn(2, 2, 64)
     held = [t.nan_to_num() if t.is_floating_point() else t for t in (x.keys, x.values, x.codes, x.length)]
     planes = encoder.linear_planes(64, torch.device("cpu"))
+    torch.library.opcheck(torch.ops.hashattn.filled, (x.length,))
     torch.library.opcheck(torch.ops.hashattn.append, (k, v, encoder.encode_key(k, centre), *held))
     torch.library.opcheck(torch.ops.hashattn.encode, (x.q, k, v, centre, *planes, 2, *held))
     twin = [t.clone() for t in held]
