@@ -176,11 +176,15 @@ def test_changes_and_detaching_are_followed():
     cache, mask = prefilled(model)
     forward, _ = compiled(model)
     step(forward, cache, mask, 5)
+    twin, length = copy.deepcopy(cache), cache.layers[0].decoder.length
     handle.update(share=0.5)
     step(forward, cache, mask, 6)
+    assert cache.layers[0].decoder.length is length  # which a graph may point to
     kept = [row.keys_read for row in handle.report().layers]
     assert all(0.3 < share < 0.4 for share in kept)  # a tenth (and what is forced), then half
     handle.detach()
+    step(model, twin, mask[:, : LENGTH + 2], 7)
+    assert int(twin.get_seq_length()) == LENGTH + 2 and not any(layer.armed for layer in twin.layers)
     assert int(cache.get_seq_length()) == LENGTH + 2
     step(model, cache, mask[:, : LENGTH + 3], 7)
     assert int(cache.get_seq_length()) == LENGTH + 3

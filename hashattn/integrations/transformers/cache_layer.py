@@ -203,6 +203,7 @@ class HashedStaticLayer(HashedLayer):
             return
         self.armed, self.decoder, self.tally = True, decoder, Tally.of(decoder, arming.q_heads, arming.why)
         arming.ledger.open(arming.number, self.tally)
+        arming.ledger.layers.add(self)
 
     @torch.compiler.disable
     def settle(self) -> None:
@@ -266,6 +267,8 @@ def unseen() -> bool:
 
 def same_kind(kv: KVCache, k: Tensor) -> bool:
     """Whether an empty cache has memory for such keys."""
+    if kv._keys.empty:
+        return kv.batch == k.shape[0]
     held = kv.storage("keys")
     return (held.shape[0], held.dtype, held.device) == (k.shape[0], k.dtype, k.device)
 
