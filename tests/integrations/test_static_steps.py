@@ -13,7 +13,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, StaticCache
 
-from hashattn.integrations.transformers import cache_layer
+from hashattn.integrations.transformers import static_layer
 from hashattn.ops import decode
 from tests.integrations.models import CACHE, LENGTH, TENTH, cache_of, check_codes, hashed, make, prompt, write
 
@@ -117,7 +117,7 @@ def test_a_captured_step_asks_the_device_nothing_and_tells_the_host_nothing(monk
         cache, mask = prefilled(model)
         before = [len(layer.kv) for layer in cache.layers]
         with monkeypatch.context() as patch:
-            patch.setattr(cache_layer, "unseen", lambda: True)  # as within torch.cuda.graph
+            patch.setattr(static_layer, "unseen", lambda: True)  # as within torch.cuda.graph
             for token, logits in zip(tokens, expected, strict=True):
                 ids = torch.tensor([[token], [token + 1]])
                 with torch.no_grad(), Watched():

@@ -16,10 +16,11 @@ from hashattn.attend.dense import dense
 from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
 from hashattn.integrations.transformers import support
-from hashattn.integrations.transformers.cache_layer import Arming, HashedLayer, HashedStaticLayer, hashed_layer
+from hashattn.integrations.transformers.cache_layer import HashedLayer
 from hashattn.integrations.transformers.layers import Served
 from hashattn.integrations.transformers.mask import read_mask
 from hashattn.integrations.transformers.report import LayerRecord
+from hashattn.integrations.transformers.static_layer import Arming, HashedStaticLayer, hashed_layer
 from hashattn.integrations.transformers.tally import Ledger
 from hashattn.ops import decode
 from hashattn.ops.decode import Scratch

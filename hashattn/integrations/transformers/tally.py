@@ -13,7 +13,7 @@ from hashattn.integrations.transformers.report import Cost, LayerRecord
 from hashattn.ops.decode import Rule
 
 if TYPE_CHECKING:
-    from hashattn.integrations.transformers.cache_layer import HashedStaticLayer
+    from hashattn.integrations.transformers.static_layer import HashedStaticLayer
 
 
 @dataclass
