@@ -169,7 +169,7 @@ def test_a_step_that_believes_its_hints_is_not_measured():
 
     def step():
         out, lse, ids = spec(layer, "kv_head")
-        return out, lse, ids - (layer.bounds.view(ids.shape[:3])[..., None] > 0).int()
+        return out, lse, ids - (layer.bounds[0].view(ids.shape[:3])[..., None] > 0).int()
 
     raises_naming(RuntimeError, "a huge hint", "selects other keys")(
         lambda: check_step(step, layer, rule(SMALL, "kv_head"), SMALL)
