@@ -9,10 +9,9 @@ from torch import Tensor
 
 from hashattn.bench.cases import DTYPES, Case
 from hashattn.bench.floors import code_bytes
-from hashattn.ops.decode import Rule
 
 COLD = 200 << 20  # bytes of the codes of all layers: several times an L2 cache, whatever else a step reads
-MEMORY = 40 << 30  # and may hold
+MEMORY = 20 << 30  # and may hold: whole steps take as much again for each encoder
 CALLS = 12
 
 
@@ -28,11 +27,6 @@ class Layer:
     starts: Tensor
     length: Tensor
     bounds: Tensor
-
-
-def rule(case: Case, per: str) -> Rule:
-    """The k nearest keys, chosen by each query head or by each KV head."""
-    return Rule(k=case.k, shared=per == "kv_head")
 
 
 def layer_count(case: Case, bits: int) -> int:
