@@ -92,7 +92,11 @@ def _measure(
     graphs = dense_graphs(case, layers, turns, notes)
     baselines, scratch = tuple(graphs), Scratch()
     room = (WARM_UP + rounds + 8) * len(layers[0].q)
-    caches = {name: whole_caches(case, e, layers, room=room, scratch=scratch) for name, e in encoders(bits).items()}
+    caches = {
+        name: whole_caches(case, encoder, layers, room=room, scratch=scratch)
+        for name, encoder in encoders(bits).items()
+        if encoder.centring is None or case.keys >= encoder.centring.warmup
+    }
     choices = selectors(case, per)
     for choice, selector in choices.items():
         own = step_graphs(case, bits, selector, layers, turns, caches, scratch)

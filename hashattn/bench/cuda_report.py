@@ -30,7 +30,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         case = (row["shape"], str(row["batch"]), f"{row['keys']:,}", str(row["k"]), row["selector"], row["per"])
         times = (str(row["bits"]), row["dense"], _us(us[row["dense"]]), _us(us["step"]), f"{row['speedup']:.2f}")
         stages = (_us(us["scan"]), _us(us["attend"]), _us(row["floor_us"]), f"{us['step'] / row['floor_us']:.1f}")
-        whole = [cell for name in ("linear", "MLP") for cell in (_us(us[name]), f"{row['whole_speedup'][name]:.2f}")]
+        whole = []
+        for name in ("linear", "MLP"):
+            faster = row["whole_speedup"].get(name)
+            whole += ["-", "-"] if faster is None else [_us(us[name]), f"{faster:.2f}"]
         others = (_us(us[name]) if name in us else "-" for name in ("torch.topk", "FAISS"))
         lines.append((*case, *times, *stages, *whole, *others))
     return aligned(lines)
