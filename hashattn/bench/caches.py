@@ -13,7 +13,7 @@ from hashattn.cache import KVCache
 from hashattn.device_state import DeviceState
 from hashattn.ops.decode import Scratch
 
-CHUNK = 1 << 14  # keys that are encoded at a time, which takes several times their memory
+CHUNK = 1 << 13  # keys that are encoded at a time, which takes several times their memory
 
 
 def random_cache(

@@ -85,7 +85,7 @@ def captured(case: Case, bits: int, per: str, notes: dict[str, None]) -> Times:
     """Microseconds of a captured step, encoding left out, and of the fastest dense attention."""
     layers, turns = make_layers(case, bits, per, clustered=False)
     dense = dense_graphs(case, layers, turns, notes)
-    step = step_graphs(case, bits, selectors(case, per)["TopK"], layers, turns, {}, Scratch())["step"]
+    step = step_graphs(case, selectors(case, per)["TopK"], layers, turns, {}, Scratch())["step"]
     us = take_turns(dense | {"step": step}, len(turns), ROUNDS)
     return {"dense": min(us[name] for name in dense), "step": us["step"]}
 

@@ -99,7 +99,7 @@ def _measure(
     }
     choices = selectors(case, per)
     for choice, selector in choices.items():
-        own = step_graphs(case, bits, selector, layers, turns, caches, scratch)
+        own = step_graphs(case, selector, layers, turns, caches, scratch)
         graphs |= {f"{choice} {name}": graph for name, graph in own.items()}
     found = {id(layer): row_distances(layer, per == "kv_head") for layer in layers}
     graphs["torch.topk"] = capture_turns(

@@ -13,7 +13,7 @@ from hashattn.bench.cases import Case
 from hashattn.bench.cuda_check import check_dense, check_step, check_whole
 from hashattn.bench.cuda_contenders import dense
 from hashattn.bench.cuda_inputs import Layer, layer_count, make_layer, step_count
-from hashattn.bench.cuda_steps import encoders, fused, rule, whole
+from hashattn.bench.cuda_steps import fused, rule, whole
 from hashattn.bench.graphs import capture
 from hashattn.cache import KVCache
 from hashattn.index import FlatHamming
@@ -62,7 +62,7 @@ def dense_graphs(
 
 
 def step_graphs(
-    case: Case, bits: int, selector: Selector, layers: Sequence[Layer], turns: Turns,
+    case: Case, selector: Selector, layers: Sequence[Layer], turns: Turns,
     caches: Mapping[str, Sequence[KVCache]], scratch: Scratch,
 ) -> dict[str, torch.cuda.CUDAGraph]:  # fmt: skip
     """The fused step of a selector, its first kernel, and the whole step with each encoder, checked and captured.
@@ -83,7 +83,7 @@ def step_graphs(
         "scan": lambda layer, i: fused(own[id(layer)], i, asked, scratch, scan_only=True),
     }
     for name, held in caches.items():
-        attn = HashAttention(encoders(bits)[name], FlatHamming(), selector, engine="triton")
+        attn = HashAttention(held[0].encoder, FlatHamming(), selector, engine="triton")
         check_whole(f"{case}: the step with its {name} encoder", attn, held[0], layers[0])
         calls[name] = whole(attn, layers, held)
     return {name: capture_turns(call, turns) for name, call in calls.items()}

@@ -6,21 +6,19 @@ import sys
 import pytest
 import torch
 
-from hashattn import FlatHamming, HashAttention, SimHash, TopK
+from hashattn import Decoder, FlatHamming, HashAttention, TopK, fused
 from hashattn.bench import cuda, cuda_graphs, cuda_report
 from hashattn.bench.arguments import cuda_cases
-from hashattn.bench.caches import random_cache
 from hashattn.bench.cases import CUDA_KEYS, Case
 from hashattn.bench.cuda_check import check_dense, check_step, check_whole
 from hashattn.bench.cuda_contenders import row_distances
 from hashattn.bench.cuda_inputs import layer_count, make_layer, step_count
-from hashattn.bench.cuda_steps import rule, selectors
+from hashattn.bench.cuda_steps import encoders, rule, selectors, whole, whole_caches
 from hashattn.bench.floors import Machine, code_bytes, floors, step_bytes
 from hashattn.cli import main
 from hashattn.ops.decode import Scratch, reference
 from tests.structured import raises_naming
 
-RANDOM = {"scratch": Scratch(), "dtype": torch.float32, "seed": 0, "device": torch.device("cpu")}
 SMALL = Case(4, 2, 16, "float32", 300, 40, batch=2)
 LARGE = Case(32, 8, 128, "bfloat16", 131072, 1024)
 
@@ -184,31 +182,24 @@ def test_a_step_that_believes_its_hints_is_not_measured():
     )
 
 
-def wholly(**changes):
-    """check_whole of a decoder that runs the reference, with changes to its output."""
-    attn = HashAttention(SimHash(64), FlatHamming(), TopK(k=SMALL.k))
-    layer, cache = small_layer("query_head"), random_cache(attn, (2, 2, 16), 290, capacity=300, **RANDOM)
-
-    class Plain:
-        def __init__(self, cache):
-            self.cache = cache
-
-        def __call__(self, q, k, v):
-            self.cache.append(k, v)
-            return changes["wrong"](attn.replace(engine="reference")(q, self.cache))
-
-        def finish(self):
-            return self.cache
-
-    changes["monkeypatch"].setattr(HashAttention, "decoder", Plain)
-    check_whole("it", attn, cache, layer)
-
-
-def test_a_whole_step_may_differ_from_the_reference_in_few_heads(monkeypatch):
-    wholly(monkeypatch=monkeypatch, wrong=lambda out: out)
+@pytest.mark.parametrize("name", ["linear", "MLP"])
+def test_a_whole_step_is_the_reference_but_for_a_few_heads(monkeypatch, name):
+    """With the kernels, in Triton's interpreter."""
+    pytest.importorskip("triton")
+    right, step = fused.why_not, Decoder.__call__
+    monkeypatch.setattr(fused, "why_not", lambda attn, **o: right(attn, **o | {"device": "cuda"}))
+    case = Case(4, 2, 64, "float32", 300, 40)
+    layer = make_layer(case, 64, "kv_head", steps=2, clustered=False, seed=0, device=torch.device("cpu"))
+    caches = whole_caches(case, encoders(64)[name], [layer], room=8, scratch=Scratch())
+    attn = HashAttention(caches[0].encoder, FlatHamming(), TopK(k=40, per="kv_head"), engine="triton")
+    check_whole("it", attn, caches[0], layer)
+    assert len(caches[0]) == 301
+    call = whole(attn, [layer], caches)
+    assert all(call(layer, i).shape == layer.q[i].shape for i in range(2))
     for wrong in (lambda out: out + 1, lambda out: out * torch.nan, lambda out: out.flip(1)):
+        monkeypatch.setattr(Decoder, "__call__", lambda *a, wrong=wrong: wrong(step(*a)))
         raises_naming(RuntimeError, "it agrees with the reference", "of heads only", "nothing is measured")(
-            lambda wrong=wrong: wholly(monkeypatch=monkeypatch, wrong=wrong)
+            lambda: check_whole("it", attn, caches[0], layer)
         )
 
 
@@ -318,7 +309,7 @@ def pretended(monkeypatch):
         )  # fmt: skip
 
     monkeypatch.setattr(cuda_graphs, "fused", fused)
-    monkeypatch.setattr(cuda_graphs, "check_whole", lambda *_: None)  # decoders need a GPU
+    monkeypatch.setattr(cuda_graphs, "check_whole", lambda _, attn, cache, layer: attn.check_cache(cache))
     monkeypatch.setattr(cuda_graphs, "whole", lambda *_: lambda layer, i: None)
 
 
