@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import nn
 
 from hashattn import fused
@@ -61,7 +62,7 @@ def run(
         model_size: Llama-3-8B's by default.
 
     Returns:
-        {"compiled", "notes", "rows"}, times in milliseconds a step.
+        {"model", "compiled", "notes", "rows"}, times in milliseconds a step.
 
     Raises:
         RuntimeError: there is no GPU, or something is wrong: nothing is measured then.
@@ -82,7 +83,9 @@ def run(
     todo = plan(size, first.encoder, sizes, batches, where)
     notes: dict[str, None] = {}
     tqdm = require("tqdm", "hf", "hashattn bench").tqdm
-    with tqdm(total=len(todo) + 1, desc="bench", unit="case", file=sys.stderr) as bar:
+    # More batches than torch.compile takes by default; a layer that it gave up would be slower than the others.
+    limits = torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
+    with limits, tqdm(total=len(todo) + 1, desc="bench", unit="case", file=sys.stderr) as bar:
         model = make_model(size, where)
         if compiled:
             compile_layers(model)
@@ -92,7 +95,7 @@ def run(
         for keys, k, batch in todo:
             rows += _measure(model, size, choices[k], dense, keys, batch, rounds, where)
             bar.update()
-    return {"compiled": compiled, "notes": list(notes), "rows": rows}
+    return {"model": repr(size), "compiled": compiled, "notes": list(notes), "rows": rows}
 
 
 def _check(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,13 @@ from hashattn.extras import require
 NAME = "hashattn_bench"
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """Of a layer's number and the newest token's q [B, Hq, 1, D], k and v [B, Hkv, 1, D]: the output, like q."""
+
+
+@dataclass
+class Slot:
+    """Holds what a step attends with. Layers are compiled for a slot, and not anew for what is in it."""
+
+    attend: Attend | None = None
 
 
 @dataclass(frozen=True)
@@ -62,10 +69,11 @@ def make_model(size: Llama, device: torch.device) -> nn.Module:
 
 @torch.compiler.disable  # kernels that are launched as they are
 def attention(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, attend: Attend, **kwargs: Any
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, slot: Slot, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The attention function that is registered with transformers: hands on to the `attend` of the call."""
-    return attend(module.layer_idx, q, k, v).transpose(1, 2), None  # type: ignore[arg-type]
+    """The attention function that is registered with transformers: hands on to what is in the slot of the call."""
+    assert slot.attend is not None
+    return slot.attend(module.layer_idx, q, k, v).transpose(1, 2), None  # type: ignore[arg-type]
 
 
 def compile_layers(model: nn.Module) -> None:
@@ -83,11 +91,13 @@ class Decoding:
         model: from make_model.
         token: int64 [B, 1], the newest token.
         position: int64 [1, 1], its position.
+        slot: for what a step attends with.
     """
 
     model: nn.Module
     token: Tensor
     position: Tensor
+    slot: Slot = field(default_factory=Slot)
 
     @classmethod
     def of(cls, model: nn.Module, batch: int, device: torch.device) -> Decoding:
@@ -102,9 +112,11 @@ class Decoding:
 
     def step(self, attend: Attend) -> Tensor:
         """Put the next token in the place of the newest; returns logits [B, vocabulary]."""
+        self.slot.attend = attend
         logits: Tensor = self.model(
-            input_ids=self.token, position_ids=self.position, use_cache=False, attend=attend
+            input_ids=self.token, position_ids=self.position, use_cache=False, slot=self.slot
         ).logits[:, -1]
+        self.slot.attend = None
         self.token.copy_(logits.argmax(-1, keepdim=True))
         self.position.add_(1)
         return logits

@@ -96,11 +96,19 @@ def test_layers_are_compiled_once_for_all_attention(monkeypatch):
     decoding = Decoding.of(model, 1, CPU)
     plain = decoding.step(lambda layer, q, k, v: q)
     compile_layers(model)
-    for _ in range(3):
+
+    def by_name(layer, q, k, v, name=""):
+        return q
+
+    caches = make_caches(ATTN, Llama(6, 64, 4, 2, 64, 80, 50, torch.float32), 1, 300, room=9, device=CPU)
+    frames = []
+    for attend in (by_name, lambda layer, q, k, v: q, DenseLayers(lambda q, *_: q, caches, 300)):
         decoding.restart(0)
-        again = decoding.step(lambda layer, q, k, v: q)
-        assert torch.equal(plain, again)
-        assert 0 < counter.frame_count <= 6  # the parts of a layer between attention, and the last norm
+        assert torch.equal(plain, decoding.step(attend))
+        frames.append(counter.frame_count)
+    assert frames[0] == frames[2] <= 6  # parts of a layer, before and after attention, and the last norm
+    Decoding.of(model, 3, CPU).step(by_name)
+    assert counter.frame_count == 2 * frames[0]  # sizes are constants
 
 
 # ---- what fits
