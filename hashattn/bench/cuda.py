@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from hashattn.bench.cases import DTYPES, Case
+from hashattn.bench.cases import Case
 from hashattn.bench.cuda_contenders import row_distances
 from hashattn.bench.cuda_graphs import capture_turns, dense_graphs, first_line, make_layers, step_graphs
-from hashattn.bench.cuda_steps import encoders, rule, selectors, whole_caches
+from hashattn.bench.cuda_steps import encoders, selectors, whole_caches, why_not
 from hashattn.bench.faiss_gpu import faiss_us
 from hashattn.bench.floors import Machine, floors
 from hashattn.bench.graphs import WARM_UP, measure_machine, take_turns
 from hashattn.extras import require
-from hashattn.ops.decode import Scratch, why_not
+from hashattn.ops.decode import Scratch
 
 
 def need_gpu(what: str) -> None:
@@ -39,11 +39,8 @@ def refuse(cases: Iterable[Case], bits: int, pers: Sequence[str]) -> None:
     if bits % 64:
         raise ValueError(f"--bits: the fused step serves codes of 64, 128 or 256 bits, not {bits}")
     for case in cases:
-        for selector in (s for per in pers for s in selectors(case, per).values()):
-            reason = why_not(
-                device="cuda", dtype=DTYPES[case.dtype], head_dim=case.head_dim, group=case.q_heads // case.kv_heads,
-                tokens=1, words=bits // 64, planes=1, rule=rule(case, selector),
-            )  # fmt: skip
+        for per in pers:
+            reason = why_not(case, bits, selectors(case, per)["TopK"])
             if reason is not None:
                 raise ValueError(f"the fused step does not serve {case.shape} with {bits} bits: {reason}")
 
@@ -97,8 +94,13 @@ def _measure(
         for name, encoder in encoders(bits).items()
         if encoder.centring is None or case.keys >= encoder.centring.warmup
     }
-    choices = selectors(case, per)
-    for choice, selector in choices.items():
+    choices = []
+    for choice, selector in selectors(case, per).items():
+        reason = why_not(case, bits, selector)
+        if reason is not None:
+            notes[f"{choice} is left out per {per}: {reason}"] = None
+            continue
+        choices.append(choice)
         own = step_graphs(case, selector, layers, turns, caches, scratch)
         graphs |= {f"{choice} {name}": graph for name, graph in own.items()}
     found = {id(layer): row_distances(layer, per == "kv_head") for layer in layers}

@@ -14,6 +14,7 @@ from hashattn.cache import KVCache
 from hashattn.encoders import AsymmetricHash, SimHash
 from hashattn.encoders.base import Encoder
 from hashattn.index import FlatHamming
+from hashattn.ops import decode
 from hashattn.ops.decode import Rule, Scratch
 from hashattn.selectors import Selector, TopK
 
@@ -21,7 +22,11 @@ Result = tuple[Tensor, Tensor, Tensor]  # out, lse, ids
 
 
 def selectors(case: Case, per: str) -> dict[str, Selector]:
-    """What chooses the keys, by name: each is a line of the table. `per` is "query_head" or "kv_head"."""
+    """What chooses the keys, by name: each is a line of the table, where it is served. TopK must be.
+
+    Args:
+        per: "query_head" or "kv_head".
+    """
     return {
         "TopK": TopK(k=case.k, per=per),
     }
@@ -39,7 +44,7 @@ def rule(case: Case, selector: Selector) -> Rule:
     """What the selector asks of the fused step.
 
     Raises:
-        ValueError: the fused step does not serve it.
+        ValueError: it cannot be asked.
     """
     found = selector.rule(case.q_heads // case.kv_heads)
     if found is None:
@@ -47,11 +52,19 @@ def rule(case: Case, selector: Selector) -> Rule:
     return found
 
 
+def why_not(case: Case, bits: int, selector: Selector) -> str | None:
+    """Why the fused step does not serve a case, as the end of a sentence; None if it does."""
+    return decode.why_not(
+        device="cuda", dtype=DTYPES[case.dtype], head_dim=case.head_dim, group=case.q_heads // case.kv_heads,
+        tokens=1, words=bits // 64, planes=1, rule=rule(case, selector),
+    )  # fmt: skip
+
+
 def fused(layer: Layer, i: int, rule: Rule, scratch: Scratch, scan_only: bool = False) -> Result:
     """The step with a layer's query i, or its first kernel alone."""
-    from hashattn.ops.decode.triton import decode
+    from hashattn.ops.decode import triton
 
-    return decode(
+    return triton.decode(
         layer.q[i], layer.query[i], layer.keys, layer.values, layer.codes, layer.starts, layer.length, layer.bounds,
         rule, scratch, scale=layer.q[i].shape[-1] ** -0.5, scan_only=scan_only,
     )  # fmt: skip

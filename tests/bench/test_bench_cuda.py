@@ -288,6 +288,7 @@ def pretended(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "make_layer", lambda *a, device, **o: make(*a, device=torch.device("cpu"), **o))
     monkeypatch.setattr(cuda_graphs, "layer_count", lambda *_: 3)
     monkeypatch.setattr(cuda, "refuse", lambda *_: None)
+    monkeypatch.setattr(cuda, "why_not", lambda *_: None)  # head_dim 16
     monkeypatch.setattr(cuda, "measure_machine", lambda: Machine(1e12, 100, None))
     monkeypatch.setattr(cuda_graphs, "capture", lambda calls: [call() for call in calls])
     monkeypatch.setattr(cuda, "take_turns", lambda graphs, calls, _: {n: 50.0 - i for i, n in enumerate(graphs)})
@@ -326,6 +327,18 @@ def test_ratios_are_those_of_the_times_and_what_does_not_serve_is_noted(pretende
     assert "unserved is left out at 4/2x16:float32: not this shape" in result["notes"]
     assert "no popcount floor: the clock is not known" in result["notes"]
     assert len(cuda_report.table(result["rows"]).splitlines()) == 3
+
+
+def test_each_selector_that_is_served_has_a_row_of_its_own(pretended, monkeypatch):
+    choices = {"TopK": TopK(k=40), "fewer": TopK(k=20), "unserved": TopK(k=30)}
+    monkeypatch.setattr(cuda, "selectors", lambda *_: choices)
+    monkeypatch.setattr(cuda, "why_not", lambda _, __, s: "it is new" if s == choices["unserved"] else None)
+    result = cuda.run([SMALL], pers=["query_head"], rounds=1)
+    assert [(r["selector"], r["us"]["step"], r["us"]["MLP"]) for r in result["rows"]] == [
+        ("TopK", 48.0, 45.0), ("fewer", 44.0, 41.0),
+    ]  # fmt: skip
+    assert all(r["dense"] == "b" and r["speedup"] == 49 / r["us"]["step"] for r in result["rows"])
+    assert "unserved is left out per query_head: it is new" in result["notes"]
 
 
 def test_below_the_warm_up_there_is_no_whole_step(pretended):
