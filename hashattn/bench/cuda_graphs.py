@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from hashattn.bench.cases import Case
 from hashattn.bench.cuda_check import check_dense, check_step, check_whole
 from hashattn.bench.cuda_contenders import dense
 from hashattn.bench.cuda_inputs import Layer, layer_count, make_layer, step_count
-from hashattn.bench.cuda_steps import fused, rule, whole
+from hashattn.bench.cuda_steps import fused, rule, whole, without_hints
 from hashattn.bench.graphs import capture
 from hashattn.cache import KVCache
 from hashattn.index import FlatHamming
@@ -74,7 +73,7 @@ def step_graphs(
         RuntimeError: a step is wrong.
     """
     asked = rule(case, selector)
-    own = {id(layer): dataclasses.replace(layer, bounds=torch.zeros_like(layer.bounds)) for layer in layers}
+    own = {id(layer): without_hints(layer) for layer in layers}
     first = own[id(layers[0])]
     check_step(lambda: fused(first, 0, asked, scratch), first, asked, case)
     first.bounds.zero_()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from hashattn.attention import HashAttention
@@ -58,6 +60,11 @@ def why_not(case: Case, bits: int, selector: Selector) -> str | None:
         device="cuda", dtype=DTYPES[case.dtype], head_dim=case.head_dim, group=case.q_heads // case.kv_heads,
         tokens=1, words=bits // 64, planes=1, rule=rule(case, selector),
     )  # fmt: skip
+
+
+def without_hints(layer: Layer) -> Layer:
+    """The same layer, for which no step has left anything yet."""
+    return replace(layer, bounds=torch.zeros_like(layer.bounds))
 
 
 def fused(layer: Layer, i: int, rule: Rule, scratch: Scratch, scan_only: bool = False) -> Result:
