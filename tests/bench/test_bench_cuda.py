@@ -289,6 +289,7 @@ def pretended(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "layer_count", lambda *_: 3)
     monkeypatch.setattr(cuda, "refuse", lambda *_: None)
     monkeypatch.setattr(cuda, "why_not", lambda *_: None)  # head_dim 16
+    monkeypatch.setattr(cuda, "selectors", lambda case, per: {"TopK": TopK(k=case.k, per=per)})
     monkeypatch.setattr(cuda, "measure_machine", lambda: Machine(1e12, 100, None))
     monkeypatch.setattr(cuda_graphs, "capture", lambda calls: [call() for call in calls])
     monkeypatch.setattr(cuda, "take_turns", lambda graphs, calls, _: {n: 50.0 - i for i, n in enumerate(graphs)})
