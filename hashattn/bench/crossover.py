@@ -15,7 +15,7 @@ from hashattn.bench.crossover_report import constants
 from hashattn.bench.cuda import refuse
 from hashattn.bench.cuda_check import attention, check_alike, check_rounding
 from hashattn.bench.cuda_graphs import dense_graphs, make_layers, step_graphs
-from hashattn.bench.cuda_steps import selectors
+from hashattn.bench.cuda_steps import kernels, rule, selectors
 from hashattn.bench.graphs import take_turns
 from hashattn.bench.measure import take_turns as take_turns_from_python
 from hashattn.encoders import SimHash
@@ -84,7 +84,7 @@ def eager(case: Case, bits: int, per: str) -> Times:
 
 def captured(case: Case, bits: int, per: str, notes: dict[str, None]) -> Times:
     """Microseconds of a captured step, encoding left out, and of the fastest dense attention."""
-    layers, turns = make_layers(case, bits, per, clustered=False)
+    layers, turns = make_layers(case, bits, clustered=False)
     dense = dense_graphs(case, layers, turns, notes)
     step = step_graphs(case, selectors(case, per)["TopK"], layers, turns, {}, Scratch())["step"]
     us = take_turns(dense | {"step": step}, len(turns), ROUNDS["captured"])
@@ -124,10 +124,12 @@ def run(shape: tuple[int, int, int, str], batches: Sequence[int], *, bits: int, 
             torch.cuda.empty_cache()
             return times
 
-        key_bytes = Case(*shape, 1, 1, batch=batch).dense_bytes
+        one = Case(*shape, 1, 1, batch=batch)
+        key_bytes = one.dense_bytes
         least, measured = first_win(sizes(key_bytes, LARGEST[mode]), measure)
         rows.append({
-            "mode": mode, "shape": Case(*shape, 1, 1).shape, "batch": batch, "per": per, "bits": bits, "keys": least,
+            "mode": mode, "shape": one.shape, "batch": batch, "per": per, "bits": bits,
+            "kernels": kernels(rule(one, selectors(one, per)["TopK"])), "keys": least,
             "bytes": None if least is None else least * key_bytes,
             "us": [{"keys": keys, **times} for keys, times in measured.items()],
         })  # fmt: skip

@@ -26,11 +26,12 @@ def constants(rows: Iterable[dict[str, Any]]) -> dict[str, int | None]:
 
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """A line a crossover, with the times at the least number of keys that wins."""
-    lines: list[tuple[str, ...]] = [("mode", "shape", "batch", "per", "bits", "wins from", "dense", "step")]
+    lines: list[tuple[str, ...]] = [("mode", "shape", "batch", "per", "bits", "kernels", "wins from", "dense", "step")]
     for row in rows:
         at = next((us for us in row["us"] if us["keys"] == row["keys"]), None)
         wins = ("nowhere", "-", "-") if at is None else (f"{at['keys']:,}", f"{at['dense']:,.1f}", f"{at['step']:,.1f}")
-        lines.append((row["mode"], row["shape"], str(row["batch"]), row["per"], str(row["bits"]), *wins))
+        case = (row["mode"], row["shape"], str(row["batch"]), row["per"], str(row["bits"]), row["kernels"])
+        lines.append((*case, *wins))
     return aligned(lines)
 
 

@@ -11,7 +11,7 @@ import torch
 from hashattn.bench.cases import Case
 from hashattn.bench.cuda_contenders import row_distances
 from hashattn.bench.cuda_graphs import capture_turns, dense_graphs, first_line, make_layers, step_graphs
-from hashattn.bench.cuda_steps import encoders, selectors, whole_caches, why_not
+from hashattn.bench.cuda_steps import encoders, kernels, rule, selectors, whole_caches, why_not
 from hashattn.bench.faiss_gpu import faiss_us
 from hashattn.bench.floors import Machine, floors
 from hashattn.bench.graphs import WARM_UP, measure_machine, take_turns
@@ -85,7 +85,7 @@ def run(
 def _measure(
     case: Case, bits: int, per: str, clustered: bool, rounds: int, machine: Machine, notes: dict[str, None]
 ) -> list[dict[str, Any]]:
-    layers, turns = make_layers(case, bits, per, clustered)
+    layers, turns = make_layers(case, bits, clustered)
     graphs = dense_graphs(case, layers, turns, notes)
     baselines, scratch = tuple(graphs), Scratch()
     room = (WARM_UP + rounds + 8) * len(layers[0].q)
@@ -94,13 +94,13 @@ def _measure(
         for name, encoder in encoders(bits).items()
         if encoder.centring is None or case.keys >= encoder.centring.warmup
     }
-    choices = []
+    choices = {}
     for choice, selector in selectors(case, per).items():
         reason = why_not(case, bits, selector)
         if reason is not None:
             notes[f"{choice} is left out per {per}: {reason}"] = None
             continue
-        choices.append(choice)
+        choices[choice] = kernels(rule(case, selector))
         own = step_graphs(case, selector, layers, turns, caches, scratch)
         graphs |= {f"{choice} {name}": graph for name, graph in own.items()}
     found = {id(layer): row_distances(layer, per == "kv_head") for layer in layers}
@@ -117,12 +117,15 @@ def _measure(
         notes[f"FAISS is left out per {per}: {first_line(error)}"] = None
     baseline = min(baselines, key=lambda name: us[name])
     rows = []
-    for choice in choices:
-        times = others | {name: us[f"{choice} {name}"] for name in ("step", "scan", *caches)}
-        times["attend"] = times["step"] - times["scan"]
+    for choice, written_in in choices.items():
+        own_names = [name for name in ("step", "scan", *caches) if f"{choice} {name}" in us]
+        times = others | {name: us[f"{choice} {name}"] for name in own_names}
+        if "scan" in times:
+            times["attend"] = times["step"] - times["scan"]
         rows.append({
             "shape": case.shape, "batch": case.batch, "keys": case.keys, "k": case.k, "per": per, "bits": bits,
-            "selector": choice, "clustered": clustered, "layers": len(layers), "calls": len(turns), "dense": baseline,
+            "selector": choice, "kernels": written_in, "clustered": clustered, "layers": len(layers),
+            "calls": len(turns), "dense": baseline,
             "us": times, "speedup": us[baseline] / times["step"],
             "whole_speedup": {name: us[baseline] / times[name] for name in caches},
             **floors(case, bits, per, machine),

@@ -20,11 +20,16 @@ from hashattn.ops.attend.reference import gather
 HINTS = {"no hint": 0, "its own hint": None, "a huge hint": torch.iinfo(torch.int32).max, "the hint after it": None}
 
 
-def check_step(step: Callable[[], tuple[Tensor, Tensor, Tensor]], layer: Layer, rule: decode.Rule, case: Case) -> None:
+def check_step(
+    step: Callable[[], tuple[Tensor, Tensor, Tensor]], layer: Layer, bounds: Tensor, rule: decode.Rule, case: Case
+) -> None:
     """Raise RuntimeError unless a step on a layer's first query does what the reference does, whatever it is hinted.
 
     The ids must be equal. Outputs may differ from float64 attention over them by rounding, and not at all from run to
     run.
+
+    Args:
+        bounds: what the step finds its hints in.
     """
     q, scale = layer.q[0], case.head_dim**-0.5
     _, _, expected = decode.reference(
@@ -34,12 +39,12 @@ def check_step(step: Callable[[], tuple[Tensor, Tensor, Tensor]], layer: Layer, 
     for b in range(case.batch):  # a sequence at a time: float64 is large
         own = expected[b : b + 1]
         keys, values = (gather(x[b : b + 1], own)[0, :, 0] for x in (layer.keys, layer.values))
-        pairs.append(attention(q[b], keys.double(), values.double()))
+        pairs.append(attention(q[b], keys.double(), values.double(), own[0] < 0))
     exact, size = (torch.stack(x) for x in zip(*pairs, strict=True))
     first: tuple[Tensor, Tensor] | None = None
     for hint, bound in HINTS.items():
         if bound is not None:
-            layer.bounds.fill_(bound)
+            bounds[: rule.chunks or 1].fill_(bound)
         poison = [torch.full_like(q, torch.nan), q.new_full(q.shape[:3], torch.nan, dtype=torch.float32)]
         del poison  # an output that is not written would be NaN now
         out, lse, ids = step()
@@ -80,10 +85,15 @@ def check_alike(what: str, out: Tensor, expected: Tensor) -> None:
         raise RuntimeError(f"{what} agrees with the reference in {close:.0%} of heads only; nothing is measured")
 
 
-def attention(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of q [Hq, 1, D] to keys and values [H, K, D], in their dtype: (out [Hq, 1, D], and out of |values|)."""
+def attention(q: Tensor, keys: Tensor, values: Tensor, empty: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Attention of q [Hq, 1, D] to keys and values [H, K, D], in their dtype: (out [Hq, 1, D], and out of |values|).
+
+    Args:
+        empty: bool [H, 1, K], keys that are none.
+    """
     grouped = q.to(keys.dtype).view(len(keys), -1, q.shape[-1])  # heads that share keys
-    weights = torch.softmax(grouped @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5, -1)
+    logits = grouped @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5
+    weights = torch.softmax(logits if empty is None else logits.masked_fill(empty, -torch.inf), -1)
     return (weights @ values).view(q.shape), (weights @ values.abs()).view(q.shape)
 
 

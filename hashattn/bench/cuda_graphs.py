@@ -12,7 +12,7 @@ from hashattn.bench.cases import Case
 from hashattn.bench.cuda_check import check_dense, check_step, check_whole
 from hashattn.bench.cuda_contenders import dense
 from hashattn.bench.cuda_inputs import Layer, layer_count, make_layer, step_count
-from hashattn.bench.cuda_steps import fused, rule, whole, without_hints
+from hashattn.bench.cuda_steps import Result, first_bounds, fused, has_stages, rule, whole
 from hashattn.bench.graphs import capture
 from hashattn.cache import KVCache
 from hashattn.index import FlatHamming
@@ -23,12 +23,12 @@ Call = Callable[[Layer, int], object]  # of a layer and the number of its query
 Turns = Sequence[tuple[Layer, int]]
 
 
-def make_layers(case: Case, bits: int, per: str, clustered: bool) -> tuple[list[Layer], Turns]:
+def make_layers(case: Case, bits: int, clustered: bool) -> tuple[list[Layer], Turns]:
     """Layers of a case, and the order in which a graph passes over them and their queries."""
     count = layer_count(case, bits)
     steps = step_count(count)
     layers = [
-        make_layer(case, bits, per, steps=steps, clustered=clustered, seed=seed, device=torch.device("cuda"))
+        make_layer(case, bits, steps=steps, clustered=clustered, seed=seed, device=torch.device("cuda"))
         for seed in range(count)
     ]
     return layers, [(layer, i) for i in range(steps) for layer in layers]
@@ -64,7 +64,7 @@ def step_graphs(
     case: Case, selector: Selector, layers: Sequence[Layer], turns: Turns,
     caches: Mapping[str, Sequence[KVCache]], scratch: Scratch,
 ) -> dict[str, torch.cuda.CUDAGraph]:  # fmt: skip
-    """The fused step of a selector, its first kernel, and the whole step with each encoder, checked and captured.
+    """The fused step of a selector, its scan, and the whole step with each encoder, checked and captured.
 
     Args:
         caches: of whole steps, for each encoder's name one a layer; empty for none.
@@ -73,14 +73,17 @@ def step_graphs(
         RuntimeError: a step is wrong.
     """
     asked = rule(case, selector)
-    own = {id(layer): without_hints(layer) for layer in layers}
-    first = own[id(layers[0])]
-    check_step(lambda: fused(first, 0, asked, scratch), first, asked, case)
-    first.bounds.zero_()
-    calls: dict[str, Call] = {
-        "step": lambda layer, i: fused(own[id(layer)], i, asked, scratch),
-        "scan": lambda layer, i: fused(own[id(layer)], i, asked, scratch, scan_only=True),
-    }
+    bounds = {id(layer): first_bounds(layer, asked) for layer in layers}
+
+    def step(layer: Layer, i: int, scan_only: bool = False) -> Result:
+        return fused(layer, i, bounds[id(layer)], asked, scratch, scan_only)
+
+    first = layers[0]
+    check_step(lambda: step(first, 0), first, bounds[id(first)], asked, case)
+    bounds[id(first)].zero_()
+    calls: dict[str, Call] = {"step": step}
+    if has_stages(asked):
+        calls["scan"] = lambda layer, i: step(layer, i, scan_only=True)
     for name, held in caches.items():
         attn = HashAttention(held[0].encoder, FlatHamming(), selector, engine="triton")
         check_whole(f"{case}: the step with its {name} encoder", attn, held[0], layers[0])

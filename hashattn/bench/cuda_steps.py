@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,8 +16,8 @@ from hashattn.encoders import AsymmetricHash, SimHash
 from hashattn.encoders.base import Encoder
 from hashattn.index import FlatHamming
 from hashattn.ops import decode
-from hashattn.ops.decode import Rule, Scratch
-from hashattn.selectors import Selector, TopK
+from hashattn.ops.decode import Rule, Scratch, Sizes
+from hashattn.selectors import LocalTopK, Selector, TopK
 
 Result = tuple[Tensor, Tensor, Tensor]  # out, lse, ids
 
@@ -31,6 +30,7 @@ def selectors(case: Case, per: str) -> dict[str, Selector]:
     """
     return {
         "TopK": TopK(k=case.k, per=per),
+        "LocalTopK": LocalTopK(k=-(-case.k // 16) * 16, per=per),
     }
 
 
@@ -62,19 +62,38 @@ def why_not(case: Case, bits: int, selector: Selector) -> str | None:
     )  # fmt: skip
 
 
-def without_hints(layer: Layer) -> Layer:
-    """The same layer, for which no step has left anything yet."""
-    return replace(layer, bounds=torch.zeros_like(layer.bounds))
+def kernels(rule: Rule) -> str:
+    """What the step is written in that runs here: "CUDA C++" or "Triton"."""
+    from hashattn.ops.decode import gpu
+
+    return gpu.kernels(rule)
 
 
-def fused(layer: Layer, i: int, rule: Rule, scratch: Scratch, scan_only: bool = False) -> Result:
+def has_stages(rule: Rule) -> bool:
+    """Whether the step's scan is a kernel of its own."""
+    return rule.chunks is None or kernels(rule) == "Triton"
+
+
+def first_bounds(layer: Layer, rule: Rule) -> Tensor:
+    """The bounds of a layer's first step, which rewrites them for the next one."""
+    return torch.zeros(_sizes(layer, 0, rule).state, dtype=torch.int32, device=layer.keys.device)
+
+
+def fused(
+    layer: Layer, i: int, bounds: Tensor, rule: Rule, scratch: Scratch, scan_only: bool = False
+) -> Result:  # fmt: skip
     """The step with a layer's query i, or its first kernel alone."""
-    from hashattn.ops.decode import triton
+    from hashattn.ops.decode.gpu import decode
 
-    return triton.decode(
-        layer.q[i], layer.query[i], layer.keys, layer.values, layer.codes, layer.starts, layer.length, layer.bounds,
-        rule, scratch, scale=layer.q[i].shape[-1] ** -0.5, scan_only=scan_only,
+    workspace = scratch.workspace(_sizes(layer, i, rule).workspace, layer.keys.device)
+    return decode(
+        layer.q[i], layer.query[i], layer.keys, layer.values, layer.codes, layer.starts, layer.length, bounds, rule,
+        workspace, scale=layer.q[i].shape[-1] ** -0.5, scan_only=scan_only,
     )  # fmt: skip
+
+
+def _sizes(layer: Layer, i: int, rule: Rule) -> Sizes:
+    return Sizes.of(layer.q[i], layer.query[i], layer.keys, layer.codes, rule)
 
 
 def whole_caches(

@@ -16,6 +16,7 @@ from hashattn.attention import HashAttention
 from hashattn.bench import cuda_contenders
 from hashattn.bench.cuda import need_gpu
 from hashattn.bench.cuda_graphs import first_line
+from hashattn.bench.cuda_steps import kernels
 from hashattn.bench.e2e_attention import DenseLayers, HashedLayers, make_caches
 from hashattn.bench.e2e_check import Layers, check_every_key
 from hashattn.bench.e2e_graphs import STEPS, capture_step, take_turns
@@ -146,9 +147,16 @@ def _measure(
     return [
         {
             "keys": keys, "batch": batch, "name": name, "composition": repr(attn),
-            "dense_layers": list(attn.dense_layers), "dense": baseline, "ms": others | {"step": ms[name]},
+            "kernels": _kernels(attn, size), "dense_layers": list(attn.dense_layers), "dense": baseline,
+            "ms": others | {"step": ms[name]},
             "tokens_per_s": batch / ms[name] * 1e3, "dense_tokens_per_s": batch / ms[baseline] * 1e3,
             "speedup": ms[baseline] / ms[name], "ceiling": ms[baseline] / ms["no attention"],
         }
         for name, attn in attns.items()
     ]  # fmt: skip
+
+
+def _kernels(attn: HashAttention, size: Llama) -> str:
+    rule = attn.selector.rule(size.q_heads // size.kv_heads) if attn.selector is not None else None
+    assert rule is not None  # or it would not be served
+    return kernels(rule)

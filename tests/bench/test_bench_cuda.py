@@ -6,16 +6,17 @@ import sys
 import pytest
 import torch
 
-from hashattn import Decoder, FlatHamming, HashAttention, TopK, fused
-from hashattn.bench import cuda, cuda_graphs, cuda_report
+from hashattn import Decoder, FlatHamming, HashAttention, LocalTopK, TopK
+from hashattn.bench import cuda, cuda_graphs, cuda_report, cuda_steps
 from hashattn.bench.arguments import cuda_cases
 from hashattn.bench.cases import CUDA_KEYS, Case
 from hashattn.bench.cuda_check import check_dense, check_step, check_whole
 from hashattn.bench.cuda_contenders import row_distances
 from hashattn.bench.cuda_inputs import layer_count, make_layer, step_count
-from hashattn.bench.cuda_steps import encoders, rule, selectors, whole, whole_caches
+from hashattn.bench.cuda_steps import encoders, first_bounds, rule, selectors, whole, whole_caches
 from hashattn.bench.floors import Machine, code_bytes, floors, step_bytes
 from hashattn.cli import main
+from hashattn.ops import decode
 from hashattn.ops.decode import Scratch, reference
 from tests.structured import raises_naming
 
@@ -23,18 +24,18 @@ SMALL = Case(4, 2, 16, "float32", 300, 40, batch=2)
 LARGE = Case(32, 8, 128, "bfloat16", 131072, 1024)
 
 
-def asked(per):
-    return rule(SMALL, selectors(SMALL, per)["TopK"])
+SHARED = rule(SMALL, selectors(SMALL, "kv_head")["TopK"])
 
 
-def small_layer(per, clustered=False):
-    return make_layer(SMALL, 64, per, steps=2, clustered=clustered, seed=0, device=torch.device("cpu"))
+def small_layer(rule, clustered=False):
+    layer = make_layer(SMALL, 64, steps=2, clustered=clustered, seed=0, device=torch.device("cpu"))
+    return layer, first_bounds(layer, rule)
 
 
-def spec(layer, per):
+def spec(layer, rule):
     return reference(
-        layer.q[0], layer.query[0], layer.keys, layer.values, layer.codes, layer.starts, layer.length,
-        asked(per), scale=16**-0.5,
+        layer.q[0], layer.query[0], layer.keys, layer.values, layer.codes, layer.starts, layer.length, rule,
+        scale=16**-0.5,
     )  # fmt: skip
 
 
@@ -137,7 +138,7 @@ def test_floors_are_those_of_bytes_and_popcounts():
 @pytest.mark.parametrize("per", ["query_head", "kv_head"])
 def test_near_keys_of_a_clustered_layer_are_neighbours(per):
     case = Case(4, 2, 16, "float32", 6400, 50)
-    layer = make_layer(case, 64, per, steps=2, clustered=True, seed=0, device=torch.device("cpu"))
+    layer = make_layer(case, 64, steps=2, clustered=True, seed=0, device=torch.device("cpu"))
     nearest = row_distances(layer, per == "kv_head").topk(50, largest=False).indices
     assert nearest.shape == (2 if per == "kv_head" else 4, 50)
     inside = (nearest >= 3200) & (nearest < 3300)
@@ -147,11 +148,16 @@ def test_near_keys_of_a_clustered_layer_are_neighbours(per):
 # ---- the checks before it
 
 
-@pytest.mark.parametrize("per", ["query_head", "kv_head"])
+@pytest.mark.parametrize(
+    "selector",
+    [*selectors(SMALL, "query_head").values(), TopK(k=40, per="kv_head"), LocalTopK(k=304)],  # more than there are
+    ids=str,
+)
 @pytest.mark.parametrize("clustered", [False, True])
-def test_a_right_step_passes(per, clustered):
-    layer = small_layer(per, clustered)
-    check_step(lambda: spec(layer, per), layer, asked(per), SMALL)
+def test_a_right_step_passes(selector, clustered):
+    asked = rule(SMALL, selector)
+    layer, bounds = small_layer(asked, clustered)
+    check_step(lambda: spec(layer, asked), layer, bounds, asked, SMALL)
 
 
 @pytest.mark.parametrize(
@@ -164,32 +170,33 @@ def test_a_right_step_passes(per, clustered):
     ],
 )
 def test_a_wrong_step_is_not_measured(wrong, words):
-    layer = small_layer("kv_head")
+    layer, bounds = small_layer(SHARED)
     raises_naming(RuntimeError, *words, "nothing is measured")(
-        lambda: check_step(lambda: wrong(*spec(layer, "kv_head")), layer, asked("kv_head"), SMALL)
+        lambda: check_step(lambda: wrong(*spec(layer, SHARED)), layer, bounds, SHARED, SMALL)
     )
 
 
-def test_a_step_that_believes_its_hints_is_not_measured():
-    layer = small_layer("kv_head")
+@pytest.mark.parametrize("selector", [TopK(k=40, per="kv_head"), LocalTopK(k=48)], ids=str)
+def test_a_step_that_believes_its_hints_is_not_measured(selector):
+    asked = rule(SMALL, selector)
+    layer, bounds = small_layer(asked)
 
     def step():
-        out, lse, ids = spec(layer, "kv_head")
-        return out, lse, ids - (layer.bounds.view(ids.shape[:3])[..., None] > 0).int()
+        out, lse, ids = spec(layer, asked)
+        return out, lse, ids - (bounds[(asked.chunks or 1) - 1].view(ids.shape[:3])[..., None] > 0).int()
 
     raises_naming(RuntimeError, "a huge hint", "selects other keys")(
-        lambda: check_step(step, layer, asked("kv_head"), SMALL)
+        lambda: check_step(step, layer, bounds, asked, SMALL)
     )
 
 
 @pytest.mark.parametrize("name", ["linear", "MLP"])
 def test_a_whole_step_is_the_reference_but_for_a_few_heads(monkeypatch, name):
-    """With the kernels, in Triton's interpreter."""
     pytest.importorskip("triton")
-    right, step = fused.why_not, Decoder.__call__
-    monkeypatch.setattr(fused, "why_not", lambda attn, **o: right(attn, **o | {"device": "cuda"}))
+    monkeypatch.setattr(decode, "DEVICES", ("cuda", "cpu"))
+    step = Decoder.__call__
     case = Case(4, 2, 64, "float32", 300, 40)
-    layer = make_layer(case, 64, "kv_head", steps=2, clustered=False, seed=0, device=torch.device("cpu"))
+    layer = make_layer(case, 64, steps=2, clustered=False, seed=0, device=torch.device("cpu"))
     caches = whole_caches(case, encoders(64)[name], [layer], room=8, scratch=Scratch())
     attn = HashAttention(caches[0].encoder, FlatHamming(), TopK(k=40, per="kv_head"), engine="triton")
     check_whole("it", attn, caches[0], layer)
@@ -204,7 +211,7 @@ def test_a_whole_step_is_the_reference_but_for_a_few_heads(monkeypatch, name):
 
 
 def test_wrong_dense_attention_is_not_measured():
-    layer = small_layer("kv_head")
+    layer, _ = small_layer(SHARED)
     exact = torch.nn.functional.scaled_dot_product_attention(layer.q[0], layer.keys, layer.values, enable_gqa=True)
     check_dense("it", exact, layer, SMALL)
     for wrong in (exact * 1.001, exact * torch.nan):
@@ -245,8 +252,8 @@ def row(keys=8192, **changes):
     }  # fmt: skip
     return {
         "shape": "32/8x128:bfloat16", "batch": 1, "keys": keys, "k": 256, "per": "kv_head", "bits": 64, "us": us,
-        "selector": "TopK", "dense": "Triton 128", "speedup": 2.0, "whole_speedup": {"linear": 1.8, "MLP": 1.5},
-        "floor_us": 3.0, **changes,
+        "selector": "TopK", "kernels": "Triton", "dense": "Triton 128", "speedup": 2.0,
+        "whole_speedup": {"linear": 1.8, "MLP": 1.5}, "floor_us": 3.0, **changes,
     }  # fmt: skip
 
 
@@ -254,7 +261,7 @@ def test_the_table_has_a_line_a_case():
     head, line = cuda_report.table([row()]).splitlines()
     assert head.split()[:7] == ["shape", "batch", "keys", "k", "selector", "per", "bits"]
     assert line.split()[:7] == ["32/8x128:bfloat16", "1", "8,192", "256", "TopK", "kv_head", "64"]
-    times = ["Triton", "128", "18.0", "9.0", "2.00", "4.0", "5.0", "3.0", "3.0"]
+    times = ["Triton", "Triton", "128", "18.0", "9.0", "2.00", "4.0", "5.0", "3.0", "3.0"]
     assert line.split()[7:] == [*times, "10.0", "1.80", "12.0", "1.50", "30.0", "-"]
 
 
@@ -290,6 +297,8 @@ def pretended(monkeypatch):
     monkeypatch.setattr(cuda, "refuse", lambda *_: None)
     monkeypatch.setattr(cuda, "why_not", lambda *_: None)  # head_dim 16
     monkeypatch.setattr(cuda, "selectors", lambda case, per: {"TopK": TopK(k=case.k, per=per)})
+    for module in (cuda, cuda_steps):
+        monkeypatch.setattr(module, "kernels", lambda _: "CUDA C++")
     monkeypatch.setattr(cuda, "measure_machine", lambda: Machine(1e12, 100, None))
     monkeypatch.setattr(cuda_graphs, "capture", lambda calls: [call() for call in calls])
     monkeypatch.setattr(cuda, "take_turns", lambda graphs, calls, _: {n: 50.0 - i for i, n in enumerate(graphs)})
@@ -304,7 +313,7 @@ def pretended(monkeypatch):
 
     monkeypatch.setattr(cuda_graphs, "dense", lambda _: {"a": sdpa, "unserved": unserved, "b": sdpa})
 
-    def fused(layer, i, rule, scratch, scan_only=False):
+    def fused(layer, i, bounds, rule, scratch, scan_only=False):
         return reference(
             layer.q[i], layer.query[i], layer.keys, layer.values, layer.codes, layer.starts, layer.length, rule,
             scale=16**-0.5,
@@ -321,6 +330,7 @@ def test_ratios_are_those_of_the_times_and_what_does_not_serve_is_noted(pretende
     for r in result["rows"]:
         assert r["us"].keys() >= {"a", "b", "step", "scan", "attend", "linear", "MLP", "torch.topk"}
         assert (r["selector"], r["dense"], r["layers"], r["calls"], r["batch"]) == ("TopK", "b", 3, 12, 2)
+        assert r["kernels"] == "CUDA C++"
         assert r["speedup"] == 49 / 48
         assert r["whole_speedup"] == {"linear": 49 / 46, "MLP": 49 / 45}
         assert r["us"]["attend"] == r["us"]["step"] - r["us"]["scan"]
@@ -340,6 +350,19 @@ def test_each_selector_that_is_served_has_a_row_of_its_own(pretended, monkeypatc
     ]  # fmt: skip
     assert all(r["dense"] == "b" and r["speedup"] == 49 / r["us"]["step"] for r in result["rows"])
     assert "unserved is left out per query_head: it is new" in result["notes"]
+
+
+@pytest.mark.parametrize(("written_in", "kernels"), [("CUDA C++", 1), ("Triton", 2)])
+def test_a_step_of_one_kernel_has_no_stages(pretended, monkeypatch, written_in, kernels):
+    monkeypatch.setattr(cuda, "selectors", selectors)
+    for module in (cuda, cuda_steps):
+        monkeypatch.setattr(module, "kernels", lambda _: written_in)
+    exact, local = cuda.run([SMALL], pers=["query_head"], rounds=1)["rows"]
+    assert (exact["selector"], local["selector"], local["kernels"]) == ("TopK", "LocalTopK", written_in)
+    assert {"scan", "attend"} <= exact["us"].keys()
+    assert len({"scan", "attend"} & local["us"].keys()) == (0 if kernels == 1 else 2)
+    line = cuda_report.table([local]).splitlines()[1].split()
+    assert (line.count("-") == 2) == (kernels == 1)
 
 
 def test_below_the_warm_up_there_is_no_whole_step(pretended):

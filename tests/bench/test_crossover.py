@@ -15,7 +15,7 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 
 def row(mode, keys, **us):
-    case = {"shape": "4/2x64:float16", "batch": 1, "per": "kv_head", "bits": 64}
+    case = {"shape": "4/2x64:float16", "batch": 1, "per": "kv_head", "bits": 64, "kernels": "Triton"}
     return {"mode": mode, **case, "keys": keys, "bytes": keys and 512 * keys, "us": [{"keys": 3072, **us}]}
 
 
@@ -64,7 +64,7 @@ def test_constants_hold_in_every_measured_case():
 def test_the_table_has_a_line_a_crossover():
     head, eager, captured = crossover_report.table(ROWS).splitlines()
     assert head.split()[0] == "mode"
-    assert eager.split() == ["eager", "4/2x64:float16", "1", "kv_head", "64", "3,072", "12.0", "9.0"]
+    assert eager.split() == ["eager", "4/2x64:float16", "1", "kv_head", "64", "Triton", "3,072", "12.0", "9.0"]
     assert captured.split()[-3:] == ["nowhere", "-", "-"]
 
 

@@ -1,17 +1,18 @@
-"""`hashattn bench --e2e`: what can be tested of it without a GPU, where kernels run in Triton's interpreter."""
+"""`hashattn bench --e2e`: what can be tested of it without a GPU, where steps run their specifications."""
 
 import json
 
 import pytest
 import torch
 
-from hashattn import FlatHamming, HashAttention, SimHash, TopK, fused
+from hashattn import FlatHamming, HashAttention, SimHash, TopK
 from hashattn.bench import e2e, e2e_graphs, e2e_memory, e2e_report
 from hashattn.bench.cuda_contenders import dense
 from hashattn.bench.e2e_attention import DenseLayers, make_caches
 from hashattn.bench.e2e_check import check_every_key, check_graph
 from hashattn.bench.e2e_model import Decoding, Llama, compile_layers, make_model
 from hashattn.cli import main
+from hashattn.ops import decode
 from hashattn.ops.decode import Scratch
 from tests.structured import raises_naming
 
@@ -164,10 +165,10 @@ def test_a_graph_that_does_something_else_is_not_measured():
 # ---- all of it
 
 
-def test_a_model_decodes_by_the_kernels_and_its_ratios_are_those_of_its_times(monkeypatch):
+def test_a_model_decodes_by_fused_steps_and_its_ratios_are_those_of_its_times(monkeypatch):
     pytest.importorskip("triton")
-    right = fused.why_not
-    monkeypatch.setattr(fused, "why_not", lambda attn, **o: right(attn, **o | {"device": "cuda"}))
+    monkeypatch.setattr(decode, "DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(e2e, "kernels", lambda _: "CUDA C++")
     monkeypatch.setattr(e2e_memory, "free_memory", lambda _: 5 << 30)
     monkeypatch.setattr(e2e, "FEW", 270)
     monkeypatch.setattr(e2e, "DENSE_LAYERS", (-1,))
@@ -180,14 +181,15 @@ def test_a_model_decodes_by_the_kernels_and_its_ratios_are_those_of_its_times(mo
     (row,) = result["rows"]
     assert row["ms"] == {"flash": 9.0, "no attention": 8.0, "step": 7.0}
     assert (row["name"], row["dense"], row["dense_layers"]) == ("TopK per kv_head", "flash", [-1])
+    assert row["kernels"] == "CUDA C++"
     assert (row["tokens_per_s"], row["dense_tokens_per_s"]) == (2e3 / 7, pytest.approx(2e3 / 9))
     assert (row["speedup"], row["ceiling"]) == (9 / 7, 9 / 8)
 
 
 ROW = {
-    "keys": 32768, "batch": 3, "name": "TopK per kv_head", "dense_layers": [0, 1], "dense": "SDPA flash",
-    "ms": {"SDPA flash": 20.0, "no attention": 9.0, "step": 10.0}, "tokens_per_s": 300.0, "dense_tokens_per_s": 150.0,
-    "speedup": 2.0, "ceiling": 2.222,
+    "keys": 32768, "batch": 3, "name": "TopK per kv_head", "kernels": "CUDA C++", "dense_layers": [0, 1],
+    "dense": "SDPA flash", "ms": {"SDPA flash": 20.0, "no attention": 9.0, "step": 10.0},
+    "tokens_per_s": 300.0, "dense_tokens_per_s": 150.0, "speedup": 2.0, "ceiling": 2.222,
 }  # fmt: skip
 
 
@@ -195,7 +197,7 @@ def test_the_table_has_a_line_a_case():
     head, line = e2e_report.table([ROW]).splitlines()
     assert head.split()[:3] == ["keys", "batch", "composition"]
     cells = ["0,", "1", "SDPA", "flash", "150.0", "20.00", "300.0", "10.00", "2.00", "2.22"]
-    assert line.split() == ["32,768", "3", "TopK", "per", "kv_head", *cells]
+    assert line.split() == ["32,768", "3", "TopK", "per", "kv_head", "CUDA", "C++", *cells]
 
 
 def test_the_command_writes_how_its_results_came_about(tmp_path, monkeypatch, capsys):

@@ -44,7 +44,7 @@ def test_a_search_on_a_gpu_is_timed_and_checked(monkeypatch):
     if not hasattr(faiss, "GpuIndexBinaryFlat"):
         pytest.skip("this FAISS has no GPU indexes")
     case = Case(8, 2, 64, "bfloat16", 5000, 200, batch=2)
-    layer = make_layer(case, 64, "query_head", steps=2, clustered=False, seed=0, device=torch.device("cuda"))
+    layer = make_layer(case, 64, steps=2, clustered=False, seed=0, device=torch.device("cuda"))
     assert faiss_gpu.faiss_us(layer, case.k, 3) > 0
     right = faiss_gpu.search
     monkeypatch.setattr(faiss_gpu, "search", lambda f, i, query, *found: right(f, i, ~query, *found))
