@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
+from hashattn.gpus import this_gpu
 from hashattn.threads import thread_count
 
 if TYPE_CHECKING:
@@ -22,20 +21,6 @@ _STREAM, _STREAM_16 = 11_500.0, 8_500.0
 _ESTIMATE = 1.6  # a gathered key costs so much more where logits are estimated from codes
 _MARGIN = 0.85  # "auto" searches where this share of dense attention's time is not exceeded
 _LARGEST = 1 << 24
-_MARGIN_GPU = 0.8  # the same share on a GPU
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What a class of GPUs costs, measured: microseconds to launch a step from Python, bytes a microsecond."""
-
-    launch: float
-    stream: float
-
-    def crossover(self, shape: Shape) -> int:
-        """Keys from which dense attention takes clearly longer than a step that its launches bound."""
-        key_bytes = 2 * shape.batch * shape.kv_heads * shape.head_dim * shape.itemsize
-        return math.ceil(self.launch * self.stream / (_MARGIN_GPU * key_bytes))
 
 
 @dataclass(frozen=True)
@@ -47,6 +32,11 @@ class Shape:
     kv_heads: int
     head_dim: int
     itemsize: int
+
+    @property
+    def key_bytes(self) -> int:
+        """Of a key and its value, in all sequences and KV heads."""
+        return 2 * self.batch * self.kv_heads * self.head_dim * self.itemsize
 
 
 def resolve(attn: HashAttention, device: str, visible: int, least: int | None, unfused: str | None) -> str:
@@ -75,14 +65,14 @@ def resolve(attn: HashAttention, device: str, visible: int, least: int | None, u
 def crossover(attn: HashAttention, device: str, shape: Shape, threads: int | None = None) -> int | None:
     """Visible keys from which engine="auto" searches on this kind of device; None if it never does.
 
-    On CUDA it holds for steps that engine="triton" serves: plain PyTorch did not win there at any length
-    (benchmarks/results/decode_step_h200.json).
+    On CUDA it holds for steps that engine="triton" serves, launched from Python (hashattn/gpus.py). Plain
+    PyTorch did not win there at any length (benchmarks/results/decode_step_h200.json).
     """
     if device not in ("cpu", "cuda") or not attn.attend.needs_selection or attn.selector is None:
         return None
     if device == "cuda":
-        gpu = _GPUS.get(torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
-        return None if gpu is None else gpu.crossover(shape)
+        found = this_gpu()
+        return None if found is None else found[1].keys(shape.key_bytes)
     if attn.encoder is not None and attn.encoder.code != "binary":
         return None  # scores of floats read as much as dense attention does
     low, high = 1, _LARGEST
@@ -95,6 +85,22 @@ def crossover(attn: HashAttention, device: str, shape: Shape, threads: int | Non
         else:
             low = middle + 1
     return low
+
+
+def provenance(device: str, shape: Shape) -> str:
+    """Where :func:`crossover` has its figures from, and on a GPU from where on a captured step wins; "" if it has none.
+
+    Whether a step is captured is for who captures it to say: "auto" cannot know.
+    """
+    if device == "cpu":
+        return "benchmarks/results/bench_cpu*.json"
+    found = this_gpu() if device == "cuda" else None
+    if found is None:
+        return ""
+    name, gpu = found
+    return (
+        f"{name}, {gpu.source}; in a CUDA graph a step wins from {gpu.keys(shape.key_bytes, captured=True):,} keys on"
+    )
 
 
 def pays(attn: HashAttention, shape: Shape, keys: int, threads: int | None = None) -> bool:
@@ -119,7 +125,7 @@ def step_microseconds(attn: HashAttention, shape: Shape, keys: int, threads: int
         scans = shape.batch * shape.kv_heads * per_head * keys * max(1, words) / 2
         passes = shape.batch * shape.q_heads * keys * selector.matrices
     stream = _STREAM if shape.itemsize >= 4 else _STREAM_16  # 16-bit types are converted as it goes
-    dense = 2 * shape.batch * shape.kv_heads * keys * shape.head_dim * shape.itemsize / stream / threads
+    dense = keys * shape.key_bytes / stream / threads
     return dense, _CALL + (scans * _PAIR + passes * _PASS + gathered * _GATHER / threads) / 1000
 
 
@@ -136,6 +142,3 @@ def choices(selector: Selector, q_heads: int, kv_heads: int) -> tuple[int, int]:
     if getattr(part, "per", None) != "kv_head":
         return q_heads, 1
     return kv_heads, q_heads // kv_heads if getattr(part, "combine", None) == "union" else 1
-
-
-_GPUS = {(9, 0): Gpu(launch=1_000.0, stream=2_900_000.0)}  # by compute capability

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hashattn.engines import Shape, choices, crossover, resolve
+from hashattn.engines import Shape, choices, crossover, provenance, resolve
 from hashattn.fused import why_not
-from hashattn.ops.decode.gpu import why_triton
+from hashattn.ops.decode.gpu import kernels, why_triton
 
 if TYPE_CHECKING:
     from hashattn.attention import HashAttention
@@ -28,6 +28,7 @@ class Plan:
         code_bytes: memory of codes and norms.
         kv_bytes: memory of keys and values.
         crossover: keys from which "auto" searches on this device; None if it never does.
+        provenance: where the crossover was measured.
     """
 
     engine: str
@@ -38,6 +39,7 @@ class Plan:
     code_bytes: int
     kv_bytes: int
     crossover: int | None
+    provenance: str
 
     @property
     def step_bytes(self) -> int:
@@ -58,6 +60,8 @@ class Plan:
             f"{self.code_bytes / self.kv_bytes:.1%} of keys and values",
             f"  crossover                 {_crossover(self.crossover)}",
         ]
+        if self.crossover is not None and self.provenance:
+            lines.append(f"  measured                  {self.provenance}")
         return "\n".join(lines)
 
 
@@ -78,9 +82,9 @@ def explain(
         raise ValueError(f"q_heads must be a multiple of kv_heads, got {q_heads} and {kv_heads}")
     kind = torch.device(device).type
     unfused = why_not(attn, device=kind, dtype=dtype, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim)
-    least = None
+    shape, least = Shape(batch, q_heads, kv_heads, head_dim, dtype.itemsize), None
     if kind != "cuda" or unfused is None:
-        least = crossover(attn, kind, Shape(batch, q_heads, kv_heads, head_dim, dtype.itemsize))
+        least = crossover(attn, kind, shape)
     engine = resolve(attn, kind, keys, least, unfused)
     row = head_dim * dtype.itemsize
     kv_bytes = 2 * batch * kv_heads * keys * row
@@ -101,7 +105,9 @@ def explain(
         if attn.selector.ranked and attn.encoder is not None:
             scan_bytes = batch * attn.encoder.code_heads(kv_heads) * keys * code_row
     stages = _stages(attn, engine, kind, least, unfused)
-    return Plan(engine, stages, kv_bytes, scan_bytes, attend_bytes, code_bytes, kv_bytes, least)
+    return Plan(
+        engine, stages, kv_bytes, scan_bytes, attend_bytes, code_bytes, kv_bytes, least, provenance(kind, shape)
+    )
 
 
 def _crossover(least: int | None) -> str:
@@ -151,8 +157,7 @@ def _stages(
 def _fused_stages(attn: HashAttention) -> tuple[tuple[str, str, str], ...]:
     rule = attn.selector.rule(1) if attn.selector is not None else None
     assert rule is not None
-    slower = why_triton(rule)
-    language = "CUDA C++" if slower is None else "Triton"
+    slower, language = why_triton(rule), kernels(rule)
     listed = "lists the keys near the last step's threshold"
     if rule.chunks is not None:
         listed = "keeps the nearest of each chunk"

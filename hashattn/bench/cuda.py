@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from hashattn.bench.cases import DTYPES, Case
-from hashattn.bench.cuda_check import check_dense, check_step
-from hashattn.bench.cuda_contenders import dense, faiss_us, row_distances
-from hashattn.bench.cuda_inputs import Layer, layer_count, make_layer, rule, step_count
+from hashattn.bench.cases import Case
+from hashattn.bench.cuda_contenders import row_distances
+from hashattn.bench.cuda_graphs import capture_turns, dense_graphs, first_line, make_layers, step_graphs
+from hashattn.bench.cuda_steps import encoders, kernels, rule, selectors, whole_caches, why_not
+from hashattn.bench.faiss_gpu import faiss_us
 from hashattn.bench.floors import Machine, floors
-from hashattn.bench.graphs import capture, measure_machine, take_turns
+from hashattn.bench.graphs import WARM_UP, measure_machine, take_turns
 from hashattn.extras import require
-from hashattn.ops.decode import Scratch, Sizes, why_not
+from hashattn.ops.decode import Scratch
 
-Result = tuple[Tensor, Tensor, Tensor]  # out, lse, ids
+
+def need_gpu(what: str) -> None:
+    """Raise RuntimeError unless there is a GPU."""
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            f"{what} needs an NVIDIA GPU, and torch {torch.__version__} sees none: run it where nvidia-smi "
+            "lists one, with a CUDA build of torch; --device cpu measures the CPU"
+        )
 
 
 def refuse(cases: Iterable[Case], bits: int, pers: Sequence[str]) -> None:
@@ -28,19 +35,12 @@ def refuse(cases: Iterable[Case], bits: int, pers: Sequence[str]) -> None:
         RuntimeError: there is no GPU.
         ValueError: the step does not serve a case.
     """
-    if not torch.cuda.is_available():
-        raise RuntimeError(
-            f"--device cuda needs an NVIDIA GPU, and torch {torch.__version__} sees none: run it where nvidia-smi "
-            "lists one, with a CUDA build of torch; --device cpu measures the CPU"
-        )
+    need_gpu("--device cuda")
     if bits % 64:
         raise ValueError(f"--bits: the fused step serves codes of 64, 128 or 256 bits, not {bits}")
     for case in cases:
         for per in pers:
-            reason = why_not(
-                device="cuda", dtype=DTYPES[case.dtype], head_dim=case.head_dim, group=case.q_heads // case.kv_heads,
-                tokens=1, words=bits // 64, planes=1, rule=rule(case, per),
-            )  # fmt: skip
+            reason = why_not(case, bits, selectors(case, per)["TopK"])
             if reason is not None:
                 raise ValueError(f"the fused step does not serve {case.shape} with {bits} bits: {reason}")
 
@@ -71,10 +71,10 @@ def run(
     machine = measure_machine()
     todo = [(case, per) for case in cases for per in pers]
     notes: dict[str, None] = {} if machine.clock else {"no popcount floor: the clock is not known": None}
-    rows = []
+    rows: list[dict[str, Any]] = []
     tqdm = require("tqdm", "hf", "hashattn bench").tqdm
     for case, per in tqdm(todo, desc="bench", unit="case", file=sys.stderr):
-        rows.append(_measure(case, bits, per, clustered, rounds, machine, notes))
+        rows += _measure(case, bits, per, clustered, rounds, machine, notes)
         torch.cuda.empty_cache()
     return {
         "read_GB_per_s": machine.read / 1e9, "sm_clock_MHz": machine.clock and machine.clock / 1e6,
@@ -82,69 +82,52 @@ def run(
     }  # fmt: skip
 
 
-def fused(layer: Layer, i: int, per: str, case: Case, scratch: Scratch, scan_only: bool = False) -> Result:
-    """The step with a layer's query i, or its first kernel alone."""
-    from hashattn.ops.decode.triton import decode
-
-    sizes = Sizes.of(layer.q[i], layer.query[i], layer.keys, layer.codes, rule(case, per))
-    return decode(
-        layer.q[i], layer.query[i], layer.keys, layer.values, layer.codes, layer.starts, layer.length, layer.bounds,
-        rule(case, per), scratch.workspace(sizes.workspace, layer.keys.device), scale=case.head_dim**-0.5,
-        scan_only=scan_only,
-    )  # fmt: skip
-
-
 def _measure(
     case: Case, bits: int, per: str, clustered: bool, rounds: int, machine: Machine, notes: dict[str, None]
-) -> dict[str, Any]:
-    count = layer_count(case, bits)
-    steps = step_count(count)
-    layers = [
-        make_layer(case, bits, per, steps=steps, clustered=clustered, seed=seed, device=torch.device("cuda"))
-        for seed in range(count)
-    ]
-    scratch, dense_scratch = Scratch(), Scratch()
-    check_step(lambda: fused(layers[0], 0, per, case, scratch), layers[0], rule(case, per), case)
-    layers[0].bounds.zero_()
-    turns = [(layer, i) for i in range(steps) for layer in layers]
-
-    graphs = {}
-    for name, call in dense(dense_scratch).items():
-        try:
-            out = call(layers[0], 0)
-            graphs[name] = _capture(call, turns)
-        except Exception as error:  # each library has its own way to say that it does not serve a shape
-            notes[f"{name} is left out at {case.shape}: {_first_line(error)}"] = None
+) -> list[dict[str, Any]]:
+    layers, turns = make_layers(case, bits, clustered)
+    graphs = dense_graphs(case, layers, turns, notes)
+    baselines, scratch = tuple(graphs), Scratch()
+    room = (WARM_UP + rounds + 8) * len(layers[0].q)
+    caches = {
+        name: whole_caches(case, encoder, layers, room=room, scratch=scratch)
+        for name, encoder in encoders(bits).items()
+        if encoder.centring is None or case.keys >= encoder.centring.warmup
+    }
+    choices = {}
+    for choice, selector in selectors(case, per).items():
+        reason = why_not(case, bits, selector)
+        if reason is not None:
+            notes[f"{choice} is left out per {per}: {reason}"] = None
             continue
-        check_dense(name, out, layers[0], case)
-    if not graphs:
-        raise RuntimeError(f"{case}: no dense attention ran; nothing is measured")
-    baselines = tuple(graphs)
-    graphs["step"] = _capture(lambda layer, i: fused(layer, i, per, case, scratch), turns)
-    graphs["scan"] = _capture(lambda layer, i: fused(layer, i, per, case, scratch, scan_only=True), turns)
+        choices[choice] = kernels(rule(case, selector))
+        own = step_graphs(case, selector, layers, turns, caches, scratch)
+        graphs |= {f"{choice} {name}": graph for name, graph in own.items()}
     found = {id(layer): row_distances(layer, per == "kv_head") for layer in layers}
-    graphs["torch.topk"] = _capture(
+    graphs["torch.topk"] = capture_turns(
         lambda layer, _: torch.topk(found[id(layer)], case.k, largest=False, sorted=False), turns
     )
     us = take_turns(graphs, len(turns), rounds)
-    us["attend"] = us["step"] - us["scan"]
+    others = {name: us[name] for name in (*baselines, "torch.topk")}
     try:
         if per == "kv_head":
             raise RuntimeError("it does not sum the distances of a group")
-        us["FAISS"] = faiss_us(layers[0], case.k, rounds)
+        others["FAISS"] = faiss_us(layers[0], case.k, rounds)
     except Exception as error:
-        notes[f"FAISS is left out per {per}: {_first_line(error)}"] = None
+        notes[f"FAISS is left out per {per}: {first_line(error)}"] = None
     baseline = min(baselines, key=lambda name: us[name])
-    return {
-        "shape": case.shape, "batch": case.batch, "keys": case.keys, "k": case.k, "per": per, "bits": bits,
-        "clustered": clustered, "layers": count, "calls": len(turns), "dense": baseline, "us": us,
-        "speedup": us[baseline] / us["step"], **floors(case, bits, per, machine),
-    }  # fmt: skip
-
-
-def _capture(call: Callable[[Layer, int], object], turns: Sequence[tuple[Layer, int]]) -> torch.cuda.CUDAGraph:
-    return capture([lambda layer=layer, i=i: call(layer, i) for layer, i in turns])  # type: ignore[misc]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    rows = []
+    for choice, written_in in choices.items():
+        own_names = [name for name in ("step", "scan", *caches) if f"{choice} {name}" in us]
+        times = others | {name: us[f"{choice} {name}"] for name in own_names}
+        if "scan" in times:
+            times["attend"] = times["step"] - times["scan"]
+        rows.append({
+            "shape": case.shape, "batch": case.batch, "keys": case.keys, "k": case.k, "per": per, "bits": bits,
+            "selector": choice, "kernels": written_in, "clustered": clustered, "layers": len(layers),
+            "calls": len(turns), "dense": baseline,
+            "us": times, "speedup": us[baseline] / times["step"],
+            "whole_speedup": {name: us[baseline] / times[name] for name in caches},
+            **floors(case, bits, per, machine),
+        })  # fmt: skip
+    return rows

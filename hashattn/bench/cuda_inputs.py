@@ -9,17 +9,15 @@ from torch import Tensor
 
 from hashattn.bench.cases import DTYPES, Case
 from hashattn.bench.floors import code_bytes
-from hashattn.ops.decode import Rule
-from hashattn.ops.decode.sizes import LEVELS
 
 COLD = 200 << 20  # bytes of the codes of all layers: several times an L2 cache, whatever else a step reads
-MEMORY = 40 << 30  # and may hold
+MEMORY = 20 << 30  # and may hold: whole steps take as much again for each encoder
 CALLS = 12
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's cache, and the queries of some decode steps, which find what the step before them left in bounds."""
+    """One layer's cache, and the queries of some decode steps."""
 
     q: list[Tensor]
     query: list[Tensor]
@@ -28,12 +26,6 @@ class Layer:
     codes: Tensor
     starts: Tensor
     length: Tensor
-    bounds: Tensor
-
-
-def rule(case: Case, per: str) -> Rule:
-    """The k nearest keys, chosen by each query head or by each KV head."""
-    return Rule(k=case.k, shared=per == "kv_head")
 
 
 def layer_count(case: Case, bits: int) -> int:
@@ -43,13 +35,11 @@ def layer_count(case: Case, bits: int) -> int:
 
 
 def step_count(layers: int) -> int:
-    """Steps of each layer: at least 2, so that bounds are never those of the same query, and CALLS calls in all."""
+    """Steps of each layer: at least 2, so that hints are never those of the same query, and CALLS calls in all."""
     return max(2, -(-CALLS // layers))
 
 
-def make_layer(
-    case: Case, bits: int, per: str, *, steps: int, clustered: bool, seed: int, device: torch.device
-) -> Layer:
+def make_layer(case: Case, bits: int, *, steps: int, clustered: bool, seed: int, device: torch.device) -> Layer:
     """A layer of random keys.
 
     Args:
@@ -77,12 +67,10 @@ def make_layer(
         first, width = case.keys // 2, max(1, case.keys // 64)
         codes[:, :, first : first + width] = centre ^ few_bits(*kv, width, words)
         queries = [centre ^ few_bits(*kv, group, words) for _ in range(steps)]
-    rows = case.batch * (case.kv_heads if per == "kv_head" else case.q_heads)
     return Layer(
         [normal(case.batch, case.q_heads, 1, case.head_dim) for _ in range(steps)],
         [query.view(case.batch, case.q_heads, 1, 1, words) for query in queries],
         normal(*kv, case.keys, case.head_dim), normal(*kv, case.keys, case.head_dim), codes,
         torch.zeros(case.batch, dtype=torch.int32, device=device),
         torch.tensor([case.keys], dtype=torch.int32, device=device),
-        torch.zeros((1 + 1 + LEVELS, rows), dtype=torch.int32, device=device),
     )  # fmt: skip

@@ -12,26 +12,32 @@ from hashattn.files import replacing
 
 NOTE = (
     "Microseconds a layer, medians of cold CUDA-graph replays; every case was checked against the reference first.\n"
-    "Encoding the query and the newest key is not part of the step. attend = step - scan, the first kernel alone.\n"
+    "Encoding the query and the newest key is not part of the step. attend = step - scan, the first of two kernels.\n"
+    "linear, MLP: the step with its encoder, for queries linear or d-256-256-bits, and with the newest key appended.\n"
     "floor: the larger of the bytes read at the measured bandwidth and the popcounts at the clock's rate.\n"
-    "topk: torch.topk over distances made beforehand; FAISS: with its host's part, keys warm. Neither attends."
+    "topk: torch.topk over distances made beforehand; FAISS: no graph, its host's part included. Neither attends."
 )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A line a case: times in microseconds a layer, ratios to the fastest dense attention and to the floor."""
     lines: list[tuple[str, ...]] = [(
-        "shape", "batch", "keys", "k", "per", "bits", "dense", "us", "step", "x dense", "scan", "attend", "floor",
-        "x floor", "topk", "FAISS",
+        "shape", "batch", "keys", "k", "selector", "per", "bits", "kernels", "dense", "us", "step", "x dense",
+        "scan", "attend", "floor", "x floor", "linear", "x dense", "MLP", "x dense", "topk", "FAISS",
     )]  # fmt: skip
     for row in rows:
         us = row["us"]
-        case = (row["shape"], str(row["batch"]), f"{row['keys']:,}", str(row["k"]), row["per"], str(row["bits"]))
-        times = (row["dense"], _us(us[row["dense"]]), _us(us["step"]), f"{row['speedup']:.2f}", _us(us["scan"]))
-        floor = (_us(us["attend"]), _us(row["floor_us"]), f"{us['step'] / row['floor_us']:.1f}")
-        lines.append(
-            (*case, *times, *floor, *(_us(us[name]) if name in us else "-" for name in ("torch.topk", "FAISS")))
-        )
+        case = (row["shape"], str(row["batch"]), f"{row['keys']:,}", str(row["k"]), row["selector"], row["per"])
+        dense = (str(row["bits"]), row["kernels"], row["dense"], _us(us[row["dense"]]))
+        step = (_us(us["step"]), f"{row['speedup']:.2f}")
+        stages = (_us(us.get("scan")), _us(us.get("attend")))
+        floor = (_us(row["floor_us"]), f"{us['step'] / row['floor_us']:.1f}")
+        whole = []
+        for name in ("linear", "MLP"):
+            faster = row["whole_speedup"].get(name)
+            whole += ["-", "-"] if faster is None else [_us(us[name]), f"{faster:.2f}"]
+        others = (_us(us.get(name)) for name in ("torch.topk", "FAISS"))
+        lines.append((*case, *dense, *step, *stages, *floor, *whole, *others))
     return aligned(lines)
 
 
@@ -48,7 +54,7 @@ def save_plot(rows: list[dict[str, Any]], path: Path) -> None:
     for row in rows:
         name = f"{row['shape']}, batch {row['batch']}"
         step = (row["keys"], row["us"]["step"], row["floor_us"])
-        steps.setdefault(f"{name}, k={row['k']} per {row['per']}", []).append(step)
+        steps.setdefault(f"{name}, {row['selector']} k={row['k']} per {row['per']}", []).append(step)
         own = dense.setdefault(f"{name}, fastest dense", {})
         own[row["keys"]] = min(own.get(row["keys"], float("inf")), row["us"][row["dense"]])
     for name, points in steps.items():
@@ -66,5 +72,5 @@ def save_plot(rows: list[dict[str, Any]], path: Path) -> None:
         figure.savefig(scratch, dpi=130)
 
 
-def _us(value: float) -> str:
-    return f"{value:,.1f}"
+def _us(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.1f}"

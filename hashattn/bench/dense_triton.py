@@ -17,13 +17,13 @@ TILE = 64
 
 @triton.jit
 def attend_dense(
-    q, keys, values, parts, stats, arrived, out, lse, scale, n, share, G: tl.constexpr, PADDED: tl.constexpr,
+    q, keys, values, parts, stats, arrived, out, lse, scale, n, room, share, G: tl.constexpr, PADDED: tl.constexpr,
     PADDED_OUT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Grid (splits, B * Hkv). A program attends to `share` of n keys, the last one of a row joins the parts.
 
     Args:
-        q, keys, values: [B, Hkv * G, 1, DIM], [B, Hkv, n, DIM], contiguous.
+        q, keys, values: [B, Hkv * G, 1, DIM], [B, Hkv, room, DIM], contiguous, of which n keys are filled.
         parts, stats, arrived: scratch; arrived int32 [B * Hkv] is zero before and after.
         out, lse: [B, Hkv * G, 1, DIM] and float32 [B, Hkv * G, 1], written.
     """
@@ -32,7 +32,7 @@ def attend_dense(
     dims, heads = tl.arange(0, WIDTH), tl.arange(0, PADDED)
     mask = (heads < G)[:, None] & (dims < DIM)[None, :]
     rows = tl.load(q + (kv * G + heads[:, None]) * DIM + dims[None, :], mask=mask, other=0.0)
-    k_at, v_at = keys + kv.to(tl.int64) * n * DIM, values + kv.to(tl.int64) * n * DIM
+    k_at, v_at = keys + kv.to(tl.int64) * room * DIM, values + kv.to(tl.int64) * room * DIM
     peak = tl.full([PADDED], float("-inf"), tl.float32)
     total = tl.zeros([PADDED], tl.float32)
     acc = tl.zeros([PADDED, WIDTH], tl.float32)
@@ -58,9 +58,14 @@ def attend_dense(
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, scratch: Scratch, programs: int) -> Tensor:
-    """Attention of q [B, Hq, 1, D] to all of keys and values [B, Hkv, N, D], contiguous, by about so many programs."""
+    """Attention of q [B, Hq, 1, D] to all of keys and values, by about so many programs.
+
+    Args:
+        keys, values: [B, Hkv, N, D], contiguous, or the first N columns of contiguous tensors.
+    """
     batch, q_heads, _, dim = q.shape
     kv_heads, n = keys.shape[1:3]
+    room = keys.stride(1) // dim
     group, rows = q_heads // kv_heads, batch * kv_heads
     splits = min(triton.cdiv(programs, rows), triton.cdiv(n, TILE))
     padded, width = triton.next_power_of_2(group), triton.next_power_of_2(dim)
@@ -68,7 +73,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, scratch: Scratch, programs: 
     attend_dense[(splits, rows)](
         q, keys, values, scratch.borrow("parts", (rows, splits, group, width), torch.float32, q.device),
         scratch.borrow("stats", (rows, splits, group, 2), torch.float32, q.device),
-        scratch.borrow("arrived", (rows,), torch.int32, q.device), out, lse, dim**-0.5, n,
+        scratch.borrow("arrived", (rows,), torch.int32, q.device), out, lse, dim**-0.5, n, room,
         triton.cdiv(triton.cdiv(n, TILE), splits) * TILE, G=group, PADDED=max(16, padded), PADDED_OUT=padded, DIM=dim,
         WIDTH=width, TILE=TILE, num_warps=4, num_stages=3,
     )  # fmt: skip

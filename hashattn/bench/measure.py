@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 
-def take_turns(calls: Mapping[str, Callable[[int], object]], layers: int, rounds: int) -> dict[str, float]:
+def take_turns(
+    calls: Mapping[str, Callable[[int], object]], layers: int, rounds: int, wait: Callable[[], object] = lambda: None
+) -> dict[str, float]:
     """Median microseconds of each call.
 
     In a round every contender passes once over all layers, as a model does when it decodes a token: the code is warm,
@@ -20,13 +22,16 @@ def take_turns(calls: Mapping[str, Callable[[int], object]], layers: int, rounds
         calls: each takes the number of a layer.
         layers: from 0 to here.
         rounds: that are counted.
+        wait: for a device that works on its own.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 1):
         for name, call in calls.items():
+            wait()
             began = time.perf_counter()
             for layer in range(layers):
                 call(layer)
+            wait()
             if i:
                 times[name].append((time.perf_counter() - began) / layers * 1e6)
     return {name: statistics.median(values) for name, values in times.items()}

@@ -21,13 +21,14 @@ from hashattn.files import replacing
 def environment(command: list[str], device: str = "cpu") -> dict[str, Any]:
     """Command, date, device and versions. device: "cpu" or "cuda", what ran."""
     gpu = {"triton": _version("triton"), "cuda": torch.version.cuda} if device == "cuda" else {}
+    faiss = _version("faiss-gpu" if device == "cuda" else "faiss-cpu")
     return {
         "command": shlex.join(["hashattn", *command]),
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {os.cpu_count()} cores",
         "versions": {
             "hashattn": _version("hashattn"), "torch": torch.__version__, "numpy": numpy.__version__,
-            "faiss": _version("faiss-cpu") or _version("faiss-gpu"), "python": platform.python_version(), **gpu,
+            "faiss": faiss, "python": platform.python_version(), **gpu,
         },
     }  # fmt: skip
 

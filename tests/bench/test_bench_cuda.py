@@ -6,29 +6,36 @@ import sys
 import pytest
 import torch
 
-from hashattn.bench import cuda, cuda_report
+from hashattn import Decoder, FlatHamming, HashAttention, LocalTopK, TopK
+from hashattn.bench import cuda, cuda_graphs, cuda_report, cuda_steps
+from hashattn.bench.arguments import cuda_cases
 from hashattn.bench.cases import CUDA_KEYS, Case
-from hashattn.bench.command import cuda_cases
-from hashattn.bench.cuda_check import check_dense, check_step
+from hashattn.bench.cuda_check import check_dense, check_step, check_whole
 from hashattn.bench.cuda_contenders import row_distances
-from hashattn.bench.cuda_inputs import layer_count, make_layer, rule, step_count
+from hashattn.bench.cuda_inputs import layer_count, make_layer, step_count
+from hashattn.bench.cuda_steps import encoders, first_bounds, rule, selectors, whole, whole_caches
 from hashattn.bench.floors import Machine, code_bytes, floors, step_bytes
 from hashattn.cli import main
-from hashattn.ops.decode import reference
+from hashattn.ops import decode
+from hashattn.ops.decode import Scratch, reference
 from tests.structured import raises_naming
 
 SMALL = Case(4, 2, 16, "float32", 300, 40, batch=2)
 LARGE = Case(32, 8, 128, "bfloat16", 131072, 1024)
 
 
-def small_layer(per, clustered=False):
-    return make_layer(SMALL, 64, per, steps=2, clustered=clustered, seed=0, device=torch.device("cpu"))
+SHARED = rule(SMALL, selectors(SMALL, "kv_head")["TopK"])
 
 
-def spec(layer, per):
+def small_layer(rule, clustered=False):
+    layer = make_layer(SMALL, 64, steps=2, clustered=clustered, seed=0, device=torch.device("cpu"))
+    return layer, first_bounds(layer, rule)
+
+
+def spec(layer, rule):
     return reference(
-        layer.q[0], layer.query[0], layer.keys, layer.values, layer.codes, layer.starts, layer.length,
-        rule(SMALL, per), scale=16**-0.5,
+        layer.q[0], layer.query[0], layer.keys, layer.values, layer.codes, layer.starts, layer.length, rule,
+        scale=16**-0.5,
     )  # fmt: skip
 
 
@@ -131,7 +138,7 @@ def test_floors_are_those_of_bytes_and_popcounts():
 @pytest.mark.parametrize("per", ["query_head", "kv_head"])
 def test_near_keys_of_a_clustered_layer_are_neighbours(per):
     case = Case(4, 2, 16, "float32", 6400, 50)
-    layer = make_layer(case, 64, per, steps=2, clustered=True, seed=0, device=torch.device("cpu"))
+    layer = make_layer(case, 64, steps=2, clustered=True, seed=0, device=torch.device("cpu"))
     nearest = row_distances(layer, per == "kv_head").topk(50, largest=False).indices
     assert nearest.shape == (2 if per == "kv_head" else 4, 50)
     inside = (nearest >= 3200) & (nearest < 3300)
@@ -141,11 +148,16 @@ def test_near_keys_of_a_clustered_layer_are_neighbours(per):
 # ---- the checks before it
 
 
-@pytest.mark.parametrize("per", ["query_head", "kv_head"])
+@pytest.mark.parametrize(
+    "selector",
+    [*selectors(SMALL, "query_head").values(), TopK(k=40, per="kv_head"), LocalTopK(k=304)],  # more than there are
+    ids=str,
+)
 @pytest.mark.parametrize("clustered", [False, True])
-def test_a_right_step_passes(per, clustered):
-    layer = small_layer(per, clustered)
-    check_step(lambda: spec(layer, per), layer, rule(SMALL, per), SMALL)
+def test_a_right_step_passes(selector, clustered):
+    asked = rule(SMALL, selector)
+    layer, bounds = small_layer(asked, clustered)
+    check_step(lambda: spec(layer, asked), layer, bounds, asked, SMALL)
 
 
 @pytest.mark.parametrize(
@@ -158,26 +170,48 @@ def test_a_right_step_passes(per, clustered):
     ],
 )
 def test_a_wrong_step_is_not_measured(wrong, words):
-    layer = small_layer("kv_head")
+    layer, bounds = small_layer(SHARED)
     raises_naming(RuntimeError, *words, "nothing is measured")(
-        lambda: check_step(lambda: wrong(*spec(layer, "kv_head")), layer, rule(SMALL, "kv_head"), SMALL)
+        lambda: check_step(lambda: wrong(*spec(layer, SHARED)), layer, bounds, SHARED, SMALL)
     )
 
 
-def test_a_step_that_believes_its_hints_is_not_measured():
-    layer = small_layer("kv_head")
+@pytest.mark.parametrize("selector", [TopK(k=40, per="kv_head"), LocalTopK(k=48)], ids=str)
+def test_a_step_that_believes_its_hints_is_not_measured(selector):
+    asked = rule(SMALL, selector)
+    layer, bounds = small_layer(asked)
 
     def step():
-        out, lse, ids = spec(layer, "kv_head")
-        return out, lse, ids - (layer.bounds[0].view(ids.shape[:3])[..., None] > 0).int()
+        out, lse, ids = spec(layer, asked)
+        return out, lse, ids - (bounds[(asked.chunks or 1) - 1].view(ids.shape[:3])[..., None] > 0).int()
 
     raises_naming(RuntimeError, "a huge hint", "selects other keys")(
-        lambda: check_step(step, layer, rule(SMALL, "kv_head"), SMALL)
+        lambda: check_step(step, layer, bounds, asked, SMALL)
     )
+
+
+@pytest.mark.parametrize("name", ["linear", "MLP"])
+def test_a_whole_step_is_the_reference_but_for_a_few_heads(monkeypatch, name):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(decode, "DEVICES", ("cuda", "cpu"))
+    step = Decoder.__call__
+    case = Case(4, 2, 64, "float32", 300, 40)
+    layer = make_layer(case, 64, steps=2, clustered=False, seed=0, device=torch.device("cpu"))
+    caches = whole_caches(case, encoders(64)[name], [layer], room=8, scratch=Scratch())
+    attn = HashAttention(caches[0].encoder, FlatHamming(), TopK(k=40, per="kv_head"), engine="triton")
+    check_whole("it", attn, caches[0], layer)
+    assert len(caches[0]) == 301
+    call = whole(attn, [layer], caches)
+    assert all(call(layer, i).shape == layer.q[i].shape for i in range(2))
+    for wrong in (lambda out: out + 1, lambda out: out * torch.nan, lambda out: out.flip(1)):
+        monkeypatch.setattr(Decoder, "__call__", lambda *a, wrong=wrong: wrong(step(*a)))
+        raises_naming(RuntimeError, "it agrees with the reference", "of heads only", "nothing is measured")(
+            lambda: check_whole("it", attn, caches[0], layer)
+        )
 
 
 def test_wrong_dense_attention_is_not_measured():
-    layer = small_layer("kv_head")
+    layer, _ = small_layer(SHARED)
     exact = torch.nn.functional.scaled_dot_product_attention(layer.q[0], layer.keys, layer.values, enable_gqa=True)
     check_dense("it", exact, layer, SMALL)
     for wrong in (exact * 1.001, exact * torch.nan):
@@ -196,9 +230,11 @@ torch.manual_seed(0)
 q, k, v = (torch.randn(2, h, n, 96, dtype=torch.{dtype}) for h, n in ((6, 1), (2, 331), (2, 331)))
 exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
 scratch = Scratch()
+longer = [torch.cat((x, torch.full_like(x, torch.nan)), 2)[:, :, :331] for x in (k, v)]
 for programs in (1, 8, 20, 100):  # 100: more than there are tiles
-    error = (attend(q, k, v, scratch, programs) - exact).abs().max().item()
-    assert error <= 8 * torch.finfo(q.dtype).eps * v.abs().max().item(), (programs, error)
+    for keys, values in ((k, v), longer):
+        error = (attend(q, keys, values, scratch, programs) - exact).abs().max().item()
+        assert error <= 8 * torch.finfo(q.dtype).eps * v.abs().max().item(), (programs, error)
 assert not scratch.borrow("arrived", (4,), torch.int32, q.device).any()
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -210,18 +246,23 @@ assert not scratch.borrow("arrived", (4,), torch.int32, q.device).any()
 
 
 def row(keys=8192, **changes):
-    us = {"SDPA flash": 20.0, "Triton 128": 18.0, "step": 9.0, "scan": 4.0, "attend": 5.0, "torch.topk": 30.0}
+    us = {
+        "SDPA flash": 20.0, "Triton 128": 18.0, "step": 9.0, "scan": 4.0, "attend": 5.0, "linear": 10.0, "MLP": 12.0,
+        "torch.topk": 30.0,
+    }  # fmt: skip
     return {
         "shape": "32/8x128:bfloat16", "batch": 1, "keys": keys, "k": 256, "per": "kv_head", "bits": 64, "us": us,
-        "dense": "Triton 128", "speedup": 2.0, "floor_us": 3.0, **changes,
+        "selector": "TopK", "kernels": "Triton", "dense": "Triton 128", "speedup": 2.0,
+        "whole_speedup": {"linear": 1.8, "MLP": 1.5}, "floor_us": 3.0, **changes,
     }  # fmt: skip
 
 
 def test_the_table_has_a_line_a_case():
     head, line = cuda_report.table([row()]).splitlines()
-    assert head.split()[:6] == ["shape", "batch", "keys", "k", "per", "bits"]
-    cells = ["Triton", "128", "18.0", "9.0", "2.00", "4.0", "5.0", "3.0", "3.0", "30.0", "-"]
-    assert line.split() == ["32/8x128:bfloat16", "1", "8,192", "256", "kv_head", "64", *cells]
+    assert head.split()[:7] == ["shape", "batch", "keys", "k", "selector", "per", "bits"]
+    assert line.split()[:7] == ["32/8x128:bfloat16", "1", "8,192", "256", "TopK", "kv_head", "64"]
+    times = ["Triton", "Triton", "128", "18.0", "9.0", "2.00", "4.0", "5.0", "3.0", "3.0"]
+    assert line.split()[7:] == [*times, "10.0", "1.80", "12.0", "1.50", "30.0", "-"]
 
 
 def test_the_picture_is_written_whole(tmp_path):
@@ -251,39 +292,47 @@ def test_the_command_writes_how_its_results_came_about(tmp_path, monkeypatch, ca
 def pretended(monkeypatch):
     """A run on the CPU: the specification is the step, every graph is a list of calls that were made once."""
     make = make_layer
-    monkeypatch.setattr(cuda, "make_layer", lambda *a, device, **o: make(*a, device=torch.device("cpu"), **o))
-    monkeypatch.setattr(cuda, "layer_count", lambda *_: 3)
+    monkeypatch.setattr(cuda_graphs, "make_layer", lambda *a, device, **o: make(*a, device=torch.device("cpu"), **o))
+    monkeypatch.setattr(cuda_graphs, "layer_count", lambda *_: 3)
     monkeypatch.setattr(cuda, "refuse", lambda *_: None)
+    monkeypatch.setattr(cuda, "why_not", lambda *_: None)  # head_dim 16
+    monkeypatch.setattr(cuda, "selectors", lambda case, per: {"TopK": TopK(k=case.k, per=per)})
+    for module in (cuda, cuda_steps):
+        monkeypatch.setattr(module, "kernels", lambda _: "CUDA C++")
     monkeypatch.setattr(cuda, "measure_machine", lambda: Machine(1e12, 100, None))
-    monkeypatch.setattr(cuda, "capture", lambda calls: [call() for call in calls])
+    monkeypatch.setattr(cuda_graphs, "capture", lambda calls: [call() for call in calls])
     monkeypatch.setattr(cuda, "take_turns", lambda graphs, calls, _: {n: 50.0 - i for i, n in enumerate(graphs)})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(cuda, "faiss_us", lambda *_: 70.0)
 
-    def unserved(layer, i):
+    def unserved(q, keys, values):
         raise NotImplementedError("not this shape\nat all")
 
-    def sdpa(layer, i):
-        return torch.nn.functional.scaled_dot_product_attention(layer.q[i], layer.keys, layer.values, enable_gqa=True)
+    def sdpa(q, keys, values):
+        return torch.nn.functional.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
 
-    monkeypatch.setattr(cuda, "dense", lambda _: {"a": sdpa, "unserved": unserved, "b": sdpa})
+    monkeypatch.setattr(cuda_graphs, "dense", lambda _: {"a": sdpa, "unserved": unserved, "b": sdpa})
 
-    def fused(layer, i, per, case, scratch, scan_only=False):
+    def fused(layer, i, bounds, rule, scratch, scan_only=False):
         return reference(
-            layer.q[i], layer.query[i], layer.keys, layer.values, layer.codes, layer.starts, layer.length,
-            rule(case, per), scale=16**-0.5,
+            layer.q[i], layer.query[i], layer.keys, layer.values, layer.codes, layer.starts, layer.length, rule,
+            scale=16**-0.5,
         )  # fmt: skip
 
-    monkeypatch.setattr(cuda, "fused", fused)
+    monkeypatch.setattr(cuda_graphs, "fused", fused)
+    monkeypatch.setattr(cuda_graphs, "check_whole", lambda _, attn, cache, layer: attn.check_cache(cache))
+    monkeypatch.setattr(cuda_graphs, "whole", lambda *_: lambda layer, i: None)
 
 
 def test_ratios_are_those_of_the_times_and_what_does_not_serve_is_noted(pretended):
     result = cuda.run([SMALL], rounds=1)
     assert [r["per"] for r in result["rows"]] == ["query_head", "kv_head"]
     for r in result["rows"]:
-        assert r["us"].keys() >= {"a", "b", "step", "scan", "attend", "torch.topk"}
-        assert (r["dense"], r["layers"], r["calls"], r["batch"]) == ("b", 3, 12, 2)
+        assert r["us"].keys() >= {"a", "b", "step", "scan", "attend", "linear", "MLP", "torch.topk"}
+        assert (r["selector"], r["dense"], r["layers"], r["calls"], r["batch"]) == ("TopK", "b", 3, 12, 2)
+        assert r["kernels"] == "CUDA C++"
         assert r["speedup"] == 49 / 48
+        assert r["whole_speedup"] == {"linear": 49 / 46, "MLP": 49 / 45}
         assert r["us"]["attend"] == r["us"]["step"] - r["us"]["scan"]
     assert ["FAISS" in r["us"] for r in result["rows"]] == [True, False]
     assert "unserved is left out at 4/2x16:float32: not this shape" in result["notes"]
@@ -291,8 +340,39 @@ def test_ratios_are_those_of_the_times_and_what_does_not_serve_is_noted(pretende
     assert len(cuda_report.table(result["rows"]).splitlines()) == 3
 
 
+def test_each_selector_that_is_served_has_a_row_of_its_own(pretended, monkeypatch):
+    choices = {"TopK": TopK(k=40), "fewer": TopK(k=20), "unserved": TopK(k=30)}
+    monkeypatch.setattr(cuda, "selectors", lambda *_: choices)
+    monkeypatch.setattr(cuda, "why_not", lambda _, __, s: "it is new" if s == choices["unserved"] else None)
+    result = cuda.run([SMALL], pers=["query_head"], rounds=1)
+    assert [(r["selector"], r["us"]["step"], r["us"]["MLP"]) for r in result["rows"]] == [
+        ("TopK", 48.0, 45.0), ("fewer", 44.0, 41.0),
+    ]  # fmt: skip
+    assert all(r["dense"] == "b" and r["speedup"] == 49 / r["us"]["step"] for r in result["rows"])
+    assert "unserved is left out per query_head: it is new" in result["notes"]
+
+
+@pytest.mark.parametrize(("written_in", "kernels"), [("CUDA C++", 1), ("Triton", 2)])
+def test_a_step_of_one_kernel_has_no_stages(pretended, monkeypatch, written_in, kernels):
+    monkeypatch.setattr(cuda, "selectors", selectors)
+    for module in (cuda, cuda_steps):
+        monkeypatch.setattr(module, "kernels", lambda _: written_in)
+    exact, local = cuda.run([SMALL], pers=["query_head"], rounds=1)["rows"]
+    assert (exact["selector"], local["selector"], local["kernels"]) == ("TopK", "LocalTopK", written_in)
+    assert {"scan", "attend"} <= exact["us"].keys()
+    assert len({"scan", "attend"} & local["us"].keys()) == (0 if kernels == 1 else 2)
+    line = cuda_report.table([local]).splitlines()[1].split()
+    assert (line.count("-") == 2) == (kernels == 1)
+
+
+def test_below_the_warm_up_there_is_no_whole_step(pretended):
+    (row,) = cuda.run([Case(4, 2, 16, "float32", 200, 40)], pers=["kv_head"], rounds=1)["rows"]
+    assert row["whole_speedup"] == {}
+    assert cuda_report.table([row]).split()[-6:] == ["-", "-", "-", "-", "46.0", "-"]
+
+
 def test_a_run_ends_where_a_dense_contender_is_wrong(pretended, monkeypatch):
-    monkeypatch.setattr(cuda, "dense", lambda _: {"wrong": lambda layer, i: layer.q[i]})
+    monkeypatch.setattr(cuda_graphs, "dense", lambda _: {"wrong": lambda q, keys, values: q})
     monkeypatch.setattr(cuda, "take_turns", lambda *_: pytest.fail("measured"))
     raises_naming(RuntimeError, "wrong is off by", "nothing is measured")(lambda: cuda.run([SMALL]))
 
@@ -314,14 +394,15 @@ def test_a_small_case_is_measured(monkeypatch, clustered):
         assert us[r["dense"]] == min(t for name, t in us.items() if name.startswith(("SDPA", "Triton")))
         assert 0 < us["scan"] < us["step"]
         assert us["step"] > r["byte_floor_us"]
+        assert us["step"] < min(us["linear"], us["MLP"])
         assert {"Triton 128", "Triton 256", "torch.topk"} <= us.keys()
     assert result["read_GB_per_s"] > 100
 
 
 @pytest.mark.gpu
 def test_nothing_is_measured_where_the_kernels_are_wrong(monkeypatch):
-    right = cuda.fused
-    monkeypatch.setattr(cuda, "fused", lambda *a, **o: (1.1 * right(*a, **o)[0], *right(*a, **o)[1:]))
+    right = cuda_graphs.fused
+    monkeypatch.setattr(cuda_graphs, "fused", lambda *a, **o: (1.1 * right(*a, **o)[0], *right(*a, **o)[1:]))
     monkeypatch.setattr(cuda, "take_turns", lambda *_: pytest.fail("measured"))
     raises_naming(RuntimeError, "off by", "nothing is measured")(
         lambda: cuda.run([Case(8, 2, 64, "bfloat16", 5000, 200)])

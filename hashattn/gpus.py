@@ -1,0 +1,51 @@
+"""GPUS: from how many keys on a fused step is worth it, as `hashattn bench --device cuda --crossover` measured it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU's crossovers, in bytes of the keys and values that dense attention reads in a step of one layer.
+
+    In bytes, because dense attention's time is that of its bytes, and the time of a short step is that of its launches.
+
+    Attributes:
+        capability: compute capability.
+        eager: from where on a step launched from Python is clearly faster than dense attention, in every measured case.
+        captured: the same in a CUDA graph.
+        source: where the figures come from.
+    """
+
+    capability: tuple[int, int]
+    eager: int
+    captured: int
+    source: str
+
+    def keys(self, key_bytes: int, captured: bool = False) -> int:
+        """Visible keys from which a step is faster.
+
+        Args:
+            key_bytes: of a key and its value, in all sequences and KV heads.
+        """
+        return math.ceil((self.captured if captured else self.eager) / key_bytes)
+
+
+GPUS: dict[str, Gpu] = {  # by torch.cuda.get_device_name()
+    "NVIDIA H100 80GB HBM3": Gpu((9, 0), 3_625_000_000, 33_554_432, "bench_cuda.json, and for eager steps by hand"),
+}
+
+
+def this_gpu() -> tuple[str, Gpu] | None:
+    """The current GPU's entry and its name; else that of the same compute capability whose eager steps win last."""
+    if not torch.cuda.is_available():
+        return None
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    if name in GPUS:
+        return name, GPUS[name]
+    alike = [(other, gpu) for other, gpu in GPUS.items() if gpu.capability == capability]
+    return max(alike, key=lambda pair: pair[1].eager, default=None)
