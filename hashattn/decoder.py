@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hashattn import fused
+from hashattn.ops.decode import why_not_encode
 from hashattn.shapes import check_float, check_kv, check_q
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ class Decoder:
         cache.encode()
         encoder = attn.encoder
         self.attn, self.cache = attn, cache
-        self.planes = encoder.linear_planes(cache.head_dim, cache.keys.device) if encoder is not None else None
+        served = encoder is not None and why_not_encode(encoder.widths()) is None
+        self.maps = encoder.maps(cache.head_dim, cache.keys.device) if encoder is not None and served else None
         self.centre = cache.centre.float().contiguous()
         self.length = torch.full((1,), len(cache), dtype=torch.int32, device=cache.keys.device)
 
@@ -72,11 +74,11 @@ class Decoder:
         held = cache.storage("keys"), cache.storage("values"), cache.storage("codes"), self.length
         assert encoder is not None
         encoder.check_model(q.shape[1], cache.kv_heads, cache.head_dim)
-        query = None
-        if self.planes is not None:
-            query = encode(q, k, v, self.centre, self.planes, encoder.query_bits, *held)
+        query, scratch = None, cache.on_device.scratch
+        if self.maps is not None:
+            query = encode(q, k, v, self.centre, self.maps, encoder.query_bits, *held, scratch)
         else:
-            append(k, v, encoder.encode_key(k, cache._centre), *held)
+            append(k, v, encoder.encode_key(k, cache._centre), *held, scratch)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         return fused.step(self.attn, q, cache, scale, True, length=self.length, query=query)[0].out
 

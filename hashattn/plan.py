@@ -9,9 +9,11 @@ import torch
 
 from hashattn.engines import Shape, choices, crossover, resolve
 from hashattn.fused import why_not
+from hashattn.ops.decode import why_not_encode
 
 if TYPE_CHECKING:
     from hashattn.attention import HashAttention
+    from hashattn.encoders import Encoder
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def _stages(
         slow = "calibrated distances: a matrix of all of them is made"
     if engine == "triton":
         return (
-            ("encode", f"{_name(attn.encoder)}: PyTorch", "one token's query and key; keys late and in bulk"),
+            _encode_on_a_gpu(attn.encoder),
             ("scan", f"{_name(attn.index)}: Triton, one kernel", "lists the keys near the last step's threshold"),
             ("select", f"{_name(attn.selector)}: Triton, one kernel with attend", "exact, ties to the most recent key"),
             ("attend", f"{_name(attn.attend)}: Triton", "split over the selected keys"),
@@ -150,6 +152,13 @@ def _stages(
     rows.append(("select", f"{_name(attn.selector)}: {select}", "exact, ties to the most recent key"))
     rows.append(("attend", f"{_name(attn.attend)}: gather and softmax in PyTorch", ""))
     return tuple(rows)
+
+
+def _encode_on_a_gpu(encoder: Encoder | None) -> tuple[str, str, str]:
+    reason = why_not_encode(encoder.widths()) if encoder is not None else None
+    if reason is not None:
+        return "encode", f"{_name(encoder)}: PyTorch", reason
+    return "encode", f"{_name(encoder)}: Triton in a decoder, else PyTorch", "a decoder appends in the same kernel"
 
 
 def _name(part: object) -> str:

@@ -6,11 +6,13 @@ import importlib.util
 
 import torch
 
+from hashattn.ops.decode.maps import Map
+from hashattn.ops.decode.maps import why_not as why_not_encode
 from hashattn.ops.decode.reference import decode as reference
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.scratch import Scratch
 
-__all__ = ["Rule", "Scratch", "reference", "why_not"]
+__all__ = ["Map", "Rule", "Scratch", "reference", "why_not", "why_not_encode"]
 
 HEAD_DIMS = (64, 96, 128, 256)
 MOST_LEVELS = 4096  # distances that are told apart
