@@ -61,7 +61,7 @@ def encodes(
     before, scratch = [x.clone() for x in held], Scratch()
     length = torch.tensor([filled], dtype=torch.int32, device=device)
     for name in ("query_sums", "key_sums"):
-        scratch.borrow(name, (1 << 14,), torch.float32, torch.device(device)).fill_(torch.nan)
+        scratch.borrow(name, (q.numel() // dim << 14,), torch.float32, torch.device(device)).fill_(torch.nan)
     with poisoned():
         query = encode(q, k, v, centre, maps, encoder.query_bits, *held, length, scratch)
     assert int(length) == filled + tokens
