@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from hashattn.ops.decode.scratch import Scratch
 
 
 @triton.jit
@@ -60,19 +57,17 @@ def append_rows(
 
 
 def append(
-    k: Tensor, v: Tensor, codes: Tensor, keys: Tensor, values: Tensor, stored: Tensor, length: Tensor, scratch: Scratch
+    k: Tensor, v: Tensor, codes: Tensor, keys: Tensor, values: Tensor, stored: Tensor, length: Tensor, arrived: Tensor
 ) -> None:
-    """Append T columns, and add T to length.
+    """See :func:`hashattn.ops.decode.append_reference.append`.
 
     Args:
-        k, v: [B, Hkv, T, D]; codes: int64 [B, Hkv, T, W].
-        keys, values, stored: what they are appended to, [B, Hkv, room, X], contiguous. Columns beyond are dropped.
-        length: int32 [1], filled columns.
-        scratch: what launches on the same stream share.
+        k, v, codes, length: as there.
+        keys, values, stored: as there, contiguous.
+        arrived: int32 [1], zero before and after.
     """
     batch, heads, tokens, dim = k.shape
     count, tile = batch * heads * tokens, 4
-    arrived = scratch.borrow("appended", (1,), torch.int32, k.device)
     append_rows[(triton.cdiv(count, tile),)](
         k.contiguous(), v.contiguous(), codes.contiguous(), keys, values, stored, length, arrived, count, tokens,
         keys.shape[2], stored.shape[2], DIM=dim, PADDED=triton.next_power_of_2(dim), WORDS=codes.shape[3], TILE=tile,

@@ -12,7 +12,7 @@ from hashattn.ops.decode.append import lengthen, load_rows, place, store_rows
 from hashattn.ops.decode.hidden import sum_hidden
 from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.matrix import load_block, load_columns, load_vectors, times
-from hashattn.ops.decode.scratch import Scratch
+from hashattn.ops.decode.sizes import carve, hidden_parts
 from hashattn.ops.decode.triton import starts_early
 
 
@@ -163,31 +163,28 @@ def encode_rows(
 
 def encode(
     q: Tensor, k: Tensor, v: Tensor, centre: Tensor, maps: tuple[Map, Map], query_bits: int, keys: Tensor,
-    values: Tensor, codes: Tensor, length: Tensor, scratch: Scratch,
+    values: Tensor, codes: Tensor, length: Tensor, arrived: Tensor, workspace: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Encode queries and new keys, append keys, values and codes, and add T to length.
+    """See :func:`hashattn.ops.decode.append_reference.encode`.
 
     Args:
-        q: [B, Hq, T, D]; k, v: [B, Hkv, T, D].
-        centre: float32 [B, Hkv, D], contiguous, subtracted from the keys first.
-        maps: of queries and of keys, which :func:`hashattn.ops.decode.maps.why_not` lets pass.
-        query_bits: planes of a query.
-        keys, values, codes: what is appended to, [B, Hkv, room, X]. Columns beyond the room are dropped.
-        length: int32 [1], filled columns.
-        scratch: what launches on the same stream share.
-
-    Returns:
-        int64 [B, Hq, T, query_bits, W], the packed queries.
+        q, k, v, centre, maps, query_bits: as there; centre and maps contiguous, and only the queries' map scales.
+        keys, values, codes, length: as there, contiguous.
+        arrived: int32 [1], zero before and after.
+        workspace: uint8, Sizes.workspace of them at least, whatever it holds.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     batch, q_heads, tokens, dim = q.shape
     words, queries, new = codes.shape[3], batch * q_heads * tokens, batch * k.shape[1] * tokens
     early = {"launch_pdl": True} if starts_early(q.device) else {}
     query = torch.empty((batch, q_heads, tokens, query_bits, words), dtype=torch.int64, device=q.device)
-    arrived = scratch.borrow("appended", (1,), torch.int32, q.device)
     of_query, of_key = maps
-    query_sums = sum_hidden("query_sums", q, None, of_query, scratch, early)
-    key_sums = sum_hidden("key_sums", k, centre, of_key, scratch, early)
+    sums = carve(workspace, hidden_parts(queries, new, (of_query.widths, of_key.widths)))
+    query_sums, key_sums = sums.get("query"), sums.get("key")
+    if query_sums is not None:
+        sum_hidden(q, None, of_query, query_sums, early)
+    if key_sums is not None:
+        sum_hidden(k, centre, of_key, key_sums, early)
     tile = vectors(queries, query_bits)
     programs = triton.cdiv(queries, tile) * (1 if query_bits > 1 else words) + triton.cdiv(new, tile) * words
     encode_rows[(programs,)](

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,7 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.matrix import load_block, load_columns, load_vectors, times
-from hashattn.ops.decode.scratch import Scratch
+from hashattn.ops.decode.sizes import blocking
 
 
 @triton.jit
@@ -54,38 +53,21 @@ def hidden_sums(
         tl.store(sums + rows[:, None].to(tl.int64) * FIRST + columns, units, mask=written & (columns < FIRST))
 
 
-def sum_hidden(
-    name: str, x: Tensor, centre: Tensor | None, by: Map, scratch: Scratch, early: dict[str, Any]
-) -> Tensor | None:
-    """The last hidden layer of a map before its ReLU, in parts to be added up; None for a linear map.
+def sum_hidden(x: Tensor, centre: Tensor | None, by: Map, sums: Tensor, early: dict[str, Any]) -> None:
+    """The last hidden layer of an MLP before its ReLU, in parts to be added up.
 
     Args:
-        name: of the scratch that holds it.
         x: [B, H, T, D], contiguous; centre: float32 [B, H, D], contiguous, subtracted first.
+        by: a map with layers.
+        sums: float32 [parts, B * H * T, hidden], written: see :func:`hashattn.ops.decode.sizes.hidden_parts`.
         early: launch options.
-
-    Returns:
-        float32 [parts, B * H * T, hidden].
     """
-    if not by.weights:
-        return None
-    count, dim = x.numel() // x.shape[3], x.shape[3]
-    first, second = by.weights[0].shape[1], by.weights[1].shape[1] if len(by.weights) == 3 else 0
+    (_, count, last), dim, first = sums.shape, x.shape[3], by.widths[0]
+    two = len(by.widths) == 2
     tile, units, warps = blocking(count)
-    slices = triton.cdiv(first, units)
-    shape = (slices, count, second) if second else (1, count, first)
-    sums = scratch.borrow(name, shape, torch.float32, x.device)
-    hidden_sums[(triton.cdiv(count, tile), slices)](
-        x, centre, by.weights[0], by.biases[0], by.weights[1] if second else None, by.biases[1] if second else None,
-        sums, count, x.shape[2], DIM=dim, PADDED=triton.next_power_of_2(dim), FIRST=first, LAST=second,
-        WIDTH=triton.next_power_of_2(max(1, second)), SLICE=units, TILE=tile,
-        UNIT=by.unit, PDL=bool(early), num_warps=warps, **early,
+    hidden_sums[(triton.cdiv(count, tile), triton.cdiv(first, units))](
+        x, centre, by.weights[0], by.biases[0], by.weights[1] if two else None, by.biases[1] if two else None,
+        sums, count, x.shape[2], DIM=dim, PADDED=triton.next_power_of_2(dim), FIRST=first, LAST=last if two else 0,
+        WIDTH=triton.next_power_of_2(last) if two else 1, SLICE=units, TILE=tile, UNIT=by.unit, PDL=bool(early),
+        num_warps=warps, **early,
     )  # fmt: skip
-    return sums
-
-
-def blocking(count: int) -> tuple[int, int, int]:
-    """Vectors and hidden units of a program, and its warps: many small programs for a few vectors."""
-    if count <= 64:
-        return 4, 16, 4
-    return (16, 16, 4) if count <= 512 else (8, 64, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,21 @@ class Map:
     weights: tuple[Tensor, ...] = ()
     biases: tuple[Tensor, ...] = ()
     unit: bool = False
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], unit: bool = False) -> Map:
+        """From what :attr:`tensors` gives."""
+        return cls(tensors[0], tuple(tensors[1::2]), tuple(tensors[2::2]), unit)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """linear, then weights and bias of each layer."""
+        return [self.linear, *(x for layer in zip(self.weights, self.biases, strict=True) for x in layer)]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of the hidden layers."""
+        return tuple(b.shape[0] for b in self.biases[:-1])
 
     def __call__(self, x: Tensor) -> Tensor:
         """Vectors [..., D] before the signs are taken, [..., bits], in plain PyTorch: what the kernels compute."""

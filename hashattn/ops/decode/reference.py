@@ -8,6 +8,8 @@ from torch import Tensor
 from hashattn.budget import Budget
 from hashattn.ops.attend.reference import logits, weigh
 from hashattn.ops.decode.rule import Rule
+from hashattn.ops.hamming.reference import distances
+from hashattn.ops.nearest import nearest_of_chunks
 from hashattn.ops.search.reference import search
 
 
@@ -30,7 +32,8 @@ def decode(
 
     Returns:
         out [B, Hq, T, D], zero where a query keeps no key; lse float32 [B, Hq, T]; ids int32 [B, H, T, slots] with
-        H = Hkv where the rule is shared: columns in ascending order, -1 in empty slots.
+        H = Hkv where the rule is shared: columns in ascending order, -1 in empty slots. A rule with chunks gives
+        each chunk its slots, one chunk after the other.
     """
     filled, tokens = int(length), q.shape[2]
     ends = torch.arange(filled - tokens + 1, filled + 1, device=q.device)
@@ -38,15 +41,30 @@ def decode(
     visible = torch.stack([starts.long()[:, None].expand(-1, tokens), ends.expand(len(starts), -1)], -1)
     visible[..., 1] = torch.maximum(visible[..., 0], visible[..., 1])
     seen = visible[..., 1] - visible[..., 0]
-    wanted = torch.maximum(Budget(rule.k, rule.share).counts(seen), seen.clamp(max=rule.sinks + rule.recents))
-    ids = search(
-        query.squeeze(3) if query.shape[3] == 1 else query, codes[:, :, :filled], [wanted],
-        max(1, rule.slots(keys.shape[2])), visible, shared=rule.shared, sinks=rule.sinks, recents=rule.recents,
-        radius=rule.radius,
-    )  # fmt: skip
-    last = torch.iinfo(torch.int32).max
-    ids = ids.masked_fill(ids < 0, last).sort(-1).values
-    ids = ids.masked_fill(ids == last, -1)
+    query = query.squeeze(3) if query.shape[3] == 1 else query
+    if rule.chunks is not None:
+        ids = search_chunks(query, codes[:, :, :filled], visible, rule)
+    else:
+        wanted = torch.maximum(Budget(rule.k, rule.share).counts(seen), seen.clamp(max=rule.sinks + rule.recents))
+        ids = search(
+            query, codes[:, :, :filled], [wanted], max(1, rule.slots(keys.shape[2])), visible, shared=rule.shared,
+            sinks=rule.sinks, recents=rule.recents, radius=rule.radius,
+        )  # fmt: skip
+        last = torch.iinfo(torch.int32).max
+        ids = ids.masked_fill(ids < 0, last).sort(-1).values
+        ids = ids.masked_fill(ids == last, -1)
     out, lse, _ = weigh(logits(q, keys, ids, scale), values, ids, q.dtype, need_lse=True)
     assert lse is not None
     return out, lse, ids
+
+
+def search_chunks(query: Tensor, codes: Tensor, visible: Tensor, rule: Rule) -> Tensor:
+    """The nearest keys of each chunk of a rule with chunks: int32 [B, H, T, slots]. Arguments as in search."""
+    assert rule.chunks is not None
+    found = distances(query, codes)
+    if rule.shared:
+        found = found.unflatten(1, (codes.shape[1], -1)).sum(2)
+    columns, first, end = torch.arange(codes.shape[2], device=codes.device), visible[..., :1], visible[..., 1:]
+    keep = ((columns >= first) & (columns < end)).unsqueeze(1)
+    forced = ((columns < first + rule.sinks) | (columns >= end - rule.recents)).unsqueeze(1)
+    return nearest_of_chunks(found, rule.chunks, rule.per_chunk, keep, forced, most_forced=rule.most_forced).flatten(-2)

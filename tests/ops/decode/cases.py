@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hashattn.ops.decode import Rule, Scratch, reference
+from hashattn.ops.decode import Rule, reference
+from hashattn.ops.decode.sizes import Sizes
 from tests.structured import generator
 
 WORST = 2**31 - 1
@@ -30,6 +31,12 @@ class Inputs:
 
     def to(self, device: str) -> Inputs:
         return Inputs(*(x.to(device) for x in self.all))
+
+    def state(self, rule: Rule) -> tuple[Tensor, Tensor]:
+        """Bounds of a first step, and a workspace that holds anything."""
+        sizes = Sizes.of(self.q, self.query, self.keys, self.codes, rule)
+        bounds = torch.zeros(sizes.state, dtype=torch.int32, device=self.q.device)
+        return bounds, torch.full((sizes.workspace,), 0xA5, dtype=torch.uint8, device=self.q.device)
 
     @property
     def all(self) -> tuple[Tensor, ...]:
@@ -74,6 +81,16 @@ CASES: list[tuple[dict[str, Any], Rule]] = [
     ({"filled": 300, "room": 320}, Rule(share=1.0)),
     ({"filled": 60, "room": 64}, Rule(k=10, sinks=30, recents=40)),
 ]
+LOCAL_CASES: list[tuple[dict[str, Any], Rule]] = [
+    ({"kv_heads": 2}, Rule(k=64, chunks=4)),
+    ({"group": 3, "batch": 2, "words": 2, "starts": (0, 700)}, Rule(k=96, chunks=3, sinks=4, recents=20)),
+    ({"tokens": 3, "planes": 2, "filled": 300, "room": 333}, Rule(k=64, chunks=8, recents=40)),
+    ({"group": 1, "dim": 256, "filled": 130, "room": 144, "starts": (129,)}, Rule(k=24, chunks=3, sinks=3)),
+    ({"clustered": True, "filled": 4000}, Rule(k=64, chunks=1)),
+    ({"group": 2, "filled": 9000, "room": 9001, "dim": 96}, Rule(k=32, chunks=2, sinks=1)),
+    ({"group": 8, "words": 4, "filled": 70, "room": 80}, Rule(k=80, chunks=10)),
+    ({"filled": 500, "room": 512, "dim": 128}, Rule(k=512, chunks=8)),
+]
 
 
 @contextlib.contextmanager
@@ -91,15 +108,15 @@ def agrees(decode: Any, x: Inputs, rule: Rule, *, causal: bool = True) -> None:
     """The step's keys are the reference's, its outputs within rounding, and bitwise the same whatever the bounds."""
     scale = x.q.shape[-1] ** -0.5
     ids = reference(*x.all, rule, scale=scale, causal=causal)[2]
-    rows, scratch, first = ids.shape[0] * ids.shape[1] * ids.shape[2], Scratch(), None
-    bounds = torch.zeros(rows, dtype=torch.int32, device=x.q.device)
+    (bounds, workspace), first, hints = x.state(rule), None, rule.chunks or 1
     for wrong in (None, None, 0, WORST, 16 * 20):  # none: what the step before left
         if wrong is not None:
-            bounds.fill_(wrong)
+            bounds[:hints].fill_(wrong)
         with poisoned():
-            found = decode(*x.all, bounds, rule, scratch, scale=scale, causal=causal)
+            found = decode(*x.all, bounds, rule, workspace, scale=scale, causal=causal)
         assert torch.equal(found[2][..., : ids.shape[-1]], ids), (rule, wrong)
         assert (found[2][..., ids.shape[-1] :] == -1).all()
+        assert not bounds[hints:].any()
         first = found if first is None else first
         assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True)), (rule, wrong)
     exact = reference(*(y.double() if y.is_floating_point() else y for y in x.all), rule, scale=scale, causal=causal)

@@ -16,27 +16,31 @@ from triton.compiler import ASTSource
 
 from hashattn.ops.decode.append import append_rows
 from hashattn.ops.decode.encode import encode_rows, vectors
-from hashattn.ops.decode.hidden import blocking, hidden_sums
+from hashattn.ops.decode.hidden import hidden_sums
+from hashattn.ops.decode.local import ROWS as LOCAL_ROWS
+from hashattn.ops.decode.local import SPLIT, attend_chunks, level_bits, search_splits
+from hashattn.ops.decode.local import attend_warps as local_warps
 from hashattn.ops.decode.scan import scan
+from hashattn.ops.decode.sizes import blocking
 from hashattn.ops.decode.topk import attend_topk
 from hashattn.ops.decode.triton import CHUNK, ROWS, attend_warps, levels
 
 POINTERS = {
-    "query": "*i64", "codes": "*i64", "counts": "*u16", "share": "*fp64", "parts": "*fp32", "stats": "*fp32",
+    "query": "*i64", "codes": "*i64", "counts": "*u16", "parts": "*fp32", "stats": "*fp32",
     "lse": "*fp32", "centre": "*fp32", "sums": "*fp32", "first": "*fp32", "first_bias": "*fp32", "last": "*fp32",
     "last_bias": "*fp32", "query_linear": "*fp32", "query_last": "*fp32", "query_bias": "*fp32", "query_sums": "*fp32",
     "key_linear": "*fp32", "key_last": "*fp32", "key_bias": "*fp32", "key_sums": "*fp32", "stored": "*i64",
 }  # fmt: skip
 NUMBERS = (
     "room", "code_room", "radius", "sinks", "recents", "margin", "chunks", "slots", "kv_heads", "queries", "new",
-    "count",
+    "count", "splits",
 )  # fmt: skip
 
 
 def type_of(fn: Any, name: str, dtype: str) -> str:
     """What Triton calls the type of an argument."""
-    if name == "scale":
-        return "fp32"
+    if name in ("scale", "share"):
+        return {"scale": "fp32", "share": "i64"}[name]
     if name in NUMBERS or (name == "k" and fn is attend_topk):
         return "i32"
     return "*" + dtype if name in ("q", "k", "v", "x", "keys", "values", "out") else POINTERS.get(name, "*i32")
@@ -100,6 +104,23 @@ def main(arch: int) -> None:
         print(json.dumps({"kernel": f"scan {name}", **found}), flush=True)
         found = compiled(attend_topk, attend, attend_warps(attend["WIDTH"], attend["LEVELS"]), arch, dtype)
         print(json.dumps({"kernel": f"attend {name}", **found}), flush=True)
+        if not shared:
+            near = {
+                "T": 1,
+                "G": group,
+                "KEEP": 16,
+                "BITS": level_bits(words, planes),
+                "PDL": arch >= 90,
+                "SPLIT": SPLIT,
+            }
+            search = near | {"WORDS": words, "PLANES": planes, "CAUSAL": True}
+            found = compiled(search_splits, search, 4, arch, dtype)
+            print(json.dumps({"kernel": f"local search {name}", **found}), flush=True)
+            width = attend["WIDTH"]
+            for splits in (1, 4):
+                chunks = near | {"DIM": dim, "WIDTH": width, "ENTRIES": 16 * splits, "ROWS": LOCAL_ROWS}
+                found = compiled(attend_chunks, chunks, local_warps(width, splits), arch, dtype)
+                print(json.dumps({"kernel": f"local attend, {splits} splits {name}", **found}), flush=True)
     for dim, words, planes, queries, hidden, key_hidden, dtype in (
         (128, 1, 1, 32, (), (), "bf16"),
         (128, 1, 1, 32, (256, 256), (), "bf16"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hashattn import AsymmetricHash, Encoder, SimHash, SymmetricHash
 from hashattn.encoders.learned import LearnedHash
-from hashattn.ops.decode import Map, Scratch
+from hashattn.ops.decode import Map, Rule, Sizes
 from hashattn.ops.hamming import unpack_bits
 from tests.ops.decode.cases import poisoned
 from tests.structured import generator
@@ -58,14 +58,12 @@ def encodes(
         *(torch.randn(batch, kv_heads, room, dim, generator=g).to(device, dtype) for _ in range(2)),
         torch.randint(-(2**63), 2**63 - 1, (batch, kv_heads, code_room, words), generator=g).to(device),
     )
-    before, scratch = [x.clone() for x in held], Scratch()
+    before, (arrived, workspace) = [x.clone() for x in held], encoding_state(q, k, held[2], maps)
     length = torch.tensor([filled], dtype=torch.int32, device=device)
-    for name in ("query_sums", "key_sums"):
-        scratch.borrow(name, (q.numel() // dim << 14,), torch.float32, torch.device(device)).fill_(torch.nan)
     with poisoned():
-        query = encode(q, k, v, centre, maps, encoder.query_bits, *held, length, scratch)
+        query = encode(q, k, v, centre, maps, encoder.query_bits, *held, length, arrived, workspace)
     assert int(length) == filled + tokens
-    assert int(scratch.borrow("appended", (1,), torch.int32, torch.device(device))) == 0
+    assert int(arrived) == 0
     assert query.shape == (batch, kv_heads * group, tokens, encoder.query_bits, words)
     same_bits(query, q, maps[0], encoder.query_bits)
     end = max(filled, min(filled + tokens, room, code_room))
@@ -77,6 +75,15 @@ def encodes(
     for x, old in zip(held, before, strict=True):
         assert torch.equal(x[:, :, :filled], old[:, :, :filled])
         assert torch.equal(x[:, :, end:], old[:, :, end:])
+
+
+def encoding_state(q: Tensor, k: Tensor, codes: Tensor, maps: tuple[Map, Map]) -> tuple[Tensor, Tensor]:
+    """What encode is given beside: a zero, and a workspace that holds NaN, as large as a decoder's."""
+    (batch, q_heads, tokens, dim), room = q.shape, codes.shape[2]
+    sizes = Sizes(batch, q_heads, k.shape[1], tokens, dim, room, room, 1, codes.shape[3], Rule(k=1),
+                  (maps[0].widths, maps[1].widths))  # fmt: skip
+    arrived = torch.zeros(1, dtype=torch.int32, device=q.device)
+    return arrived, torch.full((sizes.workspace,), 0xFF, dtype=torch.uint8, device=q.device)
 
 
 def same_bits(code: Tensor, x: Tensor, by: Map, planes: int) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hashattn import AsymmetricHash, SimHash
-from hashattn.ops.decode import Scratch, why_not_encode
+from hashattn.ops.decode import why_not_encode
 from tests.ops.decode.cases import inputs
 from tests.ops.decode.encoding import SMALL, encodes
 
@@ -30,14 +30,15 @@ def test_what_does_not_fit_is_dropped_and_counted(encoder, filled, room, code_ro
 def test_append_drops_and_counts_what_does_not_fit():
     x = inputs(6, batch=2, kv_heads=3, filled=63, room=64, dim=96, words=2)
     k, v, codes = torch.ones(2, 3, 3, 96), torch.full((2, 3, 3, 96), 2.0), torch.full((2, 3, 3, 2), 3)
-    held, length, scratch = (x.keys.clone(), x.values.clone(), x.codes.clone()), x.length.clone(), Scratch()
-    append(k, v, codes, *held, length, scratch)
+    held, length = (x.keys.clone(), x.values.clone(), x.codes.clone()), x.length.clone()
+    arrived = torch.zeros(1, dtype=torch.int32)
+    append(k, v, codes, *held, length, arrived)
     assert int(length) == 66
     for stored, before, value in zip(held, (x.keys, x.values, x.codes), (1, 2, 3), strict=True):
         assert (stored[:, :, 63] == value).all()
         assert torch.equal(stored[:, :, :63], before[:, :, :63])
-    append(k, v, codes, *held, length.fill_(2), scratch)
-    assert int(length) == 5 and (held[0][:, :, 2:5] == 1).all()
+    append(k, v, codes, *held, length.fill_(2), arrived)
+    assert int(arrived) == 0 and int(length) == 5 and (held[0][:, :, 2:5] == 1).all()
 
 
 @pytest.mark.parametrize(

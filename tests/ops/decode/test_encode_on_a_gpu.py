@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from hashattn import AsymmetricHash, SimHash
-from hashattn.ops.decode import Scratch
-from tests.ops.decode.encoding import SMALL, encodes, randomised, same_bits
+from tests.ops.decode.encoding import SMALL, encodes, encoding_state, randomised, same_bits
 
 pytestmark = pytest.mark.gpu
 LLAMA = {"dim": 128, "kv_heads": 8, "group": 4, "dtype": torch.bfloat16, "device": "cuda"}
@@ -42,13 +41,13 @@ def test_a_large_model(encode, encoder, batch, tokens):
 @pytest.mark.parametrize("encoder", [SimHash(64), AsymmetricHash(64)], ids=["linear", "MLP"])
 def test_one_captured_launch_serves_many_steps(encode, encoder):
     encoder = randomised(encoder, 128, "cuda")
-    maps, scratch = encoder.maps(128, torch.device("cuda")), Scratch()
+    maps = encoder.maps(128, torch.device("cuda"))
     q = torch.randn(1, 32, 1, 128, device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn(1, 8, 1, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     centre, length = torch.randn(1, 8, 128, device="cuda"), torch.zeros(1, device="cuda", dtype=torch.int32)
     keys, values = (torch.zeros(1, 8, 100, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     codes = torch.zeros(1, 8, 100, 1, device="cuda", dtype=torch.int64)
-    call = q, k, v, centre, maps, 1, keys, values, codes, length, scratch
+    call = q, k, v, centre, maps, 1, keys, values, codes, length, *encoding_state(q, k, codes, maps)
     encode(*call)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
