@@ -24,7 +24,8 @@ Widths = tuple[tuple[int, ...], tuple[int, ...]]
 class Sizes:
     """Of a step, from the shapes of what it is given: see :func:`hashattn.ops.decode.reference.decode`.
 
-    hidden: widths of the hidden layers of what encodes its queries and its new keys, where the workspace serves that.
+    Attributes:
+        hidden: widths of the hidden layers of the queries' and the keys' map, if the workspace serves them as well.
     """
 
     batch: int
@@ -43,8 +44,8 @@ class Sizes:
     def of(cls, q: Tensor, query: Tensor, keys: Tensor, codes: Tensor, rule: Rule) -> Sizes:
         """The sizes of a step on these tensors."""
         batch, q_heads, tokens, dim = q.shape
-        rooms = keys.shape[2], codes.shape[2]
-        return cls(batch, q_heads, keys.shape[1], tokens, dim, *rooms, *query.shape[3:], rule)
+        planes, words = query.shape[3:]
+        return cls(batch, q_heads, keys.shape[1], tokens, dim, keys.shape[2], codes.shape[2], planes, words, rule)
 
     @property
     def group(self) -> int:
@@ -116,8 +117,8 @@ class Sizes:
         """The same for the kernels in CUDA C++."""
         width = -(-self.head_dim // 64) * 64
         if self.rule.chunks is not None:
-            parts = self.rows, self.rule.chunks
-            return {"parts": ((*parts, width), torch.float32), "stats": ((*parts, 2), torch.float32)}
+            heads = self.rows, self.rule.chunks
+            return {"parts": ((*heads, width), torch.float32), "stats": ((*heads, 2), torch.float32)}
         parts = self.rows, self.slots // ROWS, self.summed
         return {
             "lists": ((self.rows, self.cuda_chunks, self.cuda_chunk), torch.uint16),
