@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hashattn import dense_steps, fused
+from hashattn.ops.decode import Map, why_not_encode
 from hashattn.shapes import check_float, check_kv, check_q
 
 if TYPE_CHECKING:
@@ -48,16 +49,20 @@ class Decoder:
         self.starts = cache.on_device.starts(cache._starts, device)
         self.length = torch.empty(1, dtype=torch.int32, device=device)
         self.found = torch.zeros(1, dtype=torch.int64, device=device)
+        self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
         self._encoder_fits = encoder.fits if encoder is not None else 0
-        self.planes: tuple[Tensor, Tensor] | None = None
+        self.maps: tuple[Map, Map] | None = None
         self.centre: Tensor | None = None
         if not self.dense and encoder is not None:
-            self.planes = encoder.linear_planes(cache.head_dim, device)
+            if why_not_encode(encoder.widths()) is None:
+                self.maps = encoder.maps(cache.head_dim, device)
             self.centre = cache.centre.float().clone(memory_format=torch.contiguous_format)
         self._prepared: dict[tuple[int, int], fused.Prepared] = {}
         self.follow()
-        for held in (self.keys, self.values, self.starts, self.length, self.found, self.centre, *(self.planes or ())):
-            _stays(held)
+        of_maps = [x for by in self.maps or () for x in by.tensors]
+        held = self.keys, self.values, self.starts, self.length, self.found, self._arrived, self.centre
+        for tensor in (*held, *of_maps):
+            _stays(tensor)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """Append keys and values [B, Hkv, T, D] and attend with the queries [B, Hq, T, D] of the same positions.
@@ -113,9 +118,9 @@ class Decoder:
 
         prepared, encoder = self._prepared[q.shape[1], q.shape[2]], self.attn.encoder
         assert encoder is not None and self.centre is not None
-        held = self.keys, self.values, prepared.codes, self.length
-        if self.planes is not None:
-            query = encode(q, k, v, self.centre, self.planes, encoder.query_bits, *held)
+        held = self.keys, self.values, prepared.codes, self.length, self._arrived
+        if self.maps is not None:
+            query = encode(q, k, v, self.centre, self.maps, encoder.query_bits, *held, prepared.workspace)
         else:
             query = fused.packed(encoder, q)
             append(k, v, encoder.encode_key(k, self.centre), *held)

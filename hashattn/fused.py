@@ -69,7 +69,7 @@ def prepare(attn: HashAttention, cache: KVCache, q_heads: int, tokens: int) -> P
     keys, values, codes = (cache.storage(what) for what in ("keys", "values", "codes"))
     sizes = decode.Sizes(
         cache.batch, q_heads, cache.kv_heads, tokens, cache.head_dim, keys.shape[2], codes.shape[2],
-        attn.encoder.query_bits, codes.shape[3], rule,
+        attn.encoder.query_bits, codes.shape[3], rule, attn.encoder.widths() or ((), ()),
     )  # fmt: skip
     state, device = cache.on_device, keys.device
     return Prepared(

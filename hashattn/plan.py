@@ -9,10 +9,12 @@ import torch
 
 from hashattn.engines import Shape, choices, crossover, provenance, resolve
 from hashattn.fused import why_not
+from hashattn.ops.decode import why_not_encode
 from hashattn.ops.decode.gpu import kernels, why_triton
 
 if TYPE_CHECKING:
     from hashattn.attention import HashAttention
+    from hashattn.encoders import Encoder
 
 
 @dataclass(frozen=True)
@@ -165,11 +167,18 @@ def _fused_stages(attn: HashAttention) -> tuple[tuple[str, str, str], ...]:
         listed += f"; {slower}"
     one = "the same kernel" if rule.chunks is not None and slower is None else "one kernel"
     return (
-        ("encode", f"{_name(attn.encoder)}: PyTorch", "one token's query and key; keys late and in bulk"),
+        _encode_on_a_gpu(attn.encoder),
         ("scan", f"{_name(attn.index)}: {language}, one kernel", listed),
         ("select", f"{_name(attn.selector)}: {language}, {one} with attend", "exact, ties to the most recent key"),
         ("attend", f"{_name(attn.attend)}: {language}", "split over the selected keys"),
     )
+
+
+def _encode_on_a_gpu(encoder: Encoder | None) -> tuple[str, str, str]:
+    reason = why_not_encode(encoder.widths()) if encoder is not None else None
+    if reason is not None:
+        return "encode", f"{_name(encoder)}: PyTorch", reason
+    return "encode", f"{_name(encoder)}: Triton in a decoder, else PyTorch", "a decoder appends in the same kernel"
 
 
 def _name(part: object) -> str:

@@ -15,6 +15,7 @@ FUSED = {
     "networks": HashAttention(
         AsymmetricHash(128, query_bits=2), FlatHamming(), TopK(k=30, per="kv_head"), engine="triton"
     ),
+    "networks of heads": HashAttention(AsymmetricHash(64, heads=2), FlatHamming(), TopK(k=30), engine="triton"),
     "radius": HashAttention(SimHash(64, centring=None), FlatHamming(), Sink(2) | Threshold(radius=29), engine="triton"),
 }
 DENSE = FUSED["sign"].replace(engine="dense")

@@ -45,3 +45,6 @@ class AsymmetricHash(LearnedHash):
             HashNet(planes, self.query_hidden, heads, self.seed),
             HashNet(planes, self.key_hidden, heads, self.seed + 1),
         )
+
+    def _hidden(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self.query_hidden, self.key_hidden

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hashattn.encoders.centring import Centring
+from hashattn.ops.decode import Map
 from hashattn.ops.hamming import query_planes
 
 __all__ = ["Encoder", "check_bits", "key_bits", "query_planes", "subtract"]
@@ -42,9 +43,16 @@ class Encoder(ABC):
         """Heads of the key codes for a model of this many KV heads."""
         return kv_heads
 
-    def linear_planes(self, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """If codes are signs of linear maps that all heads share: theirs, of queries and of keys, float32 [D, bits]."""
+    def widths(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Widths of the hidden layers of the queries' and the keys' map, () where it is linear.
+
+        None unless binary codes are signs of such maps, which all heads share.
+        """
         return None
+
+    def maps(self, head_dim: int, device: torch.device) -> tuple[Map, Map]:
+        """These maps, of queries and of keys, for kernels to multiply with; they share memory with the weights."""
+        raise NotImplementedError(f"{type(self).__name__} has no maps that all heads share")
 
     def layer(self, i: int) -> Encoder:
         """The encoder of layer i of a model; encoders that serve every layer return themselves."""

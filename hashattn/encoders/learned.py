@@ -20,6 +20,7 @@ from hashattn.encoders.base import (
 )
 from hashattn.encoders.centring import Centring
 from hashattn.encoders.simhash import orthogonal_planes
+from hashattn.ops.decode import Map
 
 DEFAULT_CENTRING = Centring()
 
@@ -60,6 +61,11 @@ class HashNet(nn.Module):
             out = out + x
         return out.view(*shape[:-1], -1)
 
+    def as_map(self, unit: bool) -> Map:
+        """Its one set of weights, and whether what it takes is scaled to unit mean square first."""
+        weights, biases = (tuple(p[0].detach() for p in of) for of in (self.weights, self.biases))
+        return Map(self.skip[0].detach(), weights, tuple(b[0] for b in biases), unit)
+
     def __repr__(self) -> str:
         heads, dim, bits = self.skip.shape
         widths = [int(w.shape[-1]) for w in self.weights[:-1]]
@@ -89,6 +95,13 @@ class LearnedHash(nn.Module, Encoder):
     @abstractmethod
     def _make_nets(self, planes: Tensor) -> tuple[HashNet, HashNet]:
         """The query's and the key's network, both starting at these planes [D, bits]."""
+
+    @abstractmethod
+    def _hidden(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Widths of the query's and the key's hidden layers."""
+
+    def widths(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        return self._hidden() if self.heads in (None, 1) else None
 
     @property
     def fitted(self) -> bool:
@@ -137,14 +150,12 @@ class LearnedHash(nn.Module, Encoder):
             return self.query_net(q)
         return self.query_net(q * torch.rsqrt(q.square().mean(-1, keepdim=True).clamp(min=1e-12)))
 
-    def linear_planes(self, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    def maps(self, head_dim: int, device: torch.device) -> tuple[Map, Map]:
+        if self.widths() is None:
+            return super().maps(head_dim, device)
         self.build(head_dim, device)
         assert self.query_net is not None and self.key_net is not None
-        nets = (self.query_net, self.key_net)
-        if any(len(net.weights) or len(net.skip) > 1 for net in nets):
-            return None
-        query, key = (net.skip[0].detach() for net in nets)
-        return query, key
+        return self.query_net.as_map(unit=len(self.query_net.weights) > 0), self.key_net.as_map(unit=False)
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         if not self.fitted and not self._warned:

@@ -34,6 +34,9 @@ class PerLayer(nn.Module, Encoder):
     def code_heads(self, kv_heads: int) -> int:
         return self.layer(0).code_heads(kv_heads)
 
+    def widths(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        return self.layer(0).widths()
+
     def layer(self, i: int) -> Encoder:
         if not 0 <= i < len(self.encoders):
             raise ValueError(f"layer {i} has no encoder: this PerLayer holds {len(self.encoders)}")

@@ -16,6 +16,7 @@ from hashattn.encoders.base import (
     subtract,
 )
 from hashattn.encoders.centring import Centring
+from hashattn.ops.decode import Map
 
 
 @lru_cache(maxsize=64)
@@ -52,8 +53,11 @@ class SimHash(Encoder):
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         return key_bits(subtract(k, centre) @ orthogonal_planes(k.shape[-1], self.bits, self.seed, k.device))
 
-    def linear_planes(self, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        planes = orthogonal_planes(head_dim, self.bits, self.seed, device).contiguous()
+    def widths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (), ()
+
+    def maps(self, head_dim: int, device: torch.device) -> tuple[Map, Map]:
+        planes = Map(orthogonal_planes(head_dim, self.bits, self.seed, device).contiguous())
         return planes, planes
 
     def encode_query(self, q: Tensor) -> Tensor:

@@ -33,3 +33,6 @@ class SymmetricHash(LearnedHash):
     def _make_nets(self, planes: Tensor) -> tuple[HashNet, HashNet]:
         net = HashNet(planes, (), self.heads or 1, self.seed)
         return net, net
+
+    def _hidden(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (), ()

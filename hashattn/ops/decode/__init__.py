@@ -6,12 +6,14 @@ import importlib.util
 
 import torch
 
+from hashattn.ops.decode.maps import Map
+from hashattn.ops.decode.maps import why_not as why_not_encode
 from hashattn.ops.decode.reference import decode as reference
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.scratch import Scratch
 from hashattn.ops.decode.sizes import Sizes
 
-__all__ = ["Rule", "Scratch", "Sizes", "reference", "why_not"]
+__all__ = ["Map", "Rule", "Scratch", "Sizes", "reference", "why_not", "why_not_encode"]
 
 DEVICES = ("cuda",)
 HEAD_DIMS = (64, 96, 128, 256)

@@ -8,37 +8,68 @@ from torch import Tensor
 
 
 @triton.jit
+def place(rows, count, filled, T, room, code_room):
+    """Where rows [B * Hkv * T] go behind the filled columns: head and column of each, and whether it fits."""
+    head, column = rows // T, filled + rows % T
+    return head.to(tl.int64), column, (rows < count) & (column < room) & (column < code_room)
+
+
+@triton.jit
+def load_rows(new, rows, count, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Rows of new [count, DIM]: [rows, PADDED]."""
+    dims = tl.arange(0, PADDED)[None, :]
+    inside = (rows < count)[:, None] & (dims < DIM)
+    return tl.load(new + rows.to(tl.int64)[:, None] * DIM + dims, mask=inside, other=0)
+
+
+@triton.jit
+def store_rows(x, held, to, fits, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Store those that fit as rows `to` of held [..., DIM]."""
+    dims = tl.arange(0, PADDED)[None, :]
+    tl.store(held + to[:, None] * DIM + dims, x, mask=fits[:, None] & (dims < DIM))
+
+
+@triton.jit
+def lengthen(length, arrived, to, programs):
+    """The last of the programs that call this, once each has read the length, sets it."""
+    tl.debug_barrier()  # all threads of this program have read it
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == programs - 1:
+        tl.store(arrived, 0)
+        tl.store(length, to)
+
+
+@triton.jit
 def append_rows(
-    k, v, codes, keys, values, stored, length, n, room, code_room, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    WORDS: tl.constexpr,
+    k, v, codes, keys, values, stored, length, arrived, count, T, room, code_room, DIM: tl.constexpr,
+    PADDED: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (n, B * Hkv). k, v [B, Hkv, n, DIM] and codes [B, Hkv, n, WORDS] become the last n of `length` columns."""
-    i, head = tl.program_id(0), tl.program_id(1)
-    column = tl.load(length) - n + i
-    fits = (column < room) & (column < code_room)  # what does not fit is dropped
-    source = head.to(tl.int64) * n + i
-    dims, words = tl.arange(0, WIDTH), tl.arange(0, WORDS)
-    inside = dims < DIM
-    to = (head.to(tl.int64) * room + column) * DIM + dims
-    tl.store(keys + to, tl.load(k + source * DIM + dims, mask=inside, other=0.0), mask=inside & fits)
-    tl.store(values + to, tl.load(v + source * DIM + dims, mask=inside, other=0.0), mask=inside & fits)
-    code = tl.load(codes + source * WORDS + words)
-    tl.store(stored + (head.to(tl.int64) * code_room + column) * WORDS + words, code, mask=fits)
+    """Grid (count / TILE). Rows k, v [count, DIM], codes [count, WORDS] become the next T columns of B * Hkv heads."""
+    WIDTH: tl.constexpr = triton.next_power_of_2(WORDS)
+    rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    filled = tl.load(length)
+    key, value = load_rows(k, rows, count, DIM, PADDED), load_rows(v, rows, count, DIM, PADDED)
+    code = load_rows(codes, rows, count, WORDS, WIDTH)
+    lengthen(length, arrived, filled + T, tl.num_programs(0))
+    head, column, fits = place(rows, count, filled, T, room, code_room)
+    store_rows(key, keys, head * room + column, fits, DIM, PADDED)
+    store_rows(value, values, head * room + column, fits, DIM, PADDED)
+    store_rows(code, stored, head * code_room + column, fits, WORDS, WIDTH)
 
 
 def append(
-    k: Tensor, v: Tensor, codes: Tensor, keys: Tensor, values: Tensor, stored: Tensor, length: Tensor
-) -> None:  # fmt: skip
-    """Append n columns, and add n to length.
+    k: Tensor, v: Tensor, codes: Tensor, keys: Tensor, values: Tensor, stored: Tensor, length: Tensor, arrived: Tensor
+) -> None:
+    """See :func:`hashattn.ops.decode.append_reference.append`.
 
     Args:
-        k, v: [B, Hkv, n, D]; codes: int64 [B, Hkv, n, W], W a power of 2.
-        keys, values, stored: what they are appended to, [B, Hkv, room, X], contiguous. Columns beyond are dropped.
-        length: int32 [1], filled columns.
+        k, v, codes, length: as there.
+        keys, values, stored: as there, contiguous.
+        arrived: int32 [1], zero before and after.
     """
-    batch, heads, n, dim = k.shape
-    length.add_(n)
-    append_rows[(n, batch * heads)](
-        k.contiguous(), v.contiguous(), codes.contiguous(), keys, values, stored, length, n, keys.shape[2],
-        stored.shape[2], DIM=dim, WIDTH=triton.next_power_of_2(dim), WORDS=codes.shape[3], num_warps=1,
+    batch, heads, tokens, dim = k.shape
+    count, tile = batch * heads * tokens, 4
+    append_rows[(triton.cdiv(count, tile),)](
+        k.contiguous(), v.contiguous(), codes.contiguous(), keys, values, stored, length, arrived, count, tokens,
+        keys.shape[2], stored.shape[2], DIM=dim, PADDED=triton.next_power_of_2(dim), WORDS=codes.shape[3], TILE=tile,
+        num_warps=4,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hashattn.ops.decode.maps import Map
 from hashattn.ops.hamming import query_planes
 
 
@@ -26,21 +27,21 @@ def append(
 
 
 def encode(
-    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, planes: tuple[Tensor, Tensor], query_bits: int,
-    keys: Tensor, values: Tensor, codes: Tensor, length: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, maps: tuple[Map, Map], query_bits: int, keys: Tensor,
+    values: Tensor, codes: Tensor, length: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Encode queries and new keys by linear maps, append keys, values and codes, and add T to length.
+    """Encode queries and new keys, append keys, values and codes, and add T to length.
 
     Args:
         q: [B, Hq, T, D]; k, v: [B, Hkv, T, D].
         centre: float32 [B, Hkv, D], subtracted from the keys first.
-        planes: float32 [D, bits], of queries and of keys.
+        maps: of queries and of keys, which :func:`hashattn.ops.decode.maps.why_not` lets pass.
         query_bits: planes of a query.
         keys, values, codes, length: as in append.
 
     Returns:
         int64 [B, Hq, T, query_bits, W], the packed queries.
     """
-    query = query_planes(q.float() @ planes[0], query_bits)
-    append(k, v, query_planes((k.float() - centre.unsqueeze(2)) @ planes[1], 1), keys, values, codes, length)
+    query = query_planes(maps[0](q.float()), query_bits)
+    append(k, v, query_planes(maps[1](k.float() - centre.unsqueeze(2)), 1), keys, values, codes, length)
     return query if query.ndim == 5 else query.unsqueeze(3)

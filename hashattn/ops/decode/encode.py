@@ -1,4 +1,4 @@
-"""Encodes the newest queries and keys of linear encoders and appends what belongs to the keys, in one kernel."""
+"""Encodes the newest queries and keys and appends what belongs to the keys: one kernel, two where there is an MLP."""
 
 from __future__ import annotations
 
@@ -6,101 +6,203 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-TILE = tl.constexpr(32)  # dimensions that are multiplied at a time
-
-
-@triton.jit
-def project(x, centre, planes, BITS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, CENTRED: tl.constexpr):
-    """A vector [DIM], with CENTRED minus its centre, times planes [DIM, BITS]: [WIDTH], zero beyond BITS."""
-    bits = tl.arange(0, WIDTH)
-    sums = tl.zeros([TILE, WIDTH], tl.float32)
-    for d0 in tl.static_range(0, DIM, TILE):
-        dims = d0 + tl.arange(0, TILE)
-        own = tl.load(x + dims, mask=dims < DIM, other=0.0).to(tl.float32)
-        if CENTRED:
-            own -= tl.load(centre + dims, mask=dims < DIM, other=0.0)
-        at = dims[:, None] * BITS + bits[None, :]
-        plane = tl.load(planes + at, mask=(dims < DIM)[:, None] & (bits < BITS)[None, :], other=0.0)
-        sums += own[:, None] * plane
-    return tl.sum(sums, 0)
+from hashattn.ops.decode.append import lengthen, load_rows, place, store_rows
+from hashattn.ops.decode.hidden import sum_hidden
+from hashattn.ops.decode.maps import Map
+from hashattn.ops.decode.matrix import load_block, load_columns, load_vectors, times
+from hashattn.ops.decode.sizes import carve, hidden_parts
+from hashattn.ops.decode.triton import starts_early
 
 
 @triton.jit
-def pack(flags, to, WORDS: tl.constexpr):
-    """Store flags [64 * WORDS] as int64 [WORDS]."""
-    words = tl.reshape(flags.to(tl.int64), [WORDS, 64]) << tl.arange(0, 64).to(tl.int64)[None, :]
-    tl.store(to + tl.arange(0, WORDS), tl.sum(words, 1))
+def load_weights(
+    linear, last, bias, word, DIM: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, BITS: tl.constexpr
+):  # fmt: skip
+    """The 64 columns of a word: of the linear map and, with HIDDEN, of the MLP's last layer and its bias."""
+    weights = (load_block(linear, 0, 64 * word, DIM, BITS, PADDED, 64),)
+    if HIDDEN:
+        weights += (load_block(last, 0, 64 * word, HIDDEN, BITS, triton.next_power_of_2(HIDDEN), 64),)
+        weights += (load_columns(bias, 64 * word, BITS, 64),)
+    return weights
+
+
+@triton.jit
+def load_hidden(sums, rows, count, HIDDEN: tl.constexpr, PARTS: tl.constexpr):
+    """The last hidden layer of these rows from its parts [PARTS, count, HIDDEN]: [vectors, units], or None."""
+    h = None
+    if HIDDEN:
+        row, units = rows[:, None].to(tl.int64), tl.arange(0, triton.next_power_of_2(HIDDEN))[None, :]
+        inside = (row < count) & (units < HIDDEN)
+        h = tl.zeros(inside.shape, tl.float32)
+        for part in tl.static_range(PARTS):
+            h += tl.load(sums + (row + part * count) * HIDDEN + units, mask=inside, other=0.0)
+        h = tl.maximum(h, 0.0)
+    return h
+
+
+@triton.jit
+def project(x, h, weights, HIDDEN: tl.constexpr):
+    """What 64 signs are taken of: [vectors, 64]."""
+    p = times(x, weights[0])
+    if HIDDEN:
+        p += times(h, weights[1]) + weights[2]
+    return p
+
+
+@triton.jit
+def level_of(p, largest, PLANES: tl.constexpr):
+    """Which of 2^PLANES levels, symmetric about zero, each value lies in."""
+    HALF: tl.constexpr = 1 << (PLANES - 1)
+    steps = (tl.div_rn(tl.abs(p), tl.broadcast_to(largest, p.shape)) * HALF).to(tl.int32)
+    steps = tl.minimum(steps, HALF - 1)
+    return tl.where(p >= 0, HALF + steps, HALF - 1 - steps)
+
+
+@triton.jit
+def pack(flags):
+    """Flags [vectors, 64] as int64 [vectors]."""
+    return tl.sum(flags.to(tl.int64) << tl.arange(0, 64).to(tl.int64)[None, :], 1)
+
+
+@triton.jit
+def encode_queries(
+    q, linear, last, bias, sums, query, at, count, DIM: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr,
+    WORDS: tl.constexpr, PLANES: tl.constexpr, HIDDEN: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr,
+    TILE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program `at`: a word of TILE queries, or all their words with several planes, which share a scale."""
+    TOGETHER: tl.constexpr = WORDS if PLANES > 1 else 1
+    word = at % (WORDS // TOGETHER)
+    rows = at // (WORDS // TOGETHER) * TILE + tl.arange(0, TILE)
+    # Weights are asked for before the vectors are there: the kernel before this one does not write them.
+    weights = load_weights(linear, last, bias, word, DIM, PADDED, HIDDEN, BITS)
+    if PDL:
+        gdc_wait()
+    h = load_hidden(sums, rows, count, HIDDEN, PARTS)
+    x = load_vectors(q, None, rows, count, 1, DIM, PADDED, UNIT)
+    p = (project(x, h, weights, HIDDEN),)
+    for w in tl.static_range(1, TOGETHER):
+        p += (project(x, h, load_weights(linear, last, bias, w, DIM, PADDED, HIDDEN, BITS), HIDDEN),)
+    to = query + rows.to(tl.int64) * PLANES * WORDS + word
+    bits = 64 * word + tl.arange(0, 64)[None, :]
+    if PLANES == 1:
+        tl.store(to, pack((p[0] >= 0) & (bits < BITS)), mask=rows < count)
+    else:
+        largest = tl.zeros([TILE, 1], tl.float32) + 1e-30
+        for w in tl.static_range(TOGETHER):
+            largest = tl.maximum(largest, tl.max(tl.abs(p[w]), 1, keep_dims=True))
+        for w in tl.static_range(TOGETHER):
+            level = level_of(p[w], largest, PLANES)
+            for j in tl.static_range(PLANES):
+                flags = (((level >> j) & 1) != 0) & (bits + 64 * w < BITS)
+                tl.store(to + j * WORDS + w, pack(flags), mask=rows < count)
+
+
+@triton.jit
+def encode_keys(
+    k, v, centre, linear, last, bias, sums, keys, values, codes, length, arrived, at, programs, count, T, room,
+    code_room, DIM: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, HIDDEN: tl.constexpr,
+    PARTS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program `at` of so many: appends a word of TILE keys' codes, and with the first word the keys and values."""
+    word, rows = at % WORDS, at // WORDS * TILE + tl.arange(0, TILE)
+    weights = load_weights(linear, last, bias, word, DIM, PADDED, HIDDEN, BITS)
+    if PDL:
+        gdc_wait()
+    filled = tl.load(length)
+    h = load_hidden(sums, rows, count, HIDDEN, PARTS)
+    x = load_vectors(k, centre, rows, count, T, DIM, PADDED, False)
+    key, value = load_rows(k, rows, count, DIM, PADDED), load_rows(v, rows, count, DIM, PADDED)
+    lengthen(length, arrived, filled + T, programs)
+    head, column, fits = place(rows, count, filled, T, room, code_room)
+    store_rows(key, keys, head * room + column, fits & (word == 0), DIM, PADDED)
+    store_rows(value, values, head * room + column, fits & (word == 0), DIM, PADDED)
+    used = 64 * word + tl.arange(0, 64)[None, :] < BITS
+    code = pack((project(x, h, weights, HIDDEN) >= 0) & used)
+    tl.store(codes + (head * code_room + column) * WORDS + word, code, mask=fits)
 
 
 @triton.jit
 def encode_rows(
-    q, k, v, centre, query_planes, key_planes, query, keys, values, codes, length, queries, T, room, code_room,
-    DIM: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr,
+    q, k, v, centre, query_linear, query_last, query_bias, query_sums, key_linear, key_last, key_bias, key_sums,
+    query, keys, values, codes, length, arrived, queries, new, T, room, code_room, DIM: tl.constexpr,
+    PADDED: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr, QUERY_HIDDEN: tl.constexpr,
+    QUERY_PARTS: tl.constexpr, KEY_HIDDEN: tl.constexpr, KEY_PARTS: tl.constexpr, UNIT: tl.constexpr,
+    TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * Hq * T + B * Hkv * T): a program encodes a query, or a key that it appends.
+    """Grid (queries / TILE * (WORDS, or 1 with several planes) + new / TILE * WORDS).
 
     Args:
-        q: [queries, DIM]; k, v: [B * Hkv, T, DIM]; centre: float32 [B * Hkv, DIM].
-        query_planes, key_planes: float32 [DIM, BITS].
+        q: [queries, DIM]; k, v: [new, DIM], T rows for each of B * Hkv; centre: float32 [B * Hkv, DIM].
+        query_linear, key_linear: float32 [DIM, BITS].
+        query_last, query_bias, query_sums: float32 [HIDDEN, BITS], [BITS] and [PARTS, queries, HIDDEN] of an MLP; of
+            keys likewise. HIDDEN is 0 without one.
         query: int64 [queries, PLANES, WORDS], written.
-        keys, values, codes: [B * Hkv, room, DIM], int64 [B * Hkv, code_room, WORDS]; the last T of `length` columns
-            are written, those beyond the room are not.
+        keys, values, codes: [B * Hkv, room, DIM], int64 [B * Hkv, code_room, WORDS]; the T columns from length on are
+            written, those beyond the room are not.
+        length, arrived: int32 [1], T is added to the first; the second is 0 between launches.
     """
-    row = tl.program_id(0)
-    WIDTH: tl.constexpr = 64 * WORDS
-    bits = tl.arange(0, WIDTH)
-    if row < queries:
-        p = project(q + row.to(tl.int64) * DIM, centre, query_planes, BITS, DIM, WIDTH, False)
-        to = query + row.to(tl.int64) * PLANES * WORDS
-        if PLANES == 1:
-            pack((p >= 0) & (bits < BITS), to, WORDS)
-        else:
-            HALF: tl.constexpr = 1 << (PLANES - 1)
-            size = tl.abs(p)
-            steps = (tl.div_rn(size, tl.maximum(tl.max(size, 0), 1e-30)) * HALF).to(tl.int32)
-            steps = tl.minimum(steps, HALF - 1)
-            level = tl.where(p >= 0, HALF + steps, HALF - 1 - steps)
-            for j in tl.static_range(PLANES):
-                pack((((level >> j) & 1) != 0) & (bits < BITS), to + j * WORDS, WORDS)
+    split = tl.cdiv(queries, TILE) * (1 if PLANES > 1 else WORDS)
+    at = tl.program_id(0)
+    if at < split:
+        encode_queries(
+            q, query_linear, query_last, query_bias, query_sums, query, at, queries, DIM, PADDED, BITS, WORDS, PLANES,
+            QUERY_HIDDEN, QUERY_PARTS, UNIT, TILE, PDL,
+        )  # fmt: skip
     else:
-        head = (row - queries) // T
-        column = tl.load(length) - T + (row - queries) % T
-        source = (row - queries).to(tl.int64) * DIM
-        if (column < room) & (column < code_room):
-            dims = tl.arange(0, PADDED)
-            to = (head.to(tl.int64) * room + column) * DIM + dims
-            tl.store(keys + to, tl.load(k + source + dims, mask=dims < DIM, other=0.0), mask=dims < DIM)
-            tl.store(values + to, tl.load(v + source + dims, mask=dims < DIM, other=0.0), mask=dims < DIM)
-            p = project(k + source, centre + head * DIM, key_planes, BITS, DIM, WIDTH, True)
-            at = codes + (head.to(tl.int64) * code_room + column) * WORDS
-            pack((p >= 0) & (bits < BITS), at, WORDS)
+        encode_keys(
+            k, v, centre, key_linear, key_last, key_bias, key_sums, keys, values, codes, length, arrived, at - split,
+            tl.num_programs(0) - split, new, T, room, code_room, DIM, PADDED, BITS, WORDS, KEY_HIDDEN, KEY_PARTS, TILE,
+            PDL,
+        )  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
 
 
 def encode(
-    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, planes: tuple[Tensor, Tensor], query_bits: int,
-    keys: Tensor, values: Tensor, codes: Tensor, length: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, maps: tuple[Map, Map], query_bits: int, keys: Tensor,
+    values: Tensor, codes: Tensor, length: Tensor, arrived: Tensor, workspace: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Encode queries and new keys, append keys, values and codes, and add T to length.
+    """See :func:`hashattn.ops.decode.append_reference.encode`.
 
     Args:
-        q: [B, Hq, T, D]; k, v: [B, Hkv, T, D].
-        centre: float32 [B, Hkv, D], contiguous, subtracted from the keys first.
-        planes: float32 [D, bits], contiguous, of queries and of keys.
-        query_bits: planes of a query.
-        keys, values, codes: what is appended to, [B, Hkv, room, X]. Columns beyond the room are dropped.
-        length: int32 [1], filled columns.
-
-    Returns:
-        int64 [B, Hq, T, query_bits, W], the packed queries.
+        q, k, v, centre, maps, query_bits: as there; centre and maps contiguous, and only the queries' map scales.
+        keys, values, codes, length: as there, contiguous.
+        arrived: int32 [1], zero before and after.
+        workspace: uint8, Sizes.workspace of them at least, whatever it holds.
     """
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     batch, q_heads, tokens, dim = q.shape
-    words, queries = codes.shape[3], batch * q_heads * tokens
+    words, queries, new = codes.shape[3], batch * q_heads * tokens, batch * k.shape[1] * tokens
+    early = {"launch_pdl": True} if starts_early(q.device) else {}
     query = torch.empty((batch, q_heads, tokens, query_bits, words), dtype=torch.int64, device=q.device)
-    length.add_(tokens)
-    encode_rows[(queries + batch * k.shape[1] * tokens,)](
-        q.contiguous(), k.contiguous(), v.contiguous(), centre, *planes, query, keys, values, codes, length, queries,
-        tokens, keys.shape[2], codes.shape[2], DIM=dim, PADDED=triton.next_power_of_2(dim), BITS=planes[0].shape[1],
-        WORDS=words, PLANES=query_bits, num_warps=4,
+    of_query, of_key = maps
+    sums = carve(workspace, hidden_parts(queries, new, (of_query.widths, of_key.widths)))
+    query_sums, key_sums = sums.get("query"), sums.get("key")
+    if query_sums is not None:
+        sum_hidden(q, None, of_query, query_sums, early)
+    if key_sums is not None:
+        sum_hidden(k, centre, of_key, key_sums, early)
+    tile = vectors(queries, query_bits)
+    programs = triton.cdiv(queries, tile) * (1 if query_bits > 1 else words) + triton.cdiv(new, tile) * words
+    encode_rows[(programs,)](
+        q, k, v, centre, *_last(of_query), query_sums, *_last(of_key), key_sums, query, keys, values, codes, length,
+        arrived, queries, new, tokens, keys.shape[2], codes.shape[2], DIM=dim, PADDED=triton.next_power_of_2(dim),
+        BITS=of_query.linear.shape[1], WORDS=words, PLANES=query_bits, UNIT=of_query.unit, TILE=tile,
+        QUERY_HIDDEN=0 if query_sums is None else query_sums.shape[2], KEY_HIDDEN=0 if key_sums is None else
+        key_sums.shape[2], QUERY_PARTS=0 if query_sums is None else query_sums.shape[0],
+        KEY_PARTS=0 if key_sums is None else key_sums.shape[0], PDL=bool(early), num_warps=8, **early,
     )  # fmt: skip
     return query
+
+
+def vectors(queries: int, query_bits: int) -> int:
+    """Queries or keys of a program: few, so that every multiprocessor has one, or as many as registers allow."""
+    return 1 if queries <= 64 else 4 if query_bits == 1 else 2
+
+
+def _last(by: Map) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What the last layer multiplies with and adds."""
+    return (by.linear, by.weights[-1], by.biases[-1]) if by.weights else (by.linear, None, None)

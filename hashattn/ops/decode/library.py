@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hashattn.ops.decode import append_reference, reference
+from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.sizes import Sizes
 
@@ -29,12 +30,13 @@ _OPS.define(
 )
 _OPS.define(
     "append(Tensor k, Tensor v, Tensor codes, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) stored, "
-    "Tensor(d!) length) -> ()",
+    "Tensor(d!) length, Tensor(e!) arrived) -> ()",
     tags=_TAGS,
 )
 _OPS.define(
-    "encode(Tensor q, Tensor k, Tensor v, Tensor centre, Tensor query_planes, Tensor key_planes, int query_bits, "
-    "Tensor(a!) keys, Tensor(b!) values, Tensor(c!) codes, Tensor(d!) length) -> Tensor",
+    "encode(Tensor q, Tensor k, Tensor v, Tensor centre, Tensor[] query_map, Tensor[] key_map, bool unit, "
+    "int query_bits, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) codes, Tensor(d!) length, Tensor(e!) arrived, "
+    "Tensor(f!) workspace) -> Tensor",
     tags=_TAGS,
 )
 _OPS.define("filled(Tensor length) -> Tensor", tags=_TAGS)
@@ -53,18 +55,22 @@ def decode(
 
 
 def append(
-    k: Tensor, v: Tensor, codes: Tensor, keys: Tensor, values: Tensor, stored: Tensor, length: Tensor
-) -> None:  # fmt: skip
-    """See :func:`hashattn.ops.decode.append_reference.append`."""
-    torch.ops.hashattn.append(k, v, codes, keys, values, stored, length)
+    k: Tensor, v: Tensor, codes: Tensor, keys: Tensor, values: Tensor, stored: Tensor, length: Tensor, arrived: Tensor
+) -> None:
+    """See :func:`hashattn.ops.decode.append.append`."""
+    torch.ops.hashattn.append(k, v, codes, keys, values, stored, length, arrived)
 
 
 def encode(
-    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, planes: tuple[Tensor, Tensor], query_bits: int,
-    keys: Tensor, values: Tensor, codes: Tensor, length: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, maps: tuple[Map, Map], query_bits: int, keys: Tensor,
+    values: Tensor, codes: Tensor, length: Tensor, arrived: Tensor, workspace: Tensor,
 ) -> Tensor:  # fmt: skip
-    """See :func:`hashattn.ops.decode.append_reference.encode`."""
-    query: Tensor = torch.ops.hashattn.encode(q, k, v, centre, *planes, query_bits, keys, values, codes, length)
+    """See :func:`hashattn.ops.decode.encode.encode`."""
+    of_query, of_key = maps
+    query: Tensor = torch.ops.hashattn.encode(
+        q, k, v, centre, of_query.tensors, of_key.tensors, of_query.unit, query_bits, keys, values, codes, length,
+        arrived, workspace,
+    )  # fmt: skip
     return query
 
 
@@ -125,7 +131,7 @@ def _append_cuda(*given: Tensor) -> None:
 
 @torch.library.impl(_OPS, "append", "CPU")
 def _append_cpu(*given: Tensor) -> None:
-    append_reference.append(*given)
+    append_reference.append(*given[:-1])
 
 
 @torch.library.register_fake("hashattn::append", lib=_OPS)
@@ -135,26 +141,27 @@ def _append_fake(*given: Tensor) -> None:
 
 @torch.library.impl(_OPS, "encode", "CUDA")
 def _encode_cuda(
-    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_planes: Tensor, key_planes: Tensor, query_bits: int,
-    *held: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_map: list[Tensor], key_map: list[Tensor], unit: bool,
+    query_bits: int, *held: Tensor,
 ) -> Tensor:  # fmt: skip
     from hashattn.ops.decode.encode import encode as fused
 
-    return fused(q, k, v, centre, (query_planes, key_planes), query_bits, *held)
+    return fused(q, k, v, centre, (Map.of(query_map, unit), Map.of(key_map)), query_bits, *held)
 
 
 @torch.library.impl(_OPS, "encode", "CPU")
 def _encode_cpu(
-    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_planes: Tensor, key_planes: Tensor, query_bits: int,
-    *held: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_map: list[Tensor], key_map: list[Tensor], unit: bool,
+    query_bits: int, keys: Tensor, values: Tensor, codes: Tensor, length: Tensor, *_: Tensor,
 ) -> Tensor:  # fmt: skip
-    return append_reference.encode(q, k, v, centre, (query_planes, key_planes), query_bits, *held)
+    maps = Map.of(query_map, unit), Map.of(key_map)
+    return append_reference.encode(q, k, v, centre, maps, query_bits, keys, values, codes, length)
 
 
 @torch.library.register_fake("hashattn::encode", lib=_OPS)
 def _encode_fake(
-    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_planes: Tensor, key_planes: Tensor, query_bits: int,
-    keys: Tensor, values: Tensor, codes: Tensor, length: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_map: list[Tensor], key_map: list[Tensor], unit: bool,
+    query_bits: int, keys: Tensor, values: Tensor, codes: Tensor, *_: Tensor,
 ) -> Tensor:  # fmt: skip
     return q.new_empty((*q.shape[:3], query_bits, codes.shape[3]), dtype=torch.int64)
 

@@ -17,11 +17,16 @@ LEVELS = 32  # of candidates, as in cuda/step.cuh
 _ALIGNED = 256  # bytes
 
 Buffers = dict[str, tuple[tuple[int, ...], torch.dtype]]
+Widths = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a step, from the shapes of what it is given: see :func:`hashattn.ops.decode.reference.decode`."""
+    """Of a step, from the shapes of what it is given: see :func:`hashattn.ops.decode.reference.decode`.
+
+    Attributes:
+        hidden: widths of the hidden layers of the queries' and the keys' map, if the workspace serves them as well.
+    """
 
     batch: int
     q_heads: int
@@ -33,6 +38,7 @@ class Sizes:
     planes: int
     words: int
     rule: Rule
+    hidden: Widths = ((), ())
 
     @classmethod
     def of(cls, q: Tensor, query: Tensor, keys: Tensor, codes: Tensor, rule: Rule) -> Sizes:
@@ -132,8 +138,27 @@ class Sizes:
 
     @property
     def workspace(self) -> int:
-        """Bytes of a workspace that holds either's buffers."""
-        return max(_nbytes(self.triton), _nbytes(self.cuda))
+        """Bytes of a workspace that holds any one's buffers."""
+        tokens = self.batch * self.tokens
+        encoding = hidden_parts(tokens * self.q_heads, tokens * self.kv_heads, self.hidden)
+        return max(map(_nbytes, (self.triton, self.cuda, encoding)))
+
+
+def hidden_parts(queries: int, keys: int, widths: Widths) -> Buffers:
+    """Shape and type of what hidden.py writes: parts of the last hidden layer of MLPs, of queries and of new keys."""
+    buffers: Buffers = {}
+    for name, count, layers in (("query", queries, widths[0]), ("key", keys, widths[1])):
+        if layers:
+            parts = -(-layers[0] // blocking(count)[1]) if len(layers) > 1 else 1
+            buffers[name] = (parts, count, layers[-1]), torch.float32
+    return buffers
+
+
+def blocking(count: int) -> tuple[int, int, int]:
+    """Vectors and hidden units of a program of hidden.py, and its warps: many small programs for a few vectors."""
+    if count <= 64:
+        return 4, 16, 4
+    return (16, 16, 4) if count <= 512 else (8, 64, 8)
 
 
 def carve(workspace: Tensor, buffers: Buffers) -> dict[str, Tensor]:

@@ -14,21 +14,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hashattn.ops.decode.encode import encode_rows
+from hashattn.ops.decode.append import append_rows
+from hashattn.ops.decode.encode import encode_rows, vectors
+from hashattn.ops.decode.hidden import hidden_sums
 from hashattn.ops.decode.local import ROWS as LOCAL_ROWS
 from hashattn.ops.decode.local import SPLIT, attend_chunks, level_bits, search_splits
 from hashattn.ops.decode.local import attend_warps as local_warps
 from hashattn.ops.decode.scan import scan
+from hashattn.ops.decode.sizes import blocking
 from hashattn.ops.decode.topk import attend_topk
 from hashattn.ops.decode.triton import CHUNK, ROWS, attend_warps, levels
 
 POINTERS = {
     "query": "*i64", "codes": "*i64", "counts": "*u16", "parts": "*fp32", "stats": "*fp32",
-    "lse": "*fp32", "centre": "*fp32", "query_planes": "*fp32", "key_planes": "*fp32",
+    "lse": "*fp32", "centre": "*fp32", "sums": "*fp32", "first": "*fp32", "first_bias": "*fp32", "last": "*fp32",
+    "last_bias": "*fp32", "query_linear": "*fp32", "query_last": "*fp32", "query_bias": "*fp32", "query_sums": "*fp32",
+    "key_linear": "*fp32", "key_last": "*fp32", "key_bias": "*fp32", "key_sums": "*fp32", "stored": "*i64",
 }  # fmt: skip
 NUMBERS = (
-    "room", "code_room", "radius", "sinks", "recents", "margin", "chunks", "slots", "kv_heads", "queries",
-    "splits",
+    "room", "code_room", "radius", "sinks", "recents", "margin", "chunks", "slots", "kv_heads", "queries", "new",
+    "count", "splits",
 )  # fmt: skip
 
 
@@ -38,7 +43,7 @@ def type_of(fn: Any, name: str, dtype: str) -> str:
         return {"scale": "fp32", "share": "i64"}[name]
     if name in NUMBERS or (name == "k" and fn is attend_topk):
         return "i32"
-    return "*" + dtype if name in ("q", "k", "v", "keys", "values", "out") else POINTERS.get(name, "*i32")
+    return "*" + dtype if name in ("q", "k", "v", "x", "keys", "values", "out") else POINTERS.get(name, "*i32")
 
 
 def compiled(fn: Any, constants: dict[str, Any], warps: int, arch: int, dtype: str) -> dict[str, Any]:
@@ -60,6 +65,22 @@ def compiled(fn: Any, constants: dict[str, Any], warps: int, arch: int, dtype: s
     return {"registers": int(found[1]), "stack": int(found[2]), "popc": "popc.b64" in kernel.asm["ptx"]}
 
 
+def encode_constants(
+    dim: int, words: int, planes: int, queries: int, hidden: tuple[int, ...], key_hidden: tuple[int, ...], arch: int
+) -> dict[str, Any]:  # fmt: skip
+    """What a launch of encode_rows fixes for maps of these hidden layers."""
+    constants = {
+        "T": 1, "DIM": dim, "PADDED": triton.next_power_of_2(dim), "BITS": 64 * words, "WORDS": words,
+        "PLANES": planes, "UNIT": bool(hidden), "TILE": vectors(queries, planes), "PDL": arch >= 90,
+    }  # fmt: skip
+    for of, widths in (("query", hidden), ("key", key_hidden)):
+        parts = triton.cdiv(widths[0], blocking(queries)[1]) if len(widths) > 1 else len(widths)
+        constants |= {f"{of.upper()}_HIDDEN": widths[-1] if widths else 0, f"{of.upper()}_PARTS": parts}
+        if not widths:
+            constants |= dict.fromkeys([f"{of}_last", f"{of}_bias", f"{of}_sums"])
+    return constants
+
+
 def main(arch: int) -> None:
     common = {"T": 1, "CAUSAL": True, "PDL": arch >= 90, "CHUNK": CHUNK}
     for group, shared, words, planes, dim, dtype in (
@@ -78,15 +99,9 @@ def main(arch: int) -> None:
             "PADDED": 16 if shared else 1, "PADDED_OUT": summed, "DIM": dim, "WIDTH": triton.next_power_of_2(dim),
             "CHUNKS": 64, "LEVELS": levels(words, spread), "ROWS": ROWS, "SHARE": True, "RADIUS": False,
         }  # fmt: skip
-        encode = {
-            "T": 1, "DIM": dim, "PADDED": triton.next_power_of_2(dim), "BITS": 64 * words, "WORDS": words,
-            "PLANES": planes,
-        }  # fmt: skip
         name = f"G={group} shared={shared} W={words} P={planes} D={dim} {dtype}"
         found = compiled(scan, own | {"LANES": lanes}, 4, arch, dtype)
         print(json.dumps({"kernel": f"scan {name}", **found}), flush=True)
-        found = compiled(encode_rows, encode, 4, arch, dtype)
-        print(json.dumps({"kernel": f"encode {name}", **found}), flush=True)
         found = compiled(attend_topk, attend, attend_warps(attend["WIDTH"], attend["LEVELS"]), arch, dtype)
         print(json.dumps({"kernel": f"attend {name}", **found}), flush=True)
         if not shared:
@@ -106,6 +121,30 @@ def main(arch: int) -> None:
                 chunks = near | {"DIM": dim, "WIDTH": width, "ENTRIES": 16 * splits, "ROWS": LOCAL_ROWS}
                 found = compiled(attend_chunks, chunks, local_warps(width, splits), arch, dtype)
                 print(json.dumps({"kernel": f"local attend, {splits} splits {name}", **found}), flush=True)
+    for dim, words, planes, queries, hidden, key_hidden, dtype in (
+        (128, 1, 1, 32, (), (), "bf16"),
+        (128, 1, 1, 32, (256, 256), (), "bf16"),
+        (128, 2, 1, 256, (256, 256), (), "bf16"),
+        (64, 2, 2, 32, (256, 256), (), "fp16"),
+        (96, 2, 1, 32, (128, 128), (128, 128), "bf16"),
+        (256, 4, 2, 1024, (256,), (), "bf16"),
+    ):
+        name = f"D={dim} W={words} P={planes} queries={queries} hidden={hidden} {key_hidden} {dtype}"
+        found = compiled(encode_rows, encode_constants(dim, words, planes, queries, hidden, key_hidden, arch), 8, arch,
+                         dtype)  # fmt: skip
+        print(json.dumps({"kernel": f"encode {name}", **found}), flush=True)
+        if hidden:
+            tile, units, warps = blocking(queries)
+            second = hidden[1] if len(hidden) > 1 else 0
+            layer = {
+                "T": 1, "centre": None, "DIM": dim, "PADDED": triton.next_power_of_2(dim), "FIRST": hidden[0],
+                "LAST": second, "WIDTH": triton.next_power_of_2(max(1, second)), "SLICE": units, "TILE": tile,
+                "UNIT": True, "PDL": arch >= 90, **dict.fromkeys([] if second else ["last", "last_bias"]),
+            }  # fmt: skip
+            found = compiled(hidden_sums, layer, warps, arch, dtype)
+            print(json.dumps({"kernel": f"hidden {name}", **found}), flush=True)
+    append = {"T": 1, "DIM": 96, "PADDED": 128, "WORDS": 2, "TILE": 4}
+    print(json.dumps({"kernel": "append", **compiled(append_rows, append, 4, arch, "bf16")}), flush=True)
 
 
 if __name__ == "__main__":

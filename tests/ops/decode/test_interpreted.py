@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashattn import AsymmetricHash, SimHash
 from hashattn.ops.decode import Rule, Scratch, why_not
 from hashattn.ops.decode.sizes import Sizes, carve
 from tests.ops.decode.cases import CASES, LOCAL_CASES, agrees, inputs
@@ -18,8 +17,6 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("kernels are compiled where there is a GPU: test_on_a_gpu.py", allow_module_level=True)
 
-from hashattn.ops.decode.append import append
-from hashattn.ops.decode.encode import encode
 from hashattn.ops.decode.triton import decode
 
 
@@ -109,47 +106,6 @@ def test_what_is_not_served_is_named(change, reason):
     }  # fmt: skip
     found = why_not(**{**call, **change})
     assert found is None if reason is None else reason in found
-
-
-@pytest.mark.filterwarnings("ignore:this AsymmetricHash is not fitted:UserWarning")
-@pytest.mark.parametrize(
-    "encoder",
-    [SimHash(64), SimHash(100, query_bits=2), AsymmetricHash(128, query_hidden=(), query_bits=4), SimHash(256)],
-    ids=lambda e: f"{e.bits} bits, {e.query_bits} planes",
-)
-def test_newest_queries_and_keys_are_encoded_and_appended(encoder):
-    x = inputs(5, batch=2, kv_heads=2, group=3, tokens=2, filled=40, room=64, words=-(-encoder.bits // 64), dim=96)
-    k, v, centre = torch.randn(2, 2, 2, 96), torch.randn(2, 2, 2, 96), torch.randn(2, 2, 96)
-    planes = encoder.linear_planes(96, torch.device("cpu"))
-    held = x.keys.clone(), x.values.clone(), x.codes.clone(), x.length.clone()
-    query = encode(x.q, k, v, centre, planes, encoder.query_bits, *held)
-    exact = encoder.encode_query(x.q)
-    # a value within rounding of zero, or of a step, may fall to either side
-    assert (query != (exact if exact.ndim == 5 else exact.unsqueeze(3))).float().mean() < 0.05
-    assert int(held[3]) == 42
-    for stored, before, new in zip(held, x.all[2:5], (k, v, encoder.encode_key(k, centre)), strict=False):
-        same = stored[:, :, 40:42] == new
-        assert same.all() if new.is_floating_point() else same.float().mean() > 0.9
-        rest = torch.cat([stored[:, :, :40], stored[:, :, 42:]], 2)
-        assert torch.equal(rest.nan_to_num(), torch.cat([before[:, :, :40], before[:, :, 42:]], 2).nan_to_num())
-
-
-def test_what_does_not_fit_is_dropped_and_counted():
-    x = inputs(6, batch=2, kv_heads=2, filled=63, room=64)
-    k = torch.ones(2, 2, 3, 64)
-    for write in (
-        lambda *held: append(k, k, torch.zeros(2, 2, 3, 1, dtype=torch.int64), *held),
-        lambda *held: encode(
-            x.q.expand(-1, -1, 3, -1), k, k, torch.zeros(2, 2, 64), SimHash(64).linear_planes(64, k.device), 1, *held
-        ),
-    ):
-        held = x.keys.clone(), x.values.clone(), x.codes.clone(), x.length.clone()
-        write(*held)
-        assert int(held[3]) == 66
-        assert (held[0][:, :, 63] == 1).all() and (held[1][:, :, 63] == 1).all()
-        assert torch.equal(held[0][:, :, :63], x.keys[:, :, :63]) and torch.equal(
-            held[2][:, :, :63], x.codes[:, :, :63]
-        )
 
 
 @pytest.mark.parametrize("rule", [Rule(k=64), Rule(k=64, chunks=1)], ids=str)

@@ -1,0 +1,73 @@
+"""First kernel of an MLP's codes: the last hidden layer before its ReLU, in parts that the next kernel adds up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from hashattn.ops.decode.maps import Map
+from hashattn.ops.decode.matrix import load_block, load_columns, load_vectors, times
+from hashattn.ops.decode.sizes import blocking
+
+
+@triton.jit
+def hidden_sums(
+    x, centre, first, first_bias, last, last_bias, sums, count, T, DIM: tl.constexpr, PADDED: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, TILE: tl.constexpr,
+    UNIT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (count / TILE, FIRST / SLICE). A program takes SLICE units of the first hidden layer.
+
+    With one hidden layer these are its result. With two they are multiplied with their rows of the second layer's
+    matrix: no weight is read twice for a vector, and one sum over all slices is left.
+
+    Args:
+        x: [count, DIM]; centre: float32 [count / T, DIM], subtracted from it, or None.
+        first, first_bias: float32 [DIM, FIRST], [FIRST].
+        last, last_bias: float32 [FIRST, LAST], [LAST] of the second layer; LAST is 0 without one.
+        sums: float32 [1, count, FIRST], or [slices, count, LAST], written.
+    """
+    rows, low = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1) * SLICE
+    # Weights are asked for before the vectors are there: the kernel before this one does not write them.
+    into = load_block(first, 0, low, DIM, FIRST, PADDED, SLICE)
+    units = load_columns(first_bias, low, FIRST, SLICE)
+    if LAST:
+        onward = load_block(last, low, 0, FIRST, LAST, SLICE, WIDTH)
+        once = load_columns(last_bias, tl.where(low == 0, 0, LAST), LAST, WIDTH)  # zero in all slices but the first
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()  # the next kernel has weights to fetch
+    units += times(load_vectors(x, centre, rows, count, T, DIM, PADDED, UNIT), into)
+    written = rows[:, None] < count
+    if LAST:
+        columns = tl.arange(0, WIDTH)[None, :]
+        part = times(tl.maximum(units, 0.0), onward) + once
+        to = sums + (tl.program_id(1).to(tl.int64) * count + rows[:, None]) * LAST + columns
+        tl.store(to, part, mask=written & (columns < LAST))
+    else:
+        columns = low + tl.arange(0, SLICE)[None, :]
+        tl.store(sums + rows[:, None].to(tl.int64) * FIRST + columns, units, mask=written & (columns < FIRST))
+
+
+def sum_hidden(x: Tensor, centre: Tensor | None, by: Map, sums: Tensor, early: dict[str, Any]) -> None:
+    """The last hidden layer of an MLP before its ReLU, in parts to be added up.
+
+    Args:
+        x: [B, H, T, D], contiguous; centre: float32 [B, H, D], contiguous, subtracted first.
+        by: a map with layers.
+        sums: float32 [parts, B * H * T, hidden], written: see :func:`hashattn.ops.decode.sizes.hidden_parts`.
+        early: launch options.
+    """
+    (_, count, last), dim, first = sums.shape, x.shape[3], by.widths[0]
+    two = len(by.widths) == 2
+    tile, units, warps = blocking(count)
+    hidden_sums[(triton.cdiv(count, tile), triton.cdiv(first, units))](
+        x, centre, by.weights[0], by.biases[0], by.weights[1] if two else None, by.biases[1] if two else None,
+        sums, count, x.shape[2], DIM=dim, PADDED=triton.next_power_of_2(dim), FIRST=first, LAST=last if two else 0,
+        WIDTH=triton.next_power_of_2(last) if two else 1, SLICE=units, TILE=tile, UNIT=by.unit, PDL=bool(early),
+        num_warps=warps, **early,
+    )  # fmt: skip

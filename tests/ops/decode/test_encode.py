@@ -1,0 +1,57 @@
+"""Encoding and appending in the step's kernels under Triton's interpreter, on the CPU, against plain PyTorch."""
+
+import pytest
+import torch
+
+from hashattn import AsymmetricHash, SimHash
+from hashattn.ops.decode import why_not_encode
+from tests.ops.decode.cases import inputs
+from tests.ops.decode.encoding import SMALL, encodes
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("kernels are compiled where there is a GPU: test_encode_on_a_gpu.py", allow_module_level=True)
+
+from hashattn.ops.decode.append import append
+from hashattn.ops.decode.encode import encode
+
+
+@pytest.mark.parametrize(("encoder", "shape"), SMALL)
+def test_newest_queries_and_keys_are_encoded_and_appended(encoder, shape):
+    encodes(encode, encoder, **shape)
+
+
+@pytest.mark.parametrize("encoder", [SimHash(64), AsymmetricHash(64, query_hidden=(20, 20))], ids=["linear", "MLP"])
+@pytest.mark.parametrize(("filled", "room", "code_room"), [(49, 50, 64), (50, 64, 50), (70, 50, 64)])
+def test_what_does_not_fit_is_dropped_and_counted(encoder, filled, room, code_room):
+    encodes(encode, encoder, dim=64, tokens=3, filled=filled, room=room, code_room=code_room)
+
+
+def test_append_drops_and_counts_what_does_not_fit():
+    x = inputs(6, batch=2, kv_heads=3, filled=63, room=64, dim=96, words=2)
+    k, v, codes = torch.ones(2, 3, 3, 96), torch.full((2, 3, 3, 96), 2.0), torch.full((2, 3, 3, 2), 3)
+    held, length = (x.keys.clone(), x.values.clone(), x.codes.clone()), x.length.clone()
+    arrived = torch.zeros(1, dtype=torch.int32)
+    append(k, v, codes, *held, length, arrived)
+    assert int(length) == 66
+    for stored, before, value in zip(held, (x.keys, x.values, x.codes), (1, 2, 3), strict=True):
+        assert (stored[:, :, 63] == value).all()
+        assert torch.equal(stored[:, :, :63], before[:, :, :63])
+    append(k, v, codes, *held, length.fill_(2), arrived)
+    assert int(arrived) == 0 and int(length) == 5 and (held[0][:, :, 2:5] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("widths", "reason"),
+    [
+        (((), ()), None),
+        (((256, 256), (128,)), None),
+        (((512, 512), (512, 512)), None),
+        (None, "signs of maps that all heads share"),
+        (((), (8, 8, 8)), "up to 2 hidden layers, not 3"),
+        (((513,), ()), "up to 512 wide, not 513"),
+    ],
+)
+def test_what_is_encoded_in_pytorch_is_named(widths, reason):
+    found = why_not_encode(widths)
+    assert found is None if reason is None else reason in found

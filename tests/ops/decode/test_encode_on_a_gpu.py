@@ -1,0 +1,66 @@
+"""Encoding and appending compiled, on a GPU, against plain PyTorch. Run with pytest -m gpu."""
+
+import pytest
+import torch
+
+from hashattn import AsymmetricHash, SimHash
+from tests.ops.decode.encoding import SMALL, encodes, encoding_state, randomised, same_bits
+
+pytestmark = pytest.mark.gpu
+LLAMA = {"dim": 128, "kv_heads": 8, "group": 4, "dtype": torch.bfloat16, "device": "cuda"}
+
+
+@pytest.fixture(scope="module")
+def encode():
+    from hashattn.ops.decode.encode import encode
+
+    return encode
+
+
+@pytest.mark.parametrize(("encoder", "shape"), SMALL)
+def test_newest_queries_and_keys_are_encoded_and_appended(encode, encoder, shape):
+    encodes(encode, encoder, **shape, device="cuda")
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (8, 1), (1, 16), (8, 16)])
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        SimHash(64),
+        AsymmetricHash(64),
+        AsymmetricHash(128, query_bits=2),
+        AsymmetricHash(256, query_hidden=(128, 128), key_hidden=(128, 128)),
+        AsymmetricHash(64, query_hidden=(512,)),
+    ],
+    ids=str,
+)
+def test_a_large_model(encode, encoder, batch, tokens):
+    encodes(encode, encoder, batch=batch, tokens=tokens, **LLAMA)
+
+
+@pytest.mark.parametrize("encoder", [SimHash(64), AsymmetricHash(64)], ids=["linear", "MLP"])
+def test_one_captured_launch_serves_many_steps(encode, encoder):
+    encoder = randomised(encoder, 128, "cuda")
+    maps = encoder.maps(128, torch.device("cuda"))
+    q = torch.randn(1, 32, 1, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(1, 8, 1, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    centre, length = torch.randn(1, 8, 128, device="cuda"), torch.zeros(1, device="cuda", dtype=torch.int32)
+    keys, values = (torch.zeros(1, 8, 100, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    codes = torch.zeros(1, 8, 100, 1, device="cuda", dtype=torch.int64)
+    call = q, k, v, centre, maps, 1, keys, values, codes, length, *encoding_state(q, k, codes, maps)
+    encode(*call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        query = encode(*call)
+    new = torch.randn(100, 1, 8, 1, 128, device="cuda", dtype=torch.bfloat16)
+    length.zero_()
+    for step in new:
+        q.normal_()
+        k.copy_(step)
+        v.copy_(-step)
+        graph.replay()
+        same_bits(query, q, maps[0], 1)
+    stored = new.transpose(0, 3)[0]
+    assert int(length) == 100
+    assert torch.equal(keys, stored) and torch.equal(values, -stored)
+    same_bits(codes.unsqueeze(3), stored.float() - centre.unsqueeze(2), maps[1], 1)
