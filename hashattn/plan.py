@@ -9,6 +9,7 @@ import torch
 
 from hashattn.engines import Shape, choices, crossover, provenance, resolve
 from hashattn.fused import why_not
+from hashattn.ops.decode.gpu import why_triton
 
 if TYPE_CHECKING:
     from hashattn.attention import HashAttention
@@ -140,15 +141,7 @@ def _stages(
     elif attn.selector is not None and attn.selector.matrices:
         slow = "a matrix of all distances is made"
     if engine == "triton":
-        rule = attn.selector.rule(1) if attn.selector is not None else None
-        chunks = rule is not None and rule.chunks is not None
-        listed = "keeps the nearest of each chunk" if chunks else "lists the keys near the last step's threshold"
-        return (
-            ("encode", f"{_name(attn.encoder)}: PyTorch", "one token's query and key; keys late and in bulk"),
-            ("scan", f"{_name(attn.index)}: Triton, one kernel", listed),
-            ("select", f"{_name(attn.selector)}: Triton, one kernel with attend", "exact, ties to the most recent key"),
-            ("attend", f"{_name(attn.attend)}: Triton", "split over the selected keys"),
-        )
+        return _fused_stages(attn)
     rows = []
     if attn.encoder is not None and attn.selector is not None and attn.selector.ranked:
         rows = [
@@ -159,6 +152,25 @@ def _stages(
     rows.append(("select", f"{_name(attn.selector)}: {select}", "exact, ties to the most recent key"))
     rows.append(("attend", f"{_name(attn.attend)}: gather and softmax in PyTorch", ""))
     return tuple(rows)
+
+
+def _fused_stages(attn: HashAttention) -> tuple[tuple[str, str, str], ...]:
+    rule = attn.selector.rule(1) if attn.selector is not None else None
+    assert rule is not None
+    slower = why_triton(rule)
+    language = "CUDA C++" if slower is None else "Triton"
+    listed = "lists the keys near the last step's threshold"
+    if rule.chunks is not None:
+        listed = "keeps the nearest of each chunk"
+    if slower is not None:
+        listed += f"; {slower}"
+    one = "the same kernel" if rule.chunks is not None and slower is None else "one kernel"
+    return (
+        ("encode", f"{_name(attn.encoder)}: PyTorch", "one token's query and key; keys late and in bulk"),
+        ("scan", f"{_name(attn.index)}: {language}, one kernel", listed),
+        ("select", f"{_name(attn.selector)}: {language}, {one} with attend", "exact, ties to the most recent key"),
+        ("attend", f"{_name(attn.attend)}: {language}", "split over the selected keys"),
+    )
 
 
 def _name(part: object) -> str:

@@ -13,7 +13,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, StaticCache
 
-from hashattn.integrations.transformers import cache_layer
+from hashattn.integrations.transformers import static_layer
 from hashattn.ops import decode
 from tests.integrations.models import CACHE, LENGTH, TENTH, cache_of, check_codes, hashed, make, prompt, write
 
@@ -117,7 +117,7 @@ def test_a_captured_step_asks_the_device_nothing_and_tells_the_host_nothing(monk
         cache, mask = prefilled(model)
         before = [len(layer.kv) for layer in cache.layers]
         with monkeypatch.context() as patch:
-            patch.setattr(cache_layer, "unseen", lambda: True)  # as within torch.cuda.graph
+            patch.setattr(static_layer, "unseen", lambda: True)  # as within torch.cuda.graph
             for token, logits in zip(tokens, expected, strict=True):
                 ids = torch.tensor([[token], [token + 1]])
                 with torch.no_grad(), Watched():
@@ -176,11 +176,15 @@ def test_changes_and_detaching_are_followed():
     cache, mask = prefilled(model)
     forward, _ = compiled(model)
     step(forward, cache, mask, 5)
+    twin, length = copy.deepcopy(cache), cache.layers[0].decoder.length
     handle.update(share=0.5)
     step(forward, cache, mask, 6)
+    assert cache.layers[0].decoder.length is length  # which a graph may point to
     kept = [row.keys_read for row in handle.report().layers]
     assert all(0.3 < share < 0.4 for share in kept)  # a tenth (and what is forced), then half
     handle.detach()
+    step(model, twin, mask[:, : LENGTH + 2], 7)
+    assert int(twin.get_seq_length()) == LENGTH + 2 and not any(layer.armed for layer in twin.layers)
     assert int(cache.get_seq_length()) == LENGTH + 2
     step(model, cache, mask[:, : LENGTH + 3], 7)
     assert int(cache.get_seq_length()) == LENGTH + 3

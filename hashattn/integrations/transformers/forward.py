@@ -16,10 +16,11 @@ from hashattn.attend.dense import dense
 from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
 from hashattn.integrations.transformers import support
-from hashattn.integrations.transformers.cache_layer import Arming, HashedLayer, HashedStaticLayer, hashed_layer
+from hashattn.integrations.transformers.cache_layer import HashedLayer
 from hashattn.integrations.transformers.layers import Served
 from hashattn.integrations.transformers.mask import read_mask
 from hashattn.integrations.transformers.report import LayerRecord
+from hashattn.integrations.transformers.static_layer import Arming, HashedStaticLayer, hashed_layer
 from hashattn.integrations.transformers.tally import Ledger
 from hashattn.ops import decode
 from hashattn.ops.decode import Scratch
@@ -51,7 +52,7 @@ class Forward:
     step: Step = field(default_factory=Step)
     scratch: Scratch = field(default_factory=Scratch)
     masked: tuple[Tensor, list[int], str | None] | None = None
-    layers: weakref.WeakSet[HashedStaticLayer] = field(default_factory=weakref.WeakSet)  # that were armed
+    beginning: tuple[weakref.ref[Tensor], list[int], str | None] | None = None  # what a call's last query says of rows
 
     def __post_init__(self) -> None:
         unserved = {i: str(served.dense) for i, served in self.served.items() if served.attn is None}
@@ -148,7 +149,7 @@ class Forward:
 
     def rearm(self) -> None:
         """Let layers that are ready for traced and captured steps follow a change of the compositions."""
-        for layer in list(self.layers):
+        for layer in list(self.ledger.layers):
             if layer.armed and layer.arming is not None and layer.kv is not None:
                 layer.settle()
                 served = self.served[layer.arming.number]
@@ -159,9 +160,10 @@ class Forward:
 
     def disarm(self) -> None:
         """Leave all caches as the model's own code expects them."""
-        for layer in list(self.layers):
+        for layer in list(self.ledger.layers):
             layer.settle()
             layer.armed = False
+        self.ledger.close()
 
     # ---- inside
 
@@ -201,9 +203,9 @@ class Forward:
         if kv is None or self.trace or torch.is_grad_enabled() or kv.keys.device.type not in decode.DEVICES:
             return
         if mask is not None:
-            if self.masked is None or self.masked[0] is not mask:
-                self.masked = (mask, *read_mask(mask[:, :, -1:], kv.batch, len(kv), 1))
-            _, starts, reason = self.masked
+            if self.beginning is None or self.beginning[0]() is not mask:  # the mask of a long prompt is large
+                self.beginning = (weakref.ref(mask), *read_mask(mask[:, :, -1:], kv.batch, len(kv), 1))
+            _, starts, reason = self.beginning
             if reason is not None:
                 return
             if starts != kv._starts:
@@ -223,7 +225,6 @@ class Forward:
         elif attn.engine == "auto":
             why = f"auto, faster from {kv.crossover} keys on"
         layer.arm(Arming(attn, number, q_heads, why, self.ledger))
-        self.layers.add(layer)
 
     def _why_not(self, cache: Any, number: int, hidden: Tensor) -> str | None:
         """Why this layer of the cache is not searched; raises ValueError if it should be (strict)."""

@@ -13,7 +13,8 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from hashattn import fused
 from hashattn.attention import HashAttention
 from hashattn.engines import resolve
-from hashattn.integrations.transformers.cache_layer import HashedLayer, HashedStaticLayer
+from hashattn.integrations.transformers.cache_layer import HashedLayer
+from hashattn.integrations.transformers.static_layer import HashedStaticLayer
 
 
 def text_config(model: PreTrainedModel) -> Any:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from hashattn.decoder import Decoder
 from hashattn.integrations.transformers.report import Cost, LayerRecord
 from hashattn.ops.decode import Rule
+
+if TYPE_CHECKING:
+    from hashattn.integrations.transformers.static_layer import HashedStaticLayer
 
 
 @dataclass
@@ -77,11 +82,13 @@ class Ledger:
     Attributes:
         records: by layer.
         unserved: layers that keep the model's own cache, and why: they are counted with the first tally.
+        layers: of all caches that were armed and are still there.
     """
 
     records: dict[int, LayerRecord]
     unserved: dict[int, str]
     tallies: dict[int, Tally] = field(default_factory=dict)
+    layers: weakref.WeakSet[HashedStaticLayer] = field(default_factory=weakref.WeakSet)
 
     def open(self, number: int, tally: Tally) -> None:
         """Count a layer's steps by this tally from here on."""
@@ -99,7 +106,16 @@ class Ledger:
                 record.dense[why] += steps
                 record.engine, record.why = "dense", why
 
+    def close(self) -> None:
+        """Add all that was not yet counted, and count nothing more."""
+        self.look()
+        self.tallies.clear()
+        self.layers.clear()
+
     def look(self) -> None:
         """Add all that was not yet counted."""
         for number, tally in self.tallies.items():
             self.book(number, tally)
+        for layer in self.layers:  # of other caches than the last
+            if layer.arming is not None and layer.arming.ledger is self and layer.tally is not None:
+                self.book(layer.arming.number, layer.tally)

@@ -83,7 +83,7 @@ def _decode_cuda(
     q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
     bounds: Tensor, workspace: Tensor, scale: float, causal: bool, *rule: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from hashattn.ops.decode.triton import decode as fused  # Triton is optional
+    from hashattn.ops.decode.gpu import decode as fused
 
     return fused(
         q.contiguous(), query, keys, values, codes, starts, length, bounds, Rule(*rule), workspace, scale=scale,

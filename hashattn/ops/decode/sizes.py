@@ -38,8 +38,8 @@ class Sizes:
     def of(cls, q: Tensor, query: Tensor, keys: Tensor, codes: Tensor, rule: Rule) -> Sizes:
         """The sizes of a step on these tensors."""
         batch, q_heads, tokens, dim = q.shape
-        rooms = keys.shape[2], codes.shape[2]
-        return cls(batch, q_heads, keys.shape[1], tokens, dim, *rooms, *query.shape[3:], rule)
+        planes, words = query.shape[3:]
+        return cls(batch, q_heads, keys.shape[1], tokens, dim, keys.shape[2], codes.shape[2], planes, words, rule)
 
     @property
     def group(self) -> int:
@@ -111,8 +111,8 @@ class Sizes:
         """The same for the kernels in CUDA C++."""
         width = -(-self.head_dim // 64) * 64
         if self.rule.chunks is not None:
-            parts = self.rows, self.rule.chunks
-            return {"parts": ((*parts, width), torch.float32), "stats": ((*parts, 2), torch.float32)}
+            heads = self.rows, self.rule.chunks
+            return {"parts": ((*heads, width), torch.float32), "stats": ((*heads, 2), torch.float32)}
         parts = self.rows, self.slots // ROWS, self.summed
         return {
             "lists": ((self.rows, self.cuda_chunks, self.cuda_chunk), torch.uint16),

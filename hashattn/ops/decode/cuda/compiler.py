@@ -6,8 +6,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import importlib.util
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,18 @@ SOURCES = Path(__file__).parent
 Defines = tuple[tuple[str, int], ...]
 
 
+@functools.cache
 def why_not() -> str | None:
-    """Why kernels cannot be compiled here; None if they can."""
+    """Why kernels cannot be compiled here, as the end of a sentence; None if they can."""
     try:
-        found = importlib.util.find_spec("cuda.bindings")
-    except ModuleNotFoundError:
-        found = None
-    return None if found else 'they need cuda-bindings: pip install "hashattn[gpu]"'
+        from cuda.bindings import nvrtc
+
+        _checked(nvrtc.nvrtcVersion())
+    except ImportError:
+        return 'CUDA C++ needs cuda-bindings: pip install "hashattn[gpu]"'
+    except Exception as error:  # what is raised where the library is missing depends on the version
+        return f"CUDA C++ needs NVRTC, which does not load: {str(error).splitlines()[0]}"
+    return None
 
 
 def compile(name: str, defines: Defines, arch: int) -> bytes:
@@ -108,8 +111,3 @@ def _checked(result: tuple[Any, ...]) -> Any:
     if int(status) != 0:
         raise RuntimeError(f"CUDA says {status.name} ({int(status)})")
     return values[0] if values else None
-
-
-def defines_of(values: Mapping[str, int | bool]) -> Defines:
-    """As compile() takes them."""
-    return tuple((name, int(value)) for name, value in values.items())

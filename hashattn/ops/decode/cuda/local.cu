@@ -67,7 +67,7 @@ __device__ __forceinline__ void look(const Step &s, const Chunk &c, int run, u32
 }
 
 // The nearest `wanted` of every lane from all codes of the chunk, for hints that failed. Sets their thresholds.
-__device__ __noinline__ void from_codes(const Step &s, const Chunk &c, const Terms *terms, int wanted, int *columns, int *thresholds) {
+__device__ __noinline__ void from_codes(const Step &s, const Chunk c, const Terms *terms, int wanted, int *columns, int *thresholds) {
   __shared__ int histogram[LANES][DISTANCES], cuts[LANES], drops[LANES];
   for (int i = threadIdx.x; i < LANES * DISTANCES; i += THREADS) histogram[0][i] = 0;
   __syncthreads();

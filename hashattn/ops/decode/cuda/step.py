@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,9 +44,9 @@ def decode(
         RuntimeError: a kernel does not compile or launch.
     """
     sizes = Sizes.of(q, query, keys, codes, rule)
-    dim, summed, rows, device = sizes.head_dim, sizes.summed, sizes.rows, q.device
+    device = q.device
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
-    ids = torch.empty((rows, sizes.slots), dtype=torch.int32, device=device)
+    ids = torch.empty((sizes.rows, sizes.slots), dtype=torch.int32, device=device)
     tensors = {
         "q": q, "keys": keys, "values": values, "query": query, "codes": codes, "starts": starts, "length": length,
         "bounds": bounds, "arrived": bounds[sizes.hints], "totals": bounds[sizes.hints + 1 :], "ids": ids, "out": out,
@@ -57,33 +58,43 @@ def decode(
         margin=2 * math.isqrt(sizes.spread), room=sizes.room, code_room=sizes.code_room, chunks=sizes.cuda_chunks,
         slots=sizes.slots, kv_heads=sizes.kv_heads,
     )  # fmt: skip
+    aligned = sizes.code_room * sizes.words % 2 == 0 and codes.data_ptr() % 16 == 0
+    for one in launches(sizes, q.dtype, causal, aligned)[: 1 if scan_only and rule.chunks is None else None]:
+        kernel = compiler.kernel(one.name, one.defines, q.get_device())
+        compiler.launch(kernel, one.grid, one.threads, step, early=torch.cuda.get_device_capability(device) >= (9, 0))
+    return out, lse, ids.view(sizes.batch, -1, sizes.tokens, sizes.slots)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, what it is compiled with, its programs and their threads."""
+
+    name: str
+    defines: compiler.Defines
+    grid: tuple[int, int, int]
+    threads: int
+
+
+def launches(sizes: Sizes, dtype: torch.dtype, causal: bool, aligned: bool) -> list[Launch]:
+    """The launches of a step; aligned: codes may be read in 16 bytes."""
+    rule, summed = sizes.rule, sizes.summed
     lanes = max(n for n in (1, 2, 3, 4) if sizes.group // summed % n == 0)
     common = {
         "G": sizes.group, "SUM": summed, "WORDS": sizes.words, "PLANES": sizes.planes, "TOKENS": sizes.tokens,
-        "DIM": dim, "TYPE": TYPES[q.dtype], "CAUSAL": causal, "RADIUS": rule.radius is not None,
-        "ALIGNED": sizes.code_room * sizes.words % 2 == 0 and codes.data_ptr() % 16 == 0,
+        "DIM": sizes.head_dim, "TYPE": TYPES[dtype], "CAUSAL": causal, "RADIUS": rule.radius is not None,
+        "ALIGNED": aligned,
     }  # fmt: skip
     heads, queries = sizes.kv_heads * sizes.group // summed, sizes.batch * sizes.tokens
 
-    def launch(name: str, grid: tuple[int, int, int], threads: int, **own: int) -> None:
-        kernel = compiler.kernel(name, compiler.defines_of(common | own), q.get_device())
-        compiler.launch(kernel, grid, threads, step, early=torch.cuda.get_device_capability(device) >= (9, 0))
+    def launch(name: str, blocks: int, heads: int, threads: int, **own: int) -> Launch:
+        defines = tuple((key, int(value)) for key, value in (common | own).items())
+        return Launch(name, defines, (blocks, heads, queries), threads)
 
     if rule.chunks is not None:
-        launch(
-            "local",
-            (rule.chunks, heads // lanes, queries),
-            256,
-            LOCAL=1,
-            CHUNKS=rule.chunks,
-            RUN=RUN,
-            LANES=lanes,
-            ROWS=rule.per_chunk,
-        )
-        return out, lse, ids.view(sizes.batch, -1, sizes.tokens, sizes.slots)
-    gathered = 2 * rows * sizes.slots * dim * q.element_size()
-    launch("scan", (sizes.cuda_chunks, heads // lanes, queries), 256, LANES=lanes, PREFETCH=gathered <= CACHED)
-    if not scan_only:
-        grid = sizes.slots // ROWS, heads, queries
-        launch("attend", grid, 128, LANES=1, ROWS=ROWS, SHARE=rule.share is not None)
-    return out, lse, ids.view(sizes.batch, -1, sizes.tokens, sizes.slots)
+        own = {"LOCAL": 1, "CHUNKS": rule.chunks, "RUN": RUN, "LANES": lanes, "ROWS": rule.per_chunk}
+        return [launch("local", rule.chunks, heads // lanes, 256, **own)]
+    gathered = 2 * sizes.rows * sizes.slots * sizes.head_dim * dtype.itemsize
+    return [
+        launch("scan", sizes.cuda_chunks, heads // lanes, 256, LANES=lanes, PREFETCH=gathered <= CACHED),
+        launch("attend", sizes.slots // ROWS, heads, 128, LANES=1, ROWS=ROWS, SHARE=rule.share is not None),
+    ]

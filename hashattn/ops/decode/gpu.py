@@ -1,0 +1,37 @@
+"""The fused decode step on a GPU: its kernels in CUDA C++ where they can be compiled, in Triton where they cannot."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hashattn.ops.decode.cuda import compiler
+from hashattn.ops.decode.rule import Rule
+
+OLDEST = (8, 0)  # compute capability
+
+
+def why_triton(rule: Rule, device: torch.device | None = None) -> str | None:
+    """Why a step runs in Triton, as the end of a sentence; None if it runs in CUDA C++, which is faster.
+
+    Args:
+        device: None for any GPU.
+    """
+    if device is not None and torch.cuda.get_device_capability(device) < OLDEST:
+        return "CUDA C++ is written for compute capability 8.0 and above"
+    return compiler.why_not()
+
+
+def decode(
+    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
+    bounds: Tensor, rule: Rule, workspace: Tensor, *, scale: float, causal: bool = True, scan_only: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See :func:`hashattn.ops.decode.triton.decode`."""
+    if why_triton(rule, q.device) is None:
+        from hashattn.ops.decode.cuda.step import decode as fused
+    else:
+        from hashattn.ops.decode.triton import decode as fused  # Triton is imported where it is needed
+    return fused(
+        q, query, keys, values, codes, starts, length, bounds, rule, workspace, scale=scale, causal=causal,
+        scan_only=scan_only,
+    )  # fmt: skip

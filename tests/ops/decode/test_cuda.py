@@ -1,0 +1,70 @@
+"""The kernels in CUDA C++ compile for A100s and H100s without a GPU: no spilled registers, popcount in hardware."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from hashattn.ops.decode import Rule, Sizes
+from hashattn.ops.decode.cuda import compiler
+from hashattn.ops.decode.cuda.step import launches
+from hashattn.ops.decode.gpu import why_triton
+
+triton = pytest.importorskip("triton")
+pytest.importorskip("cuda.bindings")
+TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+SHAPES = [
+    ({"q_heads": 32, "planes": 1, "words": 1, "head_dim": 128}, torch.bfloat16, Rule(k=1024)),
+    ({"q_heads": 32, "planes": 1, "words": 1, "head_dim": 128}, torch.bfloat16, Rule(k=1024, shared=True)),
+    ({"q_heads": 32, "planes": 1, "words": 1, "head_dim": 128}, torch.bfloat16, Rule(k=1024, chunks=64)),
+    ({"q_heads": 24, "planes": 2, "words": 2, "head_dim": 96}, torch.float16, Rule(share=0.1, recents=9)),
+    ({"q_heads": 128, "planes": 1, "words": 4, "head_dim": 256}, torch.float16, Rule(k=64, shared=True, radius=400)),
+    ({"q_heads": 16, "planes": 2, "words": 4, "head_dim": 256}, torch.float32, Rule(k=64, chunks=1)),
+]
+
+
+def sizes(shape, rule):
+    return Sizes(1, shape["q_heads"], 8, 1, shape["head_dim"], 4096, 4096, shape["planes"], shape["words"], rule)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("shape", "dtype", "rule"), SHAPES)
+def test_kernels_compile_without_spills(shape, dtype, rule, arch, tmp_path):
+    assert compiler.why_not() is None
+    for one in launches(sizes(shape, rule), dtype, True, True):
+        path = tmp_path / f"{one.name}.cubin"
+        path.write_bytes(compiler.compile(one.name, one.defines, arch))
+        usage, code = (
+            subprocess.run([TOOL, option, path], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+        stacks = re.findall(r"STACK:(\d+)", usage)
+        assert stacks and not any(map(int, stacks)), (one, usage)
+        assert "POPC" in code
+
+
+def test_what_is_compiled_is_kept_and_made_anew_if_it_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HASHATTN_CACHE", str(tmp_path))
+    (one, _) = launches(sizes(*SHAPES[0][::2]), torch.bfloat16, True, True)
+    first = compiler.cached(one.name, one.defines, 90)
+    (path,) = (tmp_path / "kernels").iterdir()
+    assert path.read_bytes() == first
+    monkeypatch.setattr(compiler, "compile", lambda *_: pytest.fail("compiled again"))
+    assert compiler.cached(one.name, one.defines, 90) == first
+    monkeypatch.setattr(compiler, "compile", lambda *_: b"another")
+    assert compiler.cached(one.name, one.defines, 80) == b"another"  # of another GPU
+    monkeypatch.setenv("HASHATTN_CACHE", "/dev/null/nowhere")
+    assert compiler.cached(one.name, one.defines, 90) == b"another"  # nothing can be kept there
+
+
+def test_a_kernel_that_does_not_compile_shows_the_compilers_words():
+    with pytest.raises(RuntimeError, match=r"scan.cu does not compile for sm_90(?s:.)*identifier .G. is undefined"):
+        compiler.compile("scan", (), 90)
+
+
+def test_triton_takes_over_where_cuda_cannot_be_compiled(monkeypatch):
+    assert why_triton(Rule(k=3)) is None
+    monkeypatch.setattr(compiler, "why_not", lambda: "it is not installed")
+    assert why_triton(Rule(k=3)) == "it is not installed"
