@@ -9,7 +9,7 @@ import torch
 
 from hashattn.engines import Shape, choices, crossover, provenance, resolve
 from hashattn.fused import why_not
-from hashattn.ops.decode.gpu import why_triton
+from hashattn.ops.decode.gpu import kernels, why_triton
 
 if TYPE_CHECKING:
     from hashattn.attention import HashAttention
@@ -157,8 +157,7 @@ def _stages(
 def _fused_stages(attn: HashAttention) -> tuple[tuple[str, str, str], ...]:
     rule = attn.selector.rule(1) if attn.selector is not None else None
     assert rule is not None
-    slower = why_triton(rule)
-    language = "CUDA C++" if slower is None else "Triton"
+    slower, language = why_triton(rule), kernels(rule)
     listed = "lists the keys near the last step's threshold"
     if rule.chunks is not None:
         listed = "keeps the nearest of each chunk"

@@ -22,6 +22,11 @@ def why_triton(rule: Rule, device: torch.device | None = None) -> str | None:
     return compiler.why_not()
 
 
+def kernels(rule: Rule, device: torch.device | None = None) -> str:
+    """What a step's kernels are written in."""
+    return "CUDA C++" if why_triton(rule, device) is None else "Triton"
+
+
 def decode(
     q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
     bounds: Tensor, rule: Rule, workspace: Tensor, *, scale: float, causal: bool = True, scan_only: bool = False,
