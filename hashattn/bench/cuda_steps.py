@@ -64,7 +64,7 @@ def why_not(case: Case, bits: int, selector: Selector) -> str | None:
 
 def kernels(rule: Rule) -> str:
     """What the step is written in that runs on the current GPU: "CUDA C++" or "Triton"."""
-    return "CUDA C++" if gpu.why_triton(rule, torch.device("cuda")) is None else "Triton"
+    return gpu.kernels(rule, torch.device("cuda"))
 
 
 def has_stages(rule: Rule) -> bool:
