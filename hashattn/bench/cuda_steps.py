@@ -16,7 +16,7 @@ from hashattn.encoders import AsymmetricHash, SimHash
 from hashattn.encoders.base import Encoder
 from hashattn.index import FlatHamming
 from hashattn.ops import decode
-from hashattn.ops.decode import Rule, Scratch, Sizes
+from hashattn.ops.decode import Rule, Scratch, Sizes, gpu
 from hashattn.selectors import LocalTopK, Selector, TopK
 
 Result = tuple[Tensor, Tensor, Tensor]  # out, lse, ids
@@ -63,10 +63,8 @@ def why_not(case: Case, bits: int, selector: Selector) -> str | None:
 
 
 def kernels(rule: Rule) -> str:
-    """What the step is written in that runs here: "CUDA C++" or "Triton"."""
-    from hashattn.ops.decode import gpu
-
-    return gpu.kernels(rule)
+    """What the step is written in that runs on the current GPU: "CUDA C++" or "Triton"."""
+    return gpu.kernels(rule, torch.device("cuda"))
 
 
 def has_stages(rule: Rule) -> bool:
@@ -83,10 +81,8 @@ def fused(
     layer: Layer, i: int, bounds: Tensor, rule: Rule, scratch: Scratch, scan_only: bool = False
 ) -> Result:  # fmt: skip
     """The step with a layer's query i, or its first kernel alone."""
-    from hashattn.ops.decode.gpu import decode
-
     workspace = scratch.workspace(_sizes(layer, i, rule).workspace, layer.keys.device)
-    return decode(
+    return gpu.decode(
         layer.q[i], layer.query[i], layer.keys, layer.values, layer.codes, layer.starts, layer.length, bounds, rule,
         workspace, scale=layer.q[i].shape[-1] ** -0.5, scan_only=scan_only,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from hashattn.bench.floors import Machine, code_bytes, floors, step_bytes
 from hashattn.cli import main
 from hashattn.ops import decode
 from hashattn.ops.decode import Scratch, reference
+from hashattn.ops.decode.cuda import compiler
 from tests.structured import raises_naming
 
 SMALL = Case(4, 2, 16, "float32", 300, 40, batch=2)
@@ -352,6 +353,16 @@ def test_each_selector_that_is_served_has_a_row_of_its_own(pretended, monkeypatc
     assert "unserved is left out per query_head: it is new" in result["notes"]
 
 
+@pytest.mark.parametrize(
+    ("capability", "reason", "expected"),
+    [((9, 0), None, "CUDA C++"), ((9, 0), "it cannot be compiled", "Triton"), ((7, 5), None, "Triton")],
+)
+def test_a_row_says_which_kernels_ran(monkeypatch, capability, reason, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(compiler, "why_not", lambda: reason)
+    assert cuda_steps.kernels(SHARED) == expected
+
+
 @pytest.mark.parametrize(("written_in", "kernels"), [("CUDA C++", 1), ("Triton", 2)])
 def test_a_step_of_one_kernel_has_no_stages(pretended, monkeypatch, written_in, kernels):
     monkeypatch.setattr(cuda, "selectors", selectors)
@@ -388,11 +399,15 @@ def test_a_small_case_is_measured(monkeypatch, clustered):
     monkeypatch.setattr(cuda_inputs, "COLD", 1 << 20)
     case = Case(8, 2, 64, "bfloat16", 5000, 200, batch=2)
     result = cuda.run([case], clustered=clustered, rounds=3)
-    assert [r["per"] for r in result["rows"]] == ["query_head", "kv_head"]
+    served = [("TopK", "query_head"), ("LocalTopK", "query_head"), ("TopK", "kv_head")]
+    assert [(r["selector"], r["per"]) for r in result["rows"]] == served
+    assert any(note.startswith("LocalTopK is left out per kv_head") for note in result["notes"])
     for r in result["rows"]:
         us = r["us"]
         assert us[r["dense"]] == min(t for name, t in us.items() if name.startswith(("SDPA", "Triton")))
-        assert 0 < us["scan"] < us["step"]
+        assert r["kernels"] in ("CUDA C++", "Triton")
+        assert ("scan" in us) == (r["selector"] == "TopK" or r["kernels"] == "Triton")
+        assert 0 < us.get("scan", 1e-3) < us["step"]
         assert us["step"] > r["byte_floor_us"]
         assert us["step"] < min(us["linear"], us["MLP"])
         assert {"Triton 128", "Triton 256", "torch.topk"} <= us.keys()
