@@ -73,9 +73,9 @@ def search_splits(
         columns = ((low + at) // RUN * chunks + chunk) * RUN + at % RUN
         x = load_runs(codes + kv.to(tl.int64) * room * WORDS, columns, room, WORDS)
         d = distance(x, query + row.to(tl.int64) * PLANES * WORDS, 0, WORDS, PLANES, 1)
-        sinks = place_of(first + sinks, chunk, chunks) - low
-        recents = place_of(tl.maximum(end - recents, 0), chunk, chunks) - low
-        level = tl.where((at < sinks) | (at >= recents), 0, d + 1)
+        head = place_of(first + sinks, chunk, chunks) - low
+        tail = place_of(tl.maximum(end - recents, 0), chunk, chunks) - low
+        level = tl.where((at < head) | (at >= tail), 0, d + 1)
         level = tl.where((at >= begin) & (at < stop), level, (1 << BITS) - 1)
         chosen, rank = smallest(level, wanted + tl.zeros([1], tl.int32), BITS)
         tl.store(own + rank, level << 16 | at, mask=chosen)

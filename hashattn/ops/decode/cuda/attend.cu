@@ -259,5 +259,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 4 : SUM > 8 ?
   let_the_next_kernel_start();
   if (!is_last(s.arrived + row, programs)) return;
   if (threadIdx.x < LEVELS) s.totals[row * LEVELS + threadIdx.x] = 0;
-  combine(s, row * programs_most, programs, q_row, *s.length > s.room);
+  combine(s, row * programs_most, programs, q_row, filled(s) > s.room);
 }

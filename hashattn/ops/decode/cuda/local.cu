@@ -292,5 +292,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORDS > 1 ? 2 : DEPTH > 1 
   }
   let_the_next_kernel_start();
   if (is_last(s.arrived + joint, CHUNKS))
-    combine(s, part - number, CHUNKS, row0, *s.length > s.room);
+    combine(s, part - number, CHUNKS, row0, filled(s) > s.room);
 }

@@ -24,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
   const int row0 = (kv * (G / SUM) + group * LANES) * TOKENS + t;  // the next lane's is T further
   const u64 *codes = s.codes + (size_t)kv * s.code_room * WORDS;
   constexpr int LINE = 16 / WORDS;  // codes in 128 bytes
-  if (thread < CHUNK / LINE && low + thread * LINE < min(*s.length, s.code_room))  // a length of before is as good
+  if (thread < CHUNK / LINE && low + thread * LINE < min(filled(s), s.code_room))  // a length of before is as good
     asm volatile("prefetch.global.L2 [%0];" ::"l"(codes + (size_t)(low + thread * LINE) * WORDS));
   wait_for_the_kernel_before();
   const int own = low + thread * KEYS;  // this thread's first column

@@ -70,10 +70,13 @@ __device__ __forceinline__ void let_the_next_kernel_start() {
 #endif
 }
 
+// Columns that are filled. Read past the first-level cache, which would go on to give what was read too early.
+__device__ __forceinline__ int filled(const Step &s) { return __ldcg(s.length); }
+
 // The columns [first, end) that query t of row b sees, none beyond the room.
 __device__ __forceinline__ void span(const Step &s, int b, int t, int &first, int &end) {
-  first = s.starts[b];
-  end = min(*s.length, s.code_room);
+  first = __ldcg(s.starts + b);
+  end = min(filled(s), s.code_room);
 #if CAUSAL
   end += t - (TOKENS - 1);
 #endif
