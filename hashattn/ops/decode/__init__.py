@@ -6,11 +6,12 @@ import importlib.util
 
 import torch
 
+from hashattn.ops.decode.estimate import Estimate
 from hashattn.ops.decode.reference import decode as reference
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.scratch import Scratch
 
-__all__ = ["Rule", "Scratch", "reference", "why_not"]
+__all__ = ["Estimate", "Rule", "Scratch", "reference", "why_not"]
 
 HEAD_DIMS = (64, 96, 128, 256)
 MOST_LEVELS = 4096  # distances that are told apart

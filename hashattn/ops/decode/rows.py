@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hashattn.ops.decode.codes import popcount
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -18,13 +20,45 @@ def load_rows(storage, columns, filled, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def one_head(q, keys, values, columns, filled, scale, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """A query's attention to a tile of keys, not yet divided: (peak [1], total [1], sum [WIDTH]), float32, base 2."""
+def estimate(
+    q, step, centre, a, norms, codes, query, words_step, columns, medium, per_bit, G: tl.constexpr,
+    PADDED: tl.constexpr, WORDS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Estimated q.k of G queries and the medium keys at columns, which are not read: float32 [PADDED, ROWS].
+
+    Args:
+        step, words_step: from a query to the next one, of q and of its signs at query.
+        per_bit: 2 / bits.
+    """
+    dims, heads = tl.arange(0, WIDTH), tl.arange(0, PADDED)
+    rows = tl.load(
+        q + heads[:, None] * step + dims[None, :], mask=(heads < G)[:, None] & (dims < DIM)[None, :], other=0.0
+    ).to(tl.float32)
+    offset = tl.sum(rows * tl.load(centre + dims, mask=dims < DIM, other=0.0)[None, :], 1)
+    size = tl.sqrt(tl.sum(rows * rows, 1)) * tl.load(a).to(tl.float32)
+    norm = tl.load(norms + columns, mask=medium, other=0.0).to(tl.float32)
+    differing = tl.zeros([PADDED, columns.shape[0]], tl.int32)
+    for w in tl.static_range(WORDS):
+        signs = tl.load(query + heads * words_step + w, mask=heads < G, other=0)
+        code = tl.load(codes + columns.to(tl.int64) * WORDS + w, mask=medium, other=0)
+        differing += popcount(signs[:, None] ^ code[None, :])
+    return offset[:, None] + size[:, None] * norm[None, :] * (1.0 - per_bit * differing.to(tl.float32))
+
+
+@triton.jit
+def one_head(
+    q, keys, values, columns, filled, exact, estimated, scale, DIM: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """A query's attention to a tile of keys, not yet divided: (peak [1], total [1], sum [WIDTH]), float32, base 2.
+
+    Keys that are filled but not exact are not read: their q.k is as estimated.
+    """
     dims = tl.arange(0, WIDTH)
-    k = load_rows(keys, columns, filled, DIM, WIDTH)
+    k = load_rows(keys, columns, exact, DIM, WIDTH)
     v = load_rows(values, columns, filled, DIM, WIDTH)
     row = tl.load(q + dims, mask=dims < DIM, other=0.0).to(tl.float32) * (scale * LOG2E)
-    x = tl.where(filled, tl.sum(k.to(tl.float32) * row[None, :], 1), float("-inf"))
+    x = tl.where(exact, tl.sum(k.to(tl.float32) * row[None, :], 1), estimated * (scale * LOG2E))
+    x = tl.where(filled, x, float("-inf"))
     peak = tl.max(x, 0)
     p = tl.exp2(x - tl.where(peak == float("-inf"), 0.0, peak))
     one = tl.zeros([1], tl.float32)
@@ -33,17 +67,17 @@ def one_head(q, keys, values, columns, filled, scale, DIM: tl.constexpr, WIDTH: 
 
 @triton.jit
 def group_of_heads(
-    q, step, keys, values, columns, filled, scale, G: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
+    q, step, keys, values, columns, filled, exact, estimated, scale, G: tl.constexpr, PADDED: tl.constexpr,
+    DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The same for G queries that share the keys, `step` elements apart: ([PADDED], [PADDED], [PADDED, WIDTH])."""
     dims, heads = tl.arange(0, WIDTH), tl.arange(0, PADDED)
-    k = load_rows(keys, columns, filled, DIM, WIDTH)
+    k = load_rows(keys, columns, exact, DIM, WIDTH)
     v = load_rows(values, columns, filled, DIM, WIDTH)
     rows = tl.load(
         q + heads[:, None] * step + dims[None, :], mask=(heads < G)[:, None] & (dims < DIM)[None, :], other=0.0
     )
-    x = tl.dot(rows, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+    x = tl.where(exact[None, :], tl.dot(rows, tl.trans(k), input_precision="ieee"), estimated) * (scale * LOG2E)
     x = tl.where(filled[None, :], x, float("-inf"))
     peak = tl.max(x, 1)
     p = tl.exp2(x - tl.where(peak == float("-inf"), 0.0, peak)[:, None])

@@ -15,6 +15,8 @@ class Rule:
         shared: the heads of a KV head make one choice, by the sum of their distances.
         sinks, recents: this many first and last visible keys are ranked before every distance and count in the budget.
         radius: the largest distance (or sum) of a key that is not forced; None for any.
+        critical: share of the visible keys, rounded up in float64, that are critical, and all forced ones; the other
+            keys that are kept are medium. None if all are critical.
     """
 
     k: int | None = None
@@ -23,6 +25,7 @@ class Rule:
     sinks: int = 0
     recents: int = 0
     radius: int | None = None
+    critical: float | None = None
 
     def slots(self, visible: int) -> int:
         """Keys kept by a query that sees so many."""

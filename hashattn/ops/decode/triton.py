@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hashattn.ops.decode.estimate import Estimate
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.scan import scan
 from hashattn.ops.decode.scratch import Scratch
@@ -20,7 +21,8 @@ ROWS = 64  # keys of a program of the second
 def decode(
     q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
     bounds: Tensor, rule: Rule, scratch: Scratch, *, scale: float, causal: bool = True, scan_only: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    estimate: Estimate | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """See :func:`hashattn.ops.decode.reference.decode`. The step neither waits for the device nor asks it anything.
 
     Args:
@@ -43,6 +45,7 @@ def decode(
     candidates = scratch.borrow("candidates", (rows, chunks, CHUNK), torch.int32, device)
     counts = scratch.borrow("counts", (rows, bins, chunks), torch.uint16, device)
     ids = torch.empty((rows, slots), dtype=torch.int32, device=device)
+    tier = None if estimate is None or rule.critical is None else torch.empty_like(ids, dtype=torch.int8)
     parts = scratch.borrow("parts", (rows, slots // ROWS, summed, width), torch.float32, device)
     stats = scratch.borrow("stats", (rows, slots // ROWS, summed, 2), torch.float32, device)
     arrived = scratch.borrow("arrived", (rows,), torch.int32, device)
@@ -60,17 +63,24 @@ def decode(
         tokens, LANES=lanes, num_warps=4, **common,
     )  # fmt: skip
     if scan_only:
-        return out, lse, ids.view(batch, -1, tokens, slots)
+        return out, lse, ids.view(batch, -1, tokens, slots), None
+    medium: tuple[Tensor | float | None, ...] = (None, None, None, None, None, 0.0)
+    norm_room = 0
+    if estimate is not None and tier is not None:
+        critical = scratch.constant(rule.critical or 0.0, device)
+        medium = critical, estimate.norms, estimate.centre, estimate.a, tier, 2 / estimate.bits
+        norm_room = estimate.norms.shape[2]
     attend_topk[(slots // ROWS, rows)](
         q, keys, values, query, codes, bounds, candidates, counts, starts, length,
-        scratch.constant(rule.share or 0.0, device), ids, parts, stats, arrived, out, lse, scale, rule.k or 0,
-        radius, rule.sinks, rule.recents, 2 * math.isqrt(spread), room, code_room, chunks, slots, kv_heads,
-        tokens,
+        scratch.constant(rule.share or 0.0, device), ids, parts, stats, arrived, out, lse, *medium, scale,
+        rule.k or 0, radius, rule.sinks, rule.recents, 2 * math.isqrt(spread), room, code_room, norm_room, chunks,
+        slots, kv_heads, tokens,
         PADDED=padded if summed == 1 else max(16, padded), PADDED_OUT=padded, DIM=dim, WIDTH=width,
         CHUNKS=triton.next_power_of_2(chunks), LEVELS=levels(words, spread), ROWS=ROWS, SHARE=rule.share is not None,
-        RADIUS=rule.radius is not None, num_warps=attend_warps(width, levels(words, spread)), **common,
+        RADIUS=rule.radius is not None, TIERS=tier is not None, num_warps=attend_warps(width, levels(words, spread)), **common,
     )  # fmt: skip
-    return out, lse, ids.view(batch, -1, tokens, slots)
+    shape = (batch, rows // batch // tokens, tokens, slots)
+    return out, lse, ids.view(shape), None if tier is None else tier.view(shape)
 
 
 def levels(words: int, spread: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hashattn.ops.decode import Rule, Scratch, reference
+from hashattn.ops.decode import Estimate, Rule, Scratch, reference
 from tests.structured import generator
 
 WORST = 2**31 - 1
@@ -73,7 +73,28 @@ CASES: list[tuple[dict[str, Any], Rule]] = [
     ({"tokens": 2}, Rule(k=64, shared=True, radius=110, recents=5)),
     ({"filled": 300, "room": 320}, Rule(share=1.0)),
     ({"filled": 60, "room": 64}, Rule(k=10, sinks=30, recents=40)),
+    ({"kv_heads": 2, "words": 2}, Rule(share=0.1, critical=0.05)),
+    ({"tokens": 3, "group": 3, "batch": 2, "filled": 700, "room": 720, "starts": (0, 500)},
+     Rule(share=0.2, critical=0.03, shared=True, sinks=2, recents=9)),
+    ({"group": 1, "planes": 2, "filled": 300, "room": 320}, Rule(share=0.5, critical=0.499)),
+    ({"group": 4, "planes": 2, "words": 2, "dim": 128, "filled": 900, "room": 912},
+     Rule(share=0.1, critical=0.05, shared=True)),
+    ({"clustered": True, "filled": 4000, "dim": 96}, Rule(share=0.03, critical=0.01, recents=20)),
+    ({"tokens": 2, "words": 4, "dim": 256, "filled": 140, "room": 144, "starts": (138,)},
+     Rule(share=1.0, critical=0.3)),
+    ({"filled": 500, "room": 512}, Rule(share=0.1, critical=0.02, sinks=9, recents=30)),  # more are forced
+    ({"filled": 600, "room": 608}, Rule(share=0.9, critical=0.001)),  # too far apart for one histogram
+    ({"filled": 400, "room": 416}, Rule(share=0.5, critical=0.2, radius=27)),
 ]
+
+
+def norms_of(x: Inputs, bits: int) -> Estimate:
+    """Norms of the keys about a random centre, NaN outside the filled columns; the room is another than the keys'."""
+    centre = torch.randn(x.keys.shape[0], x.keys.shape[1], x.keys.shape[3], generator=generator(bits))
+    centre = centre.to(x.keys.device)
+    norms = (x.keys.float() - centre.unsqueeze(2)).norm(dim=-1, keepdim=True).half()
+    norms = torch.nn.functional.pad(norms, (0, 0, 0, 5), value=torch.nan)
+    return Estimate(norms, centre, torch.tensor([0.8], device=x.keys.device), bits)
 
 
 @contextlib.contextmanager
@@ -88,21 +109,28 @@ def poisoned() -> Iterator[None]:
 
 
 def agrees(decode: Any, x: Inputs, rule: Rule, *, causal: bool = True) -> None:
-    """The step's keys are the reference's, its outputs within rounding, and bitwise the same whatever the bounds."""
+    """The step's keys and tiers are the reference's, outputs within rounding, and bitwise so whatever the bounds."""
     scale = x.q.shape[-1] ** -0.5
-    ids = reference(*x.all, rule, scale=scale, causal=causal)[2]
-    rows, scratch, first = ids.shape[0] * ids.shape[1] * ids.shape[2], Scratch(), None
-    bounds = torch.zeros(rows, dtype=torch.int32, device=x.q.device)
+    estimate = norms_of(x, 64 * x.codes.shape[3] - 3) if rule.critical is not None else None
+    options: dict[str, Any] = {"scale": scale, "causal": causal, "estimate": estimate}
+    _, _, ids, tier = reference(*x.all, rule, **options)
+    slots, scratch, first = ids.shape[-1], Scratch(), None
+    bounds = torch.zeros(ids.shape[:3].numel(), dtype=torch.int32, device=x.q.device)
     for wrong in (None, None, 0, WORST, 16 * 20):  # none: what the step before left
         if wrong is not None:
             bounds.fill_(wrong)
         with poisoned():
-            found = decode(*x.all, bounds, rule, scratch, scale=scale, causal=causal)
-        assert torch.equal(found[2][..., : ids.shape[-1]], ids), (rule, wrong)
-        assert (found[2][..., ids.shape[-1] :] == -1).all()
+            found = decode(*x.all, bounds, rule, scratch, **options)
+        assert torch.equal(found[2][..., :slots], ids), (rule, wrong)
+        assert (found[2][..., slots:] == -1).all()
+        if tier is None:
+            assert found[3] is None
+        else:
+            assert torch.equal(found[3][..., :slots], tier), (rule, wrong)
+            assert (found[3][..., slots:] == 0).all()
         first = found if first is None else first
-        assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True)), (rule, wrong)
-    exact = reference(*(y.double() if y.is_floating_point() else y for y in x.all), rule, scale=scale, causal=causal)
+        assert all(torch.equal(a, b) for a, b in zip(found[:3], first[:3], strict=True)), (rule, wrong)
+    exact = reference(*(y.double() if y.is_floating_point() else y for y in x.all), rule, **options)
     spacing = torch.finfo(x.q.dtype).eps
     size = x.values[:, :, : int(x.length)].double().abs().max()
     # p and the output are rounded to the values' dtype; sums are float32 over at most 4,096 keys

@@ -22,15 +22,16 @@ from hashattn.ops.decode.triton import CHUNK, ROWS, attend_warps, levels
 POINTERS = {
     "query": "*i64", "codes": "*i64", "counts": "*u16", "share": "*fp64", "parts": "*fp32", "stats": "*fp32",
     "lse": "*fp32", "centre": "*fp32", "query_planes": "*fp32", "key_planes": "*fp32",
+    "critical": "*fp64", "norms": "*fp16", "a": "*fp32", "tier": "*i8",
 }  # fmt: skip
 NUMBERS = (
-    "room", "code_room", "radius", "sinks", "recents", "margin", "chunks", "slots", "kv_heads", "queries",
+    "room", "code_room", "norm_room", "radius", "sinks", "recents", "margin", "chunks", "slots", "kv_heads", "queries",
 )  # fmt: skip
 
 
 def type_of(fn: Any, name: str, dtype: str) -> str:
     """What Triton calls the type of an argument."""
-    if name == "scale":
+    if name in ("scale", "per_bit"):
         return "fp32"
     if name in NUMBERS or (name == "k" and fn is attend_topk):
         return "i32"
@@ -58,6 +59,7 @@ def compiled(fn: Any, constants: dict[str, Any], warps: int, arch: int, dtype: s
 
 def main(arch: int) -> None:
     common = {"T": 1, "CAUSAL": True, "PDL": arch >= 90, "CHUNK": CHUNK}
+    unused = dict.fromkeys(("critical", "norms", "centre", "a", "tier"))
     for group, shared, words, planes, dim, dtype in (
         (4, False, 1, 1, 128, "bf16"),
         (4, True, 1, 1, 128, "bf16"),
@@ -83,8 +85,11 @@ def main(arch: int) -> None:
         print(json.dumps({"kernel": f"scan {name}", **found}), flush=True)
         found = compiled(encode_rows, encode, 4, arch, dtype)
         print(json.dumps({"kernel": f"encode {name}", **found}), flush=True)
-        found = compiled(attend_topk, attend, attend_warps(attend["WIDTH"], attend["LEVELS"]), arch, dtype)
-        print(json.dumps({"kernel": f"attend {name}", **found}), flush=True)
+        warps = attend_warps(attend["WIDTH"], attend["LEVELS"])
+        for tiers in (False, True):
+            constants = attend | {"TIERS": tiers} | ({} if tiers else unused)
+            found = compiled(attend_topk, constants, warps, arch, dtype)
+            print(json.dumps({"kernel": f"attend {name} tiers={tiers}", **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def test_codes_may_have_another_room_than_keys():
         decode(*x.all[:4], codes, *x.all[5:], torch.zeros(4, dtype=torch.int32), Rule(k=9), Scratch(), scale=1.0)
         for codes in (x.codes, wide)
     )
-    assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+    assert all(torch.equal(s, t) for s, t in zip(a[:3], b[:3], strict=True))
 
 
 def test_scratch_is_kept_and_does_not_grow_with_steps():
@@ -125,6 +125,6 @@ def test_what_does_not_fit_is_dropped_and_counted():
 def test_an_outgrown_length_gives_nan_and_reads_nothing_beyond_the_room():
     x = inputs(7, filled=64, room=64)
     x.length.fill_(70)
-    out, lse, ids = decode(*x.all, torch.zeros(4, dtype=torch.int32), Rule(k=64), Scratch(), scale=1.0)
+    out, lse, ids, _ = decode(*x.all, torch.zeros(4, dtype=torch.int32), Rule(k=64), Scratch(), scale=1.0)
     assert out.isnan().all() and torch.isfinite(lse).all()
     assert sorted(ids[0, 0, 0].tolist()) == list(range(64))
