@@ -40,7 +40,7 @@ class Decoder:
                 f"the shortest holds {cache.shortest}"
             )
         if cache.with_norms:
-            raise ValueError('engine="triton" keeps no norms: take a composition with ExactAttend()')
+            raise ValueError("a decoder appends no norms: take a composition with ExactAttend()")
         cache.encode()
         encoder = attn.encoder
         self.attn, self.cache = attn, cache

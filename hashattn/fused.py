@@ -26,10 +26,10 @@ def why_not(
     if encoder.code_heads(kv_heads) != kv_heads:
         return "it serves one code a key, not one for each query head"
     if not attn.attend.fused:
-        return f"it attends exactly, as ExactAttend does, not as {attn.attend!r}"
+        return f"it attends as ExactAttend does, or MixedPrecision without a residual, not as {attn.attend!r}"
     rule = selector.rule(q_heads // kv_heads)
     if rule is None:
-        return f'it serves TopK and Threshold (of a group, with combine="sum"), not {selector!r}'
+        return f'it serves TopK, Threshold and Tiers (of a group, with combine="sum"), not {selector!r}'
     return decode.why_not(
         device=device, dtype=dtype, head_dim=head_dim, group=q_heads // kv_heads, tokens=tokens,
         words=words(encoder.bits), planes=encoder.query_bits, rule=rule,
@@ -58,9 +58,11 @@ def step(
     rule = attn.selector.rule(q.shape[1] // cache.kv_heads)
     assert rule is not None
     rows = q.shape[0] * q.shape[2] * (cache.kv_heads if rule.shared else q.shape[1])
-    out, lse, ids = fused(
+    estimate = attn.attend.fused_estimate(cache) if rule.critical is not None else None
+    out, lse, ids, tier = fused(
         q.contiguous(), query, cache.storage("keys"),
         cache.storage("values"), cache.storage("codes"), cache.on_device.starts(cache._starts, q.device), length,
         cache.on_device.bounds(rows, q.device), rule, cache.on_device.scratch, scale=scale, causal=causal,
+        estimate=estimate,
     )  # fmt: skip
-    return Output(out, lse), Selection(ids)
+    return Output(out, lse), Selection(ids, tier)

@@ -23,7 +23,7 @@ def check_step(step: Callable[[], tuple[Tensor, Tensor, Tensor]], layer: Layer, 
     run.
     """
     q, scale = layer.q[0], case.head_dim**-0.5
-    _, _, expected = decode.reference(
+    _, _, expected, _ = decode.reference(
         q, layer.query[0], layer.keys, layer.values, layer.codes, layer.starts, layer.length, rule, scale=scale
     )
     pairs = []

@@ -241,7 +241,7 @@ def attend_topk(
         columns = tl.load(own_ids + ranks, mask=filled, other=0)
         k_at, v_at = keys + kv.to(tl.int64) * room * DIM, values + kv.to(tl.int64) * room * DIM
         q_at = q + (head.to(tl.int64) * SUM * T + t) * DIM
-        exact, estimated = filled, 0.0
+        exact, estimated = filled, None
         if TIERS:
             exact = filled & (tl.load(own_tier + ranks, mask=filled, other=0) == 0)
             estimated = estimate(

@@ -77,7 +77,8 @@ def decode(
         slots, kv_heads, tokens,
         PADDED=padded if summed == 1 else max(16, padded), PADDED_OUT=padded, DIM=dim, WIDTH=width,
         CHUNKS=triton.next_power_of_2(chunks), LEVELS=levels(words, spread), ROWS=ROWS, SHARE=rule.share is not None,
-        RADIUS=rule.radius is not None, TIERS=tier is not None, num_warps=attend_warps(width, levels(words, spread)), **common,
+        RADIUS=rule.radius is not None, TIERS=tier is not None,
+        num_warps=attend_warps(width, levels(words, spread)), **common,
     )  # fmt: skip
     shape = (batch, rows // batch // tokens, tokens, slots)
     return out, lse, ids.view(shape), None if tier is None else tier.view(shape)

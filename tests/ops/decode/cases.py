@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hashattn.ops.decode import Estimate, Rule, Scratch, reference
+from hashattn.types import Selection
 from tests.structured import generator
 
 WORST = 2**31 - 1
@@ -74,14 +75,20 @@ CASES: list[tuple[dict[str, Any], Rule]] = [
     ({"filled": 300, "room": 320}, Rule(share=1.0)),
     ({"filled": 60, "room": 64}, Rule(k=10, sinks=30, recents=40)),
     ({"kv_heads": 2, "words": 2}, Rule(share=0.1, critical=0.05)),
-    ({"tokens": 3, "group": 3, "batch": 2, "filled": 700, "room": 720, "starts": (0, 500)},
-     Rule(share=0.2, critical=0.03, shared=True, sinks=2, recents=9)),
+    (
+        {"tokens": 3, "group": 3, "batch": 2, "filled": 700, "room": 720, "starts": (0, 500)},
+        Rule(share=0.2, critical=0.03, shared=True, sinks=2, recents=9),
+    ),
     ({"group": 1, "planes": 2, "filled": 300, "room": 320}, Rule(share=0.5, critical=0.499)),
-    ({"group": 4, "planes": 2, "words": 2, "dim": 128, "filled": 900, "room": 912},
-     Rule(share=0.1, critical=0.05, shared=True)),
+    (
+        {"group": 4, "planes": 2, "words": 2, "dim": 128, "filled": 900, "room": 912},
+        Rule(share=0.1, critical=0.05, shared=True),
+    ),
     ({"clustered": True, "filled": 4000, "dim": 96}, Rule(share=0.03, critical=0.01, recents=20)),
-    ({"tokens": 2, "words": 4, "dim": 256, "filled": 140, "room": 144, "starts": (138,)},
-     Rule(share=1.0, critical=0.3)),
+    (
+        {"tokens": 2, "words": 4, "dim": 256, "filled": 140, "room": 144, "starts": (138,)},
+        Rule(share=1.0, critical=0.3),
+    ),
     ({"filled": 500, "room": 512}, Rule(share=0.1, critical=0.02, sinks=9, recents=30)),  # more are forced
     ({"filled": 600, "room": 608}, Rule(share=0.9, critical=0.001)),  # too far apart for one histogram
     ({"filled": 400, "room": 416}, Rule(share=0.5, critical=0.2, radius=27)),
@@ -95,6 +102,13 @@ def norms_of(x: Inputs, bits: int) -> Estimate:
     norms = (x.keys.float() - centre.unsqueeze(2)).norm(dim=-1, keepdim=True).half()
     norms = torch.nn.functional.pad(norms, (0, 0, 0, 5), value=torch.nan)
     return Estimate(norms, centre, torch.tensor([0.8], device=x.keys.device), bits)
+
+
+def by_column(selection: Selection, slots: int) -> tuple[Tensor, Tensor]:
+    """Columns in ascending order, in this many slots, empty ones first, and their tiers."""
+    ids, order = selection.ids.sort(-1)
+    assert selection.tier is not None and (ids[..., :-slots] == -1).all()
+    return ids[..., -slots:], selection.tier.gather(-1, order)[..., -slots:]
 
 
 @contextlib.contextmanager

@@ -1,14 +1,27 @@
 """The fused decode step under Triton's interpreter, on the CPU, against its reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashattn import AsymmetricHash, SimHash
+from hashattn import (
+    AsymmetricHash,
+    ExactAttend,
+    FlatHamming,
+    HashAttention,
+    MixedPrecision,
+    Recent,
+    SimHash,
+    Sink,
+    Tiers,
+)
+from hashattn.fused import step
 from hashattn.ops.decode import Rule, Scratch, why_not
-from tests.ops.decode.cases import CASES, agrees, inputs
-from tests.structured import seeds
+from tests.ops.decode.cases import CASES, agrees, by_column, inputs
+from tests.structured import qkv, seeds
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -45,6 +58,24 @@ def test_codes_may_have_another_room_than_keys():
         for codes in (x.codes, wide)
     )
     assert all(torch.equal(s, t) for s, t in zip(a[:3], b[:3], strict=True))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("per", ["query_head", "kv_head"])
+@pytest.mark.parametrize("attend", [MixedPrecision(a=1.3), ExactAttend()], ids=["mixed", "exact"])
+def test_tiers_of_a_composition(per, attend):
+    q, k, v = qkv(8, 2, tokens=2, keys=400, dim=64)
+    selector = Sink(4) | Recent(8) | Tiers(0.1, 0.3, per=per)
+    attn = HashAttention(SimHash(100, 2), FlatHamming(), selector, attend, engine="reference")
+    cache = attn.new_cache(2, 2, 64)
+    cache.append(k + 1, v, start=torch.tensor([0, 70]))
+    (exact, expected), (out, found) = attn.run(q, cache, need_lse=True), step(attn, q, cache, 0.125, True)
+    if found.tier is None:  # exact attention ignores tiers
+        found, expected = (replace(x, tier=torch.zeros_like(x.ids)) for x in (found, expected))
+    pairs = zip(*(by_column(x, expected.ids.shape[-1]) for x in (found, expected)), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert (out.out - exact.out).abs().max() <= 1e-5 * v.abs().max()
+    assert (out.lse - exact.lse).abs().max() <= 1e-5 * exact.lse.abs().max()
 
 
 def test_scratch_is_kept_and_does_not_grow_with_steps():
