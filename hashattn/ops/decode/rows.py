@@ -50,14 +50,14 @@ def estimate(
 
 @triton.jit
 def one_head(
-    q, keys, values, columns, filled, exact, estimated, scale, DIM: tl.constexpr, WIDTH: tl.constexpr
+    q, keys, values, columns, filled, scale, DIM: tl.constexpr, WIDTH: tl.constexpr, exact=None, estimated=None
 ):  # fmt: skip
     """A query's attention to a tile of keys, not yet divided: (peak [1], total [1], sum [WIDTH]), float32, base 2.
 
-    Keys that are filled but not exact are not read: theirs is the estimated q.k, which is 0 for exact ones.
+    Keys that are filled and not exact are not read: theirs is the estimated q.k, which is 0 for the others.
     """
     dims = tl.arange(0, WIDTH)
-    k = load_rows(keys, columns, exact, DIM, WIDTH)
+    k = load_rows(keys, columns, filled if exact is None else exact, DIM, WIDTH)
     v = load_rows(values, columns, filled, DIM, WIDTH)
     row = tl.load(q + dims, mask=dims < DIM, other=0.0).to(tl.float32) * (scale * LOG2E)
     x = tl.sum(k.to(tl.float32) * row[None, :], 1)
@@ -72,12 +72,12 @@ def one_head(
 
 @triton.jit
 def group_of_heads(
-    q, step, keys, values, columns, filled, exact, estimated, scale, G: tl.constexpr, PADDED: tl.constexpr,
-    DIM: tl.constexpr, WIDTH: tl.constexpr,
+    q, step, keys, values, columns, filled, scale, G: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
+    WIDTH: tl.constexpr, exact=None, estimated=None,
 ):  # fmt: skip
     """The same for G queries that share the keys, `step` elements apart: ([PADDED], [PADDED], [PADDED, WIDTH])."""
     dims, heads = tl.arange(0, WIDTH), tl.arange(0, PADDED)
-    k = load_rows(keys, columns, exact, DIM, WIDTH)
+    k = load_rows(keys, columns, filled if exact is None else exact, DIM, WIDTH)
     v = load_rows(values, columns, filled, DIM, WIDTH)
     rows = tl.load(
         q + heads[:, None] * step + dims[None, :], mask=(heads < G)[:, None] & (dims < DIM)[None, :], other=0.0

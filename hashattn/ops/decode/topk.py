@@ -241,7 +241,7 @@ def attend_topk(
         columns = tl.load(own_ids + ranks, mask=filled, other=0)
         k_at, v_at = keys + kv.to(tl.int64) * room * DIM, values + kv.to(tl.int64) * room * DIM
         q_at = q + (head.to(tl.int64) * SUM * T + t) * DIM
-        exact, estimated = filled, None
+        exact, estimated = None, None
         if TIERS:
             exact = filled & (tl.load(own_tier + ranks, mask=filled, other=0) == 0)
             estimated = estimate(
@@ -252,10 +252,10 @@ def attend_topk(
         if SUM == 1:
             if TIERS:
                 estimated = tl.reshape(estimated, [ROWS])
-            peak, total, acc = one_head(q_at, k_at, v_at, columns, filled, exact, estimated, scale, DIM, WIDTH)
+            peak, total, acc = one_head(q_at, k_at, v_at, columns, filled, scale, DIM, WIDTH, exact, estimated)
         else:
             peak, total, acc = group_of_heads(
-                q_at, T * DIM, k_at, v_at, columns, filled, exact, estimated, scale, SUM, PADDED, DIM, WIDTH
+                q_at, T * DIM, k_at, v_at, columns, filled, scale, SUM, PADDED, DIM, WIDTH, exact, estimated
             )
         store_part(parts, stats, row * tl.cdiv(slots, ROWS) + s, peak, total, acc, WIDTH, SUM, PADDED)
         tl.debug_barrier()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,9 +74,9 @@ CASES: list[tuple[dict[str, Any], Rule]] = [
     ({"tokens": 2}, Rule(k=64, shared=True, radius=110, recents=5)),
     ({"filled": 300, "room": 320}, Rule(share=1.0)),
     ({"filled": 60, "room": 64}, Rule(k=10, sinks=30, recents=40)),
-    ({"kv_heads": 2, "words": 2}, Rule(share=0.1, critical=0.05)),
+    ({"kv_heads": 2, "group": 2, "words": 2, "filled": 2100, "room": 2112}, Rule(share=0.05, critical=0.025)),
     (
-        {"tokens": 3, "group": 3, "batch": 2, "filled": 700, "room": 720, "starts": (0, 500)},
+        {"tokens": 3, "group": 3, "batch": 2, "filled": 250, "room": 256, "starts": (0, 180)},
         Rule(share=0.2, critical=0.03, shared=True, sinks=2, recents=9),
     ),
     ({"group": 1, "planes": 2, "filled": 300, "room": 320}, Rule(share=0.5, critical=0.499)),
@@ -84,14 +84,14 @@ CASES: list[tuple[dict[str, Any], Rule]] = [
         {"group": 4, "planes": 2, "words": 2, "dim": 128, "filled": 900, "room": 912},
         Rule(share=0.1, critical=0.05, shared=True),
     ),
-    ({"clustered": True, "filled": 4000, "dim": 96}, Rule(share=0.03, critical=0.01, recents=20)),
+    ({"clustered": True, "group": 1, "filled": 4000, "dim": 96}, Rule(share=0.03, critical=0.01, recents=20)),
     (
-        {"tokens": 2, "words": 4, "dim": 256, "filled": 140, "room": 144, "starts": (138,)},
+        {"group": 2, "tokens": 2, "words": 4, "dim": 256, "filled": 140, "room": 144, "starts": (138,)},
         Rule(share=1.0, critical=0.3),
     ),
     ({"filled": 500, "room": 512}, Rule(share=0.1, critical=0.02, sinks=9, recents=30)),  # more are forced
-    ({"filled": 600, "room": 608}, Rule(share=0.9, critical=0.001)),  # too far apart for one histogram
-    ({"filled": 400, "room": 416}, Rule(share=0.5, critical=0.2, radius=27)),
+    ({"group": 1, "filled": 600, "room": 608}, Rule(share=0.9, critical=0.001)),  # too far apart for one histogram
+    ({"group": 2, "filled": 400, "room": 416}, Rule(share=0.5, critical=0.2, radius=27)),
 ]
 
 
@@ -102,6 +102,15 @@ def norms_of(x: Inputs, bits: int) -> Estimate:
     norms = (x.keys.float() - centre.unsqueeze(2)).norm(dim=-1, keepdim=True).half()
     norms = torch.nn.functional.pad(norms, (0, 0, 0, 5), value=torch.nan)
     return Estimate(norms, centre, torch.tensor([0.8], device=x.keys.device), bits)
+
+
+def only_read(x: Inputs, ids: Tensor, tier: Tensor | None) -> Inputs:
+    """The same with NaN for every key that is not critical to a query of its head."""
+    heads, room = x.keys.shape[1:3]
+    unread = ids < 0 if tier is None else (ids < 0) | (tier == 1)
+    read = ids.masked_fill(unread, room).unflatten(1, (heads, -1)).flatten(2).long()
+    away = torch.ones(len(ids), heads, room + 1, dtype=torch.bool, device=ids.device).scatter_(2, read, False)
+    return replace(x, keys=x.keys.masked_fill(away[..., :room].unsqueeze(-1), torch.nan))
 
 
 def by_column(selection: Selection, slots: int) -> tuple[Tensor, Tensor]:
@@ -134,7 +143,7 @@ def agrees(decode: Any, x: Inputs, rule: Rule, *, causal: bool = True) -> None:
         if wrong is not None:
             bounds.fill_(wrong)
         with poisoned():
-            found = decode(*x.all, bounds, rule, scratch, **options)
+            found = decode(*only_read(x, ids, tier).all, bounds, rule, scratch, **options)
         assert torch.equal(found[2][..., :slots], ids), (rule, wrong)
         assert (found[2][..., slots:] == -1).all()
         if tier is None:
