@@ -79,7 +79,7 @@ CASES: list[tuple[dict[str, Any], Rule]] = [
         {"tokens": 3, "group": 3, "batch": 2, "filled": 250, "room": 256, "starts": (0, 180)},
         Rule(share=0.2, critical=0.03, shared=True, sinks=2, recents=9),
     ),
-    ({"group": 1, "planes": 2, "filled": 300, "room": 320}, Rule(share=0.5, critical=0.499)),
+    ({"group": 1, "planes": 2, "filled": 300, "room": 320}, Rule(share=0.5, critical=0.45)),
     (
         {"group": 4, "planes": 2, "words": 2, "dim": 128, "filled": 900, "room": 912},
         Rule(share=0.1, critical=0.05, shared=True),
@@ -90,8 +90,8 @@ CASES: list[tuple[dict[str, Any], Rule]] = [
         Rule(share=1.0, critical=0.3),
     ),
     ({"filled": 500, "room": 512}, Rule(share=0.1, critical=0.02, sinks=9, recents=30)),  # more are forced
-    ({"group": 1, "filled": 600, "room": 608}, Rule(share=0.9, critical=0.001)),  # too far apart for one histogram
-    ({"group": 2, "filled": 400, "room": 416}, Rule(share=0.5, critical=0.2, radius=27)),
+    ({"group": 2, "words": 4, "filled": 600, "room": 608}, Rule(share=0.9, critical=0.003)),  # further apart than bins
+    ({"group": 2, "filled": 400, "room": 416}, Rule(share=0.5, critical=0.1, radius=27)),
 ]
 
 
