@@ -10,7 +10,7 @@ from hashattn.decoder import Decoder
 from hashattn.encoders import ITQ, AsymmetricHash, Centring, Encoder, Identity, PerLayer, SimHash, SymmetricHash
 from hashattn.index import FlatDot, FlatHamming, Index
 from hashattn.presets import PRESETS
-from hashattn.selectors import Consensus, Momentum, Recent, Selector, Sink, Threshold, Tiers, TopK
+from hashattn.selectors import Consensus, LocalTopK, Momentum, Recent, Selector, Sink, Threshold, Tiers, TopK
 from hashattn.types import Output, Selection, Step
 
 __version__ = "0.1.0"
@@ -32,6 +32,7 @@ __all__ = [
     "Identity",
     "Index",
     "KVCache",
+    "LocalTopK",
     "MixedPrecision",
     "Momentum",
     "Output",

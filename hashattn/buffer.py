@@ -64,6 +64,9 @@ class TokenBuffer:
         """Keep the batch rows of this int64 index, in its order; rows may repeat."""
         if self._data is not None:
             filled = self.view.index_select(0, rows)
+            if self.capacity is not None and len(rows) == self._data.shape[0]:  # a graph may write there
+                self.view.copy_(filled)
+                return
             data = self._allocate(filled, filled.shape[0], self._data.shape[2])
             data[:, :, : self.length] = filled
             self._data = data

@@ -202,11 +202,11 @@ class KVCache:
                 self._keys.storage[row, :, :first] = 0
                 self._values.storage[row, :, :first] = 0
 
-    def adopt(self, length: int) -> None:
-        """Count columns that a Decoder wrote in place, with their codes, up to `length`."""
+    def adopt(self, length: int, *, codes: bool = True) -> None:
+        """Count columns that a Decoder wrote in place, with or without their codes, up to `length`."""
         self._keys.adopt(length)
         self._values.adopt(length)
-        if self._store is not None:
+        if self._store is not None and codes:
             self._store.adopt(length)
 
     def set_start(self, start: Tensor) -> None:

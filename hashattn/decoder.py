@@ -1,4 +1,4 @@
-"""Decoder: decode steps that a CUDA graph can capture, because lengths live on the device."""
+"""Decoder: decode steps that CUDA graphs and torch.compile can capture, because lengths live on the device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hashattn import fused
+from hashattn import dense_steps, fused
 from hashattn.shapes import check_float, check_kv, check_q
 
 if TYPE_CHECKING:
@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 class Decoder:
     """Appends and attends without asking the device or telling the host. Made by attn.decoder(cache).
 
-    A step captured in a CUDA graph serves every later length up to the cache's capacity. Until :meth:`finish` the
-    cache itself does not know of what was appended, and must not be changed. Beyond the capacity nothing is written
-    and the output is NaN.
+    A captured step serves every later length up to the cache's capacity. Until :meth:`finish` the cache itself does
+    not know of what was appended, and must not be changed; after a change, :meth:`follow`. Beyond the capacity nothing
+    is written and the output is NaN.
 
     Args:
-        attn: a composition that engine="triton" serves.
-        cache: made by it with a capacity, on the GPU, filled beyond the warm-up of its centring.
+        attn: a composition that engine="triton" serves, or one that attends densely (engine="dense").
+        cache: made by it with a capacity, filled, beyond the warm-up of its centring if it is searched.
+
+    Attributes:
+        length: int32 [1], filled columns.
+        found: int64 [1], keys that were kept, counted only where a radius decides how many.
 
     Raises:
         ValueError: what does not fit, and what would.
@@ -34,19 +38,26 @@ class Decoder:
         attn.check_cache(cache)
         if cache.capacity is None:
             raise ValueError("cache must have a capacity, which a graph cannot change: new_cache(..., capacity=...)")
-        if cache.shortest < max(1, cache.warmup):
-            raise ValueError(
-                f"every row must hold at least {max(1, cache.warmup)} keys, so that its centre is frozen; "
-                f"the shortest holds {cache.shortest}"
-            )
-        if cache.with_norms:
+        self.dense = attn.engine == "dense" or not attn.attend.needs_selection
+        self._check_filled(cache)
+        if cache.with_norms and not self.dense:
             raise ValueError("a decoder appends no norms: take a composition with ExactAttend()")
-        cache.encode()
-        encoder = attn.encoder
+        device, encoder = cache.keys.device, attn.encoder
         self.attn, self.cache = attn, cache
-        self.planes = encoder.linear_planes(cache.head_dim, cache.keys.device) if encoder is not None else None
-        self.centre = cache.centre.float().contiguous()
-        self.length = torch.full((1,), len(cache), dtype=torch.int32, device=cache.keys.device)
+        self.keys, self.values = cache.storage("keys"), cache.storage("values")
+        self.starts = cache.on_device.starts(cache._starts, device)
+        self.length = torch.empty(1, dtype=torch.int32, device=device)
+        self.found = torch.zeros(1, dtype=torch.int64, device=device)
+        self._encoder_fits = encoder.fits if encoder is not None else 0
+        self.planes: tuple[Tensor, Tensor] | None = None
+        self.centre: Tensor | None = None
+        if not self.dense and encoder is not None:
+            self.planes = encoder.linear_planes(cache.head_dim, device)
+            self.centre = cache.centre.float().clone(memory_format=torch.contiguous_format)
+        self._prepared: dict[tuple[int, int], fused.Prepared] = {}
+        self.follow()
+        for held in (self.keys, self.values, self.starts, self.length, self.found, self.centre, *(self.planes or ())):
+            _stays(held)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
         """Append keys and values [B, Hkv, T, D] and attend with the queries [B, Hq, T, D] of the same positions.
@@ -54,31 +65,70 @@ class Decoder:
         Returns:
             [B, Hq, T, D].
         """
-        from hashattn.ops.decode.append import append  # Triton is optional
-        from hashattn.ops.decode.encode import encode
-
-        cache, encoder = self.cache, self.attn.encoder
-        check_float(q=q, k=k, v=v, keys=cache.keys)
+        cache = self.cache
+        check_float(q=q, k=k, v=v, keys=self.keys)
         check_kv(k, v, cache.batch, cache.kv_heads, cache.head_dim)
         check_q(q, cache.batch, cache.kv_heads, cache.head_dim, k.shape[2])
         if q.shape[2] != k.shape[2]:
             raise ValueError(f"q and k must be of the same positions, got T = {q.shape[2]} and {k.shape[2]}")
+        if not self.dense and (q.shape[1], q.shape[2]) not in self._prepared:
+            self.prepare(q.shape[1], q.shape[2])
+        return self.step(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+
+    def prepare(self, q_heads: int, tokens: int = 1) -> None:
+        """Allocate what steps of so many query heads and queries need, so that a traced one need not.
+
+        Raises:
+            ValueError: they are not served.
+        """
+        cache, encoder = self.cache, self.attn.encoder
+        if self.dense:
+            return
         reason = fused.why_not(
-            self.attn, device=q.device.type, dtype=q.dtype, q_heads=q.shape[1], kv_heads=cache.kv_heads,
-            head_dim=cache.head_dim, tokens=q.shape[2],
+            self.attn, device=self.keys.device.type, dtype=self.keys.dtype, q_heads=q_heads, kv_heads=cache.kv_heads,
+            head_dim=cache.head_dim, tokens=tokens,
         )  # fmt: skip
         if reason is not None:
             raise ValueError(f'engine="triton" cannot take this step: {reason}')
-        held = cache.storage("keys"), cache.storage("values"), cache.storage("codes"), self.length
         assert encoder is not None
-        encoder.check_model(q.shape[1], cache.kv_heads, cache.head_dim)
-        query = None
+        encoder.check_model(q_heads, cache.kv_heads, cache.head_dim)
+        prepared = self._prepared[q_heads, tokens] = fused.prepare(self.attn, cache, q_heads, tokens)
+        for held in (prepared.codes, prepared.bounds, prepared.workspace):
+            _stays(held)
+
+    def warm_up(self, q_heads: int) -> None:
+        """Load the kernels, which a capture cannot do, by a step on zeros that leaves nothing behind."""
+        cache = self.cache
+        q = self.keys.new_zeros((cache.batch, q_heads, 1, cache.head_dim))
+        k = self.keys.new_zeros((cache.batch, cache.kv_heads, 1, cache.head_dim))
+        self.step(q, k, k, 1.0)  # into a column that is free
+        self.follow()
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """The same as a call, of a kind that was prepared, without its checks."""
+        if self.dense:
+            dense_steps.append(k, v, self.keys, self.values, self.length)
+            return dense_steps.attend(q, self.keys, self.values, self.starts, self.length, scale)
+        from hashattn.ops.decode.library import append, encode  # registers operators
+
+        prepared, encoder = self._prepared[q.shape[1], q.shape[2]], self.attn.encoder
+        assert encoder is not None and self.centre is not None
+        held = self.keys, self.values, prepared.codes, self.length
         if self.planes is not None:
             query = encode(q, k, v, self.centre, self.planes, encoder.query_bits, *held)
         else:
-            append(k, v, encoder.encode_key(k, cache._centre), *held)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return fused.step(self.attn, q, cache, scale, True, length=self.length, query=query)[0].out
+            query = fused.packed(encoder, q)
+            append(k, v, encoder.encode_key(k, self.centre), *held)
+        output, selection = prepared.step(q, query, self.length, scale, True)
+        if prepared.rule.radius is not None:
+            self.found.add_((selection.ids >= 0).sum())
+        return output.out
+
+    def filled(self) -> Tensor:
+        """Filled columns, int64 [], without waiting for the device: see ops.decode.library."""
+        from hashattn.ops.decode.library import filled
+
+        return filled(self.length)
 
     def finish(self) -> KVCache:
         """Wait for the device and let the cache know what was appended. Returns it.
@@ -86,12 +136,45 @@ class Decoder:
         Raises:
             ValueError: the captured steps went beyond the capacity; the cache holds what fitted.
         """
-        length = int(self.length)
-        self.cache.adopt(min(length, self.cache.capacity or 0))
-        if length > (self.cache.capacity or 0):
+        length, room = int(self.length), self.cache.capacity or 0
+        self.cache.adopt(min(length, room), codes=not self.dense)
+        if length > room:
             self.length.fill_(len(self.cache))
             raise ValueError(
-                f"capacity is {self.cache.capacity} columns, but {length} were appended: their outputs are NaN; "
-                "make the cache larger"
+                f"capacity is {room} columns, but {length} were appended: their outputs are NaN; make the cache larger"
             )
         return self.cache
+
+    def follow(self) -> None:
+        """Take up what the cache now holds, in place: captured steps go on from there.
+
+        Raises:
+            ValueError: a row holds too few keys.
+        """
+        cache = self.cache
+        self._check_filled(cache)
+        self.length.fill_(len(cache))
+        self.found.zero_()
+        cache.on_device.starts(cache._starts, self.length.device)
+        if self.centre is not None:
+            self.centre.copy_(cache.centre)  # encodes what was not
+
+    def fits(self, cache: KVCache) -> bool:
+        """Whether it is of this cache, whose memory is where it was, and its encoder what it was."""
+        encoder = self.attn.encoder
+        same = self.cache is cache and self.keys is cache.storage("keys")
+        return same and (encoder is None or encoder.fits == self._encoder_fits)
+
+    def _check_filled(self, cache: KVCache) -> None:
+        least = max(1, 0 if self.dense else cache.warmup)
+        if cache.shortest < least:
+            raise ValueError(
+                f"every row must hold at least {least} keys, so that its centre is frozen; the shortest holds "
+                f"{cache.shortest}"
+            )
+
+
+def _stays(held: Tensor | None) -> None:
+    """Tell torch.compile that a tensor keeps its address: graphs then write to it in place."""
+    if held is not None:
+        torch._dynamo.mark_static_address(held)

@@ -11,6 +11,8 @@ from hashattn.ops.decode import Scratch
 class DeviceState:
     """The rows' first columns, and what a step leaves for the next one like it.
 
+    A captured CUDA graph may point to what was handed out: it changes in place and stays allocated.
+
     Args:
         scratch: memory that steps write within themselves, which caches of one model may share.
     """
@@ -18,16 +20,20 @@ class DeviceState:
     def __init__(self, scratch: Scratch) -> None:
         self.scratch = scratch
         self._starts: tuple[list[int], Tensor] | None = None
-        self._bounds: Tensor | None = None
+        self._bounds: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
 
     def starts(self, starts: list[int], device: torch.device) -> Tensor:
         """These as int32 [B]; copied to the device when they change."""
         if self._starts is None or self._starts[0] != starts or self._starts[1].device != device:
-            self._starts = list(starts), torch.tensor(starts, dtype=torch.int32, device=device)
+            fresh = torch.tensor(starts, dtype=torch.int32, device=device)
+            held = self._starts[1] if self._starts is not None else fresh
+            if held is not fresh and held.shape == fresh.shape and held.device == device:
+                fresh = held.copy_(fresh)
+            self._starts = list(starts), fresh
         return self._starts[1]
 
-    def bounds(self, rows: int, device: torch.device) -> Tensor:
-        """How far steps of this many rows look for candidates, int32 [rows], zeros at first: see ops.decode."""
-        if self._bounds is None or self._bounds.shape[0] != rows or self._bounds.device != device:
-            self._bounds = torch.zeros(rows, dtype=torch.int32, device=device)
-        return self._bounds
+    def bounds(self, shape: tuple[int, int], device: torch.device) -> Tensor:
+        """What steps of Sizes.state `shape` leave for the next one, int32, zeros at first: see ops.decode."""
+        if (shape, device) not in self._bounds:
+            self._bounds[shape, device] = torch.zeros(shape, dtype=torch.int32, device=device)
+        return self._bounds[shape, device]

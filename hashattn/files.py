@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Where files are kept, and writing them so that they are there whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,3 +18,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def default_cache_dir() -> Path:
+    """$HASHATTN_CACHE, else hashattn/ in the user's cache folder."""
+    if chosen := os.environ.get("HASHATTN_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "hashattn"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,7 @@ from hashattn.types import Output, Selection
 if TYPE_CHECKING:
     from hashattn.attention import HashAttention
     from hashattn.cache import KVCache
+    from hashattn.encoders import Encoder
 
 
 def why_not(
@@ -29,40 +31,67 @@ def why_not(
         return f"it attends as ExactAttend does, or MixedPrecision without a residual, not as {attn.attend!r}"
     rule = selector.rule(q_heads // kv_heads)
     if rule is None:
-        return f'it serves TopK, Threshold and Tiers (of a group, with combine="sum"), not {selector!r}'
+        return f'it serves TopK, LocalTopK, Threshold and Tiers (of a group, with combine="sum"), not {selector!r}'
     return decode.why_not(
         device=device, dtype=dtype, head_dim=head_dim, group=q_heads // kv_heads, tokens=tokens,
         words=words(encoder.bits), planes=encoder.query_bits, rule=rule,
     )  # fmt: skip
 
 
-def step(
-    attn: HashAttention, q: Tensor, cache: KVCache, scale: float, causal: bool, *, length: Tensor | None = None,
-    query: Tensor | None = None,
-) -> tuple[Output, Selection]:  # fmt: skip
-    """Encode the queries, search and attend, without waiting for the device, for a composition that is served.
+@dataclass(frozen=True)
+class Prepared:
+    """What steps like one another need of a cache: tensors that stay where they are, and the rule."""
 
-    Args:
-        length: int32 [1], columns with their codes, where only the device knows; None for what the cache knows.
-        query: packed, int64 [B, Hq, T, P, W]; None if they are yet to be encoded.
-    """
-    from hashattn.ops.decode.triton import decode as fused  # Triton is optional
+    rule: decode.Rule
+    keys: Tensor
+    values: Tensor
+    codes: Tensor
+    starts: Tensor
+    bounds: Tensor
+    workspace: Tensor
+    estimate: decode.Estimate | None
 
+    def step(self, q: Tensor, query: Tensor, length: Tensor, scale: float, causal: bool) -> tuple[Output, Selection]:
+        """Search and attend with queries and their codes; see :func:`hashattn.ops.decode.reference`."""
+        from hashattn.ops.decode import library  # registers operators
+
+        given = q, query, self.keys, self.values, self.codes, self.starts, length, self.bounds
+        if self.estimate is None:
+            out, lse, ids = library.decode(*given, self.rule, self.workspace, scale=scale, causal=causal)
+            return Output(out, lse), Selection(ids)
+        out, lse, ids, tier = library.decode_tiers(
+            *given, self.estimate, self.rule, self.workspace, scale=scale, causal=causal
+        )
+        return Output(out, lse), Selection(ids, tier)
+
+
+def prepare(attn: HashAttention, cache: KVCache, q_heads: int, tokens: int) -> Prepared:
+    """What steps of so many query heads and queries need, for a composition that is served."""
     assert attn.encoder is not None and attn.selector is not None
-    if length is None:
-        cache.encode()
-        length = torch.full((1,), len(cache), dtype=torch.int32, device=q.device)
-    if query is None:
-        query = attn.encoder.encode_query(q)
-        query = (query if query.ndim == 5 else query.unsqueeze(3)).contiguous()
-    rule = attn.selector.rule(q.shape[1] // cache.kv_heads)
+    rule = attn.selector.rule(q_heads // cache.kv_heads)
     assert rule is not None
-    rows = q.shape[0] * q.shape[2] * (cache.kv_heads if rule.shared else q.shape[1])
-    estimate = attn.attend.fused_estimate(cache) if rule.critical is not None else None
-    out, lse, ids, tier = fused(
-        q.contiguous(), query, cache.storage("keys"),
-        cache.storage("values"), cache.storage("codes"), cache.on_device.starts(cache._starts, q.device), length,
-        cache.on_device.bounds(rows, q.device), rule, cache.on_device.scratch, scale=scale, causal=causal,
-        estimate=estimate,
+    keys, values, codes = (cache.storage(what) for what in ("keys", "values", "codes"))
+    sizes = decode.Sizes(
+        cache.batch, q_heads, cache.kv_heads, tokens, cache.head_dim, keys.shape[2], codes.shape[2],
+        attn.encoder.query_bits, codes.shape[3], rule,
     )  # fmt: skip
-    return Output(out, lse), Selection(ids, tier)
+    state, device = cache.on_device, keys.device
+    return Prepared(
+        rule, keys, values, codes, state.starts(cache._starts, device), state.bounds(sizes.state, device),
+        state.scratch.workspace(sizes.workspace, device),
+        attn.attend.fused_estimate(cache) if rule.critical is not None else None,
+    )  # fmt: skip
+
+
+def packed(encoder: Encoder, q: Tensor) -> Tensor:
+    """Encoded queries as int64 [B, Hq, T, P, W]."""
+    query = encoder.encode_query(q)
+    return (query if query.ndim == 5 else query.unsqueeze(3)).contiguous()
+
+
+def step(attn: HashAttention, q: Tensor, cache: KVCache, scale: float, causal: bool) -> tuple[Output, Selection]:
+    """Encode the queries, search and attend, without waiting for the device, for a composition that is served."""
+    assert attn.encoder is not None
+    cache.encode()
+    length = torch.full((1,), len(cache), dtype=torch.int32, device=q.device)
+    return prepare(attn, cache, *q.shape[1:3]).step(q, packed(attn.encoder, q), length, scale, causal)

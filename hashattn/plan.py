@@ -132,11 +132,14 @@ def _stages(
     elif not binary and attn.encoder is not None:
         slow = "scores of floats: the reference serves them"
     elif attn.selector is not None and attn.selector.matrices:
-        slow = "calibrated distances: a matrix of all of them is made"
+        slow = "a matrix of all distances is made"
     if engine == "triton":
+        rule = attn.selector.rule(1) if attn.selector is not None else None
+        chunks = rule is not None and rule.chunks is not None
+        listed = "keeps the nearest of each chunk" if chunks else "lists the keys near the last step's threshold"
         return (
             ("encode", f"{_name(attn.encoder)}: PyTorch", "one token's query and key; keys late and in bulk"),
-            ("scan", f"{_name(attn.index)}: Triton, one kernel", "lists the keys near the last step's threshold"),
+            ("scan", f"{_name(attn.index)}: Triton, one kernel", listed),
             ("select", f"{_name(attn.selector)}: Triton, one kernel with attend", "exact, ties to the most recent key"),
             ("attend", f"{_name(attn.attend)}: Triton", "split over the selected keys"),
         )
@@ -146,7 +149,7 @@ def _stages(
             ("encode", f"{_name(attn.encoder)}: PyTorch", "one token's query and key; keys late and in bulk"),
             ("scan", f"{_name(attn.index)}: {scan}", slow),
         ]
-    select = "numpy partition" if fast else "PyTorch top-k"
+    select = "numpy or PyTorch" if fast else "PyTorch top-k"
     rows.append(("select", f"{_name(attn.selector)}: {select}", "exact, ties to the most recent key"))
     rows.append(("attend", f"{_name(attn.attend)}: gather and softmax in PyTorch", ""))
     return tuple(rows)

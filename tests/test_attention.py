@@ -17,6 +17,7 @@ from hashattn import (
     FlatHamming,
     HashAttention,
     Identity,
+    LocalTopK,
     MixedPrecision,
     Momentum,
     PerLayer,
@@ -56,6 +57,7 @@ ranked = st.one_of(
     st.builds(lambda s, p: TopK(share=s, **p), st.floats(0.01, 1), per),
     st.builds(lambda r, n, p: Threshold(r, n, **p), st.integers(0, 40), st.sampled_from([None, 3]), per),
     st.builds(lambda a, b, p: Tiers(a, a + b, **p), st.floats(0.01, 0.4), st.floats(0.01, 0.4), per),
+    st.builds(lambda c, t, p: LocalTopK(c * t, t, **p), st.integers(1, 9), st.integers(1, 9), per),
 )
 forced = st.one_of(st.builds(Sink, st.integers(1, 9)), st.builds(Recent, st.integers(1, 9)))
 joined = st.builds(lambda a, b, r: a | b | r, forced, forced, ranked)
@@ -550,9 +552,13 @@ def test_the_fused_engine_says_what_it_cannot_take():
     with_residual.residual = CodeResidual(128, 4)
     for other, reason in (
         (plain.replace(attend=with_residual), "MixedPrecision without a residual"),
-        (plain.replace(selector=TopK(k=9, per="kv_head", combine="vote")), "it serves TopK, Threshold and Tiers"),
+        (
+            plain.replace(selector=TopK(k=9, per="kv_head", combine="vote")),
+            "it serves TopK, LocalTopK, Threshold and Tiers",
+        ),
         (plain.replace(selector=Tiers(0.1, 0.2, per="kv_head", combine="union")), 'with combine="sum"'),
-        (plain.replace(selector=Sink(4) | Consensus(TopK(k=9))), "it serves TopK, Threshold and Tiers"),
+        (plain.replace(selector=Sink(4) | Consensus(TopK(k=9))), "it serves TopK, LocalTopK, Threshold and Tiers"),
+        (plain.replace(selector=LocalTopK(64, per="kv_head")), "one choice per query head"),
         (plain.replace(encoder=SimHash(160)), "64, 128 or 256 bits, not 192"),
         (plain.replace(encoder=Identity(), index=FlatDot()), "binary codes"),
         (plain.replace(encoder=AsymmetricHash(64, heads=4)), "one code a key"),
@@ -566,6 +572,8 @@ def test_the_fused_engine_says_what_it_cannot_take():
     ):  # fmt: skip
         for attend in (ExactAttend(), MixedPrecision()):
             assert attn.replace(selector=served, attend=attend).explain(**shape).engine == "triton"
+    local = attn.replace(selector=Sink(4) | LocalTopK(64)).explain(**shape)
+    assert local.engine == "triton" and "keeps the nearest of each chunk" in str(local)
 
 
 def test_a_decoder_refuses_what_a_graph_could_not_keep():

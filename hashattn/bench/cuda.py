@@ -16,7 +16,7 @@ from hashattn.bench.cuda_inputs import Layer, layer_count, make_layer, rule, ste
 from hashattn.bench.floors import Machine, floors
 from hashattn.bench.graphs import capture, measure_machine, take_turns
 from hashattn.extras import require
-from hashattn.ops.decode import Scratch, why_not
+from hashattn.ops.decode import Scratch, Sizes, why_not
 
 Result = tuple[Tensor, Tensor, Tensor]  # out, lse, ids
 
@@ -86,10 +86,12 @@ def fused(layer: Layer, i: int, per: str, case: Case, scratch: Scratch, scan_onl
     """The step with a layer's query i, or its first kernel alone."""
     from hashattn.ops.decode.triton import decode
 
+    sizes = Sizes.of(layer.q[i], layer.query[i], layer.keys, layer.codes, rule(case, per))
     return decode(
         layer.q[i], layer.query[i], layer.keys, layer.values, layer.codes, layer.starts, layer.length, layer.bounds,
-        rule(case, per), scratch, scale=case.head_dim**-0.5, scan_only=scan_only,
-    )[:3]  # fmt: skip
+        rule(case, per), scratch.workspace(sizes.workspace, layer.keys.device), scale=case.head_dim**-0.5,
+        scan_only=scan_only,
+    )  # fmt: skip
 
 
 def _measure(

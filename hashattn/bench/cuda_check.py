@@ -23,7 +23,7 @@ def check_step(step: Callable[[], tuple[Tensor, Tensor, Tensor]], layer: Layer, 
     run.
     """
     q, scale = layer.q[0], case.head_dim**-0.5
-    _, _, expected, _ = decode.reference(
+    _, _, expected = decode.reference(
         q, layer.query[0], layer.keys, layer.values, layer.codes, layer.starts, layer.length, rule, scale=scale
     )
     pairs = []
@@ -35,7 +35,7 @@ def check_step(step: Callable[[], tuple[Tensor, Tensor, Tensor]], layer: Layer, 
     first: tuple[Tensor, Tensor] | None = None
     for hint, bound in HINTS.items():
         if bound is not None:
-            layer.bounds.fill_(bound)
+            layer.bounds[0].fill_(bound)
         poison = [torch.full_like(q, torch.nan), q.new_full(q.shape[:3], torch.nan, dtype=torch.float32)]
         del poison  # an output that is not written would be NaN now
         out, lse, ids = step()

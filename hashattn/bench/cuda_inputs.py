@@ -10,6 +10,7 @@ from torch import Tensor
 from hashattn.bench.cases import DTYPES, Case
 from hashattn.bench.floors import code_bytes
 from hashattn.ops.decode import Rule
+from hashattn.ops.decode.sizes import LEVELS
 
 COLD = 200 << 20  # bytes of the codes of all layers: several times an L2 cache, whatever else a step reads
 MEMORY = 40 << 30  # and may hold
@@ -83,5 +84,5 @@ def make_layer(
         normal(*kv, case.keys, case.head_dim), normal(*kv, case.keys, case.head_dim), codes,
         torch.zeros(case.batch, dtype=torch.int32, device=device),
         torch.tensor([case.keys], dtype=torch.int32, device=device),
-        torch.zeros(rows, dtype=torch.int32, device=device),
+        torch.zeros((1 + 1 + LEVELS, rows), dtype=torch.int32, device=device),
     )  # fmt: skip

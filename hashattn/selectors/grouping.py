@@ -39,26 +39,43 @@ def take(view: View, budgets: Sequence[Budget], per: str, combine: str) -> Selec
     shared = per == "kv_head" and view.q_heads > view.kv_heads
     if not shared or combine == "sum":
         return _tiered(view.nearest(budgets, shared=shared), view, budgets)
-    distances = view.distances().unflatten(1, (view.kv_heads, -1))  # [B, Hkv, G, T, N]
-    group = distances.shape[2]
-    total = distances.sum(2, dtype=distances.dtype)
-    if total.is_floating_point():  # padding may hold anything
-        total = total.masked_fill(~view.seen, 0)
-    chosen = [_mask(view.nearest([b]), view.keys).unflatten(1, (view.kv_heads, group)) for b in budgets]
-    span = total.abs().amax((1, 2, 3), keepdim=True) * 2 + 1
+    total = group_sum(view)
+    group = view.q_heads // view.kv_heads
+    chosen = [chosen_mask(view.nearest([b]), view.keys).unflatten(1, (view.kv_heads, group)) for b in budgets]
     if combine == "vote":
-        votes = chosen[-1].sum(2)
-        ranked = (group - votes) * span.to(torch.int64 if not total.is_floating_point() else total.dtype) + total
-        any_head = None if view.kept is None else view.kept.unflatten(1, (-1, group)).any(2)
-        return _tiered(view.calibrate(ranked, any_head).nearest(budgets), view, budgets)
+        return _tiered(voted(view, chosen[-1]).nearest(budgets), view, budgets)
     kept, critical = chosen[-1].any(2), chosen[0].any(2)
-    ranked = torch.where(critical, total, total + span)
+    ranked = torch.where(critical, total, total + _span(total))
     ids = view.calibrate(ranked, kept).search(min(group * view.slots(budgets[-1]), view.longest))
     if len(budgets) == 1:
         return Selection(ids)
     filled = torch.arange(ids.shape[-1], device=ids.device)
     tier = (filled >= critical.sum(-1).unsqueeze(-1)) & (ids >= 0)
     return Selection(ids, tier.to(torch.int8), critical_slots=min(group * view.slots(budgets[0]), ids.shape[-1]))
+
+
+def group_sum(view: View) -> Tensor:
+    """The distances of the query heads of each KV head, summed: [B, Hkv, T, N]."""
+    distances = view.distances()
+    total = distances.unflatten(1, (view.kv_heads, -1)).sum(2, dtype=distances.dtype)
+    return total.masked_fill(~view.seen, 0) if total.is_floating_point() else total  # padding may hold anything
+
+
+def voted(view: View, chosen: Tensor) -> View:
+    """The view that ranks keys by the number of heads that chose them, then by the group's sum.
+
+    Args:
+        chosen: bool [B, Hkv, G, T, N].
+    """
+    total, group = group_sum(view), chosen.shape[2]
+    kind = total.dtype if total.is_floating_point() else torch.int64
+    any_head = None if view.kept is None else view.kept.unflatten(1, (-1, group)).any(2)
+    return view.calibrate((group - chosen.sum(2)) * _span(total).to(kind) + total, any_head)
+
+
+def _span(total: Tensor) -> Tensor:
+    """More than any two distances of a row differ by."""
+    return total.abs().amax((1, 2, 3), keepdim=True) * 2 + 1
 
 
 def _tiered(ids: Tensor, view: View, budgets: Sequence[Budget]) -> Selection:
@@ -69,7 +86,7 @@ def _tiered(ids: Tensor, view: View, budgets: Sequence[Budget]) -> Selection:
     return Selection(ids, tier, critical_slots=min(view.slots(budgets[0]), ids.shape[-1]))
 
 
-def _mask(ids: Tensor, keys: int) -> Tensor:
+def chosen_mask(ids: Tensor, keys: int) -> Tensor:
     """bool [B, H, T, N] of the keys in ids."""
     mask = torch.zeros(*ids.shape[:3], keys + 1, dtype=torch.bool, device=ids.device)
     return mask.scatter_(-1, torch.where(ids < 0, keys, ids).long(), True)[..., :keys]

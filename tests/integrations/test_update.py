@@ -11,6 +11,7 @@ from hashattn import (
     ExactAttend,
     FlatHamming,
     HashAttention,
+    LocalTopK,
     MixedPrecision,
     Momentum,
     Recent,
@@ -77,6 +78,7 @@ def test_a_larger_budget_serves_the_caches_there_are(filled):
         (Recent(4) | Tiers(), {"t1": 0.02, "t2": 0.3}, Recent(4) | Tiers(0.02, 0.3)),
         (Threshold(20), {"radius": 30, "limit": 9}, Threshold(30, limit=9)),
         (TopK(k=9), {"per": "kv_head", "combine": "vote"}, TopK(k=9, per="kv_head", combine="vote")),
+        (Sink(2) | LocalTopK(32), {"per_chunk": 8, "k": 24}, Sink(2) | LocalTopK(24, 8)),
     ],
     ids=repr,
 )

@@ -53,20 +53,18 @@ def attach(
     modules = {} if reasons else support.attention_modules(model)
     devices = support.devices_of(modules)
     device = devices[0] if len(devices) == 1 else None
-    forward = Forward({}, {i: LayerRecord() for i in modules}, strict, max_sparse_q, trace, device)
-    handle = Handle(attn, model, tuple(reasons), forward, modules)
-    if reasons:
-        return handle
     configs: dict[int, Any] = {id(m.config): m.config for m in modules.values()}
     if any(c._attn_implementation == NAME for c in configs.values()):
         raise ValueError("model is attached already: call detach() on its handle first")
     depth = len(modules)
-    single = overrides(layers, depth)
-    for number, module in modules.items():
-        own = number in single
-        forward.served[number] = serve(single.get(number, attn), own, module, number, depth)
-    for served in forward.served.values():
-        served.composition.to(devices[0])
+    single = {} if reasons else overrides(layers, depth)
+    served = {i: serve(single.get(i, attn), i in single, module, i, depth) for i, module in modules.items()}
+    forward = Forward(served, {i: LayerRecord() for i in modules}, strict, max_sparse_q, trace, device)
+    handle = Handle(attn, model, tuple(reasons), forward, modules)
+    if reasons:
+        return handle
+    for one in served.values():
+        one.composition.to(devices[0])
     AttentionInterface.register(NAME, hashed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)  # without it masks are None and left-padded rows go wrong
     for config in configs.values():
@@ -90,7 +88,12 @@ def pre_hook(forward: Forward, number: int, module: nn.Module) -> Any:
         cache = argument("past_key_values")
         if cache is None:
             cache = argument("cache")  # the same since transformers 5.24; before, a paged cache
-        kwargs[HASHATTN_CALL] = forward.prepare(number, cache, argument("hidden_states"))
+        hidden = argument("hidden_states")
+        stepping = forward.stepping(number, cache, hidden.shape[1])
+        if stepping is False:
+            kwargs[HASHATTN_CALL] = forward.prepare(number, cache, hidden)
+        elif stepping is not True:
+            kwargs[HASHATTN_CALL] = stepping
         return args, kwargs
 
     return hook

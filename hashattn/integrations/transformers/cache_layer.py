@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,31 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
+from hashattn.decoder import Decoder
+from hashattn.integrations.transformers.tally import Ledger, Tally
 from hashattn.ops.decode import Scratch
+
+
+@dataclass(frozen=True)
+class Arming:
+    """How a layer's traced or captured steps are served, and where they are counted.
+
+    Attributes:
+        attn: a composition that engine="triton" serves, or one with engine="dense".
+        number: of the layer.
+        why: for the report.
+    """
+
+    attn: HashAttention
+    number: int
+    q_heads: int
+    why: str
+    ledger: Ledger
+
+    @property
+    def dense(self) -> bool:
+        """Whether the steps attend densely."""
+        return self.attn.engine == "dense" or not self.attn.attend.needs_selection
 
 
 class HashedLayer(DynamicLayer):
@@ -35,6 +60,7 @@ class HashedLayer(DynamicLayer):
     @property
     def keys(self) -> Tensor | None:
         """[B, Hkv, N, D], a view; None before the first update."""
+        self.settle()
         return self.kv.keys if self.kv is not None and len(self.kv) else None
 
     @keys.setter
@@ -44,11 +70,18 @@ class HashedLayer(DynamicLayer):
     @property
     def values(self) -> Tensor | None:
         """[B, Hkv, N, D], a view; None before the first update."""
+        self.settle()
         return self.kv.values if self.kv is not None and len(self.kv) else None
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
         self._refuse(value)
+
+    def settle(self) -> None:
+        """Adopt what steps appended that the host could not see; waits for the device."""
+
+    def changed(self) -> None:
+        """What was made ready for such steps follows a change that the host made."""
 
     def _refuse(self, value: Tensor | None) -> None:
         if value is not None:  # None comes from the base class's __init__
@@ -78,25 +111,34 @@ class HashedLayer(DynamicLayer):
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        length = self.get_seq_length()
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove must be at most 0 (minus the tokens to remove), got {tokens_to_remove}")
+        self.settle()
         if self.kv is not None and tokens_to_remove:
-            self.kv.crop(max(0, length + tokens_to_remove))
+            self.kv.crop(max(0, len(self.kv) + tokens_to_remove))
+            self.changed()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.kv is not None:
-            self.kv.select_rows(beam_idx)
+        self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self.settle()
         if self.kv is not None:
             self.kv.repeat(repeats)
+            self.changed()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.kv is not None:
-            self.kv.select_rows(torch.arange(self.kv.batch)[indices.cpu()])
+            self._select(torch.arange(self.kv.batch)[indices.cpu()])
+
+    def _select(self, rows: Tensor) -> None:
+        self.settle()
+        if self.kv is not None:
+            self.kv.select_rows(rows)
+            self.changed()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HashedLayer:
+        self.settle()
         twin = copy.copy(self)
         twin.kv = copy.deepcopy(self.kv, memo)  # the composition is shared
         return twin
@@ -110,10 +152,19 @@ class HashedStaticLayer(HashedLayer):
 
     The model sees all of them, as its masks expect; a search looks at the filled part.
 
+    Once armed, calls of one token that are traced or captured go through a Decoder, whose length is on the device. The
+    host adopts it when it next changes the cache or makes an eager call (:meth:`settle`).
+
     Args:
         attn: the composition of this layer.
         scratch: what the layers of a model share.
         max_cache_len: columns.
+
+    Attributes:
+        decoder: of the steps that are traced or captured. It is kept and changed in place, as a graph may point to it.
+        armed: whether it is ready.
+        arming: how, and where its steps are counted.
+        outgrown: the error of such steps, until someone is told.
     """
 
     is_compileable = True  # transformers makes masks of full length for such caches
@@ -121,11 +172,83 @@ class HashedStaticLayer(HashedLayer):
     def __init__(self, attn: HashAttention, scratch: Scratch, max_cache_len: int) -> None:
         super().__init__(attn, scratch)
         self.capacity = self.max_cache_len = max_cache_len
+        self.decoder: Decoder | None = None
+        self._decoders: dict[bool, Decoder] = {}  # by whether they are dense
+        self.armed = False
+        self.arming: Arming | None = None
+        self.tally: Tally | None = None
+        self.outgrown: ValueError | None = None
+
+    def steps(self, tokens: int) -> bool:
+        """Whether a call of so many tokens goes through the decoder."""
+        return self.armed and tokens == 1 and unseen()
+
+    @torch.compiler.disable
+    def arm(self, arming: Arming) -> None:
+        """Make the decoder ready for what the cache now holds; leave it unready where that cannot be searched yet."""
+        assert self.kv is not None
+        self.arming, self.armed = arming, False
+        decoder = self._decoders.get(arming.dense)
+        try:
+            if decoder is None or not decoder.fits(self.kv):
+                decoder = self._decoders[arming.dense] = Decoder(arming.attn, self.kv)
+                decoder.prepare(arming.q_heads)
+                decoder.warm_up(arming.q_heads)
+            else:
+                if decoder.attn != arming.attn:  # of the same encoder
+                    decoder.attn = arming.attn
+                    decoder.prepare(arming.q_heads)
+                decoder.follow()
+        except ValueError:  # rows that are too short
+            return
+        self.armed, self.decoder, self.tally = True, decoder, Tally.of(decoder, arming.q_heads, arming.why)
+        arming.ledger.open(arming.number, self.tally)
+
+    @torch.compiler.disable
+    def settle(self) -> None:
+        if self.armed and self.decoder is not None and self.arming is not None and self.tally is not None:
+            self.arming.ledger.book(self.arming.number, self.tally)
+            try:
+                self.decoder.finish()
+            except ValueError as error:
+                self.outgrown = error
+
+    def changed(self) -> None:
+        if self.armed and self.arming is not None:
+            self.arm(self.arming)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.steps(key_states.shape[2]):
+            return key_states, value_states  # the attention function appends them
+        return self._append(key_states, value_states)
+
+    @torch.compiler.disable
+    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        self.settle()
+        self.armed = False  # until the attention function has seen what was appended
+        if self.kv is not None and len(self.kv) == 0 and not same_kind(self.kv, key_states):
+            self.kv = None
         super().update(key_states, value_states)
         assert self.kv is not None
         return self.kv.allocated
+
+    def get_seq_length(self) -> int | Tensor:  # type: ignore[override]
+        if self.armed and self.decoder is not None:
+            return self.decoder.filled()  # as a StaticLayer's: nobody waits for it
+        return super().get_seq_length()
+
+    def reset(self) -> None:
+        self.settle()
+        self.armed, self.outgrown = False, None
+        if self.kv is not None:
+            self.kv.reset()  # the memory stays, to which a graph may point
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HashedStaticLayer:
+        twin = super().__deepcopy__(memo)
+        assert isinstance(twin, HashedStaticLayer)
+        twin.decoder, twin._decoders = None, {}
+        twin.changed()
+        return twin
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.max_cache_len, 0
@@ -134,8 +257,23 @@ class HashedStaticLayer(HashedLayer):
         return self.max_cache_len
 
 
+def unseen() -> bool:
+    """Whether the host cannot look at values, because the call is traced or captured."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def same_kind(kv: KVCache, k: Tensor) -> bool:
+    """Whether an empty cache has memory for such keys."""
+    held = kv.storage("keys")
+    return (held.shape[0], held.dtype, held.device) == (k.shape[0], k.dtype, k.device)
+
+
 def hashed_layer(layer: CacheLayerMixin, attn: HashAttention, scratch: Scratch) -> HashedLayer:
     """A hashed layer with the contents of a DynamicLayer, a StaticLayer or one of another composition."""
+    if isinstance(layer, HashedLayer):
+        layer.settle()
     filled = int(layer.get_seq_length())
     if isinstance(layer, StaticLayer | HashedStaticLayer):
         new: HashedLayer = HashedStaticLayer(attn, scratch, layer.max_cache_len)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, StaticCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -15,10 +16,12 @@ from hashattn.attend.dense import dense
 from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
 from hashattn.integrations.transformers import support
-from hashattn.integrations.transformers.cache_layer import HashedLayer, hashed_layer
+from hashattn.integrations.transformers.cache_layer import Arming, HashedLayer, HashedStaticLayer, hashed_layer
 from hashattn.integrations.transformers.layers import Served
 from hashattn.integrations.transformers.mask import read_mask
 from hashattn.integrations.transformers.report import LayerRecord
+from hashattn.integrations.transformers.tally import Ledger
+from hashattn.ops import decode
 from hashattn.ops.decode import Scratch
 from hashattn.types import Selection, Step
 
@@ -48,6 +51,26 @@ class Forward:
     step: Step = field(default_factory=Step)
     scratch: Scratch = field(default_factory=Scratch)
     masked: tuple[Tensor, list[int], str | None] | None = None
+    layers: weakref.WeakSet[HashedStaticLayer] = field(default_factory=weakref.WeakSet)  # that were armed
+
+    def __post_init__(self) -> None:
+        unserved = {i: str(served.dense) for i, served in self.served.items() if served.attn is None}
+        self.ledger = Ledger(self.records, unserved)
+        self.first = next((i for i in self.served if i not in unserved), 0)
+
+    def stepping(self, number: int, cache: Any, tokens: int) -> HashedStaticLayer | bool:
+        """Whether a call is traced or captured, and served so: the layer then, or True where it keeps the model's own.
+
+        Traced itself, so that it asks no more than attributes.
+        """
+        own = self.served[number].attn is None
+        number = self.first if own else number
+        if not isinstance(cache, StaticCache) or number >= len(cache.layers):
+            return False
+        layer = cache.layers[number]
+        if not isinstance(layer, HashedStaticLayer) or not layer.steps(tokens):
+            return False
+        return own or layer
 
     @torch.compiler.disable
     def prepare(self, number: int, cache: Any, hidden: Tensor) -> Call:
@@ -73,11 +96,21 @@ class Forward:
         layer.attn = served.attn
         return Call(self, number, layer, None)
 
+    @torch.compiler.disable  # a search asks the host for lengths and runs numpy: a graph breaks here
     def attend(
         self, call: Call, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
         scaling: float | None, **kwargs: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """Attention of one layer: query [B, Hq, T, D], key and value [B, Hkv, N, D]; returns [B, T, Hq, D]."""
+        result = self._attend(call, module, query, key, value, mask, scaling, **kwargs)
+        if isinstance(call.layer, HashedStaticLayer):
+            self._arm(call.number, call.layer, query.shape[1], mask)
+        return result
+
+    def _attend(
+        self, call: Call, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+        scaling: float | None, **kwargs: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
         record, tokens = self.records[call.number], query.shape[2]
         kv = call.layer.kv if call.layer is not None else None
         reason = call.reason if kv is None else self._why_dense(call.number, query, kv, mask)
@@ -113,6 +146,23 @@ class Forward:
         """Let go of what the last pass left."""
         self.step, self.masked = Step(), None
 
+    def rearm(self) -> None:
+        """Let layers that are ready for traced and captured steps follow a change of the compositions."""
+        for layer in list(self.layers):
+            if layer.armed and layer.arming is not None and layer.kv is not None:
+                layer.settle()
+                served = self.served[layer.arming.number]
+                layer.armed = False
+                if served.attn is not None and same_cache(layer.attn, served.attn):
+                    layer.attn = served.attn
+                    self._arm_as_is(layer.arming.number, layer, layer.arming.q_heads)
+
+    def disarm(self) -> None:
+        """Leave all caches as the model's own code expects them."""
+        for layer in list(self.layers):
+            layer.settle()
+            layer.armed = False
+
     # ---- inside
 
     def _begin(self, cache: Any, hidden: Tensor) -> None:
@@ -123,11 +173,57 @@ class Forward:
                 served.composition.to(hidden.device)
         if not isinstance(cache, Cache):
             return
+        self._tell_outgrown(cache)
         for number, served in self.served.items():
             if served.attn is None or number >= len(cache.layers):
                 continue
             self._why_not(cache, number, hidden)
             support.check_append(cache.layers[number], hidden, self.device is not None)
+
+    def _tell_outgrown(self, cache: Cache) -> None:
+        """Adopt what traced or captured steps appended; raises ValueError if that was more than fitted."""
+        errors = []
+        for layer in cache.layers:
+            if isinstance(layer, HashedStaticLayer):
+                layer.settle()
+                if layer.outgrown is not None:
+                    errors.append(layer.outgrown)
+                    layer.outgrown = None
+        if errors:
+            raise errors[0]
+
+    def _arm(self, number: int, layer: HashedStaticLayer, q_heads: int, mask: Tensor | None) -> None:
+        """Make a static layer ready for traced and captured steps, if its next call may be one.
+
+        Rows begin where the mask of this call says, its last query seeing all that the next one will.
+        """
+        kv = layer.kv
+        if kv is None or self.trace or torch.is_grad_enabled() or kv.keys.device.type not in decode.DEVICES:
+            return
+        if mask is not None:
+            if self.masked is None or self.masked[0] is not mask:
+                self.masked = (mask, *read_mask(mask[:, :, -1:], kv.batch, len(kv), 1))
+            _, starts, reason = self.masked
+            if reason is not None:
+                return
+            if starts != kv._starts:
+                kv.set_start(torch.tensor(starts))
+        self._arm_as_is(number, layer, q_heads)
+
+    def _arm_as_is(self, number: int, layer: HashedStaticLayer, q_heads: int) -> None:
+        served, kv = self.served[number], layer.kv
+        assert served.attn is not None and kv is not None
+        attn, why = served.attn, f'engine="{served.attn.engine}"'
+        engine = attn.engine_for(kv.keys.new_empty((kv.batch, q_heads, 1, kv.head_dim)), kv)
+        if served.dense is not None or engine == "dense":
+            attn = attn.replace(engine="dense")
+            why = served.dense or ("auto: dense is faster" if served.attn.engine == "auto" else "engine is dense")
+        elif engine != "triton":
+            return
+        elif attn.engine == "auto":
+            why = f"auto, faster from {kv.crossover} keys on"
+        layer.arm(Arming(attn, number, q_heads, why, self.ledger))
+        self.layers.add(layer)
 
     def _why_not(self, cache: Any, number: int, hidden: Tensor) -> str | None:
         """Why this layer of the cache is not searched; raises ValueError if it should be (strict)."""
@@ -184,13 +280,16 @@ def same_cache(held: HashAttention, wanted: HashAttention) -> bool:
     return held.encoder == wanted.encoder and held.index == wanted.index and norms
 
 
-@torch.compiler.disable  # a search asks the host for lengths and runs numpy: a graph breaks here
 def hashed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The attention function that is registered with transformers under the name "hashattn"."""
-    call: Call | None = kwargs.pop(HASHATTN_CALL, None)
+    call: Call | HashedStaticLayer | None = kwargs.pop(HASHATTN_CALL, None)
     if call is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if isinstance(call, HashedStaticLayer):
+        assert call.decoder is not None
+        out = call.decoder.step(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        return out.transpose(1, 2).contiguous(), None
     return call.forward.attend(call, module, query, key, value, attention_mask, scaling, **kwargs)

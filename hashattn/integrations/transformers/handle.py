@@ -69,9 +69,11 @@ class Handle:
         for one in new.values():
             one.composition.to(self._forward.device or support.devices_of(self._modules)[0])
         self.attn, self._forward.served = attn, new
+        self._forward.rearm()
 
     def report(self) -> Report:
         """What ran so far, per layer: sparse, dense by choice, dense because; keys and bytes read; engine and why."""
+        self._forward.ledger.look()
         return summarise(self._forward.records, self.refused)
 
     def reads(self) -> Tensor:
@@ -88,6 +90,7 @@ class Handle:
 
     def reset_report(self) -> None:
         """Start counting anew."""
+        self._forward.ledger.look()
         for number in self._forward.records:
             self._forward.records[number] = LayerRecord()
 
@@ -96,6 +99,7 @@ class Handle:
 
         Caches made meanwhile stay usable: without the hooks they are attended to in full.
         """
+        self._forward.disarm()
         for hook in self._hooks:
             hook.remove()
         for config, implementation in self._configs:

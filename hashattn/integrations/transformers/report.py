@@ -52,29 +52,34 @@ class LayerRecord:
 
     def add_step(self, selection: Selection | None, query: Tensor, kv: KVCache) -> None:
         """Count a one-token call; selection is None if it ran dense."""
-        heads, key_bytes = query.shape[1], query.shape[3] * query.element_size()
+        cost = Cost.of(kv, query.shape[1])
         keys = len(kv) * kv.batch - sum(kv._starts) if any(kv._starts) else len(kv) * kv.batch
-        self.code_bytes = kv.code_nbytes
-        self.kv_bytes = kv.nbytes - self.code_bytes
-        self.steps += 1
-        self.visible += keys * heads
-        everything = 2 * keys * kv.kv_heads * key_bytes
-        self.dense_bytes += everything
+        self.code_bytes, self.kv_bytes = cost.code_nbytes, cost.kv_nbytes
         if selection is None:
-            self.kept = self.kept + keys * heads
-            self.read = self.read + everything
+            self.add_dense(cost, keys, 1)
             return
-        code_bytes = 0  # of one key and KV head
-        if kv.encoder is not None:
-            row = 8 * -(-kv.bits // 64) if kv.encoder.code == "binary" else key_bytes
-            code_bytes = row * kv.encoder.code_heads(kv.kv_heads) // kv.kv_heads
-        self.scanned += keys * kv.kv_heads * code_bytes
-        kept = count(selection.ids >= 0)
-        self.kept = self.kept + kept * (heads // selection.ids.shape[1])
-        self.read = self.read + kept * 2 * key_bytes
+        self.add_searched(cost, keys, count(selection.ids >= 0), selection.ids.shape[1], 1)
         if selection.tier is not None:  # a medium key costs a norm and a code instead of the key
             medium = count((selection.tier == MEDIUM) & (selection.ids >= 0))
-            self.read = self.read - medium * (key_bytes - 2 - code_bytes)
+            self.read = self.read - medium * (cost.key_bytes - 2 - cost.code_bytes)
+
+    def add_dense(self, cost: Cost, keys: int, steps: int) -> None:
+        """Count so many one-token calls that read all of `keys` keys, over rows and calls."""
+        everything = 2 * keys * cost.kv_heads * cost.key_bytes
+        self.steps += steps
+        self.visible += keys * cost.q_heads
+        self.dense_bytes += everything
+        self.kept = self.kept + keys * cost.q_heads
+        self.read = self.read + everything
+
+    def add_searched(self, cost: Cost, keys: int, kept: Tensor | int, heads: int, steps: int) -> None:
+        """Count so many one-token calls that scanned `keys` keys and in which `heads` heads kept `kept` of them."""
+        self.steps += steps
+        self.visible += keys * cost.q_heads
+        self.dense_bytes += 2 * keys * cost.kv_heads * cost.key_bytes
+        self.scanned += keys * cost.kv_heads * cost.code_bytes
+        self.kept = self.kept + kept * (cost.q_heads // heads)
+        self.read = self.read + kept * 2 * cost.key_bytes
 
     def set_engine(self, attn: HashAttention, query: Tensor, kv: KVCache) -> None:
         """Note what serves a search of these queries, and why."""
@@ -85,6 +90,28 @@ class LayerRecord:
             self.engine, self.why = engine, f"auto, faster from {kv.crossover} keys on"
         else:
             self.engine, self.why = engine, f'engine="{engine}"'
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step of a cache reads, in bytes a key and KV head, and the bytes that the cache takes."""
+
+    q_heads: int
+    kv_heads: int
+    key_bytes: int
+    code_bytes: int
+    code_nbytes: int
+    kv_nbytes: int
+
+    @classmethod
+    def of(cls, kv: KVCache, q_heads: int) -> Cost:
+        """For queries of so many heads."""
+        key_bytes, code_bytes = kv.head_dim * kv.storage("keys").element_size(), 0
+        if kv.encoder is not None:
+            row = 8 * -(-kv.bits // 64) if kv.encoder.code == "binary" else key_bytes
+            code_bytes = row * kv.encoder.code_heads(kv.kv_heads) // kv.kv_heads
+        codes = kv.code_nbytes
+        return cls(q_heads, kv.kv_heads, key_bytes, code_bytes, codes, kv.nbytes - codes)
 
 
 def count(mask: Tensor) -> Tensor | int:

@@ -8,14 +8,18 @@ import torch
 
 from hashattn.ops.decode.estimate import Estimate
 from hashattn.ops.decode.reference import decode as reference
+from hashattn.ops.decode.reference import decode_tiers as reference_tiers
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.scratch import Scratch
+from hashattn.ops.decode.sizes import Sizes
 
-__all__ = ["Estimate", "Rule", "Scratch", "reference", "why_not"]
+__all__ = ["Estimate", "Rule", "Scratch", "Sizes", "reference", "reference_tiers", "why_not"]
 
+DEVICES = ("cuda",)
 HEAD_DIMS = (64, 96, 128, 256)
 MOST_LEVELS = 4096  # distances that are told apart
 MOST_TOKENS = 16
+PER_CHUNK = (8, 16, 32, 64)
 
 
 def why_not(
@@ -30,7 +34,7 @@ def why_not(
         words: int64 words of a code.
         planes: bit planes of a query.
     """
-    if device != "cuda":
+    if device not in DEVICES:
         return f"its kernels need an NVIDIA GPU, the tensors are on {device}"
     if importlib.util.find_spec("triton") is None:
         return 'it needs Triton: pip install "hashattn[gpu]"'
@@ -44,6 +48,13 @@ def why_not(
         return f"it serves up to {MOST_TOKENS} queries at a time, not {tokens}"
     if words not in (1, 2, 4):
         return f"it serves codes of 64, 128 or 256 bits, not {64 * words}"
+    if rule.chunks is not None:
+        if rule.shared:
+            return "LocalTopK makes one choice per query head there, not one for a KV head"
+        if rule.per_chunk not in PER_CHUNK:
+            return f"it serves LocalTopK with per_chunk {', '.join(map(str, PER_CHUNK))}, not {rule.per_chunk}"
+        if rule.most_forced > rule.per_chunk:
+            return f"up to {rule.most_forced} sinks and recents fall into one chunk of LocalTopK: take a larger k"
     spread = (group if rule.shared else 1) * (2**planes - 1)
     if planes > 2 or 64 * words * spread + 4 > MOST_LEVELS:
         return f"distances up to {64 * words * spread:,} are more than it tells apart: take fewer bits or query_bits"

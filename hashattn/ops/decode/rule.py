@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from hashattn.ops.nearest.local import most_of_span
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -17,6 +19,7 @@ class Rule:
         radius: the largest distance (or sum) of a key that is not forced; None for any.
         critical: share of the visible keys, rounded up in float64, that are critical, and all forced ones; the other
             keys that are kept are medium. None if all are critical.
+        chunks: k / chunks keys are kept of each chunk that columns are dealt to in runs of 8; None for k of all.
     """
 
     k: int | None = None
@@ -26,8 +29,21 @@ class Rule:
     recents: int = 0
     radius: int | None = None
     critical: float | None = None
+    chunks: int | None = None
+
+    @property
+    def per_chunk(self) -> int:
+        """Keys kept of each chunk."""
+        return (self.k or 0) // (self.chunks or 1)
+
+    @property
+    def most_forced(self) -> int:
+        """No chunk has more forced keys."""
+        return sum(most_of_span(n, self.chunks or 1) for n in (self.sinks, self.recents))
 
     def slots(self, visible: int) -> int:
         """Keys kept by a query that sees so many."""
+        if self.chunks is not None:
+            return self.chunks * max(self.per_chunk, self.most_forced)
         wanted = min(self.k, visible) if self.k is not None else math.ceil((self.share or 0) * visible)
         return max(wanted, min(visible, self.sinks + self.recents))

@@ -26,12 +26,12 @@ class Scratch:
             held.append(torch.zeros(numel, dtype=dtype, device=device))
         return held[-1][:numel].view(shape)
 
-    def constant(self, value: float, device: torch.device) -> Tensor:
-        """A number as float64 [1] on the device."""
-        name = (repr(value), device)
-        if name not in self._held:
-            self._held[name] = [torch.tensor([value], dtype=torch.float64, device=device)]
-        return self._held[name][0]
+    def workspace(self, nbytes: int, device: torch.device) -> Tensor:
+        """At least so many bytes, uint8, for one step at a time."""
+        held = self._held.setdefault(("workspace", device), [])
+        if not held or held[-1].numel() < nbytes:
+            held.append(torch.empty(nbytes, dtype=torch.uint8, device=device))
+        return held[-1]
 
     @property
     def nbytes(self) -> int:

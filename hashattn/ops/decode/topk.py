@@ -168,11 +168,11 @@ def attend_topk(
     Args:
         q, keys, values: [B, Hq, T, DIM], [B, Hkv, room, DIM]; see scan for query, codes, candidates and counts.
         bounds: int32 [rows], sixteenths, rewritten for the next step: the threshold and a margin, falling slowly.
-        share: float64 [1], of the visible keys, with SHARE; else k keys are wanted.
+        share: of the visible keys, the bits of a float64, with SHARE; else k keys are wanted.
         ids: int32 [rows, slots], written: columns in ascending order, then -1.
         parts, stats, arrived: scratch; arrived int32 [rows] is zero before and after.
         out, lse: [B, Hq, T, DIM] and float32 [B, Hq, T], written.
-        critical: float64 [1], share of the visible keys that are read, with TIERS; logits of the others are estimated.
+        critical: share of the visible keys that are read, likewise, with TIERS; logits of the others are estimated.
         norms, centre, a: see Estimate; tier: int8 [rows, slots], written, 1 for medium keys. None without TIERS.
         per_bit: 2 / bits.
     """
@@ -186,11 +186,11 @@ def attend_topk(
     visible = end - first
     wanted = tl.minimum(k, visible)
     if SHARE:
-        wanted = tl.ceil(visible.to(tl.float64) * tl.load(share)).to(tl.int32)
+        wanted = tl.ceil(visible.to(tl.float64) * share.to(tl.float64, bitcast=True)).to(tl.int32)
     wanted = tl.maximum(wanted, tl.minimum(visible, sinks + recents))
     wanted_1 = wanted
     if TIERS:
-        wanted_1 = tl.ceil(visible.to(tl.float64) * tl.load(critical)).to(tl.int32)
+        wanted_1 = tl.ceil(visible.to(tl.float64) * critical.to(tl.float64, bitcast=True)).to(tl.int32)
         wanted_1 = tl.maximum(wanted_1, tl.minimum(visible, sinks + recents))
     if PDL:
         gdc_wait()

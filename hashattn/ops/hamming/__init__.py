@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hashattn.ops.hamming import cpu, reference
@@ -27,4 +28,5 @@ def differing(a: Tensor, b: Tensor) -> Tensor:
 
 def query_planes(projection: Tensor, query_bits: int) -> Tensor:
     """Pack projected queries into bit planes; see :func:`reference.query_planes`."""
-    return (cpu if projection.device.type == "cpu" else reference).query_planes(projection, query_bits)
+    plain = projection.device.type != "cpu" or torch.compiler.is_compiling()  # numpy would break a traced graph
+    return (reference if plain else cpu).query_planes(projection, query_bits)

@@ -1,6 +1,7 @@
 """Exact selection of the nearest keys."""
 
 from hashattn.ops.nearest.cpu import nearest_visible
+from hashattn.ops.nearest.local import most_of_span, nearest_of_chunks
 from hashattn.ops.nearest.reference import nearest
 
-__all__ = ["nearest", "nearest_visible"]
+__all__ = ["most_of_span", "nearest", "nearest_of_chunks", "nearest_visible"]

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hashattn.ops.decode import Estimate, Rule, Scratch, reference
+from hashattn.ops.decode import Estimate, Rule, reference, reference_tiers
+from hashattn.ops.decode.sizes import Sizes
 from hashattn.types import Selection
 from tests.structured import generator
 
@@ -31,6 +32,12 @@ class Inputs:
 
     def to(self, device: str) -> Inputs:
         return Inputs(*(x.to(device) for x in self.all))
+
+    def state(self, rule: Rule) -> tuple[Tensor, Tensor]:
+        """Bounds of a first step, and a workspace that holds anything."""
+        sizes = Sizes.of(self.q, self.query, self.keys, self.codes, rule)
+        bounds = torch.zeros(sizes.state, dtype=torch.int32, device=self.q.device)
+        return bounds, torch.full((sizes.workspace,), 0xA5, dtype=torch.uint8, device=self.q.device)
 
     @property
     def all(self) -> tuple[Tensor, ...]:
@@ -74,6 +81,8 @@ CASES: list[tuple[dict[str, Any], Rule]] = [
     ({"tokens": 2}, Rule(k=64, shared=True, radius=110, recents=5)),
     ({"filled": 300, "room": 320}, Rule(share=1.0)),
     ({"filled": 60, "room": 64}, Rule(k=10, sinks=30, recents=40)),
+]
+TIER_CASES: list[tuple[dict[str, Any], Rule]] = [
     ({"kv_heads": 2, "group": 2, "words": 2, "filled": 2100, "room": 2112}, Rule(share=0.05, critical=0.025)),
     (
         {"tokens": 3, "group": 3, "batch": 2, "filled": 250, "room": 256, "starts": (0, 180)},
@@ -93,6 +102,16 @@ CASES: list[tuple[dict[str, Any], Rule]] = [
     ({"group": 2, "words": 4, "filled": 600, "room": 608}, Rule(share=0.9, critical=0.003)),  # further apart than bins
     ({"group": 2, "filled": 400, "room": 416}, Rule(share=0.5, critical=0.1, radius=27)),
 ]
+LOCAL_CASES: list[tuple[dict[str, Any], Rule]] = [
+    ({"kv_heads": 2}, Rule(k=64, chunks=4)),
+    ({"group": 3, "batch": 2, "words": 2, "starts": (0, 700)}, Rule(k=96, chunks=3, sinks=4, recents=20)),
+    ({"tokens": 3, "planes": 2, "filled": 300, "room": 333}, Rule(k=64, chunks=8, recents=40)),
+    ({"group": 1, "dim": 256, "filled": 130, "room": 144, "starts": (129,)}, Rule(k=24, chunks=3, sinks=3)),
+    ({"clustered": True, "filled": 4000}, Rule(k=64, chunks=1)),
+    ({"group": 2, "filled": 9000, "room": 9001, "dim": 96}, Rule(k=32, chunks=2, sinks=1)),
+    ({"group": 8, "words": 4, "filled": 70, "room": 80}, Rule(k=80, chunks=10)),
+    ({"filled": 500, "room": 512, "dim": 128}, Rule(k=512, chunks=8)),
+]
 
 
 def norms_of(x: Inputs, bits: int) -> Estimate:
@@ -104,11 +123,10 @@ def norms_of(x: Inputs, bits: int) -> Estimate:
     return Estimate(norms, centre, torch.tensor([0.8], device=x.keys.device), bits)
 
 
-def only_read(x: Inputs, ids: Tensor, tier: Tensor | None) -> Inputs:
+def only_read(x: Inputs, ids: Tensor, tier: Tensor) -> Inputs:
     """The same with NaN for every key that is not critical to a query of its head."""
     heads, room = x.keys.shape[1:3]
-    unread = ids < 0 if tier is None else (ids < 0) | (tier == 1)
-    read = ids.masked_fill(unread, room).unflatten(1, (heads, -1)).flatten(2).long()
+    read = ids.masked_fill((ids < 0) | (tier == 1), room).unflatten(1, (heads, -1)).flatten(2).long()
     away = torch.ones(len(ids), heads, room + 1, dtype=torch.bool, device=ids.device).scatter_(2, read, False)
     return replace(x, keys=x.keys.masked_fill(away[..., :room].unsqueeze(-1), torch.nan))
 
@@ -132,28 +150,30 @@ def poisoned() -> Iterator[None]:
 
 
 def agrees(decode: Any, x: Inputs, rule: Rule, *, causal: bool = True) -> None:
-    """The step's keys and tiers are the reference's, outputs within rounding, and bitwise so whatever the bounds."""
-    scale = x.q.shape[-1] ** -0.5
-    estimate = norms_of(x, 64 * x.codes.shape[3] - 3) if rule.critical is not None else None
-    options: dict[str, Any] = {"scale": scale, "causal": causal, "estimate": estimate}
-    _, _, ids, tier = reference(*x.all, rule, **options)
-    slots, scratch, first = ids.shape[-1], Scratch(), None
-    bounds = torch.zeros(ids.shape[:3].numel(), dtype=torch.int32, device=x.q.device)
+    """The step's keys are the reference's, its outputs within rounding, and bitwise the same whatever the bounds.
+
+    With a rule of tiers, of decode_tiers: tiers are the reference's too, and medium keys are not read.
+    """
+    scale, specified, estimate = x.q.shape[-1] ** -0.5, reference, ()
+    if rule.critical is not None:
+        specified, estimate = reference_tiers, (norms_of(x, 64 * x.codes.shape[3] - 3),)
+    expected = specified(*x.all, *estimate, rule, scale=scale, causal=causal)[2:]  # ids, and tiers
+    (bounds, workspace), first, hints = x.state(rule), None, rule.chunks or 1
+    readable, slots = only_read(x, *expected) if estimate else x, expected[0].shape[-1]
     for wrong in (None, None, 0, WORST, 16 * 20):  # none: what the step before left
         if wrong is not None:
-            bounds.fill_(wrong)
+            bounds[:hints].fill_(wrong)
         with poisoned():
-            found = decode(*only_read(x, ids, tier).all, bounds, rule, scratch, **options)
-        assert torch.equal(found[2][..., :slots], ids), (rule, wrong)
-        assert (found[2][..., slots:] == -1).all()
-        if tier is None:
-            assert found[3] is None
-        else:
-            assert torch.equal(found[3][..., :slots], tier), (rule, wrong)
-            assert (found[3][..., slots:] == 0).all()
+            found = decode(*readable.all, bounds, *estimate, rule, workspace, scale=scale, causal=causal)
+        for own, of_reference, empty in zip(found[2:], expected, (-1, 0)[: len(expected)], strict=True):
+            assert torch.equal(own[..., :slots], of_reference), (rule, wrong)
+            assert (own[..., slots:] == empty).all()
+        assert not bounds[hints:].any()
         first = found if first is None else first
-        assert all(torch.equal(a, b) for a, b in zip(found[:3], first[:3], strict=True)), (rule, wrong)
-    exact = reference(*(y.double() if y.is_floating_point() else y for y in x.all), rule, **options)
+        assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True)), (rule, wrong)
+    exact = specified(
+        *(y.double() if y.is_floating_point() else y for y in x.all), *estimate, rule, scale=scale, causal=causal
+    )
     spacing = torch.finfo(x.q.dtype).eps
     size = x.values[:, :, : int(x.length)].double().abs().max()
     # p and the output are rounded to the values' dtype; sums are float32 over at most 4,096 keys

@@ -15,17 +15,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hashattn.ops.decode.encode import encode_rows
+from hashattn.ops.decode.local import ROWS as LOCAL_ROWS
+from hashattn.ops.decode.local import SPLIT, attend_chunks, level_bits, search_splits
+from hashattn.ops.decode.local import attend_warps as local_warps
 from hashattn.ops.decode.scan import scan
 from hashattn.ops.decode.topk import attend_topk
 from hashattn.ops.decode.triton import CHUNK, ROWS, attend_warps, levels
 
 POINTERS = {
-    "query": "*i64", "codes": "*i64", "counts": "*u16", "share": "*fp64", "parts": "*fp32", "stats": "*fp32",
+    "query": "*i64", "codes": "*i64", "counts": "*u16", "parts": "*fp32", "stats": "*fp32",
     "lse": "*fp32", "centre": "*fp32", "query_planes": "*fp32", "key_planes": "*fp32",
-    "critical": "*fp64", "norms": "*fp16", "a": "*fp32", "tier": "*i8",
+    "norms": "*fp16", "a": "*fp32", "tier": "*i8",
 }  # fmt: skip
 NUMBERS = (
     "room", "code_room", "norm_room", "radius", "sinks", "recents", "margin", "chunks", "slots", "kv_heads", "queries",
+    "splits",
 )  # fmt: skip
 
 
@@ -33,6 +37,8 @@ def type_of(fn: Any, name: str, dtype: str) -> str:
     """What Triton calls the type of an argument."""
     if name in ("scale", "per_bit"):
         return "fp32"
+    if name in ("share", "critical"):
+        return "i64"
     if name in NUMBERS or (name == "k" and fn is attend_topk):
         return "i32"
     return "*" + dtype if name in ("q", "k", "v", "keys", "values", "out") else POINTERS.get(name, "*i32")
@@ -59,7 +65,7 @@ def compiled(fn: Any, constants: dict[str, Any], warps: int, arch: int, dtype: s
 
 def main(arch: int) -> None:
     common = {"T": 1, "CAUSAL": True, "PDL": arch >= 90, "CHUNK": CHUNK}
-    unused = dict.fromkeys(("critical", "norms", "centre", "a", "tier"))
+    unused = dict.fromkeys(("norms", "centre", "a", "tier"))
     for group, shared, words, planes, dim, dtype in (
         (4, False, 1, 1, 128, "bf16"),
         (4, True, 1, 1, 128, "bf16"),
@@ -90,6 +96,23 @@ def main(arch: int) -> None:
             constants = attend | {"TIERS": tiers} | ({} if tiers else unused)
             found = compiled(attend_topk, constants, warps, arch, dtype)
             print(json.dumps({"kernel": f"attend {name} tiers={tiers}", **found}), flush=True)
+        if not shared:
+            near = {
+                "T": 1,
+                "G": group,
+                "KEEP": 16,
+                "BITS": level_bits(words, planes),
+                "PDL": arch >= 90,
+                "SPLIT": SPLIT,
+            }
+            search = near | {"WORDS": words, "PLANES": planes, "CAUSAL": True}
+            found = compiled(search_splits, search, 4, arch, dtype)
+            print(json.dumps({"kernel": f"local search {name}", **found}), flush=True)
+            width = attend["WIDTH"]
+            for splits in (1, 4):
+                chunks = near | {"DIM": dim, "WIDTH": width, "ENTRIES": 16 * splits, "ROWS": LOCAL_ROWS}
+                found = compiled(attend_chunks, chunks, local_warps(width, splits), arch, dtype)
+                print(json.dumps({"kernel": f"local attend, {splits} splits {name}", **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The fused decode step under Triton's interpreter, on the CPU, against its reference."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -7,21 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashattn import (
-    AsymmetricHash,
-    ExactAttend,
-    FlatHamming,
-    HashAttention,
-    MixedPrecision,
-    Recent,
-    SimHash,
-    Sink,
-    Tiers,
-)
-from hashattn.fused import step
+from hashattn import AsymmetricHash, SimHash
 from hashattn.ops.decode import Rule, Scratch, why_not
-from tests.ops.decode.cases import CASES, agrees, by_column, inputs
-from tests.structured import qkv, seeds
+from hashattn.ops.decode.sizes import Sizes, carve
+from tests.ops.decode.cases import CASES, LOCAL_CASES, TIER_CASES, agrees, inputs
+from tests.structured import seeds
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -29,17 +20,24 @@ if torch.cuda.is_available():
 
 from hashattn.ops.decode.append import append
 from hashattn.ops.decode.encode import encode
-from hashattn.ops.decode.triton import decode
+from hashattn.ops.decode.triton import decode, decode_tiers
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")  # rows that keep no key
-@pytest.mark.parametrize(("shape", "rule"), CASES)
+@pytest.mark.parametrize(("shape", "rule"), CASES + LOCAL_CASES)
 def test_it_selects_and_attends_as_the_reference_does(shape, rule):
     agrees(decode, inputs(1, **shape), rule)
 
 
-def test_queries_that_see_everything():
-    agrees(decode, inputs(2, tokens=3, filled=90, room=96), Rule(k=20), causal=False)
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")  # rows that keep no key
+@pytest.mark.parametrize(("shape", "rule"), TIER_CASES)
+def test_medium_keys_are_estimated_as_the_reference_does_and_not_read(shape, rule):
+    agrees(decode_tiers, inputs(1, **shape), rule)
+
+
+@pytest.mark.parametrize("rule", [Rule(k=20), Rule(k=32, chunks=2)], ids=str)
+def test_queries_that_see_everything(rule):
+    agrees(decode, inputs(2, tokens=3, filled=90, room=96), rule, causal=False)
 
 
 @settings(max_examples=8, deadline=None)
@@ -50,43 +48,46 @@ def test_any_length_and_budget(seed, filled, k, words, shared, recents):
     agrees(decode, x, Rule(k=k, shared=shared, recents=recents))
 
 
+@settings(max_examples=6, deadline=None)
+@given(
+    seeds, st.integers(1, 200), st.integers(1, 9), st.sampled_from([1, 2]), st.sampled_from([(0, 0), (3, 0), (2, 9)])
+)
+def test_any_length_and_number_of_chunks(seed, filled, chunks, words, forced):
+    x = inputs(seed % 1000, group=2, filled=filled, room=208, words=words, starts=(seed % filled,))
+    rule = Rule(k=16 * chunks, chunks=chunks, sinks=forced[0], recents=forced[1] if chunks > 1 else 0)
+    agrees(decode, x, rule)
+
+
+def test_more_columns_than_chunks_serve_are_refused():
+    x = inputs(8, filled=9, room=16)
+    codes = torch.zeros(1, 1, 1, 1, dtype=torch.int64).expand(-1, -1, 600_000, -1)
+    with pytest.raises(ValueError, match="600,000 columns, 2 chunks serve up to 524,288"):
+        decode(*x.all[:4], codes, *x.all[5:], torch.zeros(4), Rule(k=16, chunks=2), Scratch(), scale=1.0)
+
+
 def test_codes_may_have_another_room_than_keys():
     x = inputs(3, filled=300, room=400)
     wide = torch.nn.functional.pad(x.codes, (0, 0, 0, 112))
-    a, b = (
-        decode(*x.all[:4], codes, *x.all[5:], torch.zeros(4, dtype=torch.int32), Rule(k=9), Scratch(), scale=1.0)
-        for codes in (x.codes, wide)
-    )
-    assert all(torch.equal(s, t) for s, t in zip(a[:3], b[:3], strict=True))
+    rule, found = Rule(k=9), []
+    for codes in (x.codes, wide):
+        own = replace(x, codes=codes)
+        bounds, workspace = own.state(rule)
+        found.append(decode(*own.all, bounds, rule, workspace, scale=1.0))
+    a, b = found
+    assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
 
 
-@torch.inference_mode()
-@pytest.mark.parametrize("per", ["query_head", "kv_head"])
-@pytest.mark.parametrize("attend", [MixedPrecision(a=1.3), ExactAttend()], ids=["mixed", "exact"])
-def test_tiers_of_a_composition(per, attend):
-    q, k, v = qkv(8, 2, tokens=2, keys=400, dim=64)
-    selector = Sink(4) | Recent(8) | Tiers(0.1, 0.3, per=per)
-    attn = HashAttention(SimHash(100, 2), FlatHamming(), selector, attend, engine="reference")
-    cache = attn.new_cache(2, 2, 64)
-    cache.append(k + 1, v, start=torch.tensor([0, 70]))
-    (exact, expected), (out, found) = attn.run(q, cache, need_lse=True), step(attn, q, cache, 0.125, True)
-    if found.tier is None:  # exact attention ignores tiers
-        found, expected = (replace(x, tier=torch.zeros_like(x.ids)) for x in (found, expected))
-    pairs = zip(*(by_column(x, expected.ids.shape[-1]) for x in (found, expected)), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
-    assert (out.out - exact.out).abs().max() <= 1e-5 * v.abs().max()
-    assert (out.lse - exact.lse).abs().max() <= 1e-5 * exact.lse.abs().max()
-
-
-def test_scratch_is_kept_and_does_not_grow_with_steps():
-    x, scratch, bounds = inputs(4, filled=500, room=512), Scratch(), torch.zeros(4, dtype=torch.int32)
-    sizes = []
-    for _ in range(3):
-        decode(*x.all, bounds, Rule(k=9), scratch, scale=1.0)
-        sizes.append(scratch.nbytes)
-    assert sizes[0] == sizes[1] == sizes[2] > 0
-    candidates = scratch.borrow("candidates", (4, 1, 2048), torch.int32, x.q.device)
-    assert candidates.data_ptr() == scratch.borrow("candidates", (2,), torch.int32, x.q.device).data_ptr()
+def test_a_workspace_is_shared_kept_and_no_larger_than_needed():
+    small = Sizes(1, 32, 8, 1, 128, 1 << 17, 1 << 17, 1, 1, Rule(k=1024))
+    assert small.workspace <= 24e6
+    scratch, device = Scratch(), torch.device("cpu")
+    first = scratch.workspace(300, device)
+    assert scratch.workspace(200, device) is first
+    kept = first.data_ptr()
+    assert scratch.workspace(400, device).data_ptr() != kept and scratch.nbytes == 700  # a graph may point to both
+    buffers = carve(torch.empty(small.workspace, dtype=torch.uint8), small.triton)
+    ends = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in buffers.values())
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
 
 
 @pytest.mark.parametrize(
@@ -100,6 +101,10 @@ def test_scratch_is_kept_and_does_not_grow_with_steps():
         ({"tokens": 17}, "up to 16 queries"),
         ({"words": 3}, "64, 128 or 256 bits, not 192"),
         ({"planes": 4}, "query_bits"),
+        ({"rule": Rule(k=64, chunks=4, recents=40)}, None),
+        ({"rule": Rule(k=64, chunks=4, shared=True)}, "per query head"),
+        ({"rule": Rule(k=40, chunks=4)}, "per_chunk 8, 16, 32, 64, not 10"),
+        ({"rule": Rule(k=32, chunks=4, sinks=4, recents=8)}, "up to 12 sinks and recents"),
         ({"group": 16, "words": 4, "planes": 2, "rule": Rule(k=3, shared=True)}, "fewer bits"),
     ],
 )
@@ -153,9 +158,11 @@ def test_what_does_not_fit_is_dropped_and_counted():
         )
 
 
-def test_an_outgrown_length_gives_nan_and_reads_nothing_beyond_the_room():
+@pytest.mark.parametrize("rule", [Rule(k=64), Rule(k=64, chunks=1)], ids=str)
+def test_an_outgrown_length_gives_nan_and_reads_nothing_beyond_the_room(rule):
     x = inputs(7, filled=64, room=64)
     x.length.fill_(70)
-    out, lse, ids, _ = decode(*x.all, torch.zeros(4, dtype=torch.int32), Rule(k=64), Scratch(), scale=1.0)
+    bounds, workspace = x.state(rule)
+    out, lse, ids = decode(*x.all, bounds, rule, workspace, scale=1.0)
     assert out.isnan().all() and torch.isfinite(lse).all()
     assert sorted(ids[0, 0, 0].tolist()) == list(range(64))

@@ -8,6 +8,7 @@ from hashattn import (
     Consensus,
     FlatHamming,
     HashAttention,
+    LocalTopK,
     MixedPrecision,
     Recent,
     SimHash,
@@ -15,63 +16,87 @@ from hashattn import (
     Tiers,
     TopK,
 )
-from hashattn.ops.decode import Rule, Scratch
-from tests.ops.decode.cases import CASES, agrees, by_column, inputs
+from hashattn.ops.decode import Rule
+from tests.ops.decode.cases import CASES, LOCAL_CASES, TIER_CASES, agrees, by_column, inputs
 from tests.structured import qkv
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def decode():
-    from hashattn.ops.decode.triton import decode
-
+@pytest.fixture(scope="module", params=["cuda", "triton"])
+def decode(request):
+    if request.param == "triton":
+        from hashattn.ops.decode.triton import decode
+    else:
+        from hashattn.ops.decode.cuda.step import decode
     return decode
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize(("shape", "rule"), CASES)
+@pytest.mark.parametrize(("shape", "rule"), CASES + LOCAL_CASES)
 def test_it_selects_and_attends_as_the_reference_does(decode, shape, rule, dtype):
     agrees(decode, inputs(1, **shape, dtype=dtype).to("cuda"), rule)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("shape", "rule"), TIER_CASES)
+def test_medium_keys_are_estimated_as_the_reference_does_and_not_read(shape, rule, dtype):
+    from hashattn.ops.decode.triton import decode_tiers
+
+    agrees(decode_tiers, inputs(1, **shape, dtype=dtype).to("cuda"), rule)
+
+
 @pytest.mark.parametrize("clustered", [False, True])
-@pytest.mark.parametrize("rule", [Rule(k=1024), Rule(share=0.02, shared=True, sinks=4, recents=64)], ids=str)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule(k=1024), Rule(share=0.02, shared=True, sinks=4, recents=64), Rule(k=1024, chunks=64, sinks=4, recents=64),
+        Rule(k=256, chunks=8),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_long_rows(decode, rule, clustered):
     shape = {"kv_heads": 2, "dim": 128, "filled": 131_000, "room": 131_072, "clustered": clustered}
     agrees(decode, inputs(2, **shape, dtype=torch.bfloat16).to("cuda"), rule)
 
 
-def test_one_captured_step_serves_growing_lengths(decode):
-    x, scratch, rule = inputs(3, filled=1000, room=4096).to("cuda"), Scratch(), Rule(share=0.05, recents=8)
+@pytest.mark.parametrize("rule", [Rule(share=0.05, recents=8), Rule(k=64, chunks=4, recents=8)], ids=str)
+def test_one_captured_step_serves_growing_lengths(decode, rule):
+    x = inputs(3, filled=1000, room=4096).to("cuda")
     x.keys[:], x.values[:] = torch.randn_like(x.keys), torch.randn_like(x.values)
-    bounds = torch.zeros(4, dtype=torch.int32, device="cuda")
-    decode(*x.all, bounds, rule, scratch, scale=0.1)
+    bounds, workspace = x.state(rule)
+    decode(*x.all, bounds, rule, workspace, scale=0.1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = decode(*x.all, bounds, rule, scratch, scale=0.1)
+        captured = decode(*x.all, bounds, rule, workspace, scale=0.1)
     for length in (1000, 1001, 1500, 4096, 3, 700):
         x.length.fill_(length)
         graph.replay()
-        fresh = decode(*x.all, torch.zeros_like(bounds), rule, Scratch(), scale=0.1)
+        other, apart = x.state(rule)
+        fresh = decode(*x.all, other, rule, apart, scale=0.1)
         assert all(torch.equal(a, b) for a, b in zip(captured, fresh, strict=True)), length
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 def test_the_step_waits_for_nothing(decode):
-    x, scratch, bounds = inputs(4).to("cuda"), Scratch(), torch.zeros(4, dtype=torch.int32, device="cuda")
-    decode(*x.all, bounds, Rule(k=9), scratch, scale=1.0)
+    x, rule = inputs(4).to("cuda"), Rule(k=9)
+    bounds, workspace = x.state(rule)
+    decode(*x.all, bounds, rule, workspace, scale=1.0)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        decode(*x.all, bounds, Rule(k=9), scratch, scale=1.0)
+        decode(*x.all, bounds, rule, workspace, scale=1.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("per", ["query_head", "kv_head"])
-def test_the_engine_gives_what_the_reference_gives_while_decoding(per):
+@pytest.mark.parametrize(
+    "selector",
+    [TopK(share=0.05), TopK(share=0.05, per="kv_head"), LocalTopK(64, 16)],
+    ids=["query_head", "kv_head", "local"],
+)
+def test_the_engine_gives_what_the_reference_gives_while_decoding(selector):
     q, k, v = (x.cuda() for x in qkv(5, 2, keys=900, dim=64, group=4, dtype=torch.bfloat16))
-    attn = HashAttention(SimHash(128), FlatHamming(), Sink(4) | Recent(8) | TopK(share=0.05, per=per), engine="triton")
+    attn = HashAttention(SimHash(128), FlatHamming(), Sink(4) | Recent(8) | selector, engine="triton")
     plain, caches = attn.replace(engine="reference"), [attn.new_cache(2, 2, 64) for _ in range(2)]
     start = torch.tensor([0, 70], device="cuda")
     for cache in caches:
@@ -94,7 +119,7 @@ def test_the_engine_gives_what_the_reference_gives_while_decoding(per):
 @torch.inference_mode()
 @pytest.mark.parametrize("per", ["query_head", "kv_head"])
 @pytest.mark.parametrize("query_bits", [1, 2])
-def test_medium_keys_are_estimated_as_the_reference_does_and_not_read(per, query_bits):
+def test_tiers_of_a_composition(per, query_bits):
     q, k, v = (x.cuda() for x in qkv(9, 2, tokens=3, keys=900, dim=64, group=4, dtype=torch.bfloat16))
     selector = Sink(4) | Recent(8) | Tiers(0.05, 0.2, per=per)
     attn = HashAttention(SimHash(128, query_bits), FlatHamming(), selector, MixedPrecision(), engine="triton")
@@ -175,6 +200,6 @@ def test_a_decoder_needs_room_and_a_served_composition():
         attn.decoder(short)
     other = attn.replace(selector=Consensus(TopK(k=9)))
     short.append(k, v)
-    with pytest.raises(ValueError, match="it serves TopK, Threshold and Tiers"):
+    with pytest.raises(ValueError, match="it serves TopK, LocalTopK, Threshold and Tiers"):
         other.decoder(short)(q, k[:, :, :1], v[:, :, :1])
     assert len(short) == 609 and len(attn.decoder(short).finish()) == 609

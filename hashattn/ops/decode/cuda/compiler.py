@@ -1,0 +1,115 @@
+"""Compiles the CUDA kernels for the GPU that is there, keeps what came out in the user's cache, and launches it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hashattn.files import default_cache_dir, replacing
+
+SOURCES = Path(__file__).parent
+Defines = tuple[tuple[str, int], ...]
+
+
+def why_not() -> str | None:
+    """Why kernels cannot be compiled here; None if they can."""
+    try:
+        found = importlib.util.find_spec("cuda.bindings")
+    except ModuleNotFoundError:
+        found = None
+    return None if found else 'they need cuda-bindings: pip install "hashattn[gpu]"'
+
+
+def compile(name: str, defines: Defines, arch: int) -> bytes:
+    """Machine code of name.cu for a GPU of compute capability arch / 10.
+
+    Raises:
+        RuntimeError: it does not compile; the compiler's messages are in the error.
+    """
+    from cuda.bindings import nvrtc
+
+    headers = sorted(SOURCES.glob("*.cuh"))
+    program = _checked(
+        nvrtc.nvrtcCreateProgram(
+            (SOURCES / f"{name}.cu").read_bytes(), f"{name}.cu".encode(), len(headers),
+            [h.read_bytes() for h in headers], [h.name.encode() for h in headers],
+        )
+    )  # fmt: skip
+    options = [f"--gpu-architecture=sm_{arch}", "--std=c++17", *(f"-D{key}={value}" for key, value in defines)]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"{name}.cu does not compile for sm_{arch} with {options}:\n{log.decode(errors='replace')}")
+    code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
+    _checked(nvrtc.nvrtcGetCUBIN(program, code))
+    nvrtc.nvrtcDestroyProgram(program)
+    return bytes(code)
+
+
+def cached(name: str, defines: Defines, arch: int) -> bytes:
+    """The same from the cache, where it is kept under what it was made of."""
+    from cuda.bindings import nvrtc
+
+    made_of = hashlib.sha256(repr((name, defines, arch, nvrtc.nvrtcVersion()[1:])).encode())
+    for source in sorted(SOURCES.glob("*.cu*")):
+        made_of.update(source.read_bytes())
+    path = default_cache_dir() / "kernels" / f"{name}-{made_of.hexdigest()[:32]}.cubin"
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    code = compile(name, defines, arch)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs a second the next time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as scratch:
+            scratch.write_bytes(code)
+    return code
+
+
+@functools.cache
+def kernel(name: str, defines: Defines, device: int) -> Any:
+    """The kernel `name` of name.cu, loaded on a device. The first call of its kind compiles, which takes seconds."""
+    from cuda.bindings import driver
+
+    major, minor = torch.cuda.get_device_capability(device)
+    code = cached(name, defines, 10 * major + minor)
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # the device's context exists and is current
+        module = _checked(driver.cuModuleLoadData(code))
+    return _checked(driver.cuModuleGetFunction(module, name.encode()))
+
+
+def launch(kernel: Any, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, *, early: bool) -> None:
+    """Launch a kernel of one argument on the current stream; early: it may start while the kernel before it ends."""
+    from cuda.bindings import driver
+
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.hStream = torch.cuda.current_stream().cuda_stream
+    if early:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [attribute], 1
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+    _checked(driver.cuLaunchKernelEx(config, kernel, ctypes.addressof(pointers), 0))
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    status, *values = result
+    if int(status) != 0:
+        raise RuntimeError(f"CUDA says {status.name} ({int(status)})")
+    return values[0] if values else None
+
+
+def defines_of(values: Mapping[str, int | bool]) -> Defines:
+    """As compile() takes them."""
+    return tuple((name, int(value)) for name, value in values.items())

@@ -1,0 +1,317 @@
+// Attention to a program's ROWS keys, its part of the result, and the last program's combination of all parts.
+#pragma once
+#include "step.cuh"
+
+#ifndef LOCAL
+#define LOCAL 0
+#endif
+#if LOCAL
+constexpr int THREADS = 256, JOINED = LANES;  // threads, and heads whose results lie together in a part
+#else
+constexpr int THREADS = 128, JOINED = SUM;
+#endif
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr int EACH = TYPE == 2 ? 4 : 8;  // numbers in 16 bytes
+constexpr int PIECES = DIM / EACH;       // of a row
+constexpr int ABREAST = PIECES <= 8 ? 8 : PIECES <= 16 ? 16 : 32;  // threads that read a row
+constexpr int DEPTH = (PIECES + ABREAST - 1) / ABREAST;            // pieces of one of them
+constexpr int TEAMS = THREADS / ABREAST;
+#if LOCAL
+constexpr int TEAMS_EACH = TEAMS / LANES;                         // of a head, which has ROWS keys of its own
+constexpr int LEAST = (ROWS + TEAMS_EACH - 1) / TEAMS_EACH;
+#else
+constexpr int LEAST = (ROWS + TEAMS - 1) / TEAMS;                 // rows of a team
+#endif
+constexpr int PIECES_HELD = LOCAL ? 4 : 8;
+constexpr int BATCH = LEAST * DEPTH <= PIECES_HELD ? LEAST : PIECES_HELD / DEPTH;  // that it holds at a time
+constexpr int OWN = (LEAST + BATCH - 1) / BATCH * BATCH;          // rows of a team, some of which may not be there
+#if SUM > 1 && TYPE != 2
+#define TENSOR_CORES 1  // group.cuh attends, and keeps parts in an order of its own
+constexpr int PART = (DIM + 63) / 64 * 64;
+__device__ __forceinline__ int dim_of(int place) { return place / 64 * 64 + place % 8 * 8 + place % 64 / 8; }
+#else
+constexpr int PART = DIM;
+__device__ __forceinline__ int dim_of(int place) { return place; }
+#endif
+
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+
+struct Sum {  // of exp2(x - peak) over some keys, and of it times their values
+  float peak, total, values[DEPTH][EACH];
+};
+
+__device__ __forceinline__ void widen(const uint4 &piece, float *to) {
+  const u32 words[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+#if TYPE == 0
+    to[2 * i] = __uint_as_float(words[i] << 16), to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+#elif TYPE == 1
+    asm("cvt.f32.f16 %0, %1;" : "=f"(to[2 * i]) : "h"((u16)words[i]));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(to[2 * i + 1]) : "h"((u16)(words[i] >> 16)));
+#else
+    to[i] = __uint_as_float(words[i]);
+#endif
+  }
+}
+
+__device__ __forceinline__ void store(void *to, size_t at, float x) {
+#if TYPE == 2
+  static_cast<float *>(to)[at] = x;
+#else
+  u16 y;
+#if TYPE == 0
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+#else
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+#endif
+  static_cast<u16 *>(to)[at] = y;
+#endif
+}
+
+__device__ __forceinline__ bool mine(int piece) { return PIECES % ABREAST == 0 || piece < PIECES; }
+
+// One thread's pieces of a team's rows `from` to `from` + BATCH; nothing is read where a column is negative.
+__device__ __forceinline__ void load_rows(uint4 (*x)[DEPTH], const void *storage, const int *columns, int from) {
+  const int team = threadIdx.x / ABREAST, place = threadIdx.x % ABREAST;
+#pragma unroll
+  for (int i = 0; i < BATCH; i++) {
+    const int column = columns[(from + i) * TEAMS + team];
+#pragma unroll
+    for (int j = 0; j < DEPTH; j++) {
+      const int piece = j * ABREAST + place;
+      x[i][j] = make_uint4(0, 0, 0, 0);
+      if (column >= 0 && mine(piece)) x[i][j] = __ldcs(static_cast<const uint4 *>(storage) + (size_t)column * PIECES + piece);
+    }
+  }
+}
+
+// The same into the thread's own places of shared memory, where the compiler cannot put it off until it is used.
+__device__ __forceinline__ void copy_rows(uint4 (*x)[DEPTH][THREADS], const void *storage, const int *columns, int from) {
+  const int team = threadIdx.x / ABREAST, place = threadIdx.x % ABREAST;
+#pragma unroll
+  for (int i = 0; i < BATCH; i++) {
+    const int column = columns[(from + i) * TEAMS + team];
+#pragma unroll
+    for (int j = 0; j < DEPTH; j++) {
+      const int piece = j * ABREAST + place, bytes = column >= 0 && mine(piece) ? 16 : 0;  // the rest is filled with zeros
+      const uint4 *source = static_cast<const uint4 *>(storage) + (bytes ? (size_t)column * PIECES + piece : 0);
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                       (u32)__cvta_generic_to_shared(&x[i][j][threadIdx.x])), "l"(source), "r"(bytes) : "memory");
+    }
+  }
+}
+
+// Add a batch of rows to a sum, its values copied before; all threads of a team get the same logits.
+__device__ __forceinline__ void attend_rows(
+    Sum &sum, const uint4 (*keys)[DEPTH], const uint4 (*values)[DEPTH][THREADS], const float (*q)[EACH], const int *columns,
+    int from
+) {
+  const int team = threadIdx.x / ABREAST;
+  float x[BATCH], peak = sum.peak;
+#pragma unroll
+  for (int i = 0; i < BATCH; i++) {
+    x[i] = 0;
+#pragma unroll
+    for (int j = 0; j < DEPTH; j++) {
+      float key[EACH];
+      widen(keys[i][j], key);
+#pragma unroll
+      for (int e = 0; e < EACH; e++) x[i] += key[e] * q[j][e];
+    }
+#pragma unroll
+    for (int d = ABREAST / 2; d; d /= 2) x[i] += __shfl_xor_sync(~0u, x[i], d);
+    if (columns[(from + i) * TEAMS + team] < 0) x[i] = -infinity();
+    peak = fmaxf(peak, x[i]);
+  }
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  const float base = peak == -infinity() ? 0 : peak, shrink = exp2f(sum.peak - base);
+  sum.peak = peak, sum.total *= shrink;
+#pragma unroll
+  for (int j = 0; j < DEPTH; j++)
+#pragma unroll
+    for (int e = 0; e < EACH; e++) sum.values[j][e] *= shrink;
+#pragma unroll
+  for (int i = 0; i < BATCH; i++) {
+    const float p = exp2f(x[i] - base);
+    sum.total += p;
+#pragma unroll
+    for (int j = 0; j < DEPTH; j++) {
+      float value[EACH];
+      widen(values[i][j][threadIdx.x], value);
+#pragma unroll
+      for (int e = 0; e < EACH; e++) sum.values[j][e] += p * value[e];
+    }
+  }
+}
+
+// One program's attention to `columns` [ROWS] in shared memory, of each of SUM heads, into parts and stats at `part`.
+// q is the first head's row, the next one's is `stride` elements further.
+__device__ __forceinline__ void attend_part(
+    const Step &s, const void *q, size_t stride, const void *keys, const void *values, const int *columns, size_t part
+) {
+  __shared__ float sums[TEAMS][DIM], peaks[TEAMS], totals[TEAMS];
+  const int team = threadIdx.x / ABREAST, place = threadIdx.x % ABREAST;
+  __shared__ uint4 v[BATCH][DEPTH][THREADS];
+  uint4 k[BATCH][DEPTH];
+  load_rows(k, keys, columns, 0);
+  copy_rows(v, values, columns, 0);
+#pragma unroll 1
+  for (int head = 0; head < SUM; head++) {
+    float own_q[DEPTH][EACH];
+    Sum sum = {-infinity(), 0};
+#pragma unroll
+    for (int j = 0; j < DEPTH; j++) {
+      const int piece = j * ABREAST + place;
+      uint4 x = make_uint4(0, 0, 0, 0);
+      if (mine(piece)) x = static_cast<const uint4 *>(q)[(head * stride) / EACH + piece];
+      widen(x, own_q[j]);
+#pragma unroll
+      for (int e = 0; e < EACH; e++) own_q[j][e] *= s.scale * LOG2E, sum.values[j][e] = 0;
+    }
+#pragma unroll 1
+    for (int from = 0; from < OWN; from += BATCH) {
+      if (BATCH < OWN && (head || from)) {
+        load_rows(k, keys, columns, from);
+        copy_rows(v, values, columns, from);
+      }
+      attend_rows(sum, k, v, own_q, columns, from);
+    }
+    if (head) __syncthreads();
+#pragma unroll
+    for (int j = 0; j < DEPTH; j++) {
+      const int piece = j * ABREAST + place;
+#pragma unroll
+      for (int e = 0; e < EACH; e++)
+        if (mine(piece)) sums[team][piece * EACH + e] = sum.values[j][e];
+    }
+    if (place == 0) peaks[team] = sum.peak, totals[team] = sum.total;
+    __syncthreads();
+    float peak = -infinity(), total = 0;
+#pragma unroll
+    for (int i = 0; i < TEAMS; i++) peak = fmaxf(peak, peaks[i]);
+    const float base = peak == -infinity() ? 0 : peak;
+    float weights[TEAMS];
+#pragma unroll
+    for (int i = 0; i < TEAMS; i++) weights[i] = exp2f(peaks[i] - base), total += weights[i] * totals[i];
+    for (int d = threadIdx.x; d < DIM; d += THREADS) {
+      float x = 0;
+#pragma unroll
+      for (int i = 0; i < TEAMS; i++) x += weights[i] * sums[i][d];
+      __stcg(s.parts + (part * SUM + head) * PART + d, x);
+    }
+    if (threadIdx.x == 0) __stcg(reinterpret_cast<float2 *>(s.stats) + part * SUM + head, make_float2(peak, total));
+  }
+}
+
+// Whether this program is the last of `programs` that arrive at a counter, which is then zero again.
+__device__ __forceinline__ bool is_last(int *arrived, int programs) {
+  __shared__ int last;
+  __syncthreads();
+  if (threadIdx.x == 0) {  // publishes what the program's threads wrote, and sees what others published
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(arrived) : "memory");
+    last = before == programs - 1;
+    if (last) *arrived = 0;
+  }
+  __syncthreads();
+  return last;
+}
+
+// Join `programs` parts from `part` on and write JOINED rows of out and lse from row0 on, TOKENS apart. A spoilt result is
+// NaN. Four numbers of a part are a quad; where threads outnumber quads, they share the parts.
+__device__ __forceinline__ void combine(const Step &s, size_t part, int programs, size_t row0, bool spoilt) {
+  constexpr int TILE = 64, AT_ONCE = 8, QUADS = JOINED * PART / 4;
+  constexpr int SHARES = QUADS >= THREADS ? 1 : THREADS / QUADS, OUTPUTS = (QUADS + THREADS - 1) / THREADS;
+  __shared__ float weights[JOINED][TILE], peaks[JOINED], sums[JOINED], shrinks[JOINED];
+  __shared__ float4 shared[SHARES > 1 ? SHARES * QUADS : 1];
+  const int lane = threadIdx.x % 32, share = SHARES > 1 ? threadIdx.x / QUADS : 0;
+  const float2 *stats = reinterpret_cast<const float2 *>(s.stats) + part * JOINED;
+  const float4 *parts = reinterpret_cast<const float4 *>(s.parts) + part * QUADS;
+  float4 x[OUTPUTS] = {}, ahead[AT_ONCE];
+  auto load = [&](int quad, int from) {  // of every SHARES-th part
+#pragma unroll
+    for (int j = 0; j < AT_ONCE; j++) {
+      const int at = from + j * SHARES + share;
+      const bool there = at < programs && quad < QUADS && share < SHARES;
+      ahead[j] = there ? __ldcg(parts + (size_t)at * QUADS + quad) : make_float4(0, 0, 0, 0);
+    }
+  };
+  const int first = SHARES > 1 ? threadIdx.x % QUADS : threadIdx.x;
+  load(first, 0);  // on their way while the weights are found
+  if (threadIdx.x < JOINED) peaks[threadIdx.x] = -infinity(), sums[threadIdx.x] = 0;
+  __syncthreads();
+#pragma unroll 1
+  for (int from = 0; from < programs; from += TILE) {
+    for (int head = threadIdx.x / 32; head < JOINED; head += THREADS / 32) {
+      float2 own[TILE / 32];
+      float peak = peaks[head];
+      const float old = peak;
+#pragma unroll
+      for (int i = 0; i < TILE / 32; i++) {
+        const int at = from + i * 32 + lane;
+        own[i] = at < programs ? __ldcg(stats + (size_t)at * JOINED + head) : make_float2(-infinity(), 0);
+        peak = fmaxf(peak, own[i].x);
+      }
+#pragma unroll
+      for (int d = 16; d; d /= 2) peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, d));
+      const float base = peak == -infinity() ? 0 : peak;
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < TILE / 32; i++) {
+        const float weight = exp2f(own[i].x - base);
+        weights[head][i * 32 + lane] = weight, sum += weight * own[i].y;
+      }
+#pragma unroll
+      for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+      __syncwarp();
+      if (lane == 0) {
+        const float shrink = exp2f(old - base);
+        shrinks[head] = shrink, peaks[head] = peak, sums[head] = sums[head] * shrink + sum;
+      }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int output = 0; output < OUTPUTS; output++) {
+      const int quad = first + output * THREADS, head = min(quad * 4 / PART, JOINED - 1);
+      float4 &to = x[output];
+      to.x *= shrinks[head], to.y *= shrinks[head], to.z *= shrinks[head], to.w *= shrinks[head];
+      for (int i = 0; i < min(TILE, programs - from); i += AT_ONCE * SHARES) {
+        if (output || from || i) load(quad, from + i);
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; j++) {
+          const int at = i + j * SHARES + share;
+          const float weight = at < TILE ? weights[head][at] : 0;  // nothing is loaded beyond
+          to.x += weight * ahead[j].x, to.y += weight * ahead[j].y, to.z += weight * ahead[j].z, to.w += weight * ahead[j].w;
+        }
+      }
+    }
+    __syncthreads();
+  }
+  if (SHARES > 1) {
+    if (share < SHARES) shared[share * QUADS + first] = x[0];
+    __syncthreads();
+    x[0] = make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int i = 0; i < SHARES; i++) {
+      const float4 y = shared[i * QUADS + first];
+      x[0].x += y.x, x[0].y += y.y, x[0].z += y.z, x[0].w += y.w;
+    }
+  }
+#pragma unroll
+  for (int output = 0; output < OUTPUTS; output++) {
+    const int quad = first + output * THREADS, head = quad * 4 / PART;
+    if (share || quad >= QUADS) continue;
+    const float sum = sums[head], four[4] = {x[output].x, x[output].y, x[output].z, x[output].w};
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const int d = dim_of((quad * 4 + e) % PART);
+      const float result = spoilt ? __int_as_float(0x7fffffff) : sum > 0 ? four[e] / sum : 0;
+      if (d < DIM) store(s.out, (row0 + (size_t)head * TOKENS) * DIM + d, result);
+    }
+  }
+  if (threadIdx.x < JOINED) {
+    const float peak = peaks[threadIdx.x];
+    s.lse[row0 + (size_t)threadIdx.x * TOKENS] = ((peak == -infinity() ? 0 : peak) + log2f(sums[threadIdx.x])) / LOG2E;
+  }
+}

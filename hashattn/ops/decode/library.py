@@ -1,0 +1,234 @@
+"""The fused step and what precedes it as operators of torch, which torch.compile takes for one node each.
+
+On CUDA they launch the kernels, on the CPU they run the specifications. Importing this module registers them in the
+namespace "hashattn": torch asks for that, so that it is imported where a step is made and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hashattn.ops.decode import append_reference, reference, reference_tiers
+from hashattn.ops.decode.estimate import Estimate
+from hashattn.ops.decode.rule import Rule
+from hashattn.ops.decode.sizes import Sizes
+
+_KINDS = {"int | None": "int?", "float | None": "float?", "int": "int", "bool": "bool"}
+_NAMES = tuple(f.name for f in fields(Rule))
+_RULE = ", ".join(f"{_KINDS[str(f.type)]} {f.name}" for f in fields(Rule))
+
+_OPS = torch.library.Library("hashattn", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_OPS.define(
+    "decode(Tensor q, Tensor query, Tensor keys, Tensor values, Tensor codes, Tensor starts, Tensor length, "
+    f"Tensor(a!) bounds, Tensor(b!) workspace, float scale, bool causal, {_RULE}) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+_OPS.define(
+    "decode_tiers(Tensor q, Tensor query, Tensor keys, Tensor values, Tensor codes, Tensor starts, Tensor length, "
+    "Tensor(a!) bounds, Tensor norms, Tensor centre, Tensor a, int bits, Tensor(b!) workspace, float scale, "
+    f"bool causal, {_RULE}) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+_OPS.define(
+    "append(Tensor k, Tensor v, Tensor codes, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) stored, "
+    "Tensor(d!) length) -> ()",
+    tags=_TAGS,
+)
+_OPS.define(
+    "encode(Tensor q, Tensor k, Tensor v, Tensor centre, Tensor query_planes, Tensor key_planes, int query_bits, "
+    "Tensor(a!) keys, Tensor(b!) values, Tensor(c!) codes, Tensor(d!) length) -> Tensor",
+    tags=_TAGS,
+)
+_OPS.define("filled(Tensor length) -> Tensor", tags=_TAGS)
+
+
+def decode(
+    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
+    bounds: Tensor, rule: Rule, workspace: Tensor, *, scale: float, causal: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See :func:`hashattn.ops.decode.triton.decode`."""
+    out: tuple[Tensor, Tensor, Tensor] = torch.ops.hashattn.decode(
+        q, query, keys, values, codes, starts, length, bounds, workspace, scale, causal,
+        *[getattr(rule, name) for name in _NAMES],
+    )  # fmt: skip
+    return out
+
+
+def decode_tiers(
+    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
+    bounds: Tensor, estimate: Estimate, rule: Rule, workspace: Tensor, *, scale: float, causal: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See :func:`hashattn.ops.decode.triton.decode_tiers`."""
+    out: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.hashattn.decode_tiers(
+        q, query, keys, values, codes, starts, length, bounds, estimate.norms, estimate.centre, estimate.a,
+        estimate.bits, workspace, scale, causal, *[getattr(rule, name) for name in _NAMES],
+    )  # fmt: skip
+    return out
+
+
+def append(
+    k: Tensor, v: Tensor, codes: Tensor, keys: Tensor, values: Tensor, stored: Tensor, length: Tensor
+) -> None:  # fmt: skip
+    """See :func:`hashattn.ops.decode.append_reference.append`."""
+    torch.ops.hashattn.append(k, v, codes, keys, values, stored, length)
+
+
+def encode(
+    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, planes: tuple[Tensor, Tensor], query_bits: int,
+    keys: Tensor, values: Tensor, codes: Tensor, length: Tensor,
+) -> Tensor:  # fmt: skip
+    """See :func:`hashattn.ops.decode.append_reference.encode`."""
+    query: Tensor = torch.ops.hashattn.encode(q, k, v, centre, *planes, query_bits, keys, values, codes, length)
+    return query
+
+
+def filled(length: Tensor) -> Tensor:
+    """A length, int32 [1], as int64 [] that stays what it is when the length goes on.
+
+    What a traced graph reads of a tensor that operators write, it must read through an operator: inductor may compute
+    anything else later than it was asked for, from what has been written meanwhile.
+    """
+    now: Tensor = torch.ops.hashattn.filled(length)
+    return now
+
+
+@torch.library.impl(_OPS, "decode", "CUDA")
+def _decode_cuda(
+    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
+    bounds: Tensor, workspace: Tensor, scale: float, causal: bool, *rule: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from hashattn.ops.decode.triton import decode as fused  # Triton is optional
+
+    return fused(
+        q.contiguous(), query, keys, values, codes, starts, length, bounds, Rule(*rule), workspace, scale=scale,
+        causal=causal,
+    )  # fmt: skip
+
+
+@torch.library.impl(_OPS, "decode", "CPU")
+def _decode_cpu(
+    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
+    bounds: Tensor, workspace: Tensor, scale: float, causal: bool, *rule: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    room, kept = min(keys.shape[2], codes.shape[2]), Rule(*rule)
+    out, lse, ids = reference(
+        q, query, keys, values, codes, starts, length.clamp(max=room), kept, scale=scale, causal=causal
+    )
+    slots = Sizes.of(q, query, keys, codes, kept).slots
+    return *_as_kernels_do(out, lse, int(length) > room), _padded(ids, slots, -1)
+
+
+def _as_kernels_do(out: Tensor, lse: Tensor, outgrown: bool) -> tuple[Tensor, Tensor]:
+    """Contiguous; nothing beyond the room is read, and the result says so."""
+    return (torch.full_like(out, torch.nan) if outgrown else out).contiguous(), lse.contiguous()
+
+
+def _padded(x: Tensor, slots: int, value: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, slots - x.shape[-1]), value=value)
+
+
+@torch.library.register_fake("hashattn::decode", lib=_OPS)
+def _decode_fake(
+    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
+    bounds: Tensor, workspace: Tensor, scale: float, causal: bool, *rule: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    sizes = Sizes.of(q, query, keys, codes, Rule(*rule))
+    ids = q.new_empty((sizes.batch, q.shape[1] // sizes.summed, sizes.tokens, sizes.slots), dtype=torch.int32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32), ids
+
+
+@torch.library.impl(_OPS, "decode_tiers", "CUDA")
+def _decode_tiers_cuda(
+    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
+    bounds: Tensor, norms: Tensor, centre: Tensor, a: Tensor, bits: int, workspace: Tensor, scale: float,
+    causal: bool, *rule: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from hashattn.ops.decode.triton import decode_tiers as fused
+
+    return fused(
+        q.contiguous(), query, keys, values, codes, starts, length, bounds, Estimate(norms, centre, a, bits),
+        Rule(*rule), workspace, scale=scale, causal=causal,
+    )  # fmt: skip
+
+
+@torch.library.impl(_OPS, "decode_tiers", "CPU")
+def _decode_tiers_cpu(
+    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
+    bounds: Tensor, norms: Tensor, centre: Tensor, a: Tensor, bits: int, workspace: Tensor, scale: float,
+    causal: bool, *rule: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    room, kept = min(keys.shape[2], codes.shape[2]), Rule(*rule)
+    out, lse, ids, tier = reference_tiers(
+        q, query, keys, values, codes, starts, length.clamp(max=room), Estimate(norms, centre, a, bits), kept,
+        scale=scale, causal=causal,
+    )  # fmt: skip
+    slots = Sizes.of(q, query, keys, codes, kept).slots
+    return *_as_kernels_do(out, lse, int(length) > room), _padded(ids, slots, -1), _padded(tier, slots, 0)
+
+
+@torch.library.register_fake("hashattn::decode_tiers", lib=_OPS)
+def _decode_tiers_fake(
+    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
+    bounds: Tensor, norms: Tensor, centre: Tensor, a: Tensor, bits: int, workspace: Tensor, scale: float,
+    causal: bool, *rule: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    out, lse, ids = _decode_fake(q, query, keys, values, codes, starts, length, bounds, workspace, scale, causal, *rule)
+    return out, lse, ids, torch.empty_like(ids, dtype=torch.int8)
+
+
+@torch.library.impl(_OPS, "append", "CUDA")
+def _append_cuda(*given: Tensor) -> None:
+    from hashattn.ops.decode.append import append as fused
+
+    fused(*given)
+
+
+@torch.library.impl(_OPS, "append", "CPU")
+def _append_cpu(*given: Tensor) -> None:
+    append_reference.append(*given)
+
+
+@torch.library.register_fake("hashattn::append", lib=_OPS)
+def _append_fake(*given: Tensor) -> None:
+    return None
+
+
+@torch.library.impl(_OPS, "encode", "CUDA")
+def _encode_cuda(
+    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_planes: Tensor, key_planes: Tensor, query_bits: int,
+    *held: Tensor,
+) -> Tensor:  # fmt: skip
+    from hashattn.ops.decode.encode import encode as fused
+
+    return fused(q, k, v, centre, (query_planes, key_planes), query_bits, *held)
+
+
+@torch.library.impl(_OPS, "encode", "CPU")
+def _encode_cpu(
+    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_planes: Tensor, key_planes: Tensor, query_bits: int,
+    *held: Tensor,
+) -> Tensor:  # fmt: skip
+    return append_reference.encode(q, k, v, centre, (query_planes, key_planes), query_bits, *held)
+
+
+@torch.library.register_fake("hashattn::encode", lib=_OPS)
+def _encode_fake(
+    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_planes: Tensor, key_planes: Tensor, query_bits: int,
+    keys: Tensor, values: Tensor, codes: Tensor, length: Tensor,
+) -> Tensor:  # fmt: skip
+    return q.new_empty((*q.shape[:3], query_bits, codes.shape[3]), dtype=torch.int64)
+
+
+@torch.library.impl(_OPS, "filled", "CompositeExplicitAutograd")
+def _filled(length: Tensor) -> Tensor:
+    return length[0].long()
+
+
+@torch.library.register_fake("hashattn::filled", lib=_OPS)
+def _filled_fake(length: Tensor) -> Tensor:
+    return length.new_empty((), dtype=torch.int64)

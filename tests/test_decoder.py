@@ -1,0 +1,88 @@
+"""Decoder on the CPU, where its operators run their specifications: plain, and compiled as one graph."""
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from hashattn import AsymmetricHash, FlatHamming, HashAttention, Recent, SimHash, Sink, Threshold, TopK
+from hashattn.ops import decode
+from tests.structured import qkv
+
+pytestmark = pytest.mark.filterwarnings("ignore:this AsymmetricHash is not fitted:UserWarning")
+FUSED = {
+    "sign": HashAttention(SimHash(64), FlatHamming(), Sink(4) | Recent(8) | TopK(share=0.1), engine="triton"),
+    "networks": HashAttention(
+        AsymmetricHash(128, query_bits=2), FlatHamming(), TopK(k=30, per="kv_head"), engine="triton"
+    ),
+    "radius": HashAttention(SimHash(64, centring=None), FlatHamming(), Sink(2) | Threshold(radius=29), engine="triton"),
+}
+DENSE = FUSED["sign"].replace(engine="dense")
+
+
+@pytest.fixture(autouse=True)
+def anywhere(monkeypatch):
+    monkeypatch.setattr(decode, "DEVICES", ("cuda", "cpu"))
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def filled(attn, n=600, capacity=620):
+    q, k, v = qkv(0, 2, keys=640, dim=64, group=4)
+    cache = attn.new_cache(2, 2, 64, capacity=capacity)
+    cache.append(k[:, :, :n], v[:, :, :n], start=torch.tensor([0, 50]))
+    return q, k, v, cache
+
+
+@pytest.mark.parametrize("attn", [*FUSED.values(), DENSE], ids=[*FUSED, "dense"])
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+def test_steps_are_those_of_the_engine_in_one_graph_for_all_lengths(attn, backend):
+    q, k, v, cache = filled(attn)
+    decoder = attn.decoder(cache)
+    decoder.prepare(q.shape[1])
+    step = decoder.step
+    if backend is not None:
+        counter = CompileCounterWithBackend(backend)
+        step = torch.compile(decoder.step, fullgraph=True, backend=counter)
+    plain = filled(attn)[3]
+    exact = attn.replace(engine="reference" if attn.engine == "triton" else "dense")
+    for n in range(600, 608):
+        new = k[:, :, n : n + 1], v[:, :, n : n + 1]
+        plain.append(*new)
+        with torch._dynamo.config.patch(error_on_recompile=n > 600):
+            out = step(q, *new, 0.1)
+        assert (out - exact(q, plain, scale=0.1)).abs().max() < 1e-5
+    assert backend is None or counter.frame_count == 1
+    assert len(decoder.finish()) == 608
+    assert torch.equal(cache.keys, plain.keys) and torch.equal(cache.values, plain.values)
+    assert torch.equal(cache.codes, plain.codes)
+    if attn is FUSED["radius"]:
+        assert 0 < int(decoder.found) < 8 * 8 * 600
+
+
+@pytest.mark.parametrize("attn", [FUSED["sign"], DENSE], ids=["fused", "dense"])
+def test_an_outgrown_cache_gives_nan_keeps_what_fitted_and_says_so(attn):
+    q, k, v, cache = filled(attn, n=618)
+    decoder = attn.decoder(cache)
+    outs = [decoder(q, k[:, :, n : n + 1], v[:, :, n : n + 1]) for n in range(618, 622)]
+    assert [bool(out.isnan().all()) for out in outs] == [False, False, True, True]
+    assert not outs[1].isnan().any()
+    with pytest.raises(ValueError, match="capacity is 620 columns, but 622"):
+        decoder.finish()
+    assert torch.equal(cache.keys[0], k[0, :, :620])
+    assert len(decoder.finish()) == 620
+
+
+def test_several_queries_at_a_time_and_what_is_refused():
+    attn = FUSED["sign"]
+    q, k, v, cache = filled(attn)
+    decoder, plain = attn.decoder(cache), filled(attn)[3]
+    three = torch.randn(2, 8, 3, 64)
+    plain.append(k[:, :, 600:603], v[:, :, 600:603])
+    out = decoder(three, k[:, :, 600:603], v[:, :, 600:603])
+    assert (out - attn.replace(engine="reference")(three, plain)).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="same positions, got T = 3 and 4"):
+        decoder(three, k[:, :, :4], v[:, :, :4])
+    with pytest.raises(ValueError, match="up to 16 queries at a time, not 17"):
+        decoder(q.expand(-1, -1, 17, -1), k[:, :, :17], v[:, :, :17])
