@@ -162,7 +162,7 @@ class HashAttention:
             return dense(q, cache.keys, cache.values, seen, scale, need_lse=need_lse, need_weights=need_weights), None
         assert self.selector is not None
         fewest = cache.shortest - (tokens - 1 if causal else 0)  # keys that the shortest-sighted query sees
-        if engine == "triton" and fewest >= warmup and not need_weights and not needs_grad(q):
+        if engine == "triton" and fewest >= warmup and not need_weights and not needs_grad(q, self.attend):
             return fused.step(self, q, cache, scale, causal)
         query = self.encoder.encode_query(q) if self.encoder is not None else None
         view = cache.view(query, q.shape[1], cache.spans(tokens, causal), engine=engine)
@@ -235,9 +235,10 @@ class HashAttention:
         return f"HashAttention({', '.join(shown)})"
 
 
-def needs_grad(q: Tensor) -> bool:
+def needs_grad(q: Tensor, attend: Attend) -> bool:
     """Whether a gradient is wanted, which only the reference gives."""
-    return q.requires_grad and torch.is_grad_enabled()
+    weights = attend.parameters() if isinstance(attend, nn.Module) else ()
+    return torch.is_grad_enabled() and (q.requires_grad or any(w.requires_grad for w in weights))
 
 
 def keep_short(selection: Selection, visible: Tensor, warmup: int) -> Selection:

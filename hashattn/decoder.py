@@ -42,7 +42,7 @@ class Decoder:
         self.dense = attn.engine == "dense" or not attn.attend.needs_selection
         self._check_filled(cache)
         if cache.with_norms and not self.dense:
-            raise ValueError('engine="triton" keeps no norms: take a composition with ExactAttend()')
+            raise ValueError("a decoder appends no norms: take a composition with ExactAttend()")
         device, encoder = cache.keys.device, attn.encoder
         self.attn, self.cache = attn, cache
         self.keys, self.values = cache.storage("keys"), cache.storage("values")

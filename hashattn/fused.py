@@ -28,10 +28,10 @@ def why_not(
     if encoder.code_heads(kv_heads) != kv_heads:
         return "it serves one code a key, not one for each query head"
     if not attn.attend.fused:
-        return f"it attends exactly, as ExactAttend does, not as {attn.attend!r}"
+        return f"it attends as ExactAttend does, or MixedPrecision without a residual, not as {attn.attend!r}"
     rule = selector.rule(q_heads // kv_heads)
     if rule is None:
-        return f'it serves TopK, LocalTopK and Threshold (of a group, with combine="sum"), not {selector!r}'
+        return f'it serves TopK, LocalTopK, Threshold and Tiers (of a group, with combine="sum"), not {selector!r}'
     return decode.why_not(
         device=device, dtype=dtype, head_dim=head_dim, group=q_heads // kv_heads, tokens=tokens,
         words=words(encoder.bits), planes=encoder.query_bits, rule=rule,
@@ -49,16 +49,20 @@ class Prepared:
     starts: Tensor
     bounds: Tensor
     workspace: Tensor
+    estimate: decode.Estimate | None
 
     def step(self, q: Tensor, query: Tensor, length: Tensor, scale: float, causal: bool) -> tuple[Output, Selection]:
         """Search and attend with queries and their codes; see :func:`hashattn.ops.decode.reference`."""
-        from hashattn.ops.decode.library import decode as fused  # registers operators
+        from hashattn.ops.decode import library  # registers operators
 
-        out, lse, ids = fused(
-            q, query, self.keys, self.values, self.codes, self.starts, length, self.bounds, self.rule, self.workspace,
-            scale=scale, causal=causal,
-        )  # fmt: skip
-        return Output(out, lse), Selection(ids)
+        given = q, query, self.keys, self.values, self.codes, self.starts, length, self.bounds
+        if self.estimate is None:
+            out, lse, ids = library.decode(*given, self.rule, self.workspace, scale=scale, causal=causal)
+            return Output(out, lse), Selection(ids)
+        out, lse, ids, tier = library.decode_tiers(
+            *given, self.estimate, self.rule, self.workspace, scale=scale, causal=causal
+        )
+        return Output(out, lse), Selection(ids, tier)
 
 
 def prepare(attn: HashAttention, cache: KVCache, q_heads: int, tokens: int) -> Prepared:
@@ -75,6 +79,7 @@ def prepare(attn: HashAttention, cache: KVCache, q_heads: int, tokens: int) -> P
     return Prepared(
         rule, keys, values, codes, state.starts(cache._starts, device), state.bounds(sizes.state, device),
         state.scratch.workspace(sizes.workspace, device),
+        attn.attend.fused_estimate(cache) if rule.critical is not None else None,
     )  # fmt: skip
 
 

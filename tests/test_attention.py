@@ -32,6 +32,7 @@ from hashattn import (
 )
 from hashattn import attention as attention_module
 from hashattn import plan as plan_module
+from hashattn.attend.mixed import CodeResidual
 from hashattn.engines import Shape, crossover
 from tests.structured import (
     attention64,
@@ -547,12 +548,16 @@ def test_the_fused_engine_says_what_it_cannot_take():
     shape = {"q_heads": 4, "kv_heads": 2, "head_dim": 64, "keys": 4000, "device": "cuda"}
     pytest.importorskip("triton")
     assert "C++, one kernel" in str(attn.explain(**shape)) or "Triton, one kernel" in str(attn.explain(**shape))
-    plain = attn.replace(engine="auto")
+    plain, with_residual = attn.replace(engine="auto"), MixedPrecision()
+    with_residual.residual = CodeResidual(128, 4)
     for other, reason in (
-        (plain.replace(selector=Tiers(0.1, 0.2)), "it serves TopK, LocalTopK and Threshold"),
-        (plain.replace(attend=MixedPrecision()), "it attends exactly"),
-        (plain.replace(selector=TopK(k=9, per="kv_head", combine="vote")), "it serves TopK, LocalTopK and Threshold"),
-        (plain.replace(selector=Sink(4) | Consensus(TopK(k=9))), "it serves TopK, LocalTopK and Threshold"),
+        (plain.replace(attend=with_residual), "MixedPrecision without a residual"),
+        (
+            plain.replace(selector=TopK(k=9, per="kv_head", combine="vote")),
+            "it serves TopK, LocalTopK, Threshold and Tiers",
+        ),
+        (plain.replace(selector=Tiers(0.1, 0.2, per="kv_head", combine="union")), 'with combine="sum"'),
+        (plain.replace(selector=Sink(4) | Consensus(TopK(k=9))), "it serves TopK, LocalTopK, Threshold and Tiers"),
         (plain.replace(selector=LocalTopK(64, per="kv_head")), "one choice per query head"),
         (plain.replace(encoder=SimHash(160)), "64, 128 or 256 bits, not 192"),
         (plain.replace(encoder=Identity(), index=FlatDot()), "binary codes"),
@@ -561,8 +566,12 @@ def test_the_fused_engine_says_what_it_cannot_take():
         assert reason in str(other.explain(**shape))
         with pytest.raises(ValueError, match=reason):
             other.replace(engine="triton").explain(**shape)
-    for served in (TopK(k=9, per="kv_head"), Sink(4) | Recent(4) | TopK(share=0.1), Threshold(radius=20, limit=9)):
-        assert attn.replace(selector=served).explain(**shape).engine == "triton"
+    for served in (
+        TopK(k=9, per="kv_head"), Sink(4) | Recent(4) | TopK(share=0.1), Threshold(radius=20, limit=9),
+        Recent(4) | Tiers(0.1, 0.2, per="kv_head"),
+    ):  # fmt: skip
+        for attend in (ExactAttend(), MixedPrecision()):
+            assert attn.replace(selector=served, attend=attend).explain(**shape).engine == "triton"
     local = attn.replace(selector=Sink(4) | LocalTopK(64)).explain(**shape)
     assert local.engine == "triton" and "keeps the nearest of each chunk" in str(local)
 
@@ -590,7 +599,7 @@ def test_a_decoder_refuses_what_a_graph_could_not_keep():
     with pytest.raises(TypeError, match="must have one dtype"):
         decoder(q.half(), k[:, :, :1].half(), v[:, :, :1].half())
     assert len(decoder.finish()) == 400
-    with pytest.raises(ValueError, match="keeps no norms"):
+    with pytest.raises(ValueError, match="appends no norms"):
         tiers = attn.replace(attend=MixedPrecision())
         cache = tiers.new_cache(1, 2, 64, capacity=500)
         cache.append(k, v)

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hashattn.ops.decode import Estimate
 from hashattn.types import Output, Selection
 from hashattn.view import View
 
@@ -39,13 +40,11 @@ class Attend(ABC):
         needs_selection: whether it reads a selection at all.
         needs_norms: whether the cache has to keep |k - centre| (2 bytes a key).
         code: the kind of code it reads ("binary"), or None if it reads keys and values only.
-        fused: whether a fused decode step attends as it does: exactly, to every selected key.
     """
 
     needs_selection: bool = True
     needs_norms: bool = False
     code: str | None = None
-    fused: bool = False
 
     @abstractmethod
     def attend(
@@ -58,6 +57,15 @@ class Attend(ABC):
             view: what the selector saw; for stages that read codes.
             need_lse, need_weights: whether Output carries these.
         """
+
+    @property
+    def fused(self) -> bool:
+        """Whether a fused decode step attends as it does: exactly, or with a fused_estimate of medium keys' logits."""
+        return False
+
+    def fused_estimate(self, cache: Keys) -> Estimate | None:
+        """What a fused step estimates medium keys' logits from; None where all logits are exact."""
+        return None
 
     def layer(self, i: int) -> Attend:
         """The stage for layer i of a model; stages that serve every layer return themselves."""

@@ -19,7 +19,9 @@ class ExactAttend(Attend):
     Its error is bounded by the attention mass that the selection misses: |out - dense| <= 2 (1 - mass) max|v|.
     """
 
-    fused = True
+    @property
+    def fused(self) -> bool:
+        return True
 
     def attend(
         self, q: Tensor, cache: Keys, selection: Selection | None, scale: float, *, view: View | None = None,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hashattn.attend.base import Attend, Keys, serving
 from hashattn.encoders.base import Encoder
 from hashattn.ops import attend as ops
+from hashattn.ops.decode import Estimate
 from hashattn.ops.hamming import differing, distances, unpack_bits
 from hashattn.types import MEDIUM, Output, Selection
 from hashattn.view import View
@@ -93,6 +94,17 @@ class MixedPrecision(nn.Module, Attend):
                 need_weights=need_weights, engine=engine,
             )
         )  # fmt: skip
+
+    @property
+    def fused(self) -> bool:
+        return self.residual is None
+
+    def fused_estimate(self, cache: Keys) -> Estimate:
+        norms = cache.storage("norms")
+        a = self.a.detach().view(1)
+        if a.device != norms.device:  # a number that is not a weight on the device is filled in there: no copy
+            a = torch.full((1,), a.item(), device=norms.device)
+        return Estimate(norms, cache.centre.float().contiguous(), a, cache.bits)
 
     def fit(self, q: Tensor, k: Tensor, encoder: Encoder, *, share: float = 0.1, steps: int = 200) -> MixedPrecision:
         """Fit the estimate to the keys that codes find nearest. Returns itself.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hashattn.budget import Budget, check_share
+from hashattn.ops.decode.rule import Rule
 from hashattn.selectors.base import Selector
 from hashattn.selectors.grouping import check_grouping, take
 from hashattn.types import Selection, Step
@@ -46,6 +47,12 @@ class Tiers(Selector):
 
     def critical(self, visible: int) -> int:
         return Budget(share=self.t1).count(visible)
+
+    def rule(self, group: int) -> Rule | None:
+        together = self.shared and group > 1
+        if together and self.combine != "sum":
+            return None
+        return Rule(share=self.t2, shared=together, critical=self.t1)
 
     def select(self, view: View, step: Step) -> Selection:
         return take(view, [Budget(share=self.t1), Budget(share=self.t2)], self.per, self.combine)

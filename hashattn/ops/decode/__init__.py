@@ -6,14 +6,18 @@ import importlib.util
 
 import torch
 
+from hashattn.ops.decode.estimate import Estimate
 from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.maps import why_not as why_not_encode
 from hashattn.ops.decode.reference import decode as reference
+from hashattn.ops.decode.reference import decode_tiers as reference_tiers
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.scratch import Scratch
 from hashattn.ops.decode.sizes import Sizes
 
-__all__ = ["Map", "Rule", "Scratch", "Sizes", "reference", "why_not", "why_not_encode"]
+__all__ = [
+    "Estimate", "Map", "Rule", "Scratch", "Sizes", "reference", "reference_tiers", "why_not", "why_not_encode",
+]  # fmt: skip
 
 DEVICES = ("cuda",)
 HEAD_DIMS = (64, 96, 128, 256)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hashattn.ops.decode import append_reference, reference
+from hashattn.ops.decode import append_reference, reference, reference_tiers
+from hashattn.ops.decode.estimate import Estimate
 from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.sizes import Sizes
@@ -26,6 +27,12 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 _OPS.define(
     "decode(Tensor q, Tensor query, Tensor keys, Tensor values, Tensor codes, Tensor starts, Tensor length, "
     f"Tensor(a!) bounds, Tensor(b!) workspace, float scale, bool causal, {_RULE}) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+_OPS.define(
+    "decode_tiers(Tensor q, Tensor query, Tensor keys, Tensor values, Tensor codes, Tensor starts, Tensor length, "
+    "Tensor(a!) bounds, Tensor norms, Tensor centre, Tensor a, int bits, Tensor(b!) workspace, float scale, "
+    f"bool causal, {_RULE}) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 _OPS.define(
@@ -50,6 +57,18 @@ def decode(
     out: tuple[Tensor, Tensor, Tensor] = torch.ops.hashattn.decode(
         q, query, keys, values, codes, starts, length, bounds, workspace, scale, causal,
         *[getattr(rule, name) for name in _NAMES],
+    )  # fmt: skip
+    return out
+
+
+def decode_tiers(
+    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
+    bounds: Tensor, estimate: Estimate, rule: Rule, workspace: Tensor, *, scale: float, causal: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See :func:`hashattn.ops.decode.triton.decode_tiers`."""
+    out: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.hashattn.decode_tiers(
+        q, query, keys, values, codes, starts, length, bounds, estimate.norms, estimate.centre, estimate.a,
+        estimate.bits, workspace, scale, causal, *[getattr(rule, name) for name in _NAMES],
     )  # fmt: skip
     return out
 
@@ -106,10 +125,17 @@ def _decode_cpu(
     out, lse, ids = reference(
         q, query, keys, values, codes, starts, length.clamp(max=room), kept, scale=scale, causal=causal
     )
-    if int(length) > room:  # as the kernels do: nothing beyond the room is read, and the result says so
-        out = torch.full_like(out, torch.nan)
     slots = Sizes.of(q, query, keys, codes, kept).slots
-    return out.contiguous(), lse, torch.nn.functional.pad(ids, (0, slots - ids.shape[-1]), value=-1)
+    return *_as_kernels_do(out, lse, int(length) > room), _padded(ids, slots, -1)
+
+
+def _as_kernels_do(out: Tensor, lse: Tensor, outgrown: bool) -> tuple[Tensor, Tensor]:
+    """Contiguous; nothing beyond the room is read, and the result says so."""
+    return (torch.full_like(out, torch.nan) if outgrown else out).contiguous(), lse.contiguous()
+
+
+def _padded(x: Tensor, slots: int, value: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, slots - x.shape[-1]), value=value)
 
 
 @torch.library.register_fake("hashattn::decode", lib=_OPS)
@@ -120,6 +146,45 @@ def _decode_fake(
     sizes = Sizes.of(q, query, keys, codes, Rule(*rule))
     ids = q.new_empty((sizes.batch, q.shape[1] // sizes.summed, sizes.tokens, sizes.slots), dtype=torch.int32)
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32), ids
+
+
+@torch.library.impl(_OPS, "decode_tiers", "CUDA")
+def _decode_tiers_cuda(
+    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
+    bounds: Tensor, norms: Tensor, centre: Tensor, a: Tensor, bits: int, workspace: Tensor, scale: float,
+    causal: bool, *rule: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from hashattn.ops.decode.triton import decode_tiers as fused
+
+    return fused(
+        q.contiguous(), query, keys, values, codes, starts, length, bounds, Estimate(norms, centre, a, bits),
+        Rule(*rule), workspace, scale=scale, causal=causal,
+    )  # fmt: skip
+
+
+@torch.library.impl(_OPS, "decode_tiers", "CPU")
+def _decode_tiers_cpu(
+    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
+    bounds: Tensor, norms: Tensor, centre: Tensor, a: Tensor, bits: int, workspace: Tensor, scale: float,
+    causal: bool, *rule: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    room, kept = min(keys.shape[2], codes.shape[2]), Rule(*rule)
+    out, lse, ids, tier = reference_tiers(
+        q, query, keys, values, codes, starts, length.clamp(max=room), Estimate(norms, centre, a, bits), kept,
+        scale=scale, causal=causal,
+    )  # fmt: skip
+    slots = Sizes.of(q, query, keys, codes, kept).slots
+    return *_as_kernels_do(out, lse, int(length) > room), _padded(ids, slots, -1), _padded(tier, slots, 0)
+
+
+@torch.library.register_fake("hashattn::decode_tiers", lib=_OPS)
+def _decode_tiers_fake(
+    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
+    bounds: Tensor, norms: Tensor, centre: Tensor, a: Tensor, bits: int, workspace: Tensor, scale: float,
+    causal: bool, *rule: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    out, lse, ids = _decode_fake(q, query, keys, values, codes, starts, length, bounds, workspace, scale, causal, *rule)
+    return out, lse, ids, torch.empty_like(ids, dtype=torch.int8)
 
 
 @torch.library.impl(_OPS, "append", "CUDA")

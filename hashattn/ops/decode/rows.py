@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hashattn.ops.decode.codes import distance
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -18,13 +20,50 @@ def load_rows(storage, columns, filled, DIM: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def one_head(q, keys, values, columns, filled, scale, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """A query's attention to a tile of keys, not yet divided: (peak [1], total [1], sum [WIDTH]), float32, base 2."""
+def estimate(
+    q, step, centre, a, norms, codes, query, words_step, columns, medium, per_bit, G: tl.constexpr,
+    PADDED: tl.constexpr, WORDS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Estimated q.k of G queries and the medium keys at columns, 0 for others: float32 [PADDED, ROWS]; see Estimate.
+
+    Args:
+        step, words_step: from a query to the next one, of q and of its signs at query.
+        per_bit: 2 / bits.
+    """
+    dims, heads = tl.arange(0, WIDTH), tl.arange(0, PADDED)
+    rows = tl.load(
+        q + heads[:, None] * step + dims[None, :], mask=(heads < G)[:, None] & (dims < DIM)[None, :], other=0.0
+    ).to(tl.float32)
+    offset = tl.sum(rows * tl.load(centre + dims, mask=dims < DIM, other=0.0)[None, :], 1)
+    size = tl.sqrt(tl.sum(rows * rows, 1)) * tl.load(a).to(tl.float32)
+    norm = tl.load(norms + columns, mask=medium, other=0.0).to(tl.float32)
+    x = ()
+    for w in tl.static_range(WORDS):
+        x += (tl.load(codes + columns.to(tl.int64) * WORDS + w, mask=medium, other=0),)
+    differing = tl.zeros([PADDED, columns.shape[0]], tl.int32)
+    for g in tl.static_range(G):
+        own = distance(x, query + g * words_step, 0, WORDS, 1, 1)
+        differing += tl.where((heads == g)[:, None], own[None, :], 0)
+    found = offset[:, None] + size[:, None] * norm[None, :] * (1.0 - per_bit * differing.to(tl.float32))
+    return tl.where(medium[None, :], found, 0.0)
+
+
+@triton.jit
+def one_head(
+    q, keys, values, columns, filled, scale, DIM: tl.constexpr, WIDTH: tl.constexpr, exact=None, estimated=None
+):  # fmt: skip
+    """A query's attention to a tile of keys, not yet divided: (peak [1], total [1], sum [WIDTH]), float32, base 2.
+
+    Keys that are filled and not exact are not read: theirs is the estimated q.k, which is 0 for the others.
+    """
     dims = tl.arange(0, WIDTH)
-    k = load_rows(keys, columns, filled, DIM, WIDTH)
+    k = load_rows(keys, columns, filled if exact is None else exact, DIM, WIDTH)
     v = load_rows(values, columns, filled, DIM, WIDTH)
     row = tl.load(q + dims, mask=dims < DIM, other=0.0).to(tl.float32) * (scale * LOG2E)
-    x = tl.where(filled, tl.sum(k.to(tl.float32) * row[None, :], 1), float("-inf"))
+    x = tl.sum(k.to(tl.float32) * row[None, :], 1)
+    if estimated is not None:
+        x += estimated * (scale * LOG2E)
+    x = tl.where(filled, x, float("-inf"))
     peak = tl.max(x, 0)
     p = tl.exp2(x - tl.where(peak == float("-inf"), 0.0, peak))
     one = tl.zeros([1], tl.float32)
@@ -34,16 +73,19 @@ def one_head(q, keys, values, columns, filled, scale, DIM: tl.constexpr, WIDTH: 
 @triton.jit
 def group_of_heads(
     q, step, keys, values, columns, filled, scale, G: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, exact=None, estimated=None,
 ):  # fmt: skip
     """The same for G queries that share the keys, `step` elements apart: ([PADDED], [PADDED], [PADDED, WIDTH])."""
     dims, heads = tl.arange(0, WIDTH), tl.arange(0, PADDED)
-    k = load_rows(keys, columns, filled, DIM, WIDTH)
+    k = load_rows(keys, columns, filled if exact is None else exact, DIM, WIDTH)
     v = load_rows(values, columns, filled, DIM, WIDTH)
     rows = tl.load(
         q + heads[:, None] * step + dims[None, :], mask=(heads < G)[:, None] & (dims < DIM)[None, :], other=0.0
     )
-    x = tl.dot(rows, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+    x = tl.dot(rows, tl.trans(k), input_precision="ieee")
+    if estimated is not None:
+        x += estimated
+    x *= scale * LOG2E
     x = tl.where(filled[None, :], x, float("-inf"))
     peak = tl.max(x, 1)
     p = tl.exp2(x - tl.where(peak == float("-inf"), 0.0, peak)[:, None])

@@ -17,6 +17,8 @@ class Rule:
         shared: the heads of a KV head make one choice, by the sum of their distances.
         sinks, recents: this many first and last visible keys are ranked before every distance and count in the budget.
         radius: the largest distance (or sum) of a key that is not forced; None for any.
+        critical: share of the visible keys, rounded up in float64, that are critical, and all forced ones; the other
+            keys that are kept are medium. None if all are critical.
         chunks: k / chunks keys are kept of each chunk that columns are dealt to in runs of 8; None for k of all.
     """
 
@@ -26,6 +28,7 @@ class Rule:
     sinks: int = 0
     recents: int = 0
     radius: int | None = None
+    critical: float | None = None
     chunks: int | None = None
 
     @property

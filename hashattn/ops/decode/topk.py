@@ -7,7 +7,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hashattn.ops.decode.codes import FAR, RUN, distance, load_runs, offsets, read_bound, span
-from hashattn.ops.decode.rows import combine, group_of_heads, one_head, store_part
+from hashattn.ops.decode.rows import combine, estimate, group_of_heads, one_head, store_part
 
 LOW = tl.constexpr(0xFFFFFFFF)
 
@@ -25,26 +25,45 @@ def totals(counts, chunks, BINS: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def cut_at(running, wanted, BINS: tl.constexpr):
+    """(bin of the threshold of so many keys, candidates up to it), from totals."""
+    bins = tl.arange(0, BINS)
+    bin = tl.sum((running < wanted).to(tl.int32), 0)
+    return bin, tl.sum(tl.where(bins == bin, running, 0), 0)
+
+
+@triton.jit
+def by_chunk(counts, chunks, bin, CHUNKS: tl.constexpr):
+    """Each chunk's candidates: int64 [CHUNKS], those in a bin << 32, plus those nearer."""
+    c = tl.arange(0, CHUNKS)
+    upto = tl.load(counts + bin * chunks + c, mask=c < chunks, other=0).to(tl.int32)
+    before = tl.load(counts + (bin - 1) * chunks + c, mask=(c < chunks) & (bin > 0), other=0).to(tl.int32)
+    return ((upto - before).to(tl.int64) << 32) + before
+
+
+@triton.jit
 def from_candidates(
-    ids, candidates, counts, chunks, bin, nearer, dropped, rank0, rank1, CHUNK: tl.constexpr, BINS: tl.constexpr,
-    CHUNKS: tl.constexpr, ACROSS: tl.constexpr, TILE: tl.constexpr,
+    ids, tier, candidates, counts, chunks, bin, dropped, bin_1, dropped_1, rank0, rank1, CHUNK: tl.constexpr,
+    BINS: tl.constexpr, CHUNKS: tl.constexpr, ACROSS: tl.constexpr, TIERS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Write the chosen columns of ranks rank0 to rank1, in column order, from the lists of the chunks that hold them.
 
     Args:
         bin: of the threshold, whose `dropped` oldest candidates are not chosen.
-        nearer: what the threshold is in an entry: bound - distance, more than which is nearer.
+        bin_1, dropped_1: the same of critical keys, with TIERS: then tiers are written too.
     """
+    nearer = BINS - 1 - bin  # what the threshold is in an entry: bound - distance, more than which is nearer
     c = tl.arange(0, CHUNKS)
     inside = c < chunks
     listed = tl.load(counts + (BINS - 1) * chunks + c, mask=inside, other=0).to(tl.int32)
-    upto = tl.load(counts + bin * chunks + c, mask=inside, other=0).to(tl.int32)
-    before = tl.load(counts + (bin - 1) * chunks + c, mask=inside & (bin > 0), other=0).to(tl.int32)
-    packed = ((upto - before).to(tl.int64) << 32) + before
+    packed = by_chunk(counts, chunks, bin, CHUNKS)
     running = tl.cumsum(packed, 0)
     through = (running & LOW).to(tl.int32) + tl.maximum((running >> 32).to(tl.int32) - dropped, 0)
     running -= packed
     already = (running & LOW).to(tl.int32) + tl.maximum((running >> 32).to(tl.int32) - dropped, 0)
+    if TIERS:
+        ties_1 = (by_chunk(counts, chunks, bin_1, CHUNKS) >> 32).to(tl.int32)
+        ties_1 = tl.cumsum(ties_1, 0) - ties_1
     c0 = tl.sum((through <= rank0).to(tl.int32), 0)
     c1 = tl.sum(((already < rank1) & inside).to(tl.int32), 0)
     for start in range(c0, c1, ACROSS):
@@ -52,6 +71,8 @@ def from_candidates(
         here = (c[None, :] == mine[:, None]) & (mine < c1)[:, None]
         state = tl.sum(tl.where(here, running[None, :], 0), 1)
         n = tl.sum(tl.where(here, listed[None, :], 0), 1)
+        if TIERS:
+            state_1 = tl.sum(tl.where(here, ties_1[None, :], 0), 1)
         for t0 in range(0, tl.max(n, 0), TILE):
             at = t0 + tl.arange(0, TILE)
             entry = tl.load(
@@ -67,8 +88,14 @@ def from_candidates(
             rank = (order & LOW).to(tl.int32) + tl.maximum(ties - dropped, 0) - 1
             chosen = ((hit & LOW) != 0) | ((hit != 0) & (ties > dropped))
             column = mine[:, None] * CHUNK + (entry & 0xFFFF)
-            tl.store(ids + rank, column, mask=chosen & (rank >= rank0) & (rank < rank1))
+            chosen &= (rank >= rank0) & (rank < rank1)
+            tl.store(ids + rank, column, mask=chosen)
             state += tl.sum(hit, 1)
+            if TIERS:
+                tie = level == BINS - 1 - bin_1
+                old = tl.cumsum(tie.to(tl.int32), 1) + state_1[:, None] <= dropped_1
+                tl.store(tier + rank, (level < BINS - 1 - bin_1) | (tie & old), mask=chosen)
+                state_1 += tl.sum(tie.to(tl.int32), 1)
 
 
 @triton.jit
@@ -87,8 +114,9 @@ def level_of(
 
 @triton.jit
 def from_codes(
-    ids, query, step, codes, first, end, sinks, recents, radius, wanted, room, rank0, rank1, SUM: tl.constexpr,
-    WORDS: tl.constexpr, PLANES: tl.constexpr, LEVELS: tl.constexpr, RADIUS: tl.constexpr, TILE: tl.constexpr,
+    ids, tier, query, step, codes, first, end, sinks, recents, radius, wanted, wanted_1, room, rank0, rank1,
+    SUM: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr, LEVELS: tl.constexpr, RADIUS: tl.constexpr,
+    TIERS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The same from all codes of the row, for a bound that missed the threshold. Returns the threshold's distance."""
     levels = tl.arange(0, LEVELS)
@@ -101,6 +129,10 @@ def from_codes(
     running = tl.cumsum(seen_at, 0)
     cut = tl.minimum(tl.sum((running < wanted).to(tl.int32), 0), LEVELS - 1)
     dropped = tl.maximum(tl.sum(tl.where(levels == cut, running, 0), 0) - wanted, 0)
+    if TIERS:
+        cut_1 = tl.sum((running < wanted_1).to(tl.int32), 0)
+        dropped_1 = tl.sum(tl.where(levels == cut_1, running, 0), 0) - wanted_1
+        state_1 = tl.zeros([1], tl.int32)
     state = tl.zeros([1], tl.int64)
     for t0 in range(first // TILE * TILE, end, TILE):
         columns = t0 + tl.arange(0, TILE)
@@ -111,20 +143,25 @@ def from_codes(
         order = tl.cumsum(hit, 0) + state
         ties = (order >> 32).to(tl.int32)
         rank = (order & LOW).to(tl.int32) + tl.maximum(ties - dropped, 0) - 1
-        chosen = (near < cut) | ((near == cut) & (ties > dropped))
-        tl.store(ids + rank, columns, mask=chosen & (rank >= rank0) & (rank < rank1))
+        chosen = ((near < cut) | ((near == cut) & (ties > dropped))) & (rank >= rank0) & (rank < rank1)
+        tl.store(ids + rank, columns, mask=chosen)
         state += tl.sum(hit, 0)
+        if TIERS:
+            tie = near == cut_1
+            old = tl.cumsum(tie.to(tl.int32), 0) + state_1 <= dropped_1
+            tl.store(tier + rank, (near > cut_1) | (tie & old), mask=chosen)
+            state_1 += tl.sum(tie.to(tl.int32), 0)
     return cut - 1
 
 
 @triton.jit
 def attend_topk(
     q, keys, values, query, codes, bounds, candidates, counts, starts, length, share, ids, parts, stats, arrived, out,
-    lse, scale, k, radius, sinks, recents, margin, room, code_room, chunks, slots, kv_heads, T, G: tl.constexpr,
-    SUM: tl.constexpr, PADDED: tl.constexpr, PADDED_OUT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    WORDS: tl.constexpr, PLANES: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr,
-    LEVELS: tl.constexpr, ROWS: tl.constexpr, SHARE: tl.constexpr, RADIUS: tl.constexpr, CAUSAL: tl.constexpr,
-    PDL: tl.constexpr,
+    lse, critical, norms, centre, a, tier, per_bit, scale, k, radius, sinks, recents, margin, room, code_room,
+    norm_room, chunks, slots, kv_heads, T, G: tl.constexpr, SUM: tl.constexpr, PADDED: tl.constexpr,
+    PADDED_OUT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr,
+    SHARE: tl.constexpr, RADIUS: tl.constexpr, TIERS: tl.constexpr, CAUSAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (slots / ROWS, rows). Ranks follow column order, so the result does not depend on the bounds.
 
@@ -135,6 +172,9 @@ def attend_topk(
         ids: int32 [rows, slots], written: columns in ascending order, then -1.
         parts, stats, arrived: scratch; arrived int32 [rows] is zero before and after.
         out, lse: [B, Hq, T, DIM] and float32 [B, Hq, T], written.
+        critical: share of the visible keys that are read, likewise, with TIERS; logits of the others are estimated.
+        norms, centre, a: see Estimate; tier: int8 [rows, slots], written, 1 for medium keys. None without TIERS.
+        per_bit: 2 / bits.
     """
     s = tl.program_id(0)
     row = tl.program_id(1)
@@ -148,6 +188,10 @@ def attend_topk(
     if SHARE:
         wanted = tl.ceil(visible.to(tl.float64) * share.to(tl.float64, bitcast=True)).to(tl.int32)
     wanted = tl.maximum(wanted, tl.minimum(visible, sinks + recents))
+    wanted_1 = wanted
+    if TIERS:
+        wanted_1 = tl.ceil(visible.to(tl.float64) * critical.to(tl.float64, bitcast=True)).to(tl.int32)
+        wanted_1 = tl.maximum(wanted_1, tl.minimum(visible, sinks + recents))
     if PDL:
         gdc_wait()
     own = counts + row.to(tl.int64) * BINS * chunks
@@ -155,33 +199,40 @@ def attend_topk(
     found = tl.max(running, 0)
     if RADIUS:
         wanted = tl.minimum(wanted, found)
-    bins = tl.arange(0, BINS)
-    bin = tl.sum((running < wanted).to(tl.int32), 0)
-    upto = tl.sum(tl.where(bins == bin, running, 0), 0)
-    missed = (found < wanted) | ((bin == 0) & (upto > wanted))
+    bin, upto = cut_at(running, wanted, BINS)
+    missed = (found < wanted) | ((bin == 0) & (upto > wanted))  # the first bin holds more than one distance
+    bin_1, upto_1 = bin, upto
+    if TIERS:
+        wanted_1 = tl.minimum(wanted_1, wanted)
+        bin_1, upto_1 = cut_at(running, wanted_1, BINS)
+        missed |= (bin_1 == 0) & (upto_1 > wanted_1)
     rank0 = s * ROWS
     rank1 = tl.minimum(rank0 + ROWS, wanted)
     programs = tl.maximum(tl.cdiv(wanted, ROWS), 1)
     own_ids = ids + row.to(tl.int64) * slots
+    own_tier = tier
     ranks = rank0 + tl.arange(0, ROWS)
     filled = ranks < rank1
     tl.store(own_ids + ranks, -1, mask=~filled)
+    if TIERS:
+        own_tier = tier + row.to(tl.int64) * slots
+        tl.store(own_tier + ranks, 0, mask=~filled)
     if s < programs:
         query_at = query + (head.to(tl.int64) * SUM * T + t) * PLANES * WORDS
+        own_codes = codes + kv.to(tl.int64) * code_room * WORDS
         bound = read_bound(bounds + row)
         if missed:
-            own_codes = codes + kv.to(tl.int64) * code_room * WORDS
             threshold = from_codes(
-                own_ids, query_at, T * PLANES * WORDS, own_codes, first, end, sinks, recents, radius, wanted, code_room,
-                rank0, rank1, SUM, WORDS, PLANES, LEVELS, RADIUS, 512,
+                own_ids, own_tier, query_at, T * PLANES * WORDS, own_codes, first, end, sinks, recents, radius, wanted,
+                wanted_1, code_room, rank0, rank1, SUM, WORDS, PLANES, LEVELS, RADIUS, TIERS, 512,
             )  # fmt: skip
         else:
             threshold = bound - (BINS - 1 - bin)
             if rank0 < rank1:
                 own_list = candidates + row.to(tl.int64) * chunks * CHUNK
                 from_candidates(
-                    own_ids, own_list, own, chunks, bin, BINS - 1 - bin, upto - wanted, rank0, rank1, CHUNK,
-                    BINS, CHUNKS, 4, 128,
+                    own_ids, own_tier, own_list, own, chunks, bin, upto - wanted, bin_1, upto_1 - wanted_1, rank0,
+                    rank1, CHUNK, BINS, CHUNKS, 4, TIERS, 128,
                 )  # fmt: skip
         if (not RADIUS) & (s == 0):
             fallen = tl.minimum(tl.load(bounds + row), FAR * 16) - 1  # a bin in 16 steps
@@ -190,11 +241,21 @@ def attend_topk(
         columns = tl.load(own_ids + ranks, mask=filled, other=0)
         k_at, v_at = keys + kv.to(tl.int64) * room * DIM, values + kv.to(tl.int64) * room * DIM
         q_at = q + (head.to(tl.int64) * SUM * T + t) * DIM
+        exact, estimated = None, None
+        if TIERS:
+            exact = filled & (tl.load(own_tier + ranks, mask=filled, other=0) == 0)
+            estimated = estimate(
+                q_at, T * DIM, centre + kv * DIM, a, norms + kv.to(tl.int64) * norm_room, own_codes,
+                query_at + (PLANES - 1) * WORDS, T * PLANES * WORDS, columns, filled & ~exact, per_bit, SUM, PADDED,
+                WORDS, DIM, WIDTH,
+            )  # fmt: skip
         if SUM == 1:
-            peak, total, acc = one_head(q_at, k_at, v_at, columns, filled, scale, DIM, WIDTH)
+            if TIERS:
+                estimated = tl.reshape(estimated, [ROWS])
+            peak, total, acc = one_head(q_at, k_at, v_at, columns, filled, scale, DIM, WIDTH, exact, estimated)
         else:
             peak, total, acc = group_of_heads(
-                q_at, T * DIM, k_at, v_at, columns, filled, scale, SUM, PADDED, DIM, WIDTH
+                q_at, T * DIM, k_at, v_at, columns, filled, scale, SUM, PADDED, DIM, WIDTH, exact, estimated
             )
         store_part(parts, stats, row * tl.cdiv(slots, ROWS) + s, peak, total, acc, WIDTH, SUM, PADDED)
         tl.debug_barrier()

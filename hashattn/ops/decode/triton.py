@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from hashattn.ops.decode import local
+from hashattn.ops.decode.estimate import Estimate
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.scan import scan
 from hashattn.ops.decode.sizes import CHUNK, ROWS, Sizes, carve
@@ -28,16 +29,42 @@ def decode(
             candidates are looked for (one that turns out wrong costs time and changes nothing), and zeros.
         workspace: uint8, Sizes.workspace of them at least, whatever it holds; steps on the same stream share it.
     """
-    sizes = Sizes.of(q, query, keys, codes, rule)
     if rule.chunks is not None:
+        sizes = Sizes.of(q, query, keys, codes, rule)
         return local.decode(
             q, query, keys, values, codes, starts, length, bounds, sizes, workspace, scale=scale, causal=causal,
             early=starts_early(q.device), scan_only=scan_only,
         )  # fmt: skip
+    out, lse, ids, _ = _step(
+        q, query, keys, values, codes, starts, length, bounds, None, rule, workspace, scale, causal, scan_only
+    )
+    return out, lse, ids
+
+
+def decode_tiers(
+    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
+    bounds: Tensor, estimate: Estimate, rule: Rule, workspace: Tensor, *, scale: float, causal: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """See :func:`hashattn.ops.decode.reference.decode_tiers`, and decode for bounds and workspace."""
+    out, lse, ids, tier = _step(
+        q, query, keys, values, codes, starts, length, bounds, estimate, rule, workspace, scale, causal, False
+    )
+    assert tier is not None
+    return out, lse, ids, tier
+
+
+def _step(
+    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
+    bounds: Tensor, estimate: Estimate | None, rule: Rule, workspace: Tensor, scale: float, causal: bool,
+    scan_only: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Either of them: without an estimate all logits are exact, and no tiers are told apart."""
+    sizes = Sizes.of(q, query, keys, codes, rule)
     group, summed, rows, chunks, slots = sizes.group, sizes.summed, sizes.rows, sizes.chunks, sizes.slots
     words, width, padded = sizes.words, triton.next_power_of_2(sizes.head_dim), triton.next_power_of_2(summed)
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
     ids = torch.empty((rows, slots), dtype=torch.int32, device=q.device)
+    tier = None if estimate is None else torch.empty_like(ids, dtype=torch.int8)
     buffers = carve(workspace, sizes.triton)
     far, arrived = bounds[0], bounds[1]
     radius = min(rule.radius or 0, levels(words, sizes.spread))  # no distance is larger
@@ -53,20 +80,24 @@ def decode(
         query, codes, far, buffers["candidates"], buffers["counts"], starts, length, rule.sinks, rule.recents,
         sizes.code_room, chunks, sizes.kv_heads, sizes.tokens, LANES=lanes, num_warps=4, **common,
     )  # fmt: skip
-    ids_by_head = ids.view(sizes.batch, -1, sizes.tokens, slots)
+    shape = sizes.batch, -1, sizes.tokens, slots
     if scan_only:
-        return out, lse, ids_by_head
+        return out, lse, ids.view(shape), None
+    medium: tuple[Tensor | float | None, ...] = (None, None, None, None, 0.0)
+    if estimate is not None:
+        medium = estimate.norms, estimate.centre, estimate.a, tier, 2 / estimate.bits
     attend_topk[(slots // ROWS, rows)](
         q, keys, values, query, codes, far, buffers["candidates"], buffers["counts"], starts, length,
-        float_bits(rule.share or 0.0), ids, buffers["parts"], buffers["stats"], arrived, out, lse, scale, rule.k or 0,
-        radius, rule.sinks, rule.recents, 2 * math.isqrt(sizes.spread), sizes.room, sizes.code_room, chunks, slots,
-        sizes.kv_heads, sizes.tokens,
+        float_bits(rule.share or 0.0), ids, buffers["parts"], buffers["stats"], arrived, out, lse,
+        float_bits(rule.critical or 0.0), *medium, scale, rule.k or 0, radius, rule.sinks, rule.recents,
+        2 * math.isqrt(sizes.spread), sizes.room, sizes.code_room, estimate.norms.shape[2] if estimate else 0, chunks,
+        slots, sizes.kv_heads, sizes.tokens,
         PADDED=padded if summed == 1 else max(16, padded), PADDED_OUT=padded, DIM=sizes.head_dim, WIDTH=width,
         CHUNKS=triton.next_power_of_2(chunks), LEVELS=levels(words, sizes.spread), ROWS=ROWS,
-        SHARE=rule.share is not None, RADIUS=rule.radius is not None,
+        SHARE=rule.share is not None, RADIUS=rule.radius is not None, TIERS=estimate is not None,
         num_warps=attend_warps(width, levels(words, sizes.spread)), **common,
     )  # fmt: skip
-    return out, lse, ids_by_head
+    return out, lse, ids.view(shape), None if tier is None else tier.view(shape)
 
 
 def float_bits(x: float) -> int:

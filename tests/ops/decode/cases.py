@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hashattn.ops.decode import Rule, reference
+from hashattn.ops.decode import Estimate, Rule, reference, reference_tiers
 from hashattn.ops.decode.sizes import Sizes
+from hashattn.types import Selection
 from tests.structured import generator
 
 WORST = 2**31 - 1
@@ -81,6 +82,26 @@ CASES: list[tuple[dict[str, Any], Rule]] = [
     ({"filled": 300, "room": 320}, Rule(share=1.0)),
     ({"filled": 60, "room": 64}, Rule(k=10, sinks=30, recents=40)),
 ]
+TIER_CASES: list[tuple[dict[str, Any], Rule]] = [
+    ({"kv_heads": 2, "group": 2, "words": 2, "filled": 2100, "room": 2112}, Rule(share=0.05, critical=0.025)),
+    (
+        {"tokens": 3, "group": 3, "batch": 2, "filled": 250, "room": 256, "starts": (0, 180)},
+        Rule(share=0.2, critical=0.03, shared=True, sinks=2, recents=9),
+    ),
+    ({"group": 1, "planes": 2, "filled": 300, "room": 320}, Rule(share=0.5, critical=0.45)),
+    (
+        {"group": 4, "planes": 2, "words": 2, "dim": 128, "filled": 900, "room": 912},
+        Rule(share=0.1, critical=0.05, shared=True),
+    ),
+    ({"clustered": True, "group": 1, "filled": 4000, "dim": 96}, Rule(share=0.03, critical=0.01, recents=20)),
+    (
+        {"group": 2, "tokens": 2, "words": 4, "dim": 256, "filled": 140, "room": 144, "starts": (138,)},
+        Rule(share=1.0, critical=0.3),
+    ),
+    ({"filled": 500, "room": 512}, Rule(share=0.1, critical=0.02, sinks=9, recents=30)),  # more are forced
+    ({"group": 2, "words": 4, "filled": 600, "room": 608}, Rule(share=0.9, critical=0.003)),  # further apart than bins
+    ({"group": 2, "filled": 400, "room": 416}, Rule(share=0.5, critical=0.1, radius=27)),
+]
 LOCAL_CASES: list[tuple[dict[str, Any], Rule]] = [
     ({"kv_heads": 2}, Rule(k=64, chunks=4)),
     ({"group": 3, "batch": 2, "words": 2, "starts": (0, 700)}, Rule(k=96, chunks=3, sinks=4, recents=20)),
@@ -91,6 +112,30 @@ LOCAL_CASES: list[tuple[dict[str, Any], Rule]] = [
     ({"group": 8, "words": 4, "filled": 70, "room": 80}, Rule(k=80, chunks=10)),
     ({"filled": 500, "room": 512, "dim": 128}, Rule(k=512, chunks=8)),
 ]
+
+
+def norms_of(x: Inputs, bits: int) -> Estimate:
+    """Norms of the keys about a random centre, NaN outside the filled columns; the room is another than the keys'."""
+    centre = torch.randn(x.keys.shape[0], x.keys.shape[1], x.keys.shape[3], generator=generator(bits))
+    centre = centre.to(x.keys.device)
+    norms = (x.keys.float() - centre.unsqueeze(2)).norm(dim=-1, keepdim=True).half()
+    norms = torch.nn.functional.pad(norms, (0, 0, 0, 5), value=torch.nan)
+    return Estimate(norms, centre, torch.tensor([0.8], device=x.keys.device), bits)
+
+
+def only_read(x: Inputs, ids: Tensor, tier: Tensor) -> Inputs:
+    """The same with NaN for every key that is not critical to a query of its head."""
+    heads, room = x.keys.shape[1:3]
+    read = ids.masked_fill((ids < 0) | (tier == 1), room).unflatten(1, (heads, -1)).flatten(2).long()
+    away = torch.ones(len(ids), heads, room + 1, dtype=torch.bool, device=ids.device).scatter_(2, read, False)
+    return replace(x, keys=x.keys.masked_fill(away[..., :room].unsqueeze(-1), torch.nan))
+
+
+def by_column(selection: Selection, slots: int) -> tuple[Tensor, Tensor]:
+    """Columns in ascending order, in this many slots, empty ones first, and their tiers."""
+    ids, order = selection.ids.sort(-1)
+    assert selection.tier is not None and (ids[..., :-slots] == -1).all()
+    return ids[..., -slots:], selection.tier.gather(-1, order)[..., -slots:]
 
 
 @contextlib.contextmanager
@@ -105,21 +150,30 @@ def poisoned() -> Iterator[None]:
 
 
 def agrees(decode: Any, x: Inputs, rule: Rule, *, causal: bool = True) -> None:
-    """The step's keys are the reference's, its outputs within rounding, and bitwise the same whatever the bounds."""
-    scale = x.q.shape[-1] ** -0.5
-    ids = reference(*x.all, rule, scale=scale, causal=causal)[2]
+    """The step's keys are the reference's, its outputs within rounding, and bitwise the same whatever the bounds.
+
+    With a rule of tiers, of decode_tiers: tiers are the reference's too, and medium keys are not read.
+    """
+    scale, specified, estimate = x.q.shape[-1] ** -0.5, reference, ()
+    if rule.critical is not None:
+        specified, estimate = reference_tiers, (norms_of(x, 64 * x.codes.shape[3] - 3),)
+    expected = specified(*x.all, *estimate, rule, scale=scale, causal=causal)[2:]  # ids, and tiers
     (bounds, workspace), first, hints = x.state(rule), None, rule.chunks or 1
+    readable, slots = only_read(x, *expected) if estimate else x, expected[0].shape[-1]
     for wrong in (None, None, 0, WORST, 16 * 20):  # none: what the step before left
         if wrong is not None:
             bounds[:hints].fill_(wrong)
         with poisoned():
-            found = decode(*x.all, bounds, rule, workspace, scale=scale, causal=causal)
-        assert torch.equal(found[2][..., : ids.shape[-1]], ids), (rule, wrong)
-        assert (found[2][..., ids.shape[-1] :] == -1).all()
+            found = decode(*readable.all, bounds, *estimate, rule, workspace, scale=scale, causal=causal)
+        for own, of_reference, empty in zip(found[2:], expected, (-1, 0)[: len(expected)], strict=True):
+            assert torch.equal(own[..., :slots], of_reference), (rule, wrong)
+            assert (own[..., slots:] == empty).all()
         assert not bounds[hints:].any()
         first = found if first is None else first
         assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True)), (rule, wrong)
-    exact = reference(*(y.double() if y.is_floating_point() else y for y in x.all), rule, scale=scale, causal=causal)
+    exact = specified(
+        *(y.double() if y.is_floating_point() else y for y in x.all), *estimate, rule, scale=scale, causal=causal
+    )
     spacing = torch.finfo(x.q.dtype).eps
     size = x.values[:, :, : int(x.length)].double().abs().max()
     # p and the output are rounded to the values' dtype; sums are float32 over at most 4,096 keys

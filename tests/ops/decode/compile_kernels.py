@@ -30,17 +30,20 @@ POINTERS = {
     "lse": "*fp32", "centre": "*fp32", "sums": "*fp32", "first": "*fp32", "first_bias": "*fp32", "last": "*fp32",
     "last_bias": "*fp32", "query_linear": "*fp32", "query_last": "*fp32", "query_bias": "*fp32", "query_sums": "*fp32",
     "key_linear": "*fp32", "key_last": "*fp32", "key_bias": "*fp32", "key_sums": "*fp32", "stored": "*i64",
+    "norms": "*fp16", "a": "*fp32", "tier": "*i8",
 }  # fmt: skip
 NUMBERS = (
     "room", "code_room", "radius", "sinks", "recents", "margin", "chunks", "slots", "kv_heads", "queries", "new",
-    "count", "splits",
+    "count", "splits", "norm_room",
 )  # fmt: skip
 
 
 def type_of(fn: Any, name: str, dtype: str) -> str:
     """What Triton calls the type of an argument."""
-    if name in ("scale", "share"):
-        return {"scale": "fp32", "share": "i64"}[name]
+    if name in ("scale", "per_bit"):
+        return "fp32"
+    if name in ("share", "critical"):
+        return "i64"
     if name in NUMBERS or (name == "k" and fn is attend_topk):
         return "i32"
     return "*" + dtype if name in ("q", "k", "v", "x", "keys", "values", "out") else POINTERS.get(name, "*i32")
@@ -83,6 +86,7 @@ def encode_constants(
 
 def main(arch: int) -> None:
     common = {"T": 1, "CAUSAL": True, "PDL": arch >= 90, "CHUNK": CHUNK}
+    unused = dict.fromkeys(("norms", "centre", "a", "tier"))
     for group, shared, words, planes, dim, dtype in (
         (4, False, 1, 1, 128, "bf16"),
         (4, True, 1, 1, 128, "bf16"),
@@ -102,8 +106,11 @@ def main(arch: int) -> None:
         name = f"G={group} shared={shared} W={words} P={planes} D={dim} {dtype}"
         found = compiled(scan, own | {"LANES": lanes}, 4, arch, dtype)
         print(json.dumps({"kernel": f"scan {name}", **found}), flush=True)
-        found = compiled(attend_topk, attend, attend_warps(attend["WIDTH"], attend["LEVELS"]), arch, dtype)
-        print(json.dumps({"kernel": f"attend {name}", **found}), flush=True)
+        warps = attend_warps(attend["WIDTH"], attend["LEVELS"])
+        for tiers in (False, True):
+            constants = attend | {"TIERS": tiers} | ({} if tiers else unused)
+            found = compiled(attend_topk, constants, warps, arch, dtype)
+            print(json.dumps({"kernel": f"attend {name} tiers={tiers}", **found}), flush=True)
         if not shared:
             near = {
                 "T": 1,

@@ -10,20 +10,26 @@ from hypothesis import strategies as st
 
 from hashattn.ops.decode import Rule, Scratch, why_not
 from hashattn.ops.decode.sizes import Sizes, carve
-from tests.ops.decode.cases import CASES, LOCAL_CASES, agrees, inputs
+from tests.ops.decode.cases import CASES, LOCAL_CASES, TIER_CASES, agrees, inputs
 from tests.structured import seeds
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("kernels are compiled where there is a GPU: test_on_a_gpu.py", allow_module_level=True)
 
-from hashattn.ops.decode.triton import decode
+from hashattn.ops.decode.triton import decode, decode_tiers
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")  # rows that keep no key
 @pytest.mark.parametrize(("shape", "rule"), CASES + LOCAL_CASES)
 def test_it_selects_and_attends_as_the_reference_does(shape, rule):
     agrees(decode, inputs(1, **shape), rule)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")  # rows that keep no key
+@pytest.mark.parametrize(("shape", "rule"), TIER_CASES)
+def test_medium_keys_are_estimated_as_the_reference_does_and_not_read(shape, rule):
+    agrees(decode_tiers, inputs(1, **shape), rule)
 
 
 @pytest.mark.parametrize("rule", [Rule(k=20), Rule(k=32, chunks=2)], ids=str)

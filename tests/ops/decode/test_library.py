@@ -1,13 +1,27 @@
 """The operators that torch.compile sees: registered soundly, and on the CPU what the specifications say."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from hashattn import AsymmetricHash, SimHash
-from hashattn.ops.decode import Rule, library, reference
+from hashattn import (
+    AsymmetricHash,
+    ExactAttend,
+    FlatHamming,
+    HashAttention,
+    MixedPrecision,
+    Recent,
+    SimHash,
+    Sink,
+    Tiers,
+)
+from hashattn.fused import step
+from hashattn.ops.decode import Rule, library, reference, reference_tiers
 from hashattn.ops.hamming import query_planes
-from tests.ops.decode.cases import CASES, inputs
+from tests.ops.decode.cases import CASES, TIER_CASES, by_column, inputs, norms_of
 from tests.ops.decode.encoding import SMALL, encodes, encoding_state, randomised
+from tests.structured import qkv
 
 
 def fields(rule):
@@ -23,6 +37,41 @@ def test_decode_is_the_reference_and_sound(shape, rule):
     assert torch.equal(out, exact[0]) and torch.equal(lse, exact[1])
     assert torch.equal(ids[..., : exact[2].shape[-1]], exact[2]) and (ids[..., exact[2].shape[-1] :] == -1).all()
     torch.library.opcheck(torch.ops.hashattn.decode, (*x.all, bounds, workspace, 0.3, True, *fields(rule)))
+
+
+@pytest.mark.parametrize(("shape", "rule"), TIER_CASES[1:3])
+def test_decode_tiers_is_the_reference_and_sound(shape, rule):
+    x = inputs(1, **shape)
+    estimate, (bounds, workspace) = norms_of(x, 60), x.state(rule)
+    found = library.decode_tiers(*x.all, bounds, estimate, rule, workspace, scale=0.3)
+    exact = reference_tiers(*x.all, estimate, rule, scale=0.3)
+    assert torch.equal(found[0], exact[0]) and torch.equal(found[1], exact[1])
+    for own, expected, empty in zip(found[2:], exact[2:], (-1, 0), strict=True):
+        assert torch.equal(own[..., : expected.shape[-1]], expected)
+        assert (own[..., expected.shape[-1] :] == empty).all()
+    given = estimate.norms, estimate.centre, estimate.a, estimate.bits
+    torch.library.opcheck(
+        torch.ops.hashattn.decode_tiers, (*x.all, bounds, *given, workspace, 0.3, True, *fields(rule))
+    )
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("per", ["query_head", "kv_head"])
+@pytest.mark.parametrize("attend", [MixedPrecision(a=1.3), ExactAttend()], ids=["mixed", "exact"])
+def test_tiers_of_a_composition(per, attend):
+    q, k, v = qkv(8, 2, tokens=2, keys=400, dim=64)
+    selector = Sink(4) | Recent(8) | Tiers(0.1, 0.3, per=per)
+    attn = HashAttention(SimHash(100, 2), FlatHamming(), selector, attend, engine="reference")
+    cache = attn.new_cache(2, 2, 64)
+    cache.append(k + 1, v, start=torch.tensor([0, 70]))
+    (exact, expected), (out, found) = attn.run(q, cache, need_lse=True), step(attn, q, cache, 0.125, True)
+    assert (found.tier is None) == isinstance(attend, ExactAttend)  # which ignores tiers
+    if found.tier is None:
+        found, expected = (replace(x, tier=torch.zeros_like(x.ids)) for x in (found, expected))
+    pairs = zip(*(by_column(x, expected.ids.shape[-1]) for x in (found, expected)), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert (out.out - exact.out).abs().max() <= 1e-5 * v.abs().max()
+    assert (out.lse - exact.lse).abs().max() <= 1e-5 * exact.lse.abs().max()
 
 
 def test_an_outgrown_length_gives_nan():

@@ -3,9 +3,21 @@
 import pytest
 import torch
 
-from hashattn import AsymmetricHash, FlatHamming, HashAttention, LocalTopK, Recent, SimHash, Sink, Tiers, TopK
+from hashattn import (
+    AsymmetricHash,
+    Consensus,
+    FlatHamming,
+    HashAttention,
+    LocalTopK,
+    MixedPrecision,
+    Recent,
+    SimHash,
+    Sink,
+    Tiers,
+    TopK,
+)
 from hashattn.ops.decode import Rule
-from tests.ops.decode.cases import CASES, LOCAL_CASES, agrees, inputs
+from tests.ops.decode.cases import CASES, LOCAL_CASES, TIER_CASES, agrees, by_column, inputs
 from tests.structured import qkv
 
 pytestmark = pytest.mark.gpu
@@ -24,6 +36,14 @@ def decode(request):
 @pytest.mark.parametrize(("shape", "rule"), CASES + LOCAL_CASES)
 def test_it_selects_and_attends_as_the_reference_does(decode, shape, rule, dtype):
     agrees(decode, inputs(1, **shape, dtype=dtype).to("cuda"), rule)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("shape", "rule"), TIER_CASES)
+def test_medium_keys_are_estimated_as_the_reference_does_and_not_read(shape, rule, dtype):
+    from hashattn.ops.decode.triton import decode_tiers
+
+    agrees(decode_tiers, inputs(1, **shape, dtype=dtype).to("cuda"), rule)
 
 
 @pytest.mark.parametrize("clustered", [False, True])
@@ -96,6 +116,27 @@ def test_the_engine_gives_what_the_reference_gives_while_decoding(selector):
                 cache.set_start(torch.tensor([70, 0]))
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("per", ["query_head", "kv_head"])
+@pytest.mark.parametrize("query_bits", [1, 2])
+def test_tiers_of_a_composition(per, query_bits):
+    q, k, v = (x.cuda() for x in qkv(9, 2, tokens=3, keys=900, dim=64, group=4, dtype=torch.bfloat16))
+    selector = Sink(4) | Recent(8) | Tiers(0.05, 0.2, per=per)
+    attn = HashAttention(SimHash(128, query_bits), FlatHamming(), selector, MixedPrecision(), engine="triton")
+    cache = attn.new_cache(2, 2, 64)
+    cache.append(k + 1, v, start=torch.tensor([0, 70], device="cuda"))
+    exact, expected = attn.replace(engine="reference").run(q, cache)
+    for again in (False, True):  # with the bounds of the step before
+        out, found = attn.run(q, cache)
+        (ids, tier), (wanted, tiers) = (by_column(x, expected.ids.shape[-1]) for x in (found, expected))
+        assert torch.equal(ids, wanted) and torch.equal(tier, tiers) and tier.any(), again
+        assert (out.out - exact.out).abs().max() < 2e-2, again
+        read = torch.zeros_like(cache.keys[..., 0], dtype=torch.bool)
+        critical = ids.masked_fill(tier == 1, 0).unflatten(1, (2, -1)).flatten(2).clamp(min=0)  # of each KV head
+        cache.keys.masked_fill_(~read.scatter(2, critical.long(), True).unsqueeze(-1), torch.nan)
+    assert found.ids.shape[-1] % 64 == 0  # the fused step it was
+
+
 def test_what_it_cannot_take_is_refused_by_name_and_left_alone_by_auto():
     q, k, v = (x.cuda() for x in qkv(6, keys=700, dim=80, dtype=torch.bfloat16))
     attn = HashAttention(SimHash(128), FlatHamming(), TopK(k=9), engine="triton")
@@ -157,8 +198,8 @@ def test_a_decoder_needs_room_and_a_served_composition():
         attn.decoder(growing)
     with pytest.raises(ValueError, match="the shortest holds 9"):
         attn.decoder(short)
-    other = attn.replace(selector=Tiers(0.1, 0.2))
+    other = attn.replace(selector=Consensus(TopK(k=9)))
     short.append(k, v)
-    with pytest.raises(ValueError, match="it serves TopK, LocalTopK and Threshold"):
+    with pytest.raises(ValueError, match="it serves TopK, LocalTopK, Threshold and Tiers"):
         other.decoder(short)(q, k[:, :, :1], v[:, :, :1])
     assert len(short) == 609 and len(attn.decoder(short).finish()) == 609

@@ -1,0 +1,26 @@
+"""Estimate: logits of keys that are not read, from their codes and norms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """What a fused step estimates the q.k of medium keys from: q.c + a |q| |k - c| (1 - 2 differing / bits).
+
+    The differing bits are those of the query's signs, its last plane (arXiv 2604.19351).
+
+    Attributes:
+        norms: float16 [B, Hkv, room, 1], |k - c|; the room may be another than the keys'.
+        centre: float32 [B, Hkv, D], c, contiguous.
+        a: [1], scale of the estimate.
+        bits: length of a code.
+    """
+
+    norms: Tensor
+    centre: Tensor
+    a: Tensor
+    bits: int
