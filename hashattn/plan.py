@@ -159,7 +159,9 @@ def _stages(
 def _fused_stages(attn: HashAttention) -> tuple[tuple[str, str, str], ...]:
     rule = attn.selector.rule(1) if attn.selector is not None else None
     assert rule is not None
-    slower, language = why_triton(rule), kernels(rule)
+    slower, language = why_triton(), kernels()
+    if rule.critical is not None and attn.attend.needs_norms:
+        slower, language = "estimates of medium keys are made there", "Triton"
     listed = "lists the keys near the last step's threshold"
     if rule.chunks is not None:
         listed = "keeps the nearest of each chunk"

@@ -15,7 +15,7 @@ from hashattn.bench.crossover_report import constants
 from hashattn.bench.cuda import refuse
 from hashattn.bench.cuda_check import attention, check_alike, check_rounding
 from hashattn.bench.cuda_graphs import dense_graphs, make_layers, step_graphs
-from hashattn.bench.cuda_steps import kernels, rule, selectors
+from hashattn.bench.cuda_steps import kernels, selectors
 from hashattn.bench.graphs import take_turns
 from hashattn.bench.measure import take_turns as take_turns_from_python
 from hashattn.encoders import SimHash
@@ -129,7 +129,7 @@ def run(shape: tuple[int, int, int, str], batches: Sequence[int], *, bits: int, 
         least, measured = first_win(sizes(key_bytes, LARGEST[mode]), measure)
         rows.append({
             "mode": mode, "shape": one.shape, "batch": batch, "per": per, "bits": bits,
-            "kernels": kernels(rule(one, selectors(one, per)["TopK"])), "keys": least,
+            "kernels": kernels(), "keys": least,
             "bytes": None if least is None else least * key_bytes,
             "us": [{"keys": keys, **times} for keys, times in measured.items()],
         })  # fmt: skip

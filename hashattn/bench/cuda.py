@@ -11,7 +11,7 @@ import torch
 from hashattn.bench.cases import Case
 from hashattn.bench.cuda_contenders import row_distances
 from hashattn.bench.cuda_graphs import capture_turns, dense_graphs, first_line, make_layers, step_graphs
-from hashattn.bench.cuda_steps import encoders, kernels, rule, selectors, whole_caches, why_not
+from hashattn.bench.cuda_steps import encoders, kernels, selectors, whole_caches, why_not
 from hashattn.bench.faiss_gpu import faiss_us
 from hashattn.bench.floors import Machine, floors
 from hashattn.bench.graphs import WARM_UP, measure_machine, take_turns
@@ -100,7 +100,7 @@ def _measure(
         if reason is not None:
             notes[f"{choice} is left out per {per}: {reason}"] = None
             continue
-        choices[choice] = kernels(rule(case, selector))
+        choices[choice] = kernels()
         own = step_graphs(case, selector, layers, turns, caches, scratch)
         graphs |= {f"{choice} {name}": graph for name, graph in own.items()}
     found = {id(layer): row_distances(layer, per == "kv_head") for layer in layers}

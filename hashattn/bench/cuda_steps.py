@@ -62,14 +62,14 @@ def why_not(case: Case, bits: int, selector: Selector) -> str | None:
     )  # fmt: skip
 
 
-def kernels(rule: Rule) -> str:
+def kernels() -> str:
     """What the step is written in that runs on the current GPU: "CUDA C++" or "Triton"."""
-    return gpu.kernels(rule, torch.device("cuda"))
+    return gpu.kernels(torch.device("cuda"))
 
 
 def has_stages(rule: Rule) -> bool:
     """Whether the step's scan is a kernel of its own."""
-    return rule.chunks is None or kernels(rule) == "Triton"
+    return rule.chunks is None or kernels() == "Triton"
 
 
 def first_bounds(layer: Layer, rule: Rule) -> Tensor:

@@ -147,16 +147,10 @@ def _measure(
     return [
         {
             "keys": keys, "batch": batch, "name": name, "composition": repr(attn),
-            "kernels": _kernels(attn, size), "dense_layers": list(attn.dense_layers), "dense": baseline,
+            "kernels": kernels(), "dense_layers": list(attn.dense_layers), "dense": baseline,
             "ms": others | {"step": ms[name]},
             "tokens_per_s": batch / ms[name] * 1e3, "dense_tokens_per_s": batch / ms[baseline] * 1e3,
             "speedup": ms[baseline] / ms[name], "ceiling": ms[baseline] / ms["no attention"],
         }
         for name, attn in attns.items()
     ]  # fmt: skip
-
-
-def _kernels(attn: HashAttention, size: Llama) -> str:
-    rule = attn.selector.rule(size.q_heads // size.kv_heads) if attn.selector is not None else None
-    assert rule is not None  # or it would not be served
-    return kernels(rule)

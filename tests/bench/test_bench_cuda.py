@@ -299,7 +299,7 @@ def pretended(monkeypatch):
     monkeypatch.setattr(cuda, "why_not", lambda *_: None)  # head_dim 16
     monkeypatch.setattr(cuda, "selectors", lambda case, per: {"TopK": TopK(k=case.k, per=per)})
     for module in (cuda, cuda_steps):
-        monkeypatch.setattr(module, "kernels", lambda _: "CUDA C++")
+        monkeypatch.setattr(module, "kernels", lambda: "CUDA C++")
     monkeypatch.setattr(cuda, "measure_machine", lambda: Machine(1e12, 100, None))
     monkeypatch.setattr(cuda_graphs, "capture", lambda calls: [call() for call in calls])
     monkeypatch.setattr(cuda, "take_turns", lambda graphs, calls, _: {n: 50.0 - i for i, n in enumerate(graphs)})
@@ -360,14 +360,14 @@ def test_each_selector_that_is_served_has_a_row_of_its_own(pretended, monkeypatc
 def test_a_row_says_which_kernels_ran(monkeypatch, capability, reason, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(compiler, "why_not", lambda: reason)
-    assert cuda_steps.kernels(SHARED) == expected
+    assert cuda_steps.kernels() == expected
 
 
 @pytest.mark.parametrize(("written_in", "kernels"), [("CUDA C++", 1), ("Triton", 2)])
 def test_a_step_of_one_kernel_has_no_stages(pretended, monkeypatch, written_in, kernels):
     monkeypatch.setattr(cuda, "selectors", selectors)
     for module in (cuda, cuda_steps):
-        monkeypatch.setattr(module, "kernels", lambda _: written_in)
+        monkeypatch.setattr(module, "kernels", lambda: written_in)
     exact, local = cuda.run([SMALL], pers=["query_head"], rounds=1)["rows"]
     assert (exact["selector"], local["selector"], local["kernels"]) == ("TopK", "LocalTopK", written_in)
     assert {"scan", "attend"} <= exact["us"].keys()

@@ -11,8 +11,8 @@ from hashattn.ops.decode.rule import Rule
 OLDEST = (8, 0)  # compute capability
 
 
-def why_triton(rule: Rule, device: torch.device | None = None) -> str | None:
-    """Why a step runs in Triton, as the end of a sentence; None if it runs in CUDA C++, which is faster.
+def why_triton(device: torch.device | None = None) -> str | None:
+    """Why steps run in Triton, as the end of a sentence; None if they run in CUDA C++, which is faster.
 
     Args:
         device: None for any GPU.
@@ -22,9 +22,9 @@ def why_triton(rule: Rule, device: torch.device | None = None) -> str | None:
     return compiler.why_not()
 
 
-def kernels(rule: Rule, device: torch.device | None = None) -> str:
-    """What a step's kernels are written in."""
-    return "CUDA C++" if why_triton(rule, device) is None else "Triton"
+def kernels(device: torch.device | None = None) -> str:
+    """What the kernels of a step are written in. Those that estimate logits of medium keys are always in Triton."""
+    return "CUDA C++" if why_triton(device) is None else "Triton"
 
 
 def decode(
@@ -32,7 +32,7 @@ def decode(
     bounds: Tensor, rule: Rule, workspace: Tensor, *, scale: float, causal: bool = True, scan_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See :func:`hashattn.ops.decode.triton.decode`."""
-    if why_triton(rule, q.device) is None:
+    if why_triton(q.device) is None:
         from hashattn.ops.decode.cuda.step import decode as fused
     else:
         from hashattn.ops.decode.triton import decode as fused  # Triton is imported where it is needed

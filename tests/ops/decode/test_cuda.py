@@ -65,6 +65,6 @@ def test_a_kernel_that_does_not_compile_shows_the_compilers_words():
 
 
 def test_triton_takes_over_where_cuda_cannot_be_compiled(monkeypatch):
-    assert why_triton(Rule(k=3)) is None
+    assert why_triton() is None
     monkeypatch.setattr(compiler, "why_not", lambda: "it is not installed")
-    assert why_triton(Rule(k=3)) == "it is not installed"
+    assert why_triton() == "it is not installed"
