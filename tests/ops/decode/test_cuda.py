@@ -1,16 +1,19 @@
-"""The kernels in CUDA C++ compile for A100s and H100s without a GPU: no spilled registers, popcount in hardware."""
+"""The kernels in CUDA C++ without a GPU: emulated against their reference, and compiled for A100s and H100s."""
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
-from hashattn.ops.decode import Rule, Sizes
+from hashattn.ops.decode import Rule, Sizes, reference
 from hashattn.ops.decode.cuda import compiler
 from hashattn.ops.decode.cuda.step import launches
 from hashattn.ops.decode.gpu import why_triton
+from tests.ops.decode.cases import CASES, LOCAL_CASES, agrees, inputs
+from tests.ops.decode.emulator.run import emulate
 
 triton = pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
@@ -43,6 +46,60 @@ def test_kernels_compile_without_spills(shape, dtype, rule, arch, tmp_path):
         stacks = re.findall(r"STACK:(\d+)", usage)
         assert stacks and not any(map(int, stacks)), (one, usage)
         assert "POPC" in code
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    if shutil.which("g++") is None:
+        pytest.skip("the emulator is compiled by g++, which is not here")
+    return emulate(monkeypatch)
+
+
+TWO = {"batch": 2, "kv_heads": 2, "filled": 820, "room": 1025, "starts": (0, 70)}
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("shape", "rule", "dtype"),
+    [
+        *((shape, rule, torch.bfloat16) for shape, rule in (CASES + LOCAL_CASES)[1::2]),
+        *((shape, rule, torch.float16) for shape, rule in CASES[2:5:2]),
+        (*CASES[2], torch.float32), (*LOCAL_CASES[2], torch.float32),
+    ],
+)  # fmt: skip
+def test_kernels_do_what_their_reference_does(emulated, shape, rule, dtype):
+    agrees(emulated, inputs(1, **shape, dtype=dtype), rule)
+
+
+@pytest.mark.parametrize("words", [1, 2])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule(share=0.05, sinks=4, recents=8), Rule(k=64, chunks=4, sinks=4, recents=8),
+        Rule(share=0.1, shared=True, sinks=4),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_hints_of_other_lengths_change_nothing(emulated, rule, words):
+    x = inputs(4, **TWO, words=words, planes=words)
+    x.keys[:], x.values[:] = torch.randn_like(x.keys), torch.randn_like(x.values)
+    bounds, workspace = x.state(rule)
+    for filled in (700, 720, 721, 820, 300):
+        x.length.fill_(filled)
+        out, lse, ids = emulated(*x.all, bounds, rule, workspace, scale=0.1)
+        exact, exact_lse, expected = reference(*x.all, rule, scale=0.1)
+        assert torch.equal(ids[..., : expected.shape[-1]], expected)
+        assert (out - exact).abs().max() < 1e-5 and (lse - exact_lse).abs().max() < 1e-5
+
+
+def test_a_scan_alone_leaves_the_state_of_the_next_step_as_it_was(emulated):
+    x, rule = inputs(5, filled=500, room=512), Rule(k=20)
+    bounds, workspace = x.state(rule)
+    emulated(*x.all, bounds, rule, workspace, scale=0.1)
+    before = bounds.clone()
+    for _ in range(2):
+        emulated(*x.all, bounds, rule, workspace, scale=0.1, scan_only=True)
+    assert torch.equal(bounds, before)
 
 
 def test_what_is_compiled_is_kept_and_made_anew_if_it_cannot_be_read(tmp_path, monkeypatch):

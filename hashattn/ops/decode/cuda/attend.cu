@@ -87,12 +87,14 @@ __device__ __forceinline__ void from_lists(
     const Count c = before(own, carry);
     const int start = chosen_before(c, cut.dropped);
     const int stop = chosen_before({c.nearer + own.nearer, c.ties + own.ties}, cut.dropped);
-    if (start < stop && start < rank1 && stop > rank0)  // so at most ROWS chunks
-      held[atomicAdd(&holders, 1)] = make_int4(chunk, listed, c.nearer, c.ties);
+    if (start < stop && start < rank1 && stop > rank0) {  // so at most ROWS chunks
+      const int i = atomicAdd(&holders, 1);
+      if (i < ROWS) held[i] = make_int4(chunk, listed, c.nearer, c.ties);
+    }
     if (chosen_before(carry, cut.dropped) >= rank1) break;
   }
   __syncthreads();
-  for (int i = warp; i < holders; i += WARPS) {
+  for (int i = warp; i < min(holders, ROWS); i += WARPS) {
     const int4 one = held[i];
     if (one.y > LONG) continue;
     const Eight eight(lists + (size_t)one.x * CHUNK, lane * 8, one.y, cut.level);
@@ -106,7 +108,7 @@ __device__ __forceinline__ void from_lists(
     const Count c = {one.z + (int)((upto - own) & 0xffff), one.w + (int)((upto - own) >> 16)};
     eight.choose(columns, one.x * CHUNK, c, cut.dropped, rank0, rank1);
   }
-  for (int i = 0; i < holders; i++) {
+  for (int i = 0; i < min(holders, ROWS); i++) {
     const int4 one = held[i];
     Count c = {one.z, one.w};
     for (int from = 0; one.y > LONG && from < one.y && chosen_before(c, cut.dropped) < rank1; from += THREADS * 8) {
@@ -139,12 +141,12 @@ __device__ __noinline__ int from_codes(
   };
   const int start = first / PAIR * PAIR;
   for (int from = start; from < end; from += THREADS * PAIR) {
-    u32 code[PAIR][HALVES];
+    u32 code[PAIR * HALVES];
     const int column = from + threadIdx.x * PAIR;
-    load_codes(code[0], codes, column, s.code_room);
+    load_codes(code, codes, column, s.code_room);
 #pragma unroll
     for (int i = 0; i < PAIR; i++) {
-      const int place = place_of(code[i], column + i);
+      const int place = place_of(code + i * HALVES, column + i);
       if (place >= 0) atomicAdd(&histogram[place], 1);
     }
   }
@@ -176,12 +178,12 @@ __device__ __noinline__ int from_codes(
     u32 nearer = 0, ties = 0;
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      u32 code[PAIR][HALVES];
+      u32 code[PAIR * HALVES];
       const int column = from + threadIdx.x * AHEAD + j * PAIR;
-      load_codes(code[0], codes, column, s.code_room);
+      load_codes(code, codes, column, s.code_room);
 #pragma unroll
       for (int i = 0; i < PAIR; i++) {
-        const int place = place_of(code[i], column + i);
+        const int place = place_of(code + i * HALVES, column + i);
         nearer |= (u32)(place >= 0 && place < cut) << (j * PAIR + i);
         ties |= (u32)(place == cut) << (j * PAIR + i);
       }

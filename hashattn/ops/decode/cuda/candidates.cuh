@@ -18,12 +18,8 @@ template <int WORDS_OF_BYTES> __device__ __forceinline__ void force(u32 (&lackin
 #pragma unroll
   for (int key = 0; key < 4 * WORDS_OF_BYTES; key++) {
     const u32 byte = 0xffu << key % 4 * 8;
-    if (forced >> key & 1) lacking[key / 4] = lacking[key / 4] & ~byte | (u32)-LEVELS << key % 4 * 8;
+    if (forced >> key & 1) lacking[key / 4] = lacking[key / 4] & ~byte | (u32)(-LEVELS & 0xff) << key % 4 * 8;
   }
 }
 
-__device__ __forceinline__ int level_of(u32 low, u32 high, int key) {
-  int beyond;  // the key's byte, and the byte's sign three times
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(beyond) : "r"(low), "r"(high), "r"(key * 0x1111 | 0x8880));
-  return ~max(beyond, -LEVELS);
-}
+__device__ __forceinline__ int level_of(u32 low, u32 high, int key) { return ~max(signed_byte(low, high, key), -LEVELS); }

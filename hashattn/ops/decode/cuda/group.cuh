@@ -11,25 +11,6 @@ constexpr int HEADS = SUM <= 8 ? 8 : 16, WARPS_HERE = THREADS / 32, OWN_KEYS = 1
 constexpr int LOADS_OF_A_KEY = DIM / 32, SPANS = PART / 64, STRIDE = 72;            // floats, for a head's 64 dimensions
 static_assert(SUM <= 16 && ROWS == WARPS_HERE * OWN_KEYS, "a warp attends to 16 keys");
 
-__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-#if TYPE == 0
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ u32 narrow(float low, float high) {
-  u32 two;
-#if TYPE == 0
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
-#endif
-  return two;
-}
-
 // As attend_part.
 __device__ __forceinline__ void attend_group(
     const Step &s, const void *q, size_t stride, const void *keys, const void *values, const int *columns, size_t part
@@ -64,8 +45,8 @@ __device__ __forceinline__ void attend_group(
     const u32 first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      multiply(x[i], first, k[i][j].x, k[i][j].y);
-      multiply(x[i], second, k[i][j].z, k[i][j].w);
+      multiply<TYPE == 1>(x[i], first, k[i][j].x, k[i][j].y);
+      multiply<TYPE == 1>(x[i], second, k[i][j].z, k[i][j].w);
     }
   }
   float peak[2] = {-infinity(), -infinity()}, total[2] = {0, 0};  // of the two heads
@@ -103,7 +84,7 @@ __device__ __forceinline__ void attend_group(
     if (fast == 0) totals[warp][slow + 8 * h] = total[h];
     if (fast == 0 && warp == 0 && slow + 8 * h < SUM) s.stats[(part * SUM + slow + 8 * h) * 2] = peak[h];
   }
-  const u32 p[4] = {narrow(x[0][0], x[0][1]), narrow(x[0][2], x[0][3]), narrow(x[1][0], x[1][1]), narrow(x[1][2], x[1][3])};
+  const u32 p[4] = {narrow<TYPE == 1>(x[0][0], x[0][1]), narrow<TYPE == 1>(x[0][2], x[0][3]), narrow<TYPE == 1>(x[1][0], x[1][1]), narrow<TYPE == 1>(x[1][2], x[1][3])};
 #pragma unroll
   for (int j = 0; j < SPANS; j++) {
     if (j) __syncthreads();
@@ -114,7 +95,7 @@ __device__ __forceinline__ void attend_group(
       for (int i = 0; i < 4; i++) word[i] = e < 2 ? v[i][j].x : e < 4 ? v[i][j].y : e < 6 ? v[i][j].z : v[i][j].w;
       const int halves = e % 2 ? 0x7632 : 0x5410;
       float c[4] = {};
-      multiply(c, p, __byte_perm(word[0], word[1], halves), __byte_perm(word[2], word[3], halves));
+      multiply<TYPE == 1>(c, p, __byte_perm(word[0], word[1], halves), __byte_perm(word[2], word[3], halves));
       float *to = sums[warp] + slow * STRIDE + e * 8 + fast * 2;
       *reinterpret_cast<float2 *>(to) = make_float2(c[0], c[1]);
       if (HEADS > 8) *reinterpret_cast<float2 *>(to + 8 % HEADS * STRIDE) = make_float2(c[2], c[3]);

@@ -47,10 +47,10 @@ struct Chunk {  // the runs `from` to `to` of a chunk hold columns that are seen
   }
 };
 
-__device__ __forceinline__ void load_run(u32 (*code)[HALVES], const Step &s, const Chunk &c, int run) {
+__device__ __forceinline__ void load_run(u32 *code, const Step &s, const Chunk &c, int run) {
 #pragma unroll
   for (int key = 0; key < EIGHT; key += PAIR)
-    load_codes(code[key], c.codes, run < c.to ? c.column(run) + key : s.code_room, s.code_room);
+    load_codes(code + key * HALVES, c.codes, run < c.to ? c.column(run) + key : s.code_room, s.code_room);
 }
 
 // Which of a run's columns are seen, and which of these are forced.
@@ -68,24 +68,25 @@ __device__ __forceinline__ void look(const Step &s, const Chunk &c, int run, u32
 
 // The nearest `wanted` of every lane from all codes of the chunk, for hints that failed. Sets their thresholds.
 __device__ __noinline__ void from_codes(const Step &s, const Chunk c, const Terms *terms, int wanted, int *columns, int *thresholds) {
-  __shared__ int histogram[LANES][DISTANCES], cuts[LANES], drops[LANES];
-  for (int i = threadIdx.x; i < LANES * DISTANCES; i += THREADS) histogram[0][i] = 0;
+  __shared__ int histogram[LANES * DISTANCES], cuts[LANES], drops[LANES];
+  for (int i = threadIdx.x; i < LANES * DISTANCES; i += THREADS) histogram[i] = 0;
   __syncthreads();
   for (int run = c.from + threadIdx.x; run < c.to; run += THREADS) {
-    u32 code[EIGHT][HALVES], seen, forced;
+    u32 code[EIGHT * HALVES], seen, forced;
     load_run(code, s, c, run);
     look(s, c, run, seen, forced);
 #pragma unroll
     for (int key = 0; key < EIGHT; key++)
       if (seen >> key & 1)
         for (int i = 0; i < LANES; i++)
-          atomicAdd(&histogram[i][forced >> key & 1 ? 0 : 1 + ranked(code[key], terms[i])], 1);
+          atomicAdd(&histogram[i * DISTANCES + (forced >> key & 1 ? 0 : 1 + ranked(code + key * HALVES, terms[i]))], 1);
   }
   __syncthreads();
   if (threadIdx.x < LANES) {
+    const int *own = histogram + threadIdx.x * DISTANCES;
     int sum = 0, cut = 0;
-    while (cut < DISTANCES - 1 && sum + histogram[threadIdx.x][cut] < wanted) sum += histogram[threadIdx.x][cut++];
-    cuts[threadIdx.x] = cut, drops[threadIdx.x] = sum + histogram[threadIdx.x][cut] - wanted;
+    while (cut < DISTANCES - 1 && sum + own[cut] < wanted) sum += own[cut++];
+    cuts[threadIdx.x] = cut, drops[threadIdx.x] = sum + own[cut] - wanted;
     thresholds[threadIdx.x] = terms[threadIdx.x].base() + STEP * (cut - 1);
   }
   __syncthreads();
@@ -94,12 +95,12 @@ __device__ __noinline__ void from_codes(const Step &s, const Chunk c, const Term
     u32 carry = 0;  // keys nearer than the threshold in the low half, those at it in the high half
     for (int from = c.from; from < c.to; from += THREADS) {
       const int run = from + threadIdx.x;
-      u32 code[EIGHT][HALVES], seen, forced, near = 0, ties = 0;
+      u32 code[EIGHT * HALVES], seen, forced, near = 0, ties = 0;
       load_run(code, s, c, run);
       look(s, c, run, seen, forced);
 #pragma unroll
       for (int key = 0; key < EIGHT; key++) {
-        const int place = forced >> key & 1 ? 0 : 1 + ranked(code[key], terms[i]);
+        const int place = forced >> key & 1 ? 0 : 1 + ranked(code + key * HALVES, terms[i]);
         near |= (u32)(place < cuts[i]) << key, ties |= (u32)(place == cuts[i]) << key;
       }
       near &= seen, ties &= seen;
@@ -121,13 +122,13 @@ __device__ __forceinline__ bool from_candidates(
     const Step &s, const Chunk &c, const Terms *terms, const int *bounds, int wanted, int *columns, int *thresholds
 ) {
   __shared__ u32 queue[LANES][WARPS][SEGMENT];  // level << 20 | place in the chunk
-  __shared__ int histogram[LANES][LEVELS], lengths[LANES][WARPS];
+  __shared__ int histogram[LANES * LEVELS], lengths[LANES][WARPS];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int share = (c.to - c.from + THREADS - 1) / THREADS * 32;
   const int from = c.from + warp * share, to = min(from + share, c.to);
-  u32 code[EIGHT][HALVES];
+  u32 code[EIGHT * HALVES];
   load_run(code, s, c, from + lane < to ? from + lane : c.to);
-  if (threadIdx.x < LANES * LEVELS) histogram[0][threadIdx.x] = 0;
+  if (threadIdx.x < LANES * LEVELS) histogram[threadIdx.x] = 0;
   __syncthreads();  // terms and bounds are there as well
   Lengths held = {0, 0};
 #pragma unroll 1
@@ -142,7 +143,7 @@ __device__ __forceinline__ bool from_candidates(
       flags[i] = 0;
 #pragma unroll
       for (int key = EIGHT - 1; key >= 0; key--) {
-        const int beyond = ranked(code[key], terms[i]) - past;  // negative within the bound
+        const int beyond = ranked(code + key * HALVES, terms[i]) - past;  // negative within the bound
         flags[i] = __funnelshift_l(beyond, flags[i], 1);
         lacking[i][key / 4] = __byte_perm(CLAMPED ? max(beyond, -LEVELS) : beyond, lacking[i][key / 4], 0x6540);
       }
@@ -185,9 +186,9 @@ __device__ __forceinline__ bool from_candidates(
       return queue[warp][w][min(at, SEGMENT - 1)];
     };
     const bool full = __any_sync(~0u, lengths[warp][lane % WARPS] > SEGMENT);
-    for (int at = lane; !full && at < length; at += 32) atomicAdd(&histogram[warp][entry(at) >> 20], 1);
+    for (int at = lane; !full && at < length; at += 32) atomicAdd(&histogram[warp * LEVELS + (entry(at) >> 20)], 1);
     __syncwarp();
-    int count = histogram[warp][lane];  // at least this level
+    int count = histogram[warp * LEVELS + lane];  // at least this level
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
       const int other = __shfl_down_sync(~0u, count, d);

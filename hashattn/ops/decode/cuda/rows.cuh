@@ -47,8 +47,7 @@ __device__ __forceinline__ void widen(const uint4 &piece, float *to) {
 #if TYPE == 0
     to[2 * i] = __uint_as_float(words[i] << 16), to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
 #elif TYPE == 1
-    asm("cvt.f32.f16 %0, %1;" : "=f"(to[2 * i]) : "h"((u16)words[i]));
-    asm("cvt.f32.f16 %0, %1;" : "=f"(to[2 * i + 1]) : "h"((u16)(words[i] >> 16)));
+    to[2 * i] = half_to_float(words[i]), to[2 * i + 1] = half_to_float(words[i] >> 16);
 #else
     to[i] = __uint_as_float(words[i]);
 #endif
@@ -59,13 +58,7 @@ __device__ __forceinline__ void store(void *to, size_t at, float x) {
 #if TYPE == 2
   static_cast<float *>(to)[at] = x;
 #else
-  u16 y;
-#if TYPE == 0
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-#else
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-#endif
-  static_cast<u16 *>(to)[at] = y;
+  static_cast<u16 *>(to)[at] = narrow<TYPE == 1>(x, 0);
 #endif
 }
 
@@ -96,8 +89,7 @@ __device__ __forceinline__ void copy_rows(uint4 (*x)[DEPTH][THREADS], const void
     for (int j = 0; j < DEPTH; j++) {
       const int piece = j * ABREAST + place, bytes = column >= 0 && mine(piece) ? 16 : 0;  // the rest is filled with zeros
       const uint4 *source = static_cast<const uint4 *>(storage) + (bytes ? (size_t)column * PIECES + piece : 0);
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                       (u32)__cvta_generic_to_shared(&x[i][j][threadIdx.x])), "l"(source), "r"(bytes) : "memory");
+      copy_16(&x[i][j][threadIdx.x], source, bytes);
     }
   }
 }
@@ -124,7 +116,7 @@ __device__ __forceinline__ void attend_rows(
     if (columns[(from + i) * TEAMS + team] < 0) x[i] = -infinity();
     peak = fmaxf(peak, x[i]);
   }
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  wait_for_copies();
   const float base = peak == -infinity() ? 0 : peak, shrink = exp2f(sum.peak - base);
   sum.peak = peak, sum.total *= shrink;
 #pragma unroll
@@ -209,9 +201,7 @@ __device__ __forceinline__ bool is_last(int *arrived, int programs) {
   __shared__ int last;
   __syncthreads();
   if (threadIdx.x == 0) {  // publishes what the program's threads wrote, and sees what others published
-    int before;
-    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(arrived) : "memory");
-    last = before == programs - 1;
+    last = add_and_publish(arrived) == programs - 1;
     if (last) *arrived = 0;
   }
   __syncthreads();

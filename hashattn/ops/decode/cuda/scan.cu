@@ -9,12 +9,12 @@ __device__ __forceinline__ void prefetch(const void *storage, size_t row) {
   constexpr int BYTES = DIM * (TYPE == 2 ? 4 : 2);
 #pragma unroll
   for (int i = 0; i < BYTES; i += 128)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char *>(storage) + row * BYTES + i));
+    prefetch_line(static_cast<const char *>(storage) + row * BYTES + i);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant__ Step s) {
   __shared__ Terms terms[LANES];
-  __shared__ int bounds[LANES], histogram[LANES][LEVELS];
+  __shared__ int bounds[LANES], histogram[LANES * LEVELS];
   __shared__ Lengths found[WARPS];
   __shared__ u16 queue[LANES * CHUNK];  // candidates of all lanes, one lane's after the other's
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -25,17 +25,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
   const u64 *codes = s.codes + (size_t)kv * s.code_room * WORDS;
   constexpr int LINE = 16 / WORDS;  // codes in 128 bytes
   if (thread < CHUNK / LINE && low + thread * LINE < min(filled(s), s.code_room))  // a length of before is as good
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(codes + (size_t)(low + thread * LINE) * WORDS));
+    prefetch_line(codes + (size_t)(low + thread * LINE) * WORDS);
   wait_for_the_kernel_before();
   const int own = low + thread * KEYS;  // this thread's first column
-  u32 code[KEYS][HALVES];
+  u32 code[KEYS * HALVES];
 #pragma unroll
-  for (int key = 0; key < KEYS; key += PAIR) load_codes(code[key], codes, own + key, s.code_room);
+  for (int key = 0; key < KEYS; key += PAIR) load_codes(code + key * HALVES, codes, own + key, s.code_room);
   int first, end;
   span(s, b, t, first, end);
   if (low >= end || low + CHUNK <= first) return;  // nobody looks at what is not written
   if (thread < LANES) bounds[thread] = read_bound(s, row0 + thread * TOKENS);
-  if (thread < LANES * LEVELS) histogram[0][thread] = 0;
+  if (thread < LANES * LEVELS) histogram[thread] = 0;
   const u64 *query = s.query + ((size_t)(kv * G + group * LANES * SUM) * TOKENS + t) * PLANES * WORDS;
   prepare(terms, LANES, query, TOKENS * PLANES * WORDS, WARPS);
   __syncthreads();
@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
     flags[i] = 0;
 #pragma unroll
     for (int key = KEYS - 1; key >= 0; key--) {
-      const int beyond = ranked(code[key], terms[i]) - past;  // negative within the bound
+      const int beyond = ranked(code + key * HALVES, terms[i]) - past;  // negative within the bound
       flags[i] = __funnelshift_l(beyond, flags[i], 1);
       lacking[i][key / 4] = __byte_perm(CLAMPED ? max(beyond, -LEVELS) : beyond, lacking[i][key / 4], 0x6540);
     }
@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
     const u32 entry = queue[at];
     const int level = entry >> PLACE_BITS;
     s.lists[((size_t)(row0 + i * TOKENS) * s.chunks + chunk) * CHUNK + rank] = entry;
-    atomicAdd(&histogram[i][level], 1);
+    atomicAdd(&histogram[i * LEVELS + level], 1);
     if (PREFETCH && level * STEP >= s.margin + 2 && start <= 2 * THREADS) {  // nearer than the last threshold, and few
       const size_t row = (size_t)kv * s.room + low + (entry & ((1 << PLACE_BITS) - 1));
       prefetch(s.keys, row), prefetch(s.values, row);
@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
   }
   __syncthreads();
   if (warp < LANES) {
-    int count = histogram[warp][lane];  // at least this level
+    int count = histogram[warp * LEVELS + lane];  // at least this level
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
       const int other = __shfl_down_sync(~0u, count, d);

@@ -10,6 +10,8 @@ typedef unsigned long long u64;
 typedef unsigned int u32;
 typedef unsigned short u16;
 
+#include "ptx.cuh"
+
 struct Step {
   const void *q, *keys, *values;  // [B, Hq, T, DIM], [B, Hkv, room, DIM]
   const u64 *query, *codes;       // [B, Hq, T, PLANES, WORDS], [B, Hkv, code_room, WORDS]
@@ -57,18 +59,6 @@ struct Terms {
     return WEIGHT == 1 ? 0 : sum;
   }
 };
-
-__device__ __forceinline__ void wait_for_the_kernel_before() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void let_the_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
 
 // Columns that are filled. Read past the first-level cache, which would go on to give what was read too early.
 __device__ __forceinline__ int filled(const Step &s) { return __ldcg(s.length); }

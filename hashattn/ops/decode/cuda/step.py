@@ -52,6 +52,8 @@ def decode(
         "bounds": bounds, "arrived": bounds[sizes.hints], "totals": bounds[sizes.hints + 1 :], "ids": ids, "out": out,
         "lse": lse, **carve(workspace, sizes.cuda),
     }  # fmt: skip
+    if scan_only:  # what the second kernel would leave at zero is left alone
+        tensors["totals"] = tensors["parts"]
     step = Step(
         **{name: x.data_ptr() for name, x in tensors.items()}, share=rule.share or 0.0, scale=scale, k=rule.k or 0,
         radius=min(rule.radius or 0, 64 * sizes.words * sizes.spread), sinks=rule.sinks, recents=rule.recents,

@@ -1,0 +1,73 @@
+"""Runs the decode kernels in CUDA C++ on a CPU: compiled by g++ with emulator.h, block after block."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hashattn.ops.decode.cuda import compiler, step
+
+HERE = Path(__file__).parent
+KERNEL = """
+#include "{name}.cu"
+extern "C" void run(const void *step, int x, int y, int z, int threads) {{
+  emulator::argument = step, emulator::grid = {{x, y, z}};
+  emulator::body = [](const void *s) {{ {name}(*static_cast<const Step *>(s)); }};
+  for (int c = 0; c < z; c++)
+    for (int b = 0; b < y; b++)
+      for (int a = 0; a < x; a++) emulator::block = {{a, b, c}}, emulator::run_block(threads);
+}}
+"""
+
+
+@functools.cache
+def kernel(name: str, defines: compiler.Defines) -> ctypes.CDLL:
+    """The library whose run() launches a kernel."""
+    folder = Path(tempfile.gettempdir()) / "hashattn-emulated"
+    folder.mkdir(exist_ok=True)
+    sources = b"".join(p.read_bytes() for p in (*sorted(compiler.SOURCES.glob("*.cu*")), HERE / "emulator.h"))
+    made_of = hashlib.sha256(sources + repr((name, defines)).encode()).hexdigest()[:24]
+    path = folder / f"{name}-{made_of}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            source = Path(scratch, "kernel.cpp")
+            source.write_text(KERNEL.format(name=name))
+            options = ["-O1", "-std=c++20", "-shared", "-fPIC", "-w", "-fvisibility-inlines-hidden", "-fno-gnu-unique"]
+            options += [f"-D{key}={value}" for key, value in defines]
+            command = [
+                "g++",
+                *options,
+                "-include",
+                HERE / "emulator.h",
+                "-I",
+                compiler.SOURCES,
+                source,
+                "-o",
+                Path(scratch, "kernel.so"),
+            ]
+            subprocess.run(command, check=True)
+            Path(scratch, "kernel.so").replace(path)
+    return ctypes.CDLL(str(path))
+
+
+def launch(
+    own: ctypes.CDLL, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, *, early: bool
+) -> None:  # fmt: skip
+    """As compiler.launch."""
+    own.run(ctypes.byref(argument), *grid, threads)
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """step.decode, which runs on the CPU as long as the patch lasts."""
+    monkeypatch.setattr(compiler, "kernel", lambda name, defines, _: kernel(name, defines))
+    monkeypatch.setattr(compiler, "launch", launch)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    return step.decode
