@@ -42,17 +42,8 @@ def kernel(name: str, defines: compiler.Defines) -> ctypes.CDLL:
             source.write_text(KERNEL.format(name=name))
             options = ["-O1", "-std=c++20", "-shared", "-fPIC", "-w", "-fvisibility-inlines-hidden", "-fno-gnu-unique"]
             options += [f"-D{key}={value}" for key, value in defines]
-            command = [
-                "g++",
-                *options,
-                "-include",
-                HERE / "emulator.h",
-                "-I",
-                compiler.SOURCES,
-                source,
-                "-o",
-                Path(scratch, "kernel.so"),
-            ]
+            files = ["-include", HERE / "emulator.h", "-I", compiler.SOURCES, source, "-o", Path(scratch, "kernel.so")]
+            command = ["g++", *options, *files]
             subprocess.run(command, check=True)
             Path(scratch, "kernel.so").replace(path)
     return ctypes.CDLL(str(path))
