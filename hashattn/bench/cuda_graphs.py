@@ -13,7 +13,7 @@ from hashattn.bench.cuda_check import check_dense, check_step, check_whole
 from hashattn.bench.cuda_contenders import dense
 from hashattn.bench.cuda_inputs import Layer, layer_count, make_layer, step_count
 from hashattn.bench.cuda_steps import Result, first_bounds, fused, has_stages, rule, whole
-from hashattn.bench.graphs import capture
+from hashattn.bench.graphs import Captured, capture
 from hashattn.cache import KVCache
 from hashattn.index import FlatHamming
 from hashattn.ops.decode import Scratch
@@ -36,7 +36,7 @@ def make_layers(case: Case, bits: int, clustered: bool) -> tuple[list[Layer], Tu
 
 def dense_graphs(
     case: Case, layers: Sequence[Layer], turns: Turns, notes: dict[str, None]
-) -> dict[str, torch.cuda.CUDAGraph]:  # fmt: skip
+) -> dict[str, Captured]:  # fmt: skip
     """Every dense contender that serves the case, checked and captured.
 
     Raises:
@@ -63,7 +63,7 @@ def dense_graphs(
 def step_graphs(
     case: Case, selector: Selector, layers: Sequence[Layer], turns: Turns,
     caches: Mapping[str, Sequence[KVCache]], scratch: Scratch,
-) -> dict[str, torch.cuda.CUDAGraph]:  # fmt: skip
+) -> dict[str, Captured]:  # fmt: skip
     """The fused step of a selector, its scan, and the whole step with each encoder, checked and captured.
 
     Args:
@@ -91,7 +91,7 @@ def step_graphs(
     return {name: capture_turns(call, turns) for name, call in calls.items()}
 
 
-def capture_turns(call: Call, turns: Turns) -> torch.cuda.CUDAGraph:
+def capture_turns(call: Call, turns: Turns) -> Captured:
     """One graph of a call for every layer and query."""
     return capture([lambda layer=layer, i=i: call(layer, i) for layer, i in turns])  # type: ignore[misc]
 

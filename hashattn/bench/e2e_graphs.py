@@ -12,7 +12,7 @@ from torch import Tensor
 from hashattn.bench.e2e_attention import DenseLayers, HashedLayers
 from hashattn.bench.e2e_check import check_graph
 from hashattn.bench.e2e_model import Decoding
-from hashattn.bench.graphs import capture
+from hashattn.bench.graphs import Captured, capture
 
 STEPS = 16  # tokens that are decoded between two looks at the clock
 
@@ -22,7 +22,7 @@ class Step:
     """A captured step, and what it attends with."""
 
     attend: DenseLayers | HashedLayers
-    graph: torch.cuda.CUDAGraph
+    graph: Captured
 
 
 def capture_step(name: str, decoding: Decoding, attend: DenseLayers | HashedLayers, keys: int) -> Step:

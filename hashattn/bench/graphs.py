@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -12,7 +13,19 @@ from hashattn.bench.floors import Machine
 WARM_UP = 5
 
 
-def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+@dataclass(frozen=True)
+class Captured:
+    """Calls as one CUDA graph. It points to what the calls hold, and so keeps them."""
+
+    calls: Sequence[Callable[[], object]]
+    graph: torch.cuda.CUDAGraph
+
+    def replay(self) -> None:
+        """Run the calls again."""
+        self.graph.replay()
+
+
+def capture(calls: Sequence[Callable[[], object]]) -> Captured:
     """One graph of all calls, which run once before: that compiles them and allocates what they share."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -24,10 +37,10 @@ def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return graph
+    return Captured(calls, graph)
 
 
-def take_turns(graphs: Mapping[str, torch.cuda.CUDAGraph], calls: int, rounds: int) -> dict[str, float]:
+def take_turns(graphs: Mapping[str, Captured], calls: int, rounds: int) -> dict[str, float]:
     """Median microseconds a call of graphs that hold so many calls each."""
     for graph in graphs.values():
         for _ in range(WARM_UP):
