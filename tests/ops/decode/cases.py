@@ -149,7 +149,12 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def agrees(decode: Any, x: Inputs, rule: Rule, *, causal: bool = True) -> None:
+HINTS = (None, None, 0, WORST, 16 * 20)  # what bounds hold before a step; None: what the step before left
+
+
+def agrees(
+    decode: Any, x: Inputs, rule: Rule, *, causal: bool = True, hints: tuple[int | None, ...] = HINTS
+) -> None:  # fmt: skip
     """The step's keys are the reference's, its outputs within rounding, and bitwise the same whatever the bounds.
 
     With a rule of tiers, of decode_tiers: tiers are the reference's too, and medium keys are not read.
@@ -158,17 +163,17 @@ def agrees(decode: Any, x: Inputs, rule: Rule, *, causal: bool = True) -> None:
     if rule.critical is not None:
         specified, estimate = reference_tiers, (norms_of(x, 64 * x.codes.shape[3] - 3),)
     expected = specified(*x.all, *estimate, rule, scale=scale, causal=causal)[2:]  # ids, and tiers
-    (bounds, workspace), first, hints = x.state(rule), None, rule.chunks or 1
+    (bounds, workspace), first, numbers = x.state(rule), None, rule.chunks or 1
     readable, slots = only_read(x, *expected) if estimate else x, expected[0].shape[-1]
-    for wrong in (None, None, 0, WORST, 16 * 20):  # none: what the step before left
+    for wrong in hints:
         if wrong is not None:
-            bounds[:hints].fill_(wrong)
+            bounds[:numbers].fill_(wrong)
         with poisoned():
             found = decode(*readable.all, bounds, *estimate, rule, workspace, scale=scale, causal=causal)
         for own, of_reference, empty in zip(found[2:], expected, (-1, 0)[: len(expected)], strict=True):
             assert torch.equal(own[..., :slots], of_reference), (rule, wrong)
             assert (own[..., slots:] == empty).all()
-        assert not bounds[hints:].any()
+        assert not bounds[numbers:].any()
         first = found if first is None else first
         assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True)), (rule, wrong)
     exact = specified(

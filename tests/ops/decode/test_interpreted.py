@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hashattn.ops.decode import Rule, Scratch, why_not
 from hashattn.ops.decode.sizes import Sizes, carve
-from tests.ops.decode.cases import CASES, LOCAL_CASES, TIER_CASES, agrees, inputs
+from tests.ops.decode.cases import CASES, LOCAL_CASES, TIER_CASES, WORST, agrees, inputs
 from tests.structured import seeds
 
 pytest.importorskip("triton")
@@ -23,7 +23,8 @@ from hashattn.ops.decode.triton import decode, decode_tiers
 @pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")  # rows that keep no key
 @pytest.mark.parametrize(("shape", "rule"), CASES + LOCAL_CASES)
 def test_it_selects_and_attends_as_the_reference_does(shape, rule):
-    agrees(decode, inputs(1, **shape), rule)
+    hints = (None, None) if rule.chunks is not None else (None, None, 0, WORST)  # chunks are searched without
+    agrees(decode, inputs(1, **shape), rule, hints=hints)
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")  # rows that keep no key
