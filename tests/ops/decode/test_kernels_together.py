@@ -1,0 +1,54 @@
+"""A decoder whose kernels run on a CPU, those in Triton interpreted and those in CUDA C++ emulated, as it decodes."""
+
+import shutil
+
+import pytest
+import torch
+
+from hashattn import AsymmetricHash, FlatHamming, HashAttention, LocalTopK, Recent, SimHash, Sink, TopK
+from hashattn.ops import decode
+from hashattn.ops.decode import library
+from tests.ops.decode.emulator.run import emulate
+from tests.structured import qkv
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("kernels are compiled where there is a GPU: test_on_a_gpu.py", allow_module_level=True)
+
+from hashattn.ops.decode.append import append
+from hashattn.ops.decode.encode import encode
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled by g++, which is not here")
+@pytest.mark.filterwarnings("ignore:this AsymmetricHash is not fitted:UserWarning")
+@pytest.mark.parametrize(
+    ("encoder", "selector"),
+    [
+        (SimHash(64), TopK(share=0.1)), (SimHash(128), TopK(share=0.1, per="kv_head")), (SimHash(64), LocalTopK(64)),
+        (AsymmetricHash(128, query_bits=2), TopK(share=0.1)), (AsymmetricHash(64, heads=2), TopK(k=50)),
+    ],
+    ids=["sign", "kv_head", "local", "MLP", "in PyTorch"],
+)  # fmt: skip
+def test_a_decoder_does_what_the_reference_does_until_the_cache_is_full(encoder, selector, monkeypatch):
+    monkeypatch.setattr(decode, "DEVICES", ("cpu",))
+    for name, kernels in (("decode", emulate(monkeypatch)), ("encode", encode), ("append", append)):
+        monkeypatch.setattr(library, name, kernels)
+    q, k, v = qkv(7, 2, keys=607, dim=64, group=4)
+    queries = torch.randn(7, *q.shape)
+    attn = HashAttention(encoder, FlatHamming(), Sink(4) | Recent(9) | selector, engine="triton")
+    plain, caches = attn.replace(engine="reference"), [attn.new_cache(2, 2, 64, capacity=607) for _ in range(2)]
+    for cache in caches:
+        cache.append(k[:, :, :600], v[:, :, :600], start=torch.tensor([0, 50]))
+    decoder, close = attn.decoder(caches[0]), []
+    for n in range(600, 607):
+        step = queries[n - 600], k[:, :, n : n + 1], v[:, :, n : n + 1]
+        out = decoder(*step)
+        caches[1].append(*step[1:])
+        close.append((out - plain(step[0], caches[1])).abs().amax(-1) < 1e-5)
+    assert torch.stack(close).float().mean() > 0.97  # a bit within rounding of zero may move a key at the cut
+    assert len(decoder.finish()) == 607
+    assert torch.equal(caches[0].keys, caches[1].keys) and torch.equal(caches[0].values, caches[1].values)
+    assert (caches[0].codes != caches[1].codes).float().mean() < 1e-3
+    assert decoder(*step).isnan().all()
+    with pytest.raises(ValueError, match="capacity is 607 columns, but 608"):
+        decoder.finish()
