@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Decoder:
     """Appends and attends without asking the device or telling the host. Made by attn.decoder(cache).
 
-    A captured step serves every later length up to the cache's capacity. Until :meth:`finish` the cache itself does
+    A captured step serves every later length up to the cache's capacity; its graph points to what this object holds, so
+    keep it. Until :meth:`finish` the cache itself does
     not know of what was appended, and must not be changed; after a change, :meth:`follow`. Beyond the capacity nothing
     is written and the output is NaN.
 
