@@ -20,9 +20,8 @@ class Decoder:
     """Appends and attends without asking the device or telling the host. Made by attn.decoder(cache).
 
     A captured step serves every later length up to the cache's capacity; its graph points to what this object holds, so
-    keep it. Until :meth:`finish` the cache itself does
-    not know of what was appended, and must not be changed; after a change, :meth:`follow`. Beyond the capacity nothing
-    is written and the output is NaN.
+    keep it. Until :meth:`finish` the cache itself does not know of what was appended, and must not be changed; after a
+    change, :meth:`follow`. Beyond the capacity nothing is written and the output is NaN.
 
     Args:
         attn: a composition that engine="triton" serves, or one that attends densely (engine="dense").
