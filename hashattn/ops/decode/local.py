@@ -15,8 +15,6 @@ from hashattn.ops.decode.codes import RUN, distance, load_runs, span
 from hashattn.ops.decode.rows import combine, one_head, store_part
 from hashattn.ops.decode.sizes import ROWS, SPLIT, Sizes, carve
 
-MOST_SPLITS = 128  # of a chunk, that the second kernel merges
-
 
 @triton.jit
 def smallest(level, wanted, BITS: tl.constexpr):
@@ -150,17 +148,9 @@ def decode(
 
     Args:
         early: whether a kernel may start while the one before it ends (Hopper and later).
-
-    Raises:
-        ValueError: more columns than so few chunks serve.
     """
     rule, rows, tokens, dim = sizes.rule, sizes.rows, sizes.tokens, sizes.head_dim
     chunks, keep, split, splits = rule.chunks or 1, rule.per_chunk, SPLIT // sizes.words, sizes.splits
-    if splits > MOST_SPLITS:
-        raise ValueError(
-            f"the cache has room for {sizes.code_room:,} columns, {rule.chunks} chunks serve up to "
-            f"{MOST_SPLITS * split * chunks:,} of them: take a larger k or a smaller per_chunk"
-        )
     programs, width = triton.cdiv(chunks * keep, ROWS), triton.next_power_of_2(dim)
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
     ids = torch.empty((rows, chunks * keep), dtype=torch.int32, device=q.device)

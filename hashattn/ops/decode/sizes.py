@@ -14,6 +14,7 @@ CHUNK = 2048  # keys of a program of the first kernel
 ROWS = 64  # keys of a program of the second
 SPLIT = 2048  # words of codes that a program of the first kernel of local.py compares, of one chunk
 LEVELS = 32  # of candidates, as in cuda/step.cuh
+MOST_SPLITS = 128  # of a chunk, that the second kernel of local.py merges
 _ALIGNED = 256  # bytes
 
 Buffers = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -39,6 +40,15 @@ class Sizes:
     words: int
     rule: Rule
     hidden: Widths = ((), ())
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for more columns than so few chunks serve."""
+        if self.rule.chunks is not None and self.splits > MOST_SPLITS:
+            most = MOST_SPLITS * (SPLIT // self.words) * self.rule.chunks
+            raise ValueError(
+                f"the cache has room for {self.code_room:,} columns, {self.rule.chunks} chunks serve up to {most:,} of "
+                "them: take a larger k or a smaller per_chunk"
+            )
 
     @classmethod
     def of(cls, q: Tensor, query: Tensor, keys: Tensor, codes: Tensor, rule: Rule) -> Sizes:

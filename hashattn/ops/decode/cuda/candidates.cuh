@@ -23,3 +23,30 @@ template <int WORDS_OF_BYTES> __device__ __forceinline__ void force(u32 (&lackin
 }
 
 __device__ __forceinline__ int level_of(u32 low, u32 high, int key) { return ~max(signed_byte(low, high, key), -LEVELS); }
+
+// Flags of a thread's keys that are seen and within a lane's bound, or forced, and in `lacking` what their levels are.
+template <int WORDS_OF_BYTES>
+__device__ __forceinline__ u32 flag_near(
+    const u32 *code, const Terms &terms, int bound, u32 seen, u32 forced, u32 (&lacking)[WORDS_OF_BYTES]
+) {
+  const int past = within(bound, terms.base()) + 1;
+  u32 flags = 0;
+#pragma unroll
+  for (int key = 4 * WORDS_OF_BYTES - 1; key >= 0; key--) {
+    const int beyond = ranked(code + key * HALVES, terms) - past;  // negative within the bound
+    flags = __funnelshift_l(beyond, flags, 1);
+    lacking[key / 4] = __byte_perm(CLAMPED ? max(beyond, -LEVELS) : beyond, lacking[key / 4], 0x6540);
+  }
+  force(lacking, forced);
+  return flags & seen | forced;
+}
+
+// The sum over the warp's threads up to this one.
+__device__ __forceinline__ Lengths up_to(Lengths own) {
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const Lengths other = {__shfl_up_sync(~0u, own.low, d), __shfl_up_sync(~0u, own.high, d)};
+    if (threadIdx.x % 32 >= d) own.add(other);
+  }
+  return own;
+}

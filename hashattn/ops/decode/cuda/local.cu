@@ -1,34 +1,12 @@
 // LocalTopK in one kernel: a program looks at its chunk's keys, keeps the ROWS nearest of each lane and attends to them.
 // Grid (CHUNKS, Hkv * G / LANES, B * TOKENS), 256 threads. Column n is in chunk n / RUN % CHUNKS: a thread looks at 8 columns.
 #include "candidates.cuh"
-#include "rows.cuh"
+#include "counts.cuh"
 
-constexpr int WARPS = THREADS / 32, SEGMENT = 64;  // candidates of a lane that a warp finds
+constexpr int SEGMENT = 64;  // candidates of a lane that a warp finds
 constexpr int EIGHT = 8, PIECES_OF_A_RUN = RUN / EIGHT;  // columns of a thread at a time
 constexpr int DISTANCES = MOST_RANKED + 2;                  // forced keys come first
 static_assert(SUM == 1, "heads choose for themselves");
-
-// Numbers of all threads up to each one's own, which is left out, plus `carry`, which is moved on past them all.
-__device__ __forceinline__ u32 before(u32 own, u32 &carry) {
-  __shared__ u32 sums[WARPS];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  u32 upto = own;
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const u32 other = __shfl_up_sync(~0u, upto, d);
-    if (lane >= d) upto += other;
-  }
-  if (lane == 31) sums[warp] = upto;
-  __syncthreads();
-  upto += carry - own;
-#pragma unroll
-  for (int w = 0; w < WARPS; w++) {
-    if (w < warp) upto += sums[w];
-    carry += sums[w];
-  }
-  __syncthreads();
-  return upto;
-}
 
 // Where a lane's column of this rank is kept, so that a team finds its rows.
 __device__ __forceinline__ int slot_of(int lane, int rank) {
@@ -92,7 +70,7 @@ __device__ __noinline__ void from_codes(const Step &s, const Chunk c, const Term
   __syncthreads();
 #pragma unroll 1
   for (int i = 0; i < LANES; i++) {
-    u32 carry = 0;  // keys nearer than the threshold in the low half, those at it in the high half
+    Count carry = {0, 0};
     for (int from = c.from; from < c.to; from += THREADS) {
       const int run = from + threadIdx.x;
       u32 code[EIGHT * HALVES], seen, forced, near = 0, ties = 0;
@@ -104,13 +82,12 @@ __device__ __noinline__ void from_codes(const Step &s, const Chunk c, const Term
         near |= (u32)(place < cuts[i]) << key, ties |= (u32)(place == cuts[i]) << key;
       }
       near &= seen, ties &= seen;
-      const u32 at = before(__popc(near) | __popc(ties) << 16, carry);
-      int nearer = at & 0xffff, equal = at >> 16;
+      Count at = before({__popc(near), __popc(ties)}, carry);
       for (u32 left = near | ties; left; left &= left - 1) {
         const int key = __ffs(left) - 1;
         const bool tie = ties >> key & 1;
-        if (!tie || equal >= drops[i]) columns[slot_of(i, nearer + max(equal - drops[i], 0))] = c.column(run) + key;
-        nearer += !tie, equal += tie;
+        if (!tie || at.ties >= drops[i]) columns[slot_of(i, chosen_before(at, drops[i]))] = c.column(run) + key;
+        at.nearer += !tie, at.ties += tie;
       }
     }
   }
@@ -139,25 +116,11 @@ __device__ __forceinline__ bool from_candidates(
     if (run >= to) seen = forced = 0;
 #pragma unroll
     for (int i = 0; i < LANES; i++) {
-      const int past = within(bounds[i], terms[i].base()) + 1;
-      flags[i] = 0;
-#pragma unroll
-      for (int key = EIGHT - 1; key >= 0; key--) {
-        const int beyond = ranked(code + key * HALVES, terms[i]) - past;  // negative within the bound
-        flags[i] = __funnelshift_l(beyond, flags[i], 1);
-        lacking[i][key / 4] = __byte_perm(CLAMPED ? max(beyond, -LEVELS) : beyond, lacking[i][key / 4], 0x6540);
-      }
-      force(lacking[i], forced);
-      flags[i] = flags[i] & seen | forced;
+      flags[i] = flag_near(code, terms[i], bounds[i], seen, forced, lacking[i]);
       own.add(i, __popc(flags[i]));
     }
     if (run - lane + 32 < to) load_run(code, s, c, run + 32 < to ? run + 32 : c.to);  // on its way meanwhile
-    Lengths upto = own;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const Lengths other = {__shfl_up_sync(~0u, upto.low, d), __shfl_up_sync(~0u, upto.high, d)};
-      if (lane >= d) upto.add(other);
-    }
+    const Lengths upto = up_to(own);
     const Lengths all = {__shfl_sync(~0u, upto.low, 31), __shfl_sync(~0u, upto.high, 31)};
 #pragma unroll
     for (int i = 0; i < LANES; i++) {

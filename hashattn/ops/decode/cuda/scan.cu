@@ -53,24 +53,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
   Lengths length = {0, 0};
 #pragma unroll
   for (int i = 0; i < LANES; i++) {
-    const int past = within(bounds[i], terms[i].base()) + 1;
-    flags[i] = 0;
-#pragma unroll
-    for (int key = KEYS - 1; key >= 0; key--) {
-      const int beyond = ranked(code + key * HALVES, terms[i]) - past;  // negative within the bound
-      flags[i] = __funnelshift_l(beyond, flags[i], 1);
-      lacking[i][key / 4] = __byte_perm(CLAMPED ? max(beyond, -LEVELS) : beyond, lacking[i][key / 4], 0x6540);
-    }
-    force(lacking[i], forced);
-    flags[i] = flags[i] & seen | forced;
+    flags[i] = flag_near(code, terms[i], bounds[i], seen, forced, lacking[i]);
     length.add(i, __popc(flags[i]));
   }
-  Lengths upto = length;
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const Lengths other = {__shfl_up_sync(~0u, upto.low, d), __shfl_up_sync(~0u, upto.high, d)};
-    if (lane >= d) upto.add(other);
-  }
+  const Lengths upto = up_to(length);
   if (lane == 31) found[warp] = upto;
   __syncthreads();
   Lengths before = {upto.low - length.low, upto.high - length.high}, all = {0, 0};
