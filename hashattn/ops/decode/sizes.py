@@ -132,7 +132,7 @@ class Sizes:
         parts = self.rows, self.slots // ROWS, self.summed
         return {
             "lists": ((self.rows, self.cuda_chunks, self.cuda_chunk), torch.uint16),
-            "counts": ((self.rows, LEVELS, self.cuda_chunks), torch.uint16),
+            "counts": ((self.rows, LEVELS, self.count_stride), torch.uint16),
             "parts": ((*parts, width), torch.float32), "stats": ((*parts, 2), torch.float32),
         }  # fmt: skip
 
@@ -145,6 +145,11 @@ class Sizes:
     def cuda_chunks(self) -> int:
         """Such programs for each KV head's codes."""
         return -(-self.code_room // self.cuda_chunk)
+
+    @property
+    def count_stride(self) -> int:
+        """The same, up to a multiple of four, which are read at a time."""
+        return -(-self.cuda_chunks // 4) * 4
 
     @property
     def workspace(self) -> int:

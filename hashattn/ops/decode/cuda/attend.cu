@@ -1,11 +1,16 @@
 // Second kernel of exact top-k: the threshold, one program's share of the chosen keys, attention to them.
 // Grid (slots / ROWS, Hkv * G / SUM, B * TOKENS), 128 threads. Ranks follow column order, so the result does not depend on the bounds.
 #include "counts.cuh"
-#include "group.cuh"
+#include "tensor_cores.cuh"
 
 
 struct Cut {  // what is chosen: candidates above a level, and those at it but for the `dropped` oldest
   int level, dropped;
+};
+
+struct Ranks {  // of the keys that a program attends to, and where their columns go
+  Cut cut;
+  int first, end, *columns;
 };
 
 // Eight entries of a chunk's list, and flags of those nearer than the threshold and at it.
@@ -22,83 +27,137 @@ struct Eight {
       ties |= (u32)(at + e < entries && own == level) << e;
     }
   }
-  // Write the chosen ones of ranks rank0 to rank1, if `c` is counted before them.
-  __device__ __forceinline__ void choose(int *columns, int low, Count c, int dropped, int rank0, int rank1) const {
+  // Write the chosen ones, if `c` is counted before them.
+  __device__ __forceinline__ void choose(int low, Count c, const Ranks &ranks) const {
 #pragma unroll
     for (int e = 0; e < 8; e++) {
       const bool near = nearer >> e & 1, tie = ties >> e & 1;
-      const int rank = chosen_before(c, dropped);
-      if ((near || (tie && c.ties >= dropped)) && rank >= rank0 && rank < rank1)
-        columns[rank - rank0] = low + (words[e / 2] >> (16 * (e % 2)) & ((1 << PLACE_BITS) - 1));
+      const int rank = chosen_before(c, ranks.cut.dropped);
+      if ((near || (tie && c.ties >= ranks.cut.dropped)) && rank >= ranks.first && rank < ranks.end)
+        ranks.columns[rank - ranks.first] = low + (words[e / 2] >> (16 * (e % 2)) & ((1 << PLACE_BITS) - 1));
       c.nearer += near, c.ties += tie;
     }
   }
 };
 
-// The columns of ranks rank0 to rank1, in column order, from the lists of the chunks that hold them.
-__device__ __forceinline__ void from_lists(
-    const Step &s, int row, Cut cut, int first_chunk, int end_chunk, int rank0, int rank1, int *columns
-) {
-  constexpr int LONG = 32 * 8;  // entries: a warp reads a list that is not longer
-  __shared__ int4 held[ROWS];   // chunk, entries, counts before it
-  __shared__ int holders;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const u16 *counts = s.counts + (size_t)row * LEVELS * s.chunks, *lists = s.lists + (size_t)row * s.chunks * CHUNK;
-  if (threadIdx.x == 0) holders = 0;
-  __syncthreads();
-  Count carry = {0, 0};
-  for (int from = first_chunk; from < end_chunk; from += THREADS) {
-    const int chunk = from + threadIdx.x;
-    int listed = 0;
-    Count own = {0, 0};
-    if (chunk < end_chunk) {
-      listed = counts[chunk];
-      if (cut.level < LEVELS - 1) own.nearer = counts[(cut.level + 1) * s.chunks + chunk];
-      own.ties = counts[cut.level * s.chunks + chunk] - own.nearer;
-    }
-    const Count c = before(own, carry);
-    const int start = chosen_before(c, cut.dropped);
-    const int stop = chosen_before({c.nearer + own.nearer, c.ties + own.ties}, cut.dropped);
-    if (start < stop && start < rank1 && stop > rank0) {  // so at most ROWS chunks
-      const int i = atomicAdd(&holders, 1);
-      if (i < ROWS) held[i] = make_int4(chunk, listed, c.nearer, c.ties);
-    }
-    if (chosen_before(carry, cut.dropped) >= rank1) break;
+// Two neighbouring entries a thread of a list, from `at` on for the warp; moves the counts before them on past them.
+__device__ __forceinline__ void choose_two(u32 two, int at, int entries, int low, const Ranks &ranks, Count &c) {
+  const int lane = threadIdx.x % 32;
+  const u32 below = (1u << lane) - 1;
+  bool near[2], tie[2];
+  Count own = c;
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    const int level = (two >> 16 * e & 0xffff) >> PLACE_BITS;
+    const bool there = at + 2 * lane + e < entries;
+    near[e] = there && level > ranks.cut.level, tie[e] = there && level == ranks.cut.level;
+    const u32 nearer = __ballot_sync(~0u, near[e]), ties = __ballot_sync(~0u, tie[e]);
+    own.nearer += __popc(nearer & below), own.ties += __popc(ties & below);
+    c.nearer += __popc(nearer), c.ties += __popc(ties);
   }
-  __syncthreads();
-  for (int i = warp; i < min(holders, ROWS); i += WARPS) {
-    const int4 one = held[i];
-    if (one.y > LONG) continue;
-    const Eight eight(lists + (size_t)one.x * CHUNK, lane * 8, one.y, cut.level);
-    u32 upto = __popc(eight.nearer) | __popc(eight.ties) << 16;
-    const u32 own = upto;
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    const int rank = chosen_before(own, ranks.cut.dropped);
+    if ((near[e] || (tie[e] && own.ties >= ranks.cut.dropped)) && rank >= ranks.first && rank < ranks.end)
+      ranks.columns[rank - ranks.first] = low + (two >> 16 * e & ((1 << PLACE_BITS) - 1));
+    own.nearer += near[e], own.ties += tie[e];
+  }
+}
+
+struct Holders {  // chunk, entries, counts before it, of the lists that hold a program's ranks: each warp finds them for itself
+  int4 of[WARPS][ROWS];
+};
+
+// The columns of these ranks, in column order, from the lists of the chunks that hold them.
+__device__ __forceinline__ void from_lists(const Step &s, int row, int first_chunk, int end_chunk, const Ranks &ranks, Holders &holding) {
+  constexpr int LONG = 4 * 64;  // entries: a warp reads a list that is not longer
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, dropped = ranks.cut.dropped, level = ranks.cut.level;
+  int4 *held = holding.of[warp];
+  const u16 *counts = s.counts + (size_t)row * LEVELS * s.count_stride;
+  const u16 *lists = s.lists + (size_t)row * s.chunks * CHUNK;
+  Count carry = {0, 0};
+  int holders = 0;
+  for (int from = first_chunk & ~3; from < end_chunk && chosen_before(carry, dropped) < ranks.end; from += 128) {
+    const int chunk = from + 4 * lane;  // and three more
+    auto load = [&](int at) {
+      const bool there = chunk < end_chunk && at < LEVELS;
+      return there ? *reinterpret_cast<const uint2 *>(counts + at * s.count_stride + chunk) : make_uint2(0, 0);
+    };
+    const uint2 listed = load(0), least = load(level), above = load(level + 1);
+    auto of = [&](const uint2 &four, int j) {  // nothing is written for chunks without keys that are seen
+      const int count = (j < 2 ? four.x : four.y) >> 16 * (j % 2) & 0xffff;
+      return chunk + j >= first_chunk && chunk + j < end_chunk ? count : 0;
+    };
+    Count own = {0, 0};
+#pragma unroll
+    for (int j = 0; j < 4; j++) own.nearer += of(above, j), own.ties += of(least, j);
+    own.ties -= own.nearer;
+    Count upto = own;
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
-      const u32 other = __shfl_up_sync(~0u, upto, d);
-      if (lane >= d) upto += other;
+      const int nearer = __shfl_up_sync(~0u, upto.nearer, d), ties = __shfl_up_sync(~0u, upto.ties, d);
+      if (lane >= d) upto.nearer += nearer, upto.ties += ties;
     }
-    const Count c = {one.z + (int)((upto - own) & 0xffff), one.w + (int)((upto - own) >> 16)};
-    eight.choose(columns, one.x * CHUNK, c, cut.dropped, rank0, rank1);
+    Count c = {carry.nearer + upto.nearer - own.nearer, carry.ties + upto.ties - own.ties};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const Count start = c;
+      c.nearer += of(above, j), c.ties += of(least, j) - of(above, j);
+      const int rank0 = chosen_before(start, dropped), rank1 = chosen_before(c, dropped);
+      const bool holds = rank0 < rank1 && rank0 < ranks.end && rank1 > ranks.first;  // so at most ROWS chunks
+      const u32 all = __ballot_sync(~0u, holds);
+      if (holds)
+        held[holders + __popc(all & ((1u << lane) - 1))] = make_int4(chunk + j, of(listed, j), start.nearer, start.ties);
+      holders += __popc(all);
+    }
+    carry.nearer += __shfl_sync(~0u, upto.nearer, 31), carry.ties += __shfl_sync(~0u, upto.ties, 31);
   }
-  for (int i = 0; i < min(holders, ROWS); i++) {
-    const int4 one = held[i];
+  __syncwarp();
+  for (int i = warp; i < holders; i += 2 * WARPS) {  // two at a time, so that they are waited for together
+    int4 one[2];
+    u32 two[2];
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      one[j] = held[min(i + j * WARPS, holders - 1)];
+      if (i + j * WARPS >= holders || one[j].y > LONG) one[j].y = 0;
+      two[j] = 2 * lane < one[j].y ? reinterpret_cast<const u32 *>(lists + (size_t)one[j].x * CHUNK)[lane] : 0;
+    }
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+      Count c = {one[j].z, one[j].w};
+#pragma unroll 1
+      for (int at = 0; at < one[j].y; at += 64) {
+        if (at) two[j] = reinterpret_cast<const u32 *>(lists + (size_t)one[j].x * CHUNK)[at / 2 + lane];
+        choose_two(two[j], at, one[j].y, one[j].x * CHUNK, ranks, c);
+      }
+    }
+  }
+  for (int i = 0; i < holders; i++) {
+    const int4 one = held[i];  // the same in all warps
     Count c = {one.z, one.w};
-    for (int from = 0; one.y > LONG && from < one.y && chosen_before(c, cut.dropped) < rank1; from += THREADS * 8) {
-      const Eight eight(lists + (size_t)one.x * CHUNK, from + threadIdx.x * 8, one.y, cut.level);
+    for (int from = 0; one.y > LONG && from < one.y && chosen_before(c, dropped) < ranks.end; from += THREADS * 8) {
+      const Eight eight(lists + (size_t)one.x * CHUNK, from + threadIdx.x * 8, one.y, level);
       const Count own = before({__popc(eight.nearer), __popc(eight.ties)}, c);
-      eight.choose(columns, one.x * CHUNK, own, cut.dropped, rank0, rank1);
+      eight.choose(one.x * CHUNK, own, ranks);
     }
   }
 }
 
+constexpr int DISTANCES = MOST_RANKED + 2;  // forced keys come first
+
+struct Search {  // of all codes of a row, in shared memory
+  Terms terms;
+  int histogram[DISTANCES], found[2];
+};
+
 // The same from all codes of the row, for a bound that missed the threshold. Returns the threshold's distance.
 __device__ __noinline__ int from_codes(
-    const Step &s, const u64 *query, const u64 *codes, int first, int end, int wanted, int rank0, int rank1, int *columns
+    const Step &s, const u64 *query, const u64 *codes, int first, int end, int wanted, int rank0, int rank1, int *columns,
+    Search &search
 ) {
-  constexpr int DISTANCES = MOST_RANKED + 2, AHEAD = 4 * PAIR;  // forced keys come first; keys of a thread at a time
-  __shared__ Terms terms;
-  __shared__ int histogram[DISTANCES];
-  __shared__ int found[2];
+  constexpr int AHEAD = 4 * PAIR;  // keys of a thread at a time
+  Terms &terms = search.terms;
+  int *histogram = search.histogram, *found = search.found;
   const int lane = threadIdx.x % 32;
   for (int i = threadIdx.x; i < DISTANCES; i += THREADS) histogram[i] = 0;
   prepare(&terms, 1, query, TOKENS * PLANES * WORDS, WARPS);
@@ -173,8 +232,17 @@ __device__ __noinline__ int from_codes(
   return terms.base() + STEP * (cut - 1);
 }
 
+union Space {
+  Holders holders;
+  Search search;
+#if TENSOR_CORES
+  Tiles tiles;
+#endif
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 4 : SUM > 8 ? 2 : 3) attend(const __grid_constant__ Step s) {
   __shared__ int columns[ROWS];
+  __shared__ __align__(16) Space space;
   const int part = blockIdx.x, lane = threadIdx.x % 32, b = blockIdx.z / TOKENS, t = blockIdx.z % TOKENS;
   const int head = b * gridDim.y + blockIdx.y, kv = b * s.kv_heads + blockIdx.y / (G / SUM), row = head * TOKENS + t;
   int first, end;
@@ -205,10 +273,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 4 : SUM > 8 ?
     if (missed) {
       const u64 *query = s.query + ((size_t)head * SUM * TOKENS + t) * PLANES * WORDS;
       const u64 *codes = s.codes + (size_t)kv * s.code_room * WORDS;
-      threshold = from_codes(s, query, codes, first, end, wanted, rank0, rank1, columns);
+      threshold = from_codes(s, query, codes, first, end, wanted, rank0, rank1, columns, space.search);
     } else {
       threshold = read_bound(s, row) - STEP * level;
-      from_lists(s, row, {level, here - wanted}, first / CHUNK, (end + CHUNK - 1) / CHUNK, rank0, rank1, columns);
+      from_lists(s, row, first / CHUNK, (end + CHUNK - 1) / CHUNK, {{level, here - wanted}, rank0, rank1, columns}, space.holders);
     }
 #if !RADIUS
     if (part == 0 && threadIdx.x == 0)  // falls by one level in 16 steps
@@ -221,15 +289,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 4 : SUM > 8 ?
   constexpr size_t SIZE = TYPE == 2 ? 4 : 2;
   const size_t programs_most = s.slots / ROWS, storage = (size_t)kv * s.room * DIM * SIZE;
   const size_t q_row = (size_t)head * SUM * TOKENS + t;
+  const void *q = static_cast<const char *>(s.q) + q_row * DIM * SIZE;
+  const void *keys = static_cast<const char *>(s.keys) + storage, *values = static_cast<const char *>(s.values) + storage;
 #if TENSOR_CORES
-  attend_group(
+  attend_group(s, q, (size_t)TOKENS * DIM, keys, values, columns, row * programs_most + part, space.tiles);
 #else
-  attend_part(
+  attend_part(s, q, (size_t)TOKENS * DIM, keys, values, columns, row * programs_most + part);
 #endif
-      s, static_cast<const char *>(s.q) + q_row * DIM * SIZE, (size_t)TOKENS * DIM,
-      static_cast<const char *>(s.keys) + storage, static_cast<const char *>(s.values) + storage, columns,
-      row * programs_most + part
-  );
   let_the_next_kernel_start();
   if (!is_last(s.arrived + row, programs)) return;
   if (threadIdx.x < LEVELS) s.totals[row * LEVELS + threadIdx.x] = 0;

@@ -2,59 +2,68 @@
 // Grid (CHUNKS, Hkv * G / LANES, B * TOKENS), 256 threads. Column n is in chunk n / RUN % CHUNKS: a thread looks at 8 columns.
 #include "candidates.cuh"
 #include "counts.cuh"
+#include "tensor_cores.cuh"
 
 constexpr int SEGMENT = 64;  // candidates of a lane that a warp finds
-constexpr int EIGHT = 8, PIECES_OF_A_RUN = RUN / EIGHT;  // columns of a thread at a time
-constexpr int DISTANCES = MOST_RANKED + 2;                  // forced keys come first
+constexpr int UNITS = RUN / KEYS;   // of a run: a thread looks at one at a time
+constexpr int DISTANCES = MOST_RANKED + 2;               // forced keys come first
 static_assert(SUM == 1, "heads choose for themselves");
 
-// Where a lane's column of this rank is kept, so that a team finds its rows.
+// Where a lane's column of this rank is kept, so that those who attend to it find it.
 __device__ __forceinline__ int slot_of(int lane, int rank) {
+#if TENSOR_CORES
+  return lane * ROWS + rank;
+#else
   return rank / TEAMS_EACH * TEAMS + lane * TEAMS_EACH + rank % TEAMS_EACH;
+#endif
 }
 
-struct Chunk {  // the runs `from` to `to` of a chunk hold columns that are seen
+struct Chunk {  // the units `from` to `to` of a chunk hold columns that are seen
   const u64 *codes;
-  int number, from, to, first, end;
-  __device__ __forceinline__ int column(int own) const {
-    return (own / PIECES_OF_A_RUN * CHUNKS + number) * RUN + own % PIECES_OF_A_RUN * EIGHT;
-  }
+  int number, first, end;
+  __device__ __forceinline__ int from() const { return first / (RUN * CHUNKS) * UNITS; }
+  __device__ __forceinline__ int to() const { return (end + RUN * CHUNKS - 1) / (RUN * CHUNKS) * UNITS; }
+  __device__ __forceinline__ int column(int unit) const { return (unit / UNITS * CHUNKS + number) * RUN + unit % UNITS * KEYS; }
   // Seen columns of the chunk before a column.
   __device__ __forceinline__ int filled(int end) const {
     return end / (RUN * CHUNKS) * RUN + min(max(end % (RUN * CHUNKS) - number * RUN, 0), RUN);
   }
 };
 
-__device__ __forceinline__ void load_run(u32 *code, const Step &s, const Chunk &c, int run) {
+__device__ __forceinline__ void load_unit(u32 *code, const Step &s, const Chunk &c, int unit) {
 #pragma unroll
-  for (int key = 0; key < EIGHT; key += PAIR)
-    load_codes(code + key * HALVES, c.codes, run < c.to ? c.column(run) + key : s.code_room, s.code_room);
+  for (int key = 0; key < KEYS; key += PAIR)
+    load_codes(code + key * HALVES, c.codes, unit < c.to() ? c.column(unit) + key : s.code_room, s.code_room);
 }
 
-// Which of a run's columns are seen, and which of these are forced.
-__device__ __forceinline__ void look(const Step &s, const Chunk &c, int run, u32 &seen, u32 &forced) {
-  const int column = c.column(run);
-  seen = run < c.to ? 0xff : 0, forced = 0;
-  if (column >= c.first + s.sinks && column + EIGHT <= c.end - s.recents) return;
+// Which of a unit's columns are seen, and which of these are forced.
+__device__ __forceinline__ void look(const Step &s, const Chunk &c, int unit, u32 &seen, u32 &forced) {
+  const int column = c.column(unit);
+  seen = unit < c.to() ? (1 << KEYS) - 1 : 0, forced = 0;
+  if (column >= c.first + s.sinks && column + KEYS <= c.end - s.recents) return;
 #pragma unroll
-  for (int key = 0; key < EIGHT; key++) {
+  for (int key = 0; key < KEYS; key++) {
     const int shift = offset(s, column + key, c.first, c.end);
     seen &= ~((u32)(shift > 0) << key), forced |= (u32)(shift < 0) << key;
   }
   forced &= seen;
 }
 
+struct Search {  // of all codes of a chunk, in shared memory
+  int histogram[LANES * DISTANCES], cuts[LANES], drops[LANES];
+};
+
 // The nearest `wanted` of every lane from all codes of the chunk, for hints that failed. Sets their thresholds.
-__device__ __noinline__ void from_codes(const Step &s, const Chunk c, const Terms *terms, int wanted, int *columns, int *thresholds) {
-  __shared__ int histogram[LANES * DISTANCES], cuts[LANES], drops[LANES];
+__device__ __noinline__ void from_codes(const Step &s, const Chunk c, const Terms *terms, int wanted, int *columns, int *thresholds, Search &search) {
+  int *histogram = search.histogram, *cuts = search.cuts, *drops = search.drops;
   for (int i = threadIdx.x; i < LANES * DISTANCES; i += THREADS) histogram[i] = 0;
   __syncthreads();
-  for (int run = c.from + threadIdx.x; run < c.to; run += THREADS) {
-    u32 code[EIGHT * HALVES], seen, forced;
-    load_run(code, s, c, run);
-    look(s, c, run, seen, forced);
+  for (int unit = c.from() + threadIdx.x; unit < c.to(); unit += THREADS) {
+    u32 code[KEYS * HALVES], seen, forced;
+    load_unit(code, s, c, unit);
+    look(s, c, unit, seen, forced);
 #pragma unroll
-    for (int key = 0; key < EIGHT; key++)
+    for (int key = 0; key < KEYS; key++)
       if (seen >> key & 1)
         for (int i = 0; i < LANES; i++)
           atomicAdd(&histogram[i * DISTANCES + (forced >> key & 1 ? 0 : 1 + ranked(code + key * HALVES, terms[i]))], 1);
@@ -71,13 +80,13 @@ __device__ __noinline__ void from_codes(const Step &s, const Chunk c, const Term
 #pragma unroll 1
   for (int i = 0; i < LANES; i++) {
     Count carry = {0, 0};
-    for (int from = c.from; from < c.to; from += THREADS) {
-      const int run = from + threadIdx.x;
-      u32 code[EIGHT * HALVES], seen, forced, near = 0, ties = 0;
-      load_run(code, s, c, run);
-      look(s, c, run, seen, forced);
+    for (int from = c.from(); from < c.to(); from += THREADS) {
+      const int unit = from + threadIdx.x;
+      u32 code[KEYS * HALVES], seen, forced, near = 0, ties = 0;
+      load_unit(code, s, c, unit);
+      look(s, c, unit, seen, forced);
 #pragma unroll
-      for (int key = 0; key < EIGHT; key++) {
+      for (int key = 0; key < KEYS; key++) {
         const int place = forced >> key & 1 ? 0 : 1 + ranked(code + key * HALVES, terms[i]);
         near |= (u32)(place < cuts[i]) << key, ties |= (u32)(place == cuts[i]) << key;
       }
@@ -86,72 +95,74 @@ __device__ __noinline__ void from_codes(const Step &s, const Chunk c, const Term
       for (u32 left = near | ties; left; left &= left - 1) {
         const int key = __ffs(left) - 1;
         const bool tie = ties >> key & 1;
-        if (!tie || at.ties >= drops[i]) columns[slot_of(i, chosen_before(at, drops[i]))] = c.column(run) + key;
+        if (!tie || at.ties >= drops[i]) columns[slot_of(i, chosen_before(at, drops[i]))] = c.column(unit) + key;
         at.nearer += !tie, at.ties += tie;
       }
     }
   }
 }
 
-// The same from the candidates within the lanes' bounds. A warp looks at a part of the chunk for itself. Returns whether
-// bounds were wrong for any lane.
-__device__ __forceinline__ bool from_candidates(
-    const Step &s, const Chunk &c, const Terms *terms, const int *bounds, int wanted, int *columns, int *thresholds
-) {
-  __shared__ u32 queue[LANES][WARPS][SEGMENT];  // level << 20 | place in the chunk
-  __shared__ int histogram[LANES * LEVELS], lengths[LANES][WARPS];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int share = (c.to - c.from + THREADS - 1) / THREADS * 32;
-  const int from = c.from + warp * share, to = min(from + share, c.to);
-  u32 code[EIGHT * HALVES];
-  load_run(code, s, c, from + lane < to ? from + lane : c.to);
-  if (threadIdx.x < LANES * LEVELS) histogram[threadIdx.x] = 0;
-  __syncthreads();  // terms and bounds are there as well
-  Lengths held = {0, 0};
-#pragma unroll 1
-  for (int run = from + lane; run - lane < to; run += 32) {
-    u32 seen, forced, flags[LANES], lacking[LANES][2];
-    Lengths own = {0, 0};
-    look(s, c, run, seen, forced);
-    if (run >= to) seen = forced = 0;
-#pragma unroll
-    for (int i = 0; i < LANES; i++) {
-      flags[i] = flag_near(code, terms[i], bounds[i], seen, forced, lacking[i]);
-      own.add(i, __popc(flags[i]));
-    }
-    if (run - lane + 32 < to) load_run(code, s, c, run + 32 < to ? run + 32 : c.to);  // on its way meanwhile
-    const Lengths upto = up_to(own);
-    const Lengths all = {__shfl_sync(~0u, upto.low, 31), __shfl_sync(~0u, upto.high, 31)};
-#pragma unroll
-    for (int i = 0; i < LANES; i++) {
-      int at = held.of(i) + upto.of(i) - own.of(i);
-      for (u32 left = flags[i]; left && at < SEGMENT; left &= left - 1) {
-        const int key = __ffs(left) - 1, level = level_of(lacking[i][0], lacking[i][1], key);
-        queue[i][warp][at++] = level << 20 | (run - c.from) * EIGHT + key;
-      }
-    }
-    held.add(all);
+struct Queue {  // candidates in the order of columns: level << 20 | place in the chunk
+  Shared shared[WARPS];
+  u32 of[LANES][WARPS][SEGMENT + 4];
+  int histogram[LANES * LEVELS], lengths[LANES][WARPS];
+};
+
+struct Part {  // of a chunk, that a warp looks at
+  int from, to;
+  __device__ __forceinline__ explicit Part(const Chunk &c) {
+    const int share = (c.to() - c.from() + THREADS - 1) / THREADS * 32;
+    from = c.from() + threadIdx.x / 32 * share, to = min(from + share, c.to());
   }
+  // Ask for the codes of 32 units from `unit` on, up to a column.
+  __device__ __forceinline__ void stage(Staged &staged, const Chunk &c, int unit, int room) const {
 #pragma unroll
-  for (int i = 0; i < LANES; i++)
-    if (lane == 0) lengths[i][warp] = held.of(i);
+    for (int i = 0; i < OWN_PIECES; i++) {
+      const int piece = i * 32 + threadIdx.x % 32, own = unit + piece / OWN_PIECES;
+      ::stage(staged, piece, c.codes, c.column(own) + piece % OWN_PIECES * 2 / WORDS, own < to ? room : 0);
+    }
+  }
+};
+
+// The same from the candidates within the lanes' bounds, of codes whose first are staged. Returns whether bounds were wrong
+// for any lane.
+__device__ __forceinline__ bool from_candidates(
+    const Step &s, const Chunk &c, const Part &part, const Terms *terms, const int *bounds, int wanted, int *columns,
+    int *thresholds, Queue &queue
+) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = head_read();
+  Shared &own = queue.shared[warp];
+  int held = 0;  // of the head's candidates
+#pragma unroll 1
+  for (int unit = part.from; unit < part.to; unit += 32) {
+    if (unit > part.from) part.stage(own.codes, c, unit, s.code_room);
+    if (unit + 32 + lane < part.to) prefetch_line(c.codes + (size_t)c.column(unit + 32 + lane) * WORDS);
+    const bool edge = c.column(unit) < c.first + s.sinks || c.column(min(unit + 31, part.to - 1)) + KEYS > c.end - s.recents;
+    u32 seen = unit + lane < part.to ? (1 << KEYS) - 1 : 0, forced = 0;
+    if (edge && seen) look(s, c, unit + lane, seen, forced);
+    wait_for_copies();
+    __syncwarp();
+    compare(own, terms, bounds, seen, forced);
+    __syncwarp();
+    const u32 flags = read_flags(own);
+    const int count = __popc(flags), upto = up_to(count);
+    int at = held + upto - count;
+#pragma unroll 1
+    for (u32 left = flags; left && at < SEGMENT; left &= left - 1) {
+      const int bit = __ffs(left) - 1, owner = first_read() + bit / 8, key = bit % 8;
+      int level = level_of(own, owner, key, terms[head], bounds[head]);
+      if (edge && offset(s, c.column(unit + owner) + key, c.first, c.end) < 0) level = LEVELS - 1;
+      queue.of[head][warp][at++] = level << 20 | (unit + owner - c.from()) * KEYS + key;
+      atomicAdd(&queue.histogram[head * LEVELS + level], 1);
+    }
+    held += __shfl_sync(~0u, upto, lane | (READERS - 1));
+  }
+  if (lane % READERS == 0 && head < LANES) queue.lengths[head][warp] = held;
   __syncthreads();
   bool missed = false;
-  if (warp < LANES) {  // a warp for a lane
-    int length = 0;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) length += lengths[warp][w];
-    auto entry = [&](int at) {  // of all segments, one after the other
-      int w = 0;
-#pragma unroll
-      for (int i = 0; i < WARPS - 1; i++)
-        if (w == i && at >= lengths[warp][i]) at -= lengths[warp][i], w++;
-      return queue[warp][w][min(at, SEGMENT - 1)];
-    };
-    const bool full = __any_sync(~0u, lengths[warp][lane % WARPS] > SEGMENT);
-    for (int at = lane; !full && at < length; at += 32) atomicAdd(&histogram[warp * LEVELS + (entry(at) >> 20)], 1);
-    __syncwarp();
-    int count = histogram[warp * LEVELS + lane];  // at least this level
+  if (warp < LANES) {  // a warp for a head, and four of its threads for a segment
+    const int segment = lane / 4, length = queue.lengths[warp][segment];
+    int count = queue.histogram[warp * LEVELS + lane];  // at least this level
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
       const int other = __shfl_down_sync(~0u, count, d);
@@ -159,57 +170,45 @@ __device__ __forceinline__ bool from_candidates(
     }
     const u32 enough = __ballot_sync(~0u, count >= wanted);
     const int level = 31 - __clz(enough), drop = __shfl_sync(~0u, count, level & 31) - wanted;
-    missed = full || enough == 0 || (level == LEVELS - 1 && drop > 0);
-    int nearer = 0, equal = 0;
-    for (int at = lane; !missed && at - lane < length; at += 32) {
-      const u32 one = entry(min(at, length - 1));
-      const int own = one >> 20, place = one & 0xfffff;
-      const u32 near = __ballot_sync(~0u, at < length && own > level), below = (1u << lane) - 1;
-      const u32 ties = __ballot_sync(~0u, at < length && own == level);
-      const int ties_before = equal + __popc(ties & below);
-      if (near >> lane & 1 || (ties >> lane & 1 && ties_before >= drop))
-        columns[slot_of(warp, nearer + __popc(near & below) + max(ties_before - drop, 0))] =
-            c.column(c.from + place / EIGHT) + place % EIGHT;
-      nearer += __popc(near), equal += __popc(ties);
+    missed = __any_sync(~0u, length > SEGMENT) || enough == 0 || (level == LEVELS - 1 && drop > 0);
+    const int each = (min(length, SEGMENT) + 3) / 4, from = lane % 4 * each, to = min(from + each, min(length, SEGMENT));
+    const u32 *entries = queue.of[warp][segment];
+    Count own = {0, 0};
+    for (int at = from; at < to; at++) {
+      const int one = entries[at] >> 20;
+      own.nearer += one > level, own.ties += one == level;
+    }
+    u32 upto = own.nearer | own.ties << 16;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const u32 other = __shfl_up_sync(~0u, upto, d);
+      if (lane >= d) upto += other;
+    }
+    Count before = {(int)(upto & 0xffff) - own.nearer, (int)(upto >> 16) - own.ties};
+    for (int at = from; at < to && !missed; at++) {
+      const int one = entries[at] >> 20, place = entries[at] & 0xfffff;
+      if (one > level || (one == level && before.ties >= drop))
+        columns[slot_of(warp, chosen_before(before, drop))] = c.column(c.from() + place / KEYS) + place % KEYS;
+      before.nearer += one > level, before.ties += one == level;
     }
     if (lane == 0) thresholds[warp] = bounds[warp] - STEP * level;
   }
   return __syncthreads_or(missed);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, WORDS > 1 ? 2 : DEPTH > 1 ? 3 : 4) local(const __grid_constant__ Step s) {
-  constexpr int GROUPS = G / LANES;
-  __shared__ Terms terms[LANES];
-  __shared__ int bounds[LANES], thresholds[LANES], columns[OWN * TEAMS];
-  __shared__ float sums[TEAMS][DIM], peaks[TEAMS], totals[TEAMS];
-  __shared__ uint4 v[BATCH][DEPTH][THREADS];
-  const int thread = threadIdx.x, number = blockIdx.x, team = thread / ABREAST, place = thread % ABREAST;
-  const int b = blockIdx.z / TOKENS, t = blockIdx.z % TOKENS, group = blockIdx.y % GROUPS;
-  const int kv = b * s.kv_heads + blockIdx.y / GROUPS, row0 = (kv * G + group * LANES) * TOKENS + t;
-  wait_for_the_kernel_before();
-  Chunk c = {s.codes + (size_t)kv * s.code_room * WORDS, number};
-  span(s, b, t, c.first, c.end);
-  constexpr int stride = RUN * CHUNKS;
-  c.from = c.first / stride * PIECES_OF_A_RUN, c.to = (c.end + stride - 1) / stride * PIECES_OF_A_RUN;
-  const int wanted = min(ROWS, c.filled(c.end) - c.filled(c.first));
-  if (thread < LANES) bounds[thread] = min(max(s.bounds[(row0 + thread * TOKENS) * CHUNKS + number] >> 4, 0), 64 * WORDS * WEIGHT);
-  for (int i = thread; i < OWN * TEAMS; i += THREADS) columns[i] = -1;
-  prepare(terms, LANES, s.query + (size_t)row0 * PLANES * WORDS, TOKENS * PLANES * WORDS, WARPS);
-  if (wanted > 0) {
-    if (from_candidates(s, c, terms, bounds, wanted, columns, thresholds))
-      from_codes(s, c, terms, wanted, columns, thresholds);
-    if (thread < LANES) {  // falls by one in 16 steps
-      int *bound = s.bounds + (row0 + thread * TOKENS) * CHUNKS + number;
-      *bound = max((thresholds[thread] + s.margin) * 16, min(*bound, FAR * 16) - 1);
-    }
-  }
-  __syncthreads();
-  for (int i = thread; i < LANES * ROWS; i += THREADS)
-    s.ids[((size_t)(row0 + i / ROWS * TOKENS) * CHUNKS + number) * ROWS + i % ROWS] = columns[slot_of(i / ROWS, i % ROWS)];
+#if !TENSOR_CORES
+struct Teams {  // of a program, in shared memory
+  uint4 values[BATCH][DEPTH][THREADS];
+  float sums[TEAMS][DIM], peaks[TEAMS], totals[TEAMS];
+};
 
-  constexpr size_t SIZE = TYPE == 2 ? 4 : 2;
-  const size_t storage = (size_t)kv * s.room * DIM * SIZE;
-  const void *keys = static_cast<const char *>(s.keys) + storage, *values = static_cast<const char *>(s.values) + storage;
+// As attend_heads, without tensor cores.
+__device__ __forceinline__ void attend_lanes(
+    const Step &s, int row0, const void *keys, const void *values, const int *columns, size_t part, Teams &teams
+) {
+  auto &sums = teams.sums;
+  auto &peaks = teams.peaks, &totals = teams.totals;
+  const int thread = threadIdx.x, team = thread / ABREAST, place = thread % ABREAST;
   const int head = min(team / TEAMS_EACH, LANES - 1);
   float q[DEPTH][EACH];
   Sum sum = {-infinity(), 0};
@@ -226,8 +225,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORDS > 1 ? 2 : DEPTH > 1 
   for (int from = 0; from < OWN; from += BATCH) {
     uint4 k[BATCH][DEPTH];
     load_rows(k, keys, columns, from);
-    copy_rows(v, values, columns, from);
-    attend_rows(sum, k, v, q, columns, from);
+    copy_rows(teams.values, values, columns, from);
+    attend_rows(sum, k, teams.values, q, columns, from);
   }
 #pragma unroll
   for (int j = 0; j < DEPTH; j++) {
@@ -238,8 +237,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORDS > 1 ? 2 : DEPTH > 1 
   }
   if (place == 0) peaks[team] = sum.peak, totals[team] = sum.total;
   __syncthreads();
-  const int joint = blockIdx.z * gridDim.y + blockIdx.y;  // whose parts lie together
-  const size_t part = (size_t)joint * CHUNKS + number;
   for (int i = thread; i < LANES * DIM; i += THREADS) {
     const int own = i / DIM;
     float peak = -infinity(), total = 0, x = 0;
@@ -254,7 +251,74 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORDS > 1 ? 2 : DEPTH > 1 
     __stcg(s.parts + part * LANES * DIM + i, x);
     if (i % DIM == 0) __stcg(reinterpret_cast<float2 *>(s.stats) + part * LANES + own, make_float2(peak, total));
   }
+}
+
+#endif
+
+union Space {
+  Queue queue;
+  Search search;
+#if TENSOR_CORES
+  Tiles tiles;
+#else
+  Teams teams;
+#endif
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, WORDS > 1 ? 2 : DEPTH > 1 ? 3 : 4) local(const __grid_constant__ Step s) {
+  constexpr int GROUPS = G / LANES;
+  __shared__ Terms terms[LANES];
+  __shared__ int bounds[LANES], thresholds[LANES], columns[OWN * TEAMS];
+  __shared__ __align__(16) Space space;
+  const int thread = threadIdx.x, number = blockIdx.x;
+  const int b = blockIdx.z / TOKENS, t = blockIdx.z % TOKENS, group = blockIdx.y % GROUPS;
+  const int kv = b * s.kv_heads + blockIdx.y / GROUPS, row0 = (kv * G + group * LANES) * TOKENS + t;
+  // Codes stay what they are, so that they can be read while the kernel before is at work, but for the newest.
+  Chunk c = {s.codes + (size_t)kv * s.code_room * WORDS, number};
+  c.first = __ldcg(s.starts + b), c.end = min(max(filled(s), 0), s.code_room);
+  const int early = c.end;
+  const Part guess(c);
+  Staged &staged = space.queue.shared[thread / 32].codes;
+  if (guess.from < guess.to) guess.stage(staged, c, guess.from, early);
+  if (thread < LANES) prefetch_line(s.bounds + (row0 + thread * TOKENS) * CHUNKS + number);
+  wait_for_the_kernel_before();
+  span(s, b, t, c.first, c.end);
+  const Part part(c);
+  const int wanted = min(ROWS, c.filled(c.end) - c.filled(c.first));
+  if (thread < LANES) bounds[thread] = min(max(s.bounds[(row0 + thread * TOKENS) * CHUNKS + number] >> 4, 0), 64 * WORDS * WEIGHT);
+  for (int i = thread; i < OWN * TEAMS; i += THREADS) columns[i] = -1;
+  for (int i = thread; i < LANES * LEVELS; i += THREADS) space.queue.histogram[i] = 0;
+  prepare(terms, LANES, s.query + (size_t)row0 * PLANES * WORDS, TOKENS * PLANES * WORDS, WARPS);
+  wait_for_copies();
+  const int last = c.column(min(part.from + 31, part.to - 1)) + KEYS;  // of what is staged
+  if (part.from != guess.from || part.to != guess.to || last > min(early, c.end) - NEWEST) {
+    __syncwarp();
+    if (part.from < part.to) part.stage(staged, c, part.from, s.code_room);
+  }
+  __syncthreads();
+  if (wanted > 0) {
+    if (from_candidates(s, c, part, terms, bounds, wanted, columns, thresholds, space.queue))
+      from_codes(s, c, terms, wanted, columns, thresholds, space.search);
+    if (thread < LANES) {  // falls by one in 16 steps
+      int *bound = s.bounds + (row0 + thread * TOKENS) * CHUNKS + number;
+      *bound = max((thresholds[thread] + s.margin) * 16, min(*bound, FAR * 16) - 1);
+    }
+  }
+  __syncthreads();
+  for (int i = thread; i < LANES * ROWS; i += THREADS)
+    s.ids[((size_t)(row0 + i / ROWS * TOKENS) * CHUNKS + number) * ROWS + i % ROWS] = columns[slot_of(i / ROWS, i % ROWS)];
+
+  constexpr size_t SIZE = TYPE == 2 ? 4 : 2;
+  const size_t storage = (size_t)kv * s.room * DIM * SIZE;
+  const void *keys = static_cast<const char *>(s.keys) + storage, *values = static_cast<const char *>(s.values) + storage;
+  const int joint = blockIdx.z * gridDim.y + blockIdx.y;  // whose parts lie together
+  const size_t part_number = (size_t)joint * CHUNKS + number;
+#if TENSOR_CORES
+  const void *q = static_cast<const uint4 *>(s.q) + (size_t)row0 * PIECES;
+  attend_heads(s, q, (size_t)TOKENS * DIM, keys, values, columns, part_number, space.tiles);
+#else
+  attend_lanes(s, row0, keys, values, columns, part_number, space.teams);
+#endif
   let_the_next_kernel_start();
-  if (is_last(s.arrived + joint, CHUNKS))
-    combine(s, part - number, CHUNKS, row0, filled(s) > s.room);
+  if (is_last(s.arrived + joint, CHUNKS)) combine(s, (size_t)joint * CHUNKS, CHUNKS, row0, filled(s) > s.room);
 }

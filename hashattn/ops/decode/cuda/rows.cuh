@@ -2,9 +2,6 @@
 #pragma once
 #include "step.cuh"
 
-#ifndef LOCAL
-#define LOCAL 0
-#endif
 #if LOCAL
 constexpr int THREADS = 256, JOINED = LANES;  // threads, and heads whose results lie together in a part
 #else
@@ -25,8 +22,11 @@ constexpr int LEAST = (ROWS + TEAMS - 1) / TEAMS;                 // rows of a t
 constexpr int PIECES_HELD = LOCAL ? 4 : 8;
 constexpr int BATCH = LEAST * DEPTH <= PIECES_HELD ? LEAST : PIECES_HELD / DEPTH;  // that it holds at a time
 constexpr int OWN = (LEAST + BATCH - 1) / BATCH * BATCH;          // rows of a team, some of which may not be there
-#if SUM > 1 && TYPE != 2
-#define TENSOR_CORES 1  // group.cuh attends, and keeps parts in an order of its own
+#if TYPE != 2
+#define TENSOR_CORES 1  // tensor_cores.cuh attends, and keeps parts in an order of its own
+// Warps that attend to one choice, and keys that one of them attends to at a time.
+constexpr int ALL = THREADS / 32 / (LOCAL ? LANES : 1), WARPS_EACH = ALL * 8 <= ROWS ? ALL : ROWS / 8;
+constexpr int TILE = ROWS / WARPS_EACH >= 16 && DIM <= 128 + 128 * !LOCAL ? 16 : 8;
 constexpr int PART = (DIM + 63) / 64 * 64;
 __device__ __forceinline__ int dim_of(int place) { return place / 64 * 64 + place % 8 * 8 + place % 64 / 8; }
 #else

@@ -1,107 +1,103 @@
 // First kernel of exact top-k: a chunk's keys near each row's bound, in column order, and how many there are by level.
-// Grid (chunks, Hkv * G / SUM / LANES, B * TOKENS), 256 threads. A thread looks at a few neighbouring keys. Counting bits, a
-// quarter-rate instruction, takes the time; candidates are few, so they are queued and written by all threads at once.
+// Grid (chunks, Hkv * G / SUM / LANES, B * TOKENS), 256 threads.
 #include "candidates.cuh"
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS, KEYS = CHUNK / THREADS;
+constexpr int WARPS = 8, THREADS = 32 * WARPS;
+static_assert(CHUNK == THREADS * KEYS, "a thread has its own keys");
+
 // Ask for a row's keys and values, so that they are on their way when the second kernel wants them.
 __device__ __forceinline__ void prefetch(const void *storage, size_t row) {
-  constexpr int BYTES = DIM * (TYPE == 2 ? 4 : 2);
+  constexpr int ROW = DIM * (TYPE == 2 ? 4 : 2);
 #pragma unroll
-  for (int i = 0; i < BYTES; i += 128)
-    prefetch_line(static_cast<const char *>(storage) + row * BYTES + i);
+  for (int i = 0; i < ROW; i += 128) prefetch_line(static_cast<const char *>(storage) + row * ROW + i);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant__ Step s) {
   __shared__ Terms terms[LANES];
-  __shared__ int bounds[LANES], histogram[LANES * LEVELS];
-  __shared__ Lengths found[WARPS];
-  __shared__ u16 queue[LANES * CHUNK];  // candidates of all lanes, one lane's after the other's
+  __shared__ int bounds[LANES], histogram[LANES * LEVELS], found[WARPS][4];
+  __shared__ __align__(16) Shared shared[WARPS];
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   constexpr int GROUPS = G / SUM / LANES;
   const int b = blockIdx.z / TOKENS, t = blockIdx.z % TOKENS, group = blockIdx.y % GROUPS;
   const int kv = b * s.kv_heads + blockIdx.y / GROUPS, chunk = blockIdx.x, low = chunk * CHUNK;
   const int row0 = (kv * (G / SUM) + group * LANES) * TOKENS + t;  // the next lane's is T further
   const u64 *codes = s.codes + (size_t)kv * s.code_room * WORDS;
-  constexpr int LINE = 16 / WORDS;  // codes in 128 bytes
-  if (thread < CHUNK / LINE && low + thread * LINE < min(filled(s), s.code_room))  // a length of before is as good
-    prefetch_line(codes + (size_t)(low + thread * LINE) * WORDS);
-  wait_for_the_kernel_before();
-  const int own = low + thread * KEYS;  // this thread's first column
-  u32 code[KEYS * HALVES];
+  Shared &own = shared[warp];
+  auto copy = [&](int from, int to) {  // pieces with columns from `from` on, up to `to`
 #pragma unroll
-  for (int key = 0; key < KEYS; key += PAIR) load_codes(code + key * HALVES, codes, own + key, s.code_room);
+    for (int i = 0; i < OWN_PIECES; i++) {
+      const int piece = i * 32 + lane, column = low + (warp * WARP_PIECES + piece) * 2 / WORDS;
+      if (column + 2 > from) stage(own.codes, piece, codes, column, to);
+    }
+  };
+  // Codes stay what they are, so that they can be read while the kernel before is at work, but for the newest.
+  const int early = min(max(filled(s), 0), s.code_room);
+  copy(0, early);
+  if (thread < LANES) prefetch_line(s.bounds + row0 + thread * TOKENS);
+  wait_for_the_kernel_before();
   int first, end;
   span(s, b, t, first, end);
-  if (low >= end || low + CHUNK <= first) return;  // nobody looks at what is not written
+  if (low >= end || low + CHUNK <= first) return wait_for_copies();  // nobody looks at what is not written
   if (thread < LANES) bounds[thread] = read_bound(s, row0 + thread * TOKENS);
   if (thread < LANES * LEVELS) histogram[thread] = 0;
   const u64 *query = s.query + ((size_t)(kv * G + group * LANES * SUM) * TOKENS + t) * PLANES * WORDS;
   prepare(terms, LANES, query, TOKENS * PLANES * WORDS, WARPS);
+  wait_for_copies();
+  if (low + CHUNK > min(early, end) - NEWEST) {
+    copy(min(early, end) - NEWEST, s.code_room);
+    wait_for_copies();
+  }
   __syncthreads();
 
+  const int column = low + thread * KEYS;
+  const bool edge = low < first + s.sinks || low + CHUNK > end - s.recents;
   u32 seen = (1 << KEYS) - 1, forced = 0;
-  if (low < first + s.sinks || low + CHUNK > end - s.recents) {
+  if (edge) {
     seen = 0;
 #pragma unroll
     for (int key = 0; key < KEYS; key++) {
-      const int shift = offset(s, own + key, first, end);
+      const int shift = offset(s, column + key, first, end);
       seen |= (u32)(shift <= 0) << key, forced |= (u32)(shift < 0) << key;
     }
   }
-  u32 flags[LANES], lacking[LANES][KEYS / 4];  // lacking: a byte for each key, ~level
-  Lengths length = {0, 0};
-#pragma unroll
-  for (int i = 0; i < LANES; i++) {
-    flags[i] = flag_near(code, terms[i], bounds[i], seen, forced, lacking[i]);
-    length.add(i, __popc(flags[i]));
-  }
-  const Lengths upto = up_to(length);
-  if (lane == 31) found[warp] = upto;
+  compare(own, terms, bounds, seen, forced);
+  __syncwarp();
+  const u32 flags = read_flags(own);
+  const int count = __popc(flags), upto = up_to(count), head = head_read();
+  if (lane % READERS == READERS - 1) found[warp][head] = upto;
   __syncthreads();
-  Lengths before = {upto.low - length.low, upto.high - length.high}, all = {0, 0};
+  int rank = upto - count, all = 0;
 #pragma unroll
   for (int w = 0; w < WARPS; w++) {
-    if (w < warp) before.add(found[w]);
-    all.add(found[w]);
+    const int other = found[w][head];
+    all += other;
+    if (w < warp) rank += other;
   }
-  int start = 0;
-#pragma unroll
-  for (int i = 0; i < LANES; i++) {
-    u16 *to = queue + start + before.of(i);
-    for (u32 left = flags[i]; left; left &= left - 1) {
-      const int key = __ffs(left) - 1, level = level_of(lacking[i][0], lacking[i][KEYS / 4 - 1], key);
-      *to++ = level << PLACE_BITS | (thread * KEYS + key);
-    }
-    start += all.of(i);
-  }
-  __syncthreads();
+  u16 *list = s.lists + ((size_t)(row0 + head * TOKENS) * s.chunks + chunk) * CHUNK;
 #pragma unroll 1
-  for (int at = thread; at < start; at += THREADS) {
-    int i = 0, rank = at;
-#pragma unroll
-    for (int j = 0; j < LANES - 1; j++)
-      if (i == j && rank >= all.of(j)) rank -= all.of(j), i++;
-    const u32 entry = queue[at];
-    const int level = entry >> PLACE_BITS;
-    s.lists[((size_t)(row0 + i * TOKENS) * s.chunks + chunk) * CHUNK + rank] = entry;
-    atomicAdd(&histogram[i * LEVELS + level], 1);
-    if (PREFETCH && level * STEP >= s.margin + 2 && start <= 2 * THREADS) {  // nearer than the last threshold, and few
-      const size_t row = (size_t)kv * s.room + low + (entry & ((1 << PLACE_BITS) - 1));
+  for (u32 left = flags; left; left &= left - 1) {
+    const int bit = __ffs(left) - 1, owner = first_read() + bit / 8, key = bit % 8;
+    const int place = (warp * 32 + owner) * KEYS + key;
+    int level = level_of(own, owner, key, terms[head], bounds[head]);
+    if (edge && offset(s, low + place, first, end) < 0) level = LEVELS - 1;
+    list[rank++] = level << PLACE_BITS | place;
+    atomicAdd(&histogram[head * LEVELS + level], 1);
+    if (PREFETCH && level * STEP >= s.margin + 2 && all <= THREADS) {  // nearer than the last threshold, and few
+      const size_t row = (size_t)kv * s.room + low + place;
       prefetch(s.keys, row), prefetch(s.values, row);
     }
   }
   __syncthreads();
   if (warp < LANES) {
-    int count = histogram[warp * LEVELS + lane];  // at least this level
+    int more = histogram[warp * LEVELS + lane];  // at least this level
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
-      const int other = __shfl_down_sync(~0u, count, d);
-      if (lane + d < 32) count += other;
+      const int other = __shfl_down_sync(~0u, more, d);
+      if (lane + d < 32) more += other;
     }
     const int row = row0 + warp * TOKENS;
-    s.counts[((size_t)row * LEVELS + lane) * s.chunks + chunk] = count;
-    if (count) atomicAdd(s.totals + row * LEVELS + lane, count);
+    s.counts[((size_t)row * LEVELS + lane) * s.count_stride + chunk] = more;
+    if (more) atomicAdd(s.totals + row * LEVELS + lane, more);
   }
   let_the_next_kernel_start();
 }

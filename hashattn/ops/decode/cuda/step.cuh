@@ -12,6 +12,10 @@ typedef unsigned short u16;
 
 #include "ptx.cuh"
 
+#ifndef LOCAL
+#define LOCAL 0
+#endif
+
 struct Step {
   const void *q, *keys, *values;  // [B, Hq, T, DIM], [B, Hkv, room, DIM]
   const u64 *query, *codes;       // [B, Hq, T, PLANES, WORDS], [B, Hkv, code_room, WORDS]
@@ -20,14 +24,14 @@ struct Step {
   int *totals;                    // [rows, LEVELS], zero before and after
   int *arrived;                   // [rows], zero before and after
   u16 *lists;                     // [rows, chunks, CHUNK]: level << PLACE_BITS | place, in column order
-  u16 *counts;                    // [rows, LEVELS, chunks]: candidates of at least this level
+  u16 *counts;                    // [rows, LEVELS, count_stride]: candidates of at least this level
   float *parts, *stats;           // [parts, JOINED, PART], [parts, JOINED, 2]
   int *ids;                       // [rows, slots]
   void *out;                      // [B, Hq, T, DIM]
   float *lse;                     // [B, Hq, T]
   double share;
   float scale;
-  int k, radius, sinks, recents, margin, room, code_room, chunks, slots, kv_heads;
+  int k, radius, sinks, recents, margin, room, code_room, chunks, count_stride, slots, kv_heads;
 };
 
 constexpr int LEVELS = 32;  // how much nearer than the bound a candidate is, where it is no more than LEVELS - 1
@@ -35,6 +39,7 @@ constexpr int FAR = 1 << 14;  // beyond every distance
 constexpr int PLACE_BITS = 11;
 constexpr int PAIR = WORDS == 1 ? 2 : 1;  // codes in 16 bytes, or 1
 constexpr int CHUNK = WORDS == 4 ? 1024 : 2048;  // keys of a program of the scan
+constexpr int NEWEST = 64;                // columns that the kernel before may be writing
 constexpr int HALVES = 2 * WORDS;         // 32-bit words of a code
 
 // The summed distance of a key to SUM queries of PLANES bit planes counts, for each bit, the weight of the terms that
