@@ -36,7 +36,7 @@ def sizes(shape, rule):
 @pytest.mark.parametrize(("shape", "dtype", "rule"), SHAPES)
 def test_kernels_compile_without_spills(shape, dtype, rule, arch, tmp_path):
     assert compiler.why_not() is None
-    for one in launches(sizes(shape, rule), dtype, True, True):
+    for one in launches(sizes(shape, rule), dtype, True, True, 132):
         path = tmp_path / f"{one.name}.cubin"
         path.write_bytes(compiler.compile(one.name, one.defines, arch))
         usage, code = (
@@ -104,7 +104,7 @@ def test_a_scan_alone_leaves_the_state_of_the_next_step_as_it_was(emulated):
 
 def test_what_is_compiled_is_kept_and_made_anew_if_it_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setenv("HASHATTN_CACHE", str(tmp_path))
-    (one, _) = launches(sizes(*SHAPES[0][::2]), torch.bfloat16, True, True)
+    (one, _) = launches(sizes(*SHAPES[0][::2]), torch.bfloat16, True, True, 132)
     first = compiler.cached(one.name, one.defines, 90)
     (path,) = (tmp_path / "kernels").iterdir()
     assert path.read_bytes() == first

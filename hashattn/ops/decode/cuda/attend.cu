@@ -1,7 +1,7 @@
 // Second kernel of exact top-k: the threshold, one program's share of the chosen keys, attention to them.
 // Grid (slots / ROWS, Hkv * G / SUM, B * TOKENS), 128 threads. Ranks follow column order, so the result does not depend on the bounds.
 #include "counts.cuh"
-#include "tensor_cores.cuh"
+#include "group.cuh"
 
 
 struct Cut {  // what is chosen: candidates above a level, and those at it but for the `dropped` oldest
@@ -232,15 +232,15 @@ __device__ __noinline__ int from_codes(
   return terms.base() + STEP * (cut - 1);
 }
 
+// Of a multiprocessor, at least: as many as registers allow without spilling any.
+constexpr int PROGRAMS = DIM > 128 ? (SUM > 8 ? 2 : 3) : !CROWDED || SUM > 8 ? 4 : DIM == 128 && SUM <= 4 ? 8 : 7;
+
 union Space {
   Holders holders;
   Search search;
-#if TENSOR_CORES
-  Tiles tiles;
-#endif
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 4 : SUM > 8 ? 2 : 3) attend(const __grid_constant__ Step s) {
+extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(const __grid_constant__ Step s) {
   __shared__ int columns[ROWS];
   __shared__ __align__(16) Space space;
   const int part = blockIdx.x, lane = threadIdx.x % 32, b = blockIdx.z / TOKENS, t = blockIdx.z % TOKENS;
@@ -255,6 +255,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 4 : SUM > 8 ?
 #endif
   wanted = max(wanted, min(visible, s.sinks + s.recents));
   wait_for_the_kernel_before();
+#if EARLY_ATTEND
+  let_the_next_kernel_start();
+#endif
   const int count = s.totals[row * LEVELS + lane];  // candidates of at least this level
   const int found = __shfl_sync(~0u, count, 0);
 #if RADIUS
@@ -292,12 +295,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 4 : SUM > 8 ?
   const void *q = static_cast<const char *>(s.q) + q_row * DIM * SIZE;
   const void *keys = static_cast<const char *>(s.keys) + storage, *values = static_cast<const char *>(s.values) + storage;
 #if TENSOR_CORES
-  attend_group(s, q, (size_t)TOKENS * DIM, keys, values, columns, row * programs_most + part, space.tiles);
+  attend_group(s, q, (size_t)TOKENS * DIM, keys, values, columns, row * programs_most + part);
 #else
   attend_part(s, q, (size_t)TOKENS * DIM, keys, values, columns, row * programs_most + part);
 #endif
+#if !EARLY_ATTEND
   let_the_next_kernel_start();
+#endif
   if (!is_last(s.arrived + row, programs)) return;
   if (threadIdx.x < LEVELS) s.totals[row * LEVELS + threadIdx.x] = 0;
-  combine(s, row * programs_most, programs, q_row, filled(s) > s.room);
+  combine<true>(s, row * programs_most, 1, programs, q_row, filled(s) > s.room);
 }

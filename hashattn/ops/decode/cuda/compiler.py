@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +87,43 @@ def kernel(name: str, defines: Defines, device: int) -> Any:
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # the device's context exists and is current
         module = _checked(driver.cuModuleLoadData(code))
-    return _checked(driver.cuModuleGetFunction(module, name.encode()))
+    found = _checked(driver.cuModuleGetFunction(module, name.encode()))
+    import os
+    if os.environ.get("CARVE"):
+        _checked(driver.cuFuncSetAttribute(found, driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, int(os.environ["CARVE"])))
+    return found
 
 
-def launch(kernel: Any, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, *, early: bool) -> None:
+@functools.cache
+def padding(kernel: Any, programs: int, device: int) -> int:
+    """Bytes of shared memory to ask for beside the kernel's own, so that multiprocessors get equal numbers of programs.
+
+    Programs that start while the kernel before ends go where it has ended, and would fill a few multiprocessors.
+    """
+    from cuda.bindings import driver
+
+    attributes = driver.CUfunction_attribute
+    own = _checked(driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, kernel))
+    gpu = torch.cuda.get_device_properties(device)
+    each = -(-programs // gpu.multi_processor_count)
+    most = gpu.shared_memory_per_block_optin - own
+    bytes = max(0, min(most, gpu.shared_memory_per_multiprocessor // each - 1024 - own) // 1024 * 1024)
+    attribute = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _checked(driver.cuFuncSetAttribute(kernel, attribute, most))
+    return bytes
+
+
+def launch(kernel: Any, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, *, early: bool, name: str = '') -> None:
     """Launch a kernel of one argument on the current stream; early: it may start while the kernel before it ends."""
     from cuda.bindings import driver
 
+    import os
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
     config.hStream = torch.cuda.current_stream().cuda_stream
+    if name in os.environ.get("EVEN", ""):
+        config.sharedMemBytes = padding(kernel, math.prod(grid), torch.cuda.current_device())
     if early:
         attribute = driver.CUlaunchAttribute()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION

@@ -2,8 +2,9 @@
 // Grid (CHUNKS, Hkv * G / LANES, B * TOKENS), 256 threads. Column n is in chunk n / RUN % CHUNKS: a thread looks at 8 columns.
 #include "candidates.cuh"
 #include "counts.cuh"
-#include "tensor_cores.cuh"
 
+constexpr int GROUP = CHUNKS <= 16 ? CHUNKS : CHUNKS <= 8 * LEVELS ? 8 : (CHUNKS + LEVELS - 1) / LEVELS;  // chunks
+constexpr int JOINTS = GROUP < CHUNKS ? (CHUNKS + GROUP - 1) / GROUP : CHUNKS;
 constexpr int SEGMENT = 64;  // candidates of a lane that a warp finds
 constexpr int UNITS = RUN / KEYS;   // of a run: a thread looks at one at a time
 constexpr int DISTANCES = MOST_RANKED + 2;               // forced keys come first
@@ -11,11 +12,7 @@ static_assert(SUM == 1, "heads choose for themselves");
 
 // Where a lane's column of this rank is kept, so that those who attend to it find it.
 __device__ __forceinline__ int slot_of(int lane, int rank) {
-#if TENSOR_CORES
-  return lane * ROWS + rank;
-#else
   return rank / TEAMS_EACH * TEAMS + lane * TEAMS_EACH + rank % TEAMS_EACH;
-#endif
 }
 
 struct Chunk {  // the units `from` to `to` of a chunk hold columns that are seen
@@ -103,7 +100,8 @@ __device__ __noinline__ void from_codes(const Step &s, const Chunk c, const Term
 }
 
 struct Queue {  // candidates in the order of columns: level << 20 | place in the chunk
-  Shared shared[WARPS];
+  Staged codes[WARPS];
+  Flags flags[WARPS];
   u32 of[LANES][WARPS][SEGMENT + 4];
   int histogram[LANES * LEVELS], lengths[LANES][WARPS];
 };
@@ -116,10 +114,12 @@ struct Part {  // of a chunk, that a warp looks at
   }
   // Ask for the codes of 32 units from `unit` on, up to a column.
   __device__ __forceinline__ void stage(Staged &staged, const Chunk &c, int unit, int room) const {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < OWN_PIECES; i++) {
-      const int piece = i * 32 + threadIdx.x % 32, own = unit + piece / OWN_PIECES;
-      ::stage(staged, piece, c.codes, c.column(own) + piece % OWN_PIECES * 2 / WORDS, own < to ? room : 0);
+      const int own = unit + i * 8 + lane / OWN_PIECES, word = lane % OWN_PIECES * 2, column = c.column(own) + word / WORDS;
+      const int there = own >= to ? 0 : WORDS == 1 ? room - column : column < room ? 2 : 0;
+      ::stage(staged.at(i * 32 + lane), c.codes + (size_t)c.column(own) * WORDS + word, there);
     }
   }
 };
@@ -131,20 +131,20 @@ __device__ __forceinline__ bool from_candidates(
     int *thresholds, Queue &queue
 ) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = head_read();
-  Shared &own = queue.shared[warp];
+  Staged &own = queue.codes[warp];
   int held = 0;  // of the head's candidates
 #pragma unroll 1
   for (int unit = part.from; unit < part.to; unit += 32) {
-    if (unit > part.from) part.stage(own.codes, c, unit, s.code_room);
+    if (unit > part.from) part.stage(own, c, unit, s.code_room);
     if (unit + 32 + lane < part.to) prefetch_line(c.codes + (size_t)c.column(unit + 32 + lane) * WORDS);
     const bool edge = c.column(unit) < c.first + s.sinks || c.column(min(unit + 31, part.to - 1)) + KEYS > c.end - s.recents;
     u32 seen = unit + lane < part.to ? (1 << KEYS) - 1 : 0, forced = 0;
     if (edge && seen) look(s, c, unit + lane, seen, forced);
     wait_for_copies();
     __syncwarp();
-    compare(own, terms, bounds, seen, forced);
+    compare(own, queue.flags[warp], terms, bounds, seen, forced);
     __syncwarp();
-    const u32 flags = read_flags(own);
+    const u32 flags = read_flags(queue.flags[warp]);
     const int count = __popc(flags), upto = up_to(count);
     int at = held + upto - count;
 #pragma unroll 1
@@ -196,13 +196,12 @@ __device__ __forceinline__ bool from_candidates(
   return __syncthreads_or(missed);
 }
 
-#if !TENSOR_CORES
 struct Teams {  // of a program, in shared memory
   uint4 values[BATCH][DEPTH][THREADS];
   float sums[TEAMS][DIM], peaks[TEAMS], totals[TEAMS];
 };
 
-// As attend_heads, without tensor cores.
+// A program's attention to its columns, of a head each, into parts and stats at `part`.
 __device__ __forceinline__ void attend_lanes(
     const Step &s, int row0, const void *keys, const void *values, const int *columns, size_t part, Teams &teams
 ) {
@@ -253,16 +252,10 @@ __device__ __forceinline__ void attend_lanes(
   }
 }
 
-#endif
-
 union Space {
   Queue queue;
   Search search;
-#if TENSOR_CORES
-  Tiles tiles;
-#else
   Teams teams;
-#endif
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, WORDS > 1 ? 2 : DEPTH > 1 ? 3 : 4) local(const __grid_constant__ Step s) {
@@ -278,10 +271,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORDS > 1 ? 2 : DEPTH > 1 
   c.first = __ldcg(s.starts + b), c.end = min(max(filled(s), 0), s.code_room);
   const int early = c.end;
   const Part guess(c);
-  Staged &staged = space.queue.shared[thread / 32].codes;
+  Staged &staged = space.queue.codes[thread / 32];
   if (guess.from < guess.to) guess.stage(staged, c, guess.from, early);
   if (thread < LANES) prefetch_line(s.bounds + (row0 + thread * TOKENS) * CHUNKS + number);
   wait_for_the_kernel_before();
+#if EARLY_LOCAL
+  let_the_next_kernel_start();
+#endif
   span(s, b, t, c.first, c.end);
   const Part part(c);
   const int wanted = min(ROWS, c.filled(c.end) - c.filled(c.first));
@@ -312,13 +308,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORDS > 1 ? 2 : DEPTH > 1 
   const size_t storage = (size_t)kv * s.room * DIM * SIZE;
   const void *keys = static_cast<const char *>(s.keys) + storage, *values = static_cast<const char *>(s.values) + storage;
   const int joint = blockIdx.z * gridDim.y + blockIdx.y;  // whose parts lie together
-  const size_t part_number = (size_t)joint * CHUNKS + number;
-#if TENSOR_CORES
-  const void *q = static_cast<const uint4 *>(s.q) + (size_t)row0 * PIECES;
-  attend_heads(s, q, (size_t)TOKENS * DIM, keys, values, columns, part_number, space.tiles);
-#else
-  attend_lanes(s, row0, keys, values, columns, part_number, space.teams);
-#endif
+  const size_t parts = (size_t)joint * CHUNKS;
+  attend_lanes(s, row0, keys, values, columns, parts + number, space.teams);
+#if !EARLY_LOCAL
   let_the_next_kernel_start();
-  if (is_last(s.arrived + joint, CHUNKS)) combine(s, (size_t)joint * CHUNKS, CHUNKS, row0, filled(s) > s.room);
+#endif
+  if (GROUP < CHUNKS) {  // many parts are joined in two steps, the first by several programs
+    const int group = number / GROUP, count = min(GROUP, CHUNKS - group * GROUP);
+    if (!is_last(s.totals + joint * (LEVELS * LANES) + group, count)) return;
+    combine<false>(s, parts + group * GROUP, 1, count, row0, false);
+  }
+  if (is_last(s.arrived + joint, JOINTS)) combine<true>(s, parts, GROUP < CHUNKS ? GROUP : 1, JOINTS, row0, filled(s) > s.room);
 }

@@ -2,6 +2,9 @@
 #pragma once
 #include "step.cuh"
 
+#ifndef CROWDED
+#define CROWDED 0  // whether there are more programs than multiprocessors hold
+#endif
 #if LOCAL
 constexpr int THREADS = 256, JOINED = LANES;  // threads, and heads whose results lie together in a part
 #else
@@ -19,14 +22,11 @@ constexpr int LEAST = (ROWS + TEAMS_EACH - 1) / TEAMS_EACH;
 #else
 constexpr int LEAST = (ROWS + TEAMS - 1) / TEAMS;                 // rows of a team
 #endif
-constexpr int PIECES_HELD = LOCAL ? 4 : 8;
+constexpr int PIECES_HELD = LOCAL || CROWDED ? 4 : 8;
 constexpr int BATCH = LEAST * DEPTH <= PIECES_HELD ? LEAST : PIECES_HELD / DEPTH;  // that it holds at a time
 constexpr int OWN = (LEAST + BATCH - 1) / BATCH * BATCH;          // rows of a team, some of which may not be there
-#if TYPE != 2
-#define TENSOR_CORES 1  // tensor_cores.cuh attends, and keeps parts in an order of its own
-// Warps that attend to one choice, and keys that one of them attends to at a time.
-constexpr int ALL = THREADS / 32 / (LOCAL ? LANES : 1), WARPS_EACH = ALL * 8 <= ROWS ? ALL : ROWS / 8;
-constexpr int TILE = ROWS / WARPS_EACH >= 16 && DIM <= 128 + 128 * !LOCAL ? 16 : 8;
+#if SUM > 1 && TYPE != 2
+#define TENSOR_CORES 1  // group.cuh attends, and keeps parts in an order of its own
 constexpr int PART = (DIM + 63) / 64 * 64;
 __device__ __forceinline__ int dim_of(int place) { return place / 64 * 64 + place % 8 * 8 + place % 64 / 8; }
 #else
@@ -208,9 +208,11 @@ __device__ __forceinline__ bool is_last(int *arrived, int programs) {
   return last;
 }
 
-// Join `programs` parts from `part` on and write JOINED rows of out and lse from row0 on, TOKENS apart. A spoilt result is
-// NaN. Four numbers of a part are a quad; where threads outnumber quads, they share the parts.
-__device__ __forceinline__ void combine(const Step &s, size_t part, int programs, size_t row0, bool spoilt) {
+// Join `programs` parts from `part` on, `apart` from one another, into the first of them; or, if this is the LAST time, into
+// JOINED rows of out and lse from row0 on, TOKENS apart. A spoilt result is NaN. Four numbers of a part are a quad; where
+// threads outnumber quads, they share the parts.
+template <bool LAST>
+__device__ __forceinline__ void combine(const Step &s, size_t part, int apart, int programs, size_t row0, bool spoilt) {
   constexpr int TILE = 64, AT_ONCE = 8, QUADS = JOINED * PART / 4;
   constexpr int SHARES = QUADS >= THREADS ? 1 : THREADS / QUADS, OUTPUTS = (QUADS + THREADS - 1) / THREADS;
   __shared__ float weights[JOINED][TILE], peaks[JOINED], sums[JOINED], shrinks[JOINED];
@@ -224,7 +226,7 @@ __device__ __forceinline__ void combine(const Step &s, size_t part, int programs
     for (int j = 0; j < AT_ONCE; j++) {
       const int at = from + j * SHARES + share;
       const bool there = at < programs && quad < QUADS && share < SHARES;
-      ahead[j] = there ? __ldcg(parts + (size_t)at * QUADS + quad) : make_float4(0, 0, 0, 0);
+      ahead[j] = there ? __ldcg(parts + (size_t)at * apart * QUADS + quad) : make_float4(0, 0, 0, 0);
     }
   };
   const int first = SHARES > 1 ? threadIdx.x % QUADS : threadIdx.x;
@@ -240,7 +242,7 @@ __device__ __forceinline__ void combine(const Step &s, size_t part, int programs
 #pragma unroll
       for (int i = 0; i < TILE / 32; i++) {
         const int at = from + i * 32 + lane;
-        own[i] = at < programs ? __ldcg(stats + (size_t)at * JOINED + head) : make_float2(-infinity(), 0);
+        own[i] = at < programs ? __ldcg(stats + (size_t)at * apart * JOINED + head) : make_float2(-infinity(), 0);
         peak = fmaxf(peak, own[i].x);
       }
 #pragma unroll
@@ -292,6 +294,10 @@ __device__ __forceinline__ void combine(const Step &s, size_t part, int programs
   for (int output = 0; output < OUTPUTS; output++) {
     const int quad = first + output * THREADS, head = quad * 4 / PART;
     if (share || quad >= QUADS) continue;
+    if (!LAST) {
+      __stcg(reinterpret_cast<float4 *>(s.parts) + part * QUADS + quad, x[output]);
+      continue;
+    }
     const float sum = sums[head], four[4] = {x[output].x, x[output].y, x[output].z, x[output].w};
 #pragma unroll
     for (int e = 0; e < 4; e++) {
@@ -302,6 +308,7 @@ __device__ __forceinline__ void combine(const Step &s, size_t part, int programs
   }
   if (threadIdx.x < JOINED) {
     const float peak = peaks[threadIdx.x];
-    s.lse[row0 + (size_t)threadIdx.x * TOKENS] = ((peak == -infinity() ? 0 : peak) + log2f(sums[threadIdx.x])) / LOG2E;
+    if (LAST) s.lse[row0 + (size_t)threadIdx.x * TOKENS] = ((peak == -infinity() ? 0 : peak) + log2f(sums[threadIdx.x])) / LOG2E;
+    else __stcg(reinterpret_cast<float2 *>(s.stats) + part * JOINED + threadIdx.x, make_float2(peak, sums[threadIdx.x]));
   }
 }

@@ -15,13 +15,14 @@ from hashattn.ops.decode.sizes import ROWS, Sizes, carve
 
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 RUN = 8  # neighbouring columns of a chunk
+AT_ONCE = 4  # programs of a multiprocessor
 CACHED = 32 << 20  # bytes of keys and values that a cache holds until they are wanted
 _POINTERS = (
     "q", "keys", "values", "query", "codes", "starts", "length", "bounds", "totals", "arrived", "lists", "counts",
     "parts", "stats", "ids", "out", "lse",
 )  # fmt: skip
 _INTS = (
-    "k", "radius", "sinks", "recents", "margin", "room", "code_room", "chunks", "count_stride", "slots", "kv_heads",
+    "k", "radius", "sinks", "recents", "margin", "room", "code_room", "chunks", "each", "count_stride", "slots", "kv_heads",
 )  # fmt: skip
 
 
@@ -61,24 +62,28 @@ def decode(
         slots=sizes.slots, kv_heads=sizes.kv_heads,
     )  # fmt: skip
     aligned = sizes.code_room * sizes.words % 2 == 0 and codes.data_ptr() % 16 == 0
-    for one in launches(sizes, q.dtype, causal, aligned)[: 1 if scan_only and rule.chunks is None else None]:
+    plan = launches(sizes, q.dtype, causal, aligned, torch.cuda.get_device_properties(device).multi_processor_count)
+    step.each = plan[0].each
+    for one in plan[: 1 if scan_only and rule.chunks is None else None]:
         kernel = compiler.kernel(one.name, one.defines, q.get_device())
-        compiler.launch(kernel, one.grid, one.threads, step, early=torch.cuda.get_device_capability(device) >= (9, 0))
+        compiler.launch(kernel, one.grid, one.threads, step, early=torch.cuda.get_device_capability(device) >= (9, 0), name=one.name)
     return out, lse, ids.view(sizes.batch, -1, sizes.tokens, sizes.slots)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, what it is compiled with, its programs and their threads."""
+    """A kernel, what it is compiled with, its programs and their threads, and chunks of codes that each looks at."""
 
     name: str
     defines: compiler.Defines
     grid: tuple[int, int, int]
     threads: int
+    each: int = 1
 
 
-def launches(sizes: Sizes, dtype: torch.dtype, causal: bool, aligned: bool) -> list[Launch]:
+def launches(sizes: Sizes, dtype: torch.dtype, causal: bool, aligned: bool, multiprocessors: int) -> list[Launch]:
     """The launches of a step; aligned: codes may be read in 16 bytes."""
+    import os
     rule, summed = sizes.rule, sizes.summed
     lanes = max(n for n in (1, 2, 3, 4) if sizes.group // summed % n == 0)
     common = {
@@ -89,8 +94,11 @@ def launches(sizes: Sizes, dtype: torch.dtype, causal: bool, aligned: bool) -> l
     heads, queries = sizes.kv_heads * sizes.group // summed, sizes.batch * sizes.tokens
 
     def launch(name: str, blocks: int, heads: int, threads: int, **own: int) -> Launch:
+        import os
         defines = tuple((key, int(value)) for key, value in (common | own).items())
-        return Launch(name, defines, (blocks, heads, queries), threads)
+        defines += tuple((f"EARLY_{x.upper()}", int(x in os.environ.get("EARLY", ""))) for x in ("scan", "attend", "local"))
+        each = 1 if name != "scan" else min(blocks, -(-blocks * heads * queries // (AT_ONCE * multiprocessors)))
+        return Launch(name, defines, (-(-blocks // each), heads, queries), threads, each)
 
     if rule.chunks is not None:
         own = {"LOCAL": 1, "CHUNKS": rule.chunks, "RUN": RUN, "LANES": lanes, "ROWS": rule.per_chunk}
@@ -98,5 +106,6 @@ def launches(sizes: Sizes, dtype: torch.dtype, causal: bool, aligned: bool) -> l
     gathered = 2 * sizes.rows * sizes.slots * sizes.head_dim * dtype.itemsize
     return [
         launch("scan", sizes.cuda_chunks, heads // lanes, 256, LANES=lanes, PREFETCH=gathered <= CACHED),
-        launch("attend", sizes.slots // ROWS, heads, 128, LANES=1, ROWS=ROWS, SHARE=rule.share is not None),
+        launch("attend", sizes.slots // ROWS, heads, 128, LANES=1, ROWS=ROWS, SHARE=rule.share is not None,
+               CROWDED=os.environ.get('CROWD', '1') == '1' and sizes.slots // ROWS * heads * queries > AT_ONCE * multiprocessors),
     ]

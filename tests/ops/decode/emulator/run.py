@@ -8,6 +8,7 @@ import hashlib
 import subprocess
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from hashattn.ops.decode.cuda import compiler, step
 
 HERE = Path(__file__).parent
+MULTIPROCESSORS = 1  # few, so that programs have more than one chunk
 KERNEL = """
 #include "{name}.cu"
 extern "C" void run(const void *step, int x, int y, int z, int threads) {{
@@ -50,7 +52,7 @@ def kernel(name: str, defines: compiler.Defines) -> ctypes.CDLL:
 
 
 def launch(
-    own: ctypes.CDLL, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, *, early: bool
+    own: ctypes.CDLL, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, *, early: bool, name: str = ""
 ) -> None:  # fmt: skip
     """As compiler.launch."""
     own.run(ctypes.byref(argument), *grid, threads)
@@ -61,4 +63,5 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(compiler, "kernel", lambda name, defines, _: kernel(name, defines))
     monkeypatch.setattr(compiler, "launch", launch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=MULTIPROCESSORS))
     return step.decode
