@@ -139,7 +139,7 @@ class Sizes:
     @property
     def cuda_chunk(self) -> int:
         """Keys of a program of the first kernel in CUDA C++."""
-        return 2048 // self.words
+        return 1024 if self.words == 4 else 2048
 
     @property
     def cuda_chunks(self) -> int:

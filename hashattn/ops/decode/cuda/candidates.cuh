@@ -3,8 +3,8 @@
 #pragma once
 #include "step.cuh"
 
-constexpr int KEYS = 8 / WORDS;                                // of a thread
-constexpr int OWN_PIECES = 4, WARP_PIECES = 32 * OWN_PIECES;  // of 16 bytes
+constexpr int KEYS = LOCAL ? 8 / WORDS : CHUNK / 256;                            // of a thread
+constexpr int OWN_PIECES = KEYS * WORDS / 2, WARP_PIECES = 32 * OWN_PIECES;  // of 16 bytes
 constexpr int BYTES = LANES > 2 ? 4 : LANES, READERS = 32 / BYTES;           // threads whose flags one reads, which has them all
 
 // Codes of a warp's keys in shared memory, with a gap after each eight pieces, so that threads read their own without conflicts.

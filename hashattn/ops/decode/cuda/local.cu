@@ -3,8 +3,6 @@
 #include "candidates.cuh"
 #include "counts.cuh"
 
-constexpr int GROUP = CHUNKS <= 16 ? CHUNKS : CHUNKS <= 8 * LEVELS ? 8 : (CHUNKS + LEVELS - 1) / LEVELS;  // chunks
-constexpr int JOINTS = GROUP < CHUNKS ? (CHUNKS + GROUP - 1) / GROUP : CHUNKS;
 constexpr int SEGMENT = 64;  // candidates of a lane that a warp finds
 constexpr int UNITS = RUN / KEYS;   // of a run: a thread looks at one at a time
 constexpr int DISTANCES = MOST_RANKED + 2;               // forced keys come first
@@ -236,19 +234,21 @@ __device__ __forceinline__ void attend_lanes(
   }
   if (place == 0) peaks[team] = sum.peak, totals[team] = sum.total;
   __syncthreads();
-  for (int i = thread; i < LANES * DIM; i += THREADS) {
-    const int own = i / DIM;
-    float peak = -infinity(), total = 0, x = 0;
+  for (int i = thread; i < LANES * DIM / 2; i += THREADS) {  // two neighbours
+    const int own = i / (DIM / 2), first = own * TEAMS_EACH;
+    float peak = -infinity(), total = 0, x[2] = {};
 #pragma unroll
-    for (int j = 0; j < TEAMS_EACH; j++) peak = fmaxf(peak, peaks[own * TEAMS_EACH + j]);
+    for (int j = 0; j < TEAMS_EACH; j++) peak = fmaxf(peak, peaks[first + j]);
     const float base = peak == -infinity() ? 0 : peak;
 #pragma unroll
     for (int j = 0; j < TEAMS_EACH; j++) {
-      const float weight = exp2f(peaks[own * TEAMS_EACH + j] - base);
-      x += weight * sums[own * TEAMS_EACH + j][i % DIM], total += weight * totals[own * TEAMS_EACH + j];
+      const float weight = exp2f(peaks[first + j] - base), *sum = &sums[first + j][i % (DIM / 2) * 2];
+      x[0] += weight * sum[0], x[1] += weight * sum[1], total += weight * totals[first + j];
     }
-    __stcg(s.parts + part * LANES * DIM + i, x);
-    if (i % DIM == 0) __stcg(reinterpret_cast<float2 *>(s.stats) + part * LANES + own, make_float2(peak, total));
+    const float one = total > 0 ? 1 / total : 0;
+    if (NARROW) __stcg(reinterpret_cast<u32 *>(s.parts) + part * (LANES * DIM / 2) + i, narrow<TYPE == 1>(x[0] * one, x[1] * one));
+    else __stcg(reinterpret_cast<float2 *>(s.parts) + part * (LANES * DIM / 2) + i, make_float2(x[0], x[1]));
+    if (i % (DIM / 2) == 0) __stcg(reinterpret_cast<float2 *>(s.stats) + part * LANES + own, make_float2(peak, total));
   }
 }
 
@@ -313,10 +313,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORDS > 1 ? 2 : DEPTH > 1 
 #if !EARLY_LOCAL
   let_the_next_kernel_start();
 #endif
-  if (GROUP < CHUNKS) {  // many parts are joined in two steps, the first by several programs
-    const int group = number / GROUP, count = min(GROUP, CHUNKS - group * GROUP);
-    if (!is_last(s.totals + joint * (LEVELS * LANES) + group, count)) return;
-    combine<false>(s, parts + group * GROUP, 1, count, row0, false);
-  }
-  if (is_last(s.arrived + joint, JOINTS)) combine<true>(s, parts, GROUP < CHUNKS ? GROUP : 1, JOINTS, row0, filled(s) > s.room);
+  if (is_last(s.arrived + joint, CHUNKS)) combine(s, parts, CHUNKS, row0, filled(s) > s.room);
 }

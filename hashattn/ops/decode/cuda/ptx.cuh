@@ -32,10 +32,6 @@ __device__ __forceinline__ void copy_16(uint4 *to, const uint4 *from, int bytes)
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Copies asked for since the last time are waited for together, here all but the latest ones.
-__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_earlier_copies() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
-
 // Add 1 and return what was there; publishes what the block wrote before, and sees what others published.
 __device__ __forceinline__ int add_and_publish(int *at) {
   int before;

@@ -208,28 +208,32 @@ __device__ __forceinline__ bool is_last(int *arrived, int programs) {
   return last;
 }
 
-// Join `programs` parts from `part` on, `apart` from one another, into the first of them; or, if this is the LAST time, into
-// JOINED rows of out and lse from row0 on, TOKENS apart. A spoilt result is NaN. Four numbers of a part are a quad; where
-// threads outnumber quads, they share the parts.
-template <bool LAST>
-__device__ __forceinline__ void combine(const Step &s, size_t part, int apart, int programs, size_t row0, bool spoilt) {
-  constexpr int TILE = 64, AT_ONCE = 8, QUADS = JOINED * PART / 4;
-  constexpr int SHARES = QUADS >= THREADS ? 1 : THREADS / QUADS, OUTPUTS = (QUADS + THREADS - 1) / THREADS;
+// How parts are kept between programs: as they are summed up; or, where many are joined, divided by their totals in the type
+// of the values, which rounds them as the result is rounded.
+constexpr bool NARROW = LOCAL && TYPE != 2;
+constexpr int NUMBERS = NARROW ? 8 : 4;  // in 16 bytes
+
+// Join `programs` parts from `part` on and write JOINED rows of out and lse from row0 on, TOKENS apart. A spoilt result is
+// NaN. 16 bytes of a part are a piece; where threads outnumber pieces, they share the parts.
+__device__ __forceinline__ void combine(const Step &s, size_t part, int programs, size_t row0, bool spoilt) {
+  constexpr int TILE = 64, AT_ONCE = 8, ALL = JOINED * PART / NUMBERS;
+  constexpr int SHARES = ALL >= THREADS ? 1 : THREADS / ALL, OUTPUTS = (ALL + THREADS - 1) / THREADS;
   __shared__ float weights[JOINED][TILE], peaks[JOINED], sums[JOINED], shrinks[JOINED];
-  __shared__ float4 shared[SHARES > 1 ? SHARES * QUADS : 1];
-  const int lane = threadIdx.x % 32, share = SHARES > 1 ? threadIdx.x / QUADS : 0;
+  __shared__ float shared[SHARES > 1 ? SHARES * ALL * NUMBERS : 1];
+  const int lane = threadIdx.x % 32, share = SHARES > 1 ? threadIdx.x / ALL : 0;
   const float2 *stats = reinterpret_cast<const float2 *>(s.stats) + part * JOINED;
-  const float4 *parts = reinterpret_cast<const float4 *>(s.parts) + part * QUADS;
-  float4 x[OUTPUTS] = {}, ahead[AT_ONCE];
-  auto load = [&](int quad, int from) {  // of every SHARES-th part
+  const uint4 *parts = reinterpret_cast<const uint4 *>(s.parts) + part * ALL;
+  float x[OUTPUTS][NUMBERS] = {};
+  uint4 ahead[AT_ONCE];
+  auto load = [&](int piece, int from) {  // of every SHARES-th part
 #pragma unroll
     for (int j = 0; j < AT_ONCE; j++) {
       const int at = from + j * SHARES + share;
-      const bool there = at < programs && quad < QUADS && share < SHARES;
-      ahead[j] = there ? __ldcg(parts + (size_t)at * apart * QUADS + quad) : make_float4(0, 0, 0, 0);
+      const bool there = at < programs && piece < ALL && share < SHARES;
+      ahead[j] = there ? __ldcg(parts + (size_t)at * ALL + piece) : make_uint4(0, 0, 0, 0);
     }
   };
-  const int first = SHARES > 1 ? threadIdx.x % QUADS : threadIdx.x;
+  const int first = SHARES > 1 ? threadIdx.x % ALL : threadIdx.x;
   load(first, 0);  // on their way while the weights are found
   if (threadIdx.x < JOINED) peaks[threadIdx.x] = -infinity(), sums[threadIdx.x] = 0;
   __syncthreads();
@@ -242,7 +246,7 @@ __device__ __forceinline__ void combine(const Step &s, size_t part, int apart, i
 #pragma unroll
       for (int i = 0; i < TILE / 32; i++) {
         const int at = from + i * 32 + lane;
-        own[i] = at < programs ? __ldcg(stats + (size_t)at * apart * JOINED + head) : make_float2(-infinity(), 0);
+        own[i] = at < programs ? __ldcg(stats + (size_t)at * JOINED + head) : make_float2(-infinity(), 0);
         peak = fmaxf(peak, own[i].x);
       }
 #pragma unroll
@@ -251,8 +255,8 @@ __device__ __forceinline__ void combine(const Step &s, size_t part, int apart, i
       float sum = 0;
 #pragma unroll
       for (int i = 0; i < TILE / 32; i++) {
-        const float weight = exp2f(own[i].x - base);
-        weights[head][i * 32 + lane] = weight, sum += weight * own[i].y;
+        const float weight = exp2f(own[i].x - base), total = weight * own[i].y;
+        weights[head][i * 32 + lane] = NARROW ? total : weight, sum += total;
       }
 #pragma unroll
       for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
@@ -265,50 +269,51 @@ __device__ __forceinline__ void combine(const Step &s, size_t part, int apart, i
     __syncthreads();
 #pragma unroll
     for (int output = 0; output < OUTPUTS; output++) {
-      const int quad = first + output * THREADS, head = min(quad * 4 / PART, JOINED - 1);
-      float4 &to = x[output];
-      to.x *= shrinks[head], to.y *= shrinks[head], to.z *= shrinks[head], to.w *= shrinks[head];
+      const int piece = first + output * THREADS, head = min(piece * NUMBERS / PART, JOINED - 1);
+#pragma unroll
+      for (int e = 0; e < NUMBERS; e++) x[output][e] *= shrinks[head];
       for (int i = 0; i < min(TILE, programs - from); i += AT_ONCE * SHARES) {
-        if (output || from || i) load(quad, from + i);
+        if (output || from || i) load(piece, from + i);
 #pragma unroll
         for (int j = 0; j < AT_ONCE; j++) {
           const int at = i + j * SHARES + share;
           const float weight = at < TILE ? weights[head][at] : 0;  // nothing is loaded beyond
-          to.x += weight * ahead[j].x, to.y += weight * ahead[j].y, to.z += weight * ahead[j].z, to.w += weight * ahead[j].w;
+          float own[8];
+          if (NARROW) widen(ahead[j], own);
+          else own[0] = __uint_as_float(ahead[j].x), own[1] = __uint_as_float(ahead[j].y), own[2] = __uint_as_float(ahead[j].z), own[3] = __uint_as_float(ahead[j].w);
+#pragma unroll
+          for (int e = 0; e < NUMBERS; e++) x[output][e] += weight * own[e];
         }
       }
     }
     __syncthreads();
   }
   if (SHARES > 1) {
-    if (share < SHARES) shared[share * QUADS + first] = x[0];
-    __syncthreads();
-    x[0] = make_float4(0, 0, 0, 0);
 #pragma unroll
-    for (int i = 0; i < SHARES; i++) {
-      const float4 y = shared[i * QUADS + first];
-      x[0].x += y.x, x[0].y += y.y, x[0].z += y.z, x[0].w += y.w;
+    for (int e = 0; e < NUMBERS; e++)
+      if (share < SHARES) shared[(share * NUMBERS + e) * ALL + first] = x[0][e];
+    __syncthreads();
+#pragma unroll
+    for (int e = 0; e < NUMBERS; e++) {
+      x[0][e] = 0;
+#pragma unroll
+      for (int i = 0; i < SHARES; i++) x[0][e] += shared[(i * NUMBERS + e) * ALL + first];
     }
   }
 #pragma unroll
   for (int output = 0; output < OUTPUTS; output++) {
-    const int quad = first + output * THREADS, head = quad * 4 / PART;
-    if (share || quad >= QUADS) continue;
-    if (!LAST) {
-      __stcg(reinterpret_cast<float4 *>(s.parts) + part * QUADS + quad, x[output]);
-      continue;
-    }
-    const float sum = sums[head], four[4] = {x[output].x, x[output].y, x[output].z, x[output].w};
+    const int piece = first + output * THREADS, head = piece * NUMBERS / PART;
+    if (share || piece >= ALL) continue;
+    const float sum = sums[head];
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const int d = dim_of((quad * 4 + e) % PART);
-      const float result = spoilt ? __int_as_float(0x7fffffff) : sum > 0 ? four[e] / sum : 0;
+    for (int e = 0; e < NUMBERS; e++) {
+      const int d = dim_of((piece * NUMBERS + e) % PART);
+      const float result = spoilt ? __int_as_float(0x7fffffff) : sum > 0 ? x[output][e] / sum : 0;
       if (d < DIM) store(s.out, (row0 + (size_t)head * TOKENS) * DIM + d, result);
     }
   }
   if (threadIdx.x < JOINED) {
     const float peak = peaks[threadIdx.x];
-    if (LAST) s.lse[row0 + (size_t)threadIdx.x * TOKENS] = ((peak == -infinity() ? 0 : peak) + log2f(sums[threadIdx.x])) / LOG2E;
-    else __stcg(reinterpret_cast<float2 *>(s.stats) + part * JOINED + threadIdx.x, make_float2(peak, sums[threadIdx.x]));
+    s.lse[row0 + (size_t)threadIdx.x * TOKENS] = ((peak == -infinity() ? 0 : peak) + log2f(sums[threadIdx.x])) / LOG2E;
   }
 }

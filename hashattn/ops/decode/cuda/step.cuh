@@ -31,14 +31,14 @@ struct Step {
   float *lse;                     // [B, Hq, T]
   double share;
   float scale;
-  int k, radius, sinks, recents, margin, room, code_room, chunks, each, count_stride, slots, kv_heads;
+  int k, radius, sinks, recents, margin, room, code_room, chunks, count_stride, slots, kv_heads;
 };
 
 constexpr int LEVELS = 32;  // how much nearer than the bound a candidate is, where it is no more than LEVELS - 1
 constexpr int FAR = 1 << 14;  // beyond every distance
 constexpr int PLACE_BITS = 11;
 constexpr int PAIR = WORDS == 1 ? 2 : 1;  // codes in 16 bytes, or 1
-constexpr int CHUNK = 2048 / WORDS;        // keys that a program of the scan looks at together
+constexpr int CHUNK = WORDS == 4 ? 1024 : 2048;  // keys of a program of the scan
 constexpr int NEWEST = 64;                // columns that the kernel before may be writing
 constexpr int HALVES = 2 * WORDS;         // 32-bit words of a code
 

@@ -22,7 +22,7 @@ _POINTERS = (
     "parts", "stats", "ids", "out", "lse",
 )  # fmt: skip
 _INTS = (
-    "k", "radius", "sinks", "recents", "margin", "room", "code_room", "chunks", "each", "count_stride", "slots", "kv_heads",
+    "k", "radius", "sinks", "recents", "margin", "room", "code_room", "chunks", "count_stride", "slots", "kv_heads",
 )  # fmt: skip
 
 
@@ -63,7 +63,6 @@ def decode(
     )  # fmt: skip
     aligned = sizes.code_room * sizes.words % 2 == 0 and codes.data_ptr() % 16 == 0
     plan = launches(sizes, q.dtype, causal, aligned, torch.cuda.get_device_properties(device).multi_processor_count)
-    step.each = plan[0].each
     for one in plan[: 1 if scan_only and rule.chunks is None else None]:
         kernel = compiler.kernel(one.name, one.defines, q.get_device())
         compiler.launch(kernel, one.grid, one.threads, step, early=torch.cuda.get_device_capability(device) >= (9, 0), name=one.name)
@@ -72,13 +71,12 @@ def decode(
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, what it is compiled with, its programs and their threads, and chunks of codes that each looks at."""
+    """A kernel, what it is compiled with, its programs and their threads."""
 
     name: str
     defines: compiler.Defines
     grid: tuple[int, int, int]
     threads: int
-    each: int = 1
 
 
 def launches(sizes: Sizes, dtype: torch.dtype, causal: bool, aligned: bool, multiprocessors: int) -> list[Launch]:
@@ -97,8 +95,7 @@ def launches(sizes: Sizes, dtype: torch.dtype, causal: bool, aligned: bool, mult
         import os
         defines = tuple((key, int(value)) for key, value in (common | own).items())
         defines += tuple((f"EARLY_{x.upper()}", int(x in os.environ.get("EARLY", ""))) for x in ("scan", "attend", "local"))
-        each = 1 if name != "scan" else min(blocks, -(-blocks * heads * queries // (AT_ONCE * multiprocessors)))
-        return Launch(name, defines, (-(-blocks // each), heads, queries), threads, each)
+        return Launch(name, defines, (blocks, heads, queries), threads)
 
     if rule.chunks is not None:
         own = {"LOCAL": 1, "CHUNKS": rule.chunks, "RUN": RUN, "LANES": lanes, "ROWS": rule.per_chunk}

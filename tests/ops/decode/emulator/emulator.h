@@ -183,8 +183,6 @@ inline void copy_16(uint4 *to, const uint4 *from, int bytes) {
   if (bytes) memcpy(to, from, bytes);
 }
 inline void wait_for_copies() {}
-inline void close_copies() {}
-inline void wait_for_earlier_copies() {}
 inline int add_and_publish(int *at) { return atomicAdd(at, 1); }
 inline float half_to_float(unsigned short x) { return (float)emulator::from<_Float16>(x); }
 inline unsigned bf16(float x) {

@@ -17,7 +17,6 @@ import torch
 from hashattn.ops.decode.cuda import compiler, step
 
 HERE = Path(__file__).parent
-MULTIPROCESSORS = 1  # few, so that programs have more than one chunk
 KERNEL = """
 #include "{name}.cu"
 extern "C" void run(const void *step, int x, int y, int z, int threads) {{
@@ -63,5 +62,5 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(compiler, "kernel", lambda name, defines, _: kernel(name, defines))
     monkeypatch.setattr(compiler, "launch", launch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=MULTIPROCESSORS))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=1))
     return step.decode
