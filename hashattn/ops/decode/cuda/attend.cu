@@ -255,9 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(const __g
 #endif
   wanted = max(wanted, min(visible, s.sinks + s.recents));
   wait_for_the_kernel_before();
-#if EARLY_ATTEND
   let_the_next_kernel_start();
-#endif
   const int count = s.totals[row * LEVELS + lane];  // candidates of at least this level
   const int found = __shfl_sync(~0u, count, 0);
 #if RADIUS
@@ -298,9 +296,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(const __g
   attend_group(s, q, (size_t)TOKENS * DIM, keys, values, columns, row * programs_most + part);
 #else
   attend_part(s, q, (size_t)TOKENS * DIM, keys, values, columns, row * programs_most + part);
-#endif
-#if !EARLY_ATTEND
-  let_the_next_kernel_start();
 #endif
   if (!is_last(s.arrived + row, programs)) return;
   if (threadIdx.x < LEVELS) s.totals[row * LEVELS + threadIdx.x] = 0;

@@ -275,9 +275,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORDS > 1 ? 2 : DEPTH > 1 
   if (guess.from < guess.to) guess.stage(staged, c, guess.from, early);
   if (thread < LANES) prefetch_line(s.bounds + (row0 + thread * TOKENS) * CHUNKS + number);
   wait_for_the_kernel_before();
-#if EARLY_LOCAL
   let_the_next_kernel_start();
-#endif
   span(s, b, t, c.first, c.end);
   const Part part(c);
   const int wanted = min(ROWS, c.filled(c.end) - c.filled(c.first));
@@ -310,8 +308,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORDS > 1 ? 2 : DEPTH > 1 
   const int joint = blockIdx.z * gridDim.y + blockIdx.y;  // whose parts lie together
   const size_t parts = (size_t)joint * CHUNKS;
   attend_lanes(s, row0, keys, values, columns, parts + number, space.teams);
-#if !EARLY_LOCAL
-  let_the_next_kernel_start();
-#endif
   if (is_last(s.arrived + joint, CHUNKS)) combine(s, parts, CHUNKS, row0, filled(s) > s.room);
 }

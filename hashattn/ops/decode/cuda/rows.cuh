@@ -219,7 +219,7 @@ __device__ __forceinline__ void combine(const Step &s, size_t part, int programs
   constexpr int TILE = 64, AT_ONCE = 8, ALL = JOINED * PART / NUMBERS;
   constexpr int SHARES = ALL >= THREADS ? 1 : THREADS / ALL, OUTPUTS = (ALL + THREADS - 1) / THREADS;
   __shared__ float weights[JOINED][TILE], peaks[JOINED], sums[JOINED], shrinks[JOINED];
-  __shared__ float shared[SHARES > 1 ? SHARES * ALL * NUMBERS : 1];
+  __shared__ __align__(16) float shared[SHARES > 1 ? SHARES * ALL * NUMBERS : 1];
   const int lane = threadIdx.x % 32, share = SHARES > 1 ? threadIdx.x / ALL : 0;
   const float2 *stats = reinterpret_cast<const float2 *>(s.stats) + part * JOINED;
   const uint4 *parts = reinterpret_cast<const uint4 *>(s.parts) + part * ALL;
@@ -288,29 +288,29 @@ __device__ __forceinline__ void combine(const Step &s, size_t part, int programs
     }
     __syncthreads();
   }
+  auto finish = [&](int number, float x) {
+    const int head = number / PART, d = dim_of(number % PART);
+    const float sum = sums[head], result = spoilt ? __int_as_float(0x7fffffff) : sum > 0 ? x / sum : 0;
+    if (d < DIM) store(s.out, (row0 + (size_t)head * TOKENS) * DIM + d, result);
+  };
   if (SHARES > 1) {
 #pragma unroll
     for (int e = 0; e < NUMBERS; e++)
-      if (share < SHARES) shared[(share * NUMBERS + e) * ALL + first] = x[0][e];
+      if (share < SHARES) shared[(share * ALL + first) * NUMBERS + e] = x[0][e];
     __syncthreads();
 #pragma unroll
-    for (int e = 0; e < NUMBERS; e++) {
-      x[0][e] = 0;
+    for (int i = threadIdx.x; i < ALL * NUMBERS; i += THREADS) {
+      float sum = 0;
 #pragma unroll
-      for (int i = 0; i < SHARES; i++) x[0][e] += shared[(i * NUMBERS + e) * ALL + first];
+      for (int j = 0; j < SHARES; j++) sum += shared[j * ALL * NUMBERS + i];
+      finish(i, sum);
     }
-  }
+  } else {
 #pragma unroll
-  for (int output = 0; output < OUTPUTS; output++) {
-    const int piece = first + output * THREADS, head = piece * NUMBERS / PART;
-    if (share || piece >= ALL) continue;
-    const float sum = sums[head];
+    for (int output = 0; output < OUTPUTS; output++)
 #pragma unroll
-    for (int e = 0; e < NUMBERS; e++) {
-      const int d = dim_of((piece * NUMBERS + e) % PART);
-      const float result = spoilt ? __int_as_float(0x7fffffff) : sum > 0 ? x[output][e] / sum : 0;
-      if (d < DIM) store(s.out, (row0 + (size_t)head * TOKENS) * DIM + d, result);
-    }
+      for (int e = 0; e < NUMBERS; e++)
+        if (first + output * THREADS < ALL) finish((first + output * THREADS) * NUMBERS + e, x[output][e]);
   }
   if (threadIdx.x < JOINED) {
     const float peak = peaks[threadIdx.x];

@@ -22,7 +22,7 @@ _POINTERS = (
     "parts", "stats", "ids", "out", "lse",
 )  # fmt: skip
 _INTS = (
-    "k", "radius", "sinks", "recents", "margin", "room", "code_room", "chunks", "count_stride", "slots", "kv_heads",
+    "k", "radius", "sinks", "recents", "margin", "room", "code_room", "chunks", "count_stride", "slots", "kv_heads", "together",
 )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def decode(
         **{name: x.data_ptr() for name, x in tensors.items()}, share=rule.share or 0.0, scale=scale, k=rule.k or 0,
         radius=min(rule.radius or 0, 64 * sizes.words * sizes.spread), sinks=rule.sinks, recents=rule.recents,
         margin=2 * math.isqrt(sizes.spread), room=sizes.room, code_room=sizes.code_room, chunks=sizes.cuda_chunks, count_stride=sizes.count_stride,
-        slots=sizes.slots, kv_heads=sizes.kv_heads,
+        slots=sizes.slots, kv_heads=sizes.kv_heads, together=int(__import__('os').environ.get('TOGETHER', '0')),
     )  # fmt: skip
     aligned = sizes.code_room * sizes.words % 2 == 0 and codes.data_ptr() % 16 == 0
     plan = launches(sizes, q.dtype, causal, aligned, torch.cuda.get_device_properties(device).multi_processor_count)
@@ -94,7 +94,6 @@ def launches(sizes: Sizes, dtype: torch.dtype, causal: bool, aligned: bool, mult
     def launch(name: str, blocks: int, heads: int, threads: int, **own: int) -> Launch:
         import os
         defines = tuple((key, int(value)) for key, value in (common | own).items())
-        defines += tuple((f"EARLY_{x.upper()}", int(x in os.environ.get("EARLY", ""))) for x in ("scan", "attend", "local"))
         return Launch(name, defines, (blocks, heads, queries), threads)
 
     if rule.chunks is not None:
