@@ -115,21 +115,23 @@ __device__ __forceinline__ void from_lists(const Step &s, int row, int first_chu
   __syncwarp();
   for (int i = warp; i < holders; i += 2 * WARPS) {  // two at a time, so that they are waited for together
     int4 one[2];
-    u32 two[2];
+    u32 two[2][LONG / 64];
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       one[j] = held[min(i + j * WARPS, holders - 1)];
       if (i + j * WARPS >= holders || one[j].y > LONG) one[j].y = 0;
-      two[j] = 2 * lane < one[j].y ? reinterpret_cast<const u32 *>(lists + (size_t)one[j].x * CHUNK)[lane] : 0;
+#pragma unroll
+      for (int at = 0; at < LONG; at += 64) {
+        const u32 *list = reinterpret_cast<const u32 *>(lists + (size_t)one[j].x * CHUNK + at);
+        two[j][at / 64] = at + 2 * lane < one[j].y ? list[lane] : 0;
+      }
     }
 #pragma unroll
     for (int j = 0; j < 2; j++) {
       Count c = {one[j].z, one[j].w};
-#pragma unroll 1
-      for (int at = 0; at < one[j].y; at += 64) {
-        if (at) two[j] = reinterpret_cast<const u32 *>(lists + (size_t)one[j].x * CHUNK)[at / 2 + lane];
-        choose_two(two[j], at, one[j].y, one[j].x * CHUNK, ranks, c);
-      }
+#pragma unroll
+      for (int at = 0; at < LONG; at += 64)
+        if (at < one[j].y) choose_two(two[j][at / 64], at, one[j].y, one[j].x * CHUNK, ranks, c);
     }
   }
   for (int i = 0; i < holders; i++) {

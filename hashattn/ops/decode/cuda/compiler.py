@@ -14,6 +14,7 @@ import torch
 
 from hashattn.files import default_cache_dir, replacing
 
+RESERVED = 1024  # bytes of shared memory that a program takes beside its own
 SOURCES = Path(__file__).parent
 Defines = tuple[tuple[str, int], ...]
 
@@ -87,11 +88,7 @@ def kernel(name: str, defines: Defines, device: int) -> Any:
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # the device's context exists and is current
         module = _checked(driver.cuModuleLoadData(code))
-    found = _checked(driver.cuModuleGetFunction(module, name.encode()))
-    import os
-    if os.environ.get("CARVE"):
-        _checked(driver.cuFuncSetAttribute(found, driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, int(os.environ["CARVE"])))
-    return found
+    return _checked(driver.cuModuleGetFunction(module, name.encode()))
 
 
 @functools.cache
@@ -105,24 +102,30 @@ def padding(kernel: Any, programs: int, device: int) -> int:
     attributes = driver.CUfunction_attribute
     own = _checked(driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, kernel))
     gpu = torch.cuda.get_device_properties(device)
-    each = -(-programs // gpu.multi_processor_count)
-    most = gpu.shared_memory_per_block_optin - own
-    bytes = max(0, min(most, gpu.shared_memory_per_multiprocessor // each - 1024 - own) // 1024 * 1024)
+    most = gpu.shared_memory_per_multiprocessor - RESERVED - own
+    each = gpu.shared_memory_per_multiprocessor // -(-programs // gpu.multi_processor_count)
+    wanted = max(0, each - RESERVED - own) // 1024 * 1024
     attribute = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _checked(driver.cuFuncSetAttribute(kernel, attribute, most))
-    return bytes
+    return wanted
 
 
-def launch(kernel: Any, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, *, early: bool, name: str = '') -> None:
-    """Launch a kernel of one argument on the current stream; early: it may start while the kernel before it ends."""
+def launch(
+    kernel: Any, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, *, early: bool, even: bool
+) -> None:  # fmt: skip
+    """Launch a kernel of one argument on the current stream.
+
+    Args:
+        early: it may start while the kernel before it ends.
+        even: multiprocessors get equal numbers of programs, also if it starts early.
+    """
     from cuda.bindings import driver
 
-    import os
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
     config.hStream = torch.cuda.current_stream().cuda_stream
-    if name in os.environ.get("EVEN", ""):
+    if early and even:
         config.sharedMemBytes = padding(kernel, math.prod(grid), torch.cuda.current_device())
     if early:
         attribute = driver.CUlaunchAttribute()

@@ -17,13 +17,6 @@ __device__ __forceinline__ void let_the_next_kernel_start() {
 // Ask for 128 bytes, so that they are in the second-level cache when they are wanted.
 __device__ __forceinline__ void prefetch_line(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
-// Byte i of eight as a signed number.
-__device__ __forceinline__ int signed_byte(u32 low, u32 high, int i) {
-  int x;  // the byte, and its sign three times
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(x) : "r"(low), "r"(high), "r"(i * 0x1111 | 0x8880));
-  return x;
-}
-
 // Copy `bytes` of 16 to shared memory, zeros for the rest, and go on meanwhile.
 __device__ __forceinline__ void copy_16(uint4 *to, const uint4 *from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from),

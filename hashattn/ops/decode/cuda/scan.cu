@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
   copy(0, early);
   if (thread < LANES) prefetch_line(s.bounds + row0 + thread * TOKENS);
   wait_for_the_kernel_before();
-  if (s.together) let_the_next_kernel_start();
+  let_the_next_kernel_start();
   int first, end;
   span(s, b, t, first, end);
   if (thread < LANES) bounds[thread] = read_bound(s, row0 + thread * TOKENS);
@@ -103,5 +103,4 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
     s.counts[((size_t)row * LEVELS + lane) * s.count_stride + chunk] = more;
     if (more) atomicAdd(s.totals + row * LEVELS + lane, more);
   }
-  if (!s.together) let_the_next_kernel_start();
 }

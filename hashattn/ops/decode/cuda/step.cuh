@@ -32,7 +32,6 @@ struct Step {
   double share;
   float scale;
   int k, radius, sinks, recents, margin, room, code_room, chunks, count_stride, slots, kv_heads;
-  int together;  // whether the second kernel's programs may wait while the first one's run
 };
 
 constexpr int LEVELS = 32;  // how much nearer than the bound a candidate is, where it is no more than LEVELS - 1

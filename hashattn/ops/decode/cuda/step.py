@@ -15,14 +15,14 @@ from hashattn.ops.decode.sizes import ROWS, Sizes, carve
 
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 RUN = 8  # neighbouring columns of a chunk
-AT_ONCE = 4  # programs of a multiprocessor
+AT_ONCE = 4  # programs of a multiprocessor, so that all are there from the start
 CACHED = 32 << 20  # bytes of keys and values that a cache holds until they are wanted
 _POINTERS = (
     "q", "keys", "values", "query", "codes", "starts", "length", "bounds", "totals", "arrived", "lists", "counts",
     "parts", "stats", "ids", "out", "lse",
 )  # fmt: skip
 _INTS = (
-    "k", "radius", "sinks", "recents", "margin", "room", "code_room", "chunks", "count_stride", "slots", "kv_heads", "together",
+    "k", "radius", "sinks", "recents", "margin", "room", "code_room", "chunks", "count_stride", "slots", "kv_heads",
 )  # fmt: skip
 
 
@@ -58,30 +58,31 @@ def decode(
     step = Step(
         **{name: x.data_ptr() for name, x in tensors.items()}, share=rule.share or 0.0, scale=scale, k=rule.k or 0,
         radius=min(rule.radius or 0, 64 * sizes.words * sizes.spread), sinks=rule.sinks, recents=rule.recents,
-        margin=2 * math.isqrt(sizes.spread), room=sizes.room, code_room=sizes.code_room, chunks=sizes.cuda_chunks, count_stride=sizes.count_stride,
-        slots=sizes.slots, kv_heads=sizes.kv_heads, together=int(__import__('os').environ.get('TOGETHER', '0')),
+        margin=2 * math.isqrt(sizes.spread), room=sizes.room, code_room=sizes.code_room, chunks=sizes.cuda_chunks,
+        count_stride=sizes.count_stride, slots=sizes.slots, kv_heads=sizes.kv_heads,
     )  # fmt: skip
     aligned = sizes.code_room * sizes.words % 2 == 0 and codes.data_ptr() % 16 == 0
     plan = launches(sizes, q.dtype, causal, aligned, torch.cuda.get_device_properties(device).multi_processor_count)
+    early = torch.cuda.get_device_capability(device) >= (9, 0)
     for one in plan[: 1 if scan_only and rule.chunks is None else None]:
         kernel = compiler.kernel(one.name, one.defines, q.get_device())
-        compiler.launch(kernel, one.grid, one.threads, step, early=torch.cuda.get_device_capability(device) >= (9, 0), name=one.name)
+        compiler.launch(kernel, one.grid, one.threads, step, early=early, even=one.even)
     return out, lse, ids.view(sizes.batch, -1, sizes.tokens, sizes.slots)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, what it is compiled with, its programs and their threads."""
+    """A kernel, what it is compiled with, its programs and their threads; even: as many on each multiprocessor."""
 
     name: str
     defines: compiler.Defines
     grid: tuple[int, int, int]
     threads: int
+    even: bool
 
 
 def launches(sizes: Sizes, dtype: torch.dtype, causal: bool, aligned: bool, multiprocessors: int) -> list[Launch]:
     """The launches of a step; aligned: codes may be read in 16 bytes."""
-    import os
     rule, summed = sizes.rule, sizes.summed
     lanes = max(n for n in (1, 2, 3, 4) if sizes.group // summed % n == 0)
     common = {
@@ -91,17 +92,18 @@ def launches(sizes: Sizes, dtype: torch.dtype, causal: bool, aligned: bool, mult
     }  # fmt: skip
     heads, queries = sizes.kv_heads * sizes.group // summed, sizes.batch * sizes.tokens
 
-    def launch(name: str, blocks: int, heads: int, threads: int, **own: int) -> Launch:
-        import os
-        defines = tuple((key, int(value)) for key, value in (common | own).items())
-        return Launch(name, defines, (blocks, heads, queries), threads)
+    def launch(name: str, grid: tuple[int, int, int], threads: int, even: bool, **own: int) -> Launch:
+        return Launch(name, tuple((key, int(value)) for key, value in (common | own).items()), grid, threads, even)
 
     if rule.chunks is not None:
         own = {"LOCAL": 1, "CHUNKS": rule.chunks, "RUN": RUN, "LANES": lanes, "ROWS": rule.per_chunk}
-        return [launch("local", rule.chunks, heads // lanes, 256, **own)]
+        return [launch("local", (rule.chunks, heads // lanes, queries), 256, False, **own)]
+    scans, attends = (sizes.cuda_chunks, heads // lanes, queries), (sizes.slots // ROWS, heads, queries)
+    few, crowded = math.prod(scans) <= AT_ONCE * multiprocessors, math.prod(attends) > AT_ONCE * multiprocessors
     gathered = 2 * sizes.rows * sizes.slots * sizes.head_dim * dtype.itemsize
     return [
-        launch("scan", sizes.cuda_chunks, heads // lanes, 256, LANES=lanes, PREFETCH=gathered <= CACHED),
-        launch("attend", sizes.slots // ROWS, heads, 128, LANES=1, ROWS=ROWS, SHARE=rule.share is not None,
-               CROWDED=os.environ.get('CROWD', '1') == '1' and sizes.slots // ROWS * heads * queries > AT_ONCE * multiprocessors),
-    ]
+        launch("scan", scans, 256, few, LANES=lanes, PREFETCH=gathered <= CACHED),
+        launch(
+            "attend", attends, 128, not crowded, LANES=1, ROWS=ROWS, SHARE=rule.share is not None, CROWDED=crowded
+        ),
+    ]  # fmt: skip

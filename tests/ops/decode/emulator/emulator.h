@@ -177,7 +177,6 @@ template <class T> void __stcg(T *at, T x) { *at = x; }
 inline void wait_for_the_kernel_before() {}
 inline void let_the_next_kernel_start() {}
 inline void prefetch_line(const void *) {}
-inline int signed_byte(unsigned low, unsigned high, int i) { return (signed char)((i < 4 ? low : high) >> 8 * (i % 4)); }
 inline void copy_16(uint4 *to, const uint4 *from, int bytes) {
   *to = make_uint4(0, 0, 0, 0);
   if (bytes) memcpy(to, from, bytes);

@@ -51,7 +51,7 @@ def kernel(name: str, defines: compiler.Defines) -> ctypes.CDLL:
 
 
 def launch(
-    own: ctypes.CDLL, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, *, early: bool, name: str = ""
+    own: ctypes.CDLL, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, *, early: bool, even: bool
 ) -> None:  # fmt: skip
     """As compiler.launch."""
     own.run(ctypes.byref(argument), *grid, threads)
