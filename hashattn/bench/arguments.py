@@ -27,7 +27,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "dense attention in the same run; or, with --e2e, of a whole model. Random keys: cost, not quality. Without "
         "--shape and --keys it takes minutes.",
     )  # fmt: skip
-    bench.add_argument("--device", choices=("cpu", "cuda"), help="what to measure (default: cpu; cuda for --kinds, --e2e ...)")
+    bench.add_argument(
+        "--device", choices=("cpu", "cuda"), help="what to measure (default: cpu; cuda for --kinds, --e2e ...)"
+    )
     bench.add_argument(
         "--shape", nargs="+", metavar="HQ/HKVxD:DTYPE",
         help=f"query heads/KV heads x head_dim (default: {_listed(SHAPES)}; cuda: {_listed(CUDA_SHAPES)})",

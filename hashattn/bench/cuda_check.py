@@ -34,7 +34,7 @@ def check_step(
     Args:
         bounds: what the step finds its hints in.
     """
-    q = layer.q[0]
+    q, what = layer.q[0], f"{case}, {rule}"
     expected, critical = choose(
         layer.query[0], layer.codes, layer.starts, layer.length, rule, layer.keys.shape[2], causal=True
     )
@@ -51,15 +51,15 @@ def check_step(
         slots = expected.shape[-1]
         if not torch.equal(ids[..., :slots], expected) or (ids[..., slots:] != -1).any():
             raise RuntimeError(
-                f"{case}: with {hint} the step selects other keys than the reference; nothing is measured"
+                f"{what}: with {hint} the step selects other keys than the reference; nothing is measured"
             )
         if rule.critical is not None and not torch.equal(own_tiers[0][..., :slots], tiers):
-            raise RuntimeError(f"{case}: with {hint} other keys are critical than the reference's; nothing is measured")
-        check_rounding(f"{case}: with {hint} the output", out, exact, size)
+            raise RuntimeError(f"{what}: with {hint} other keys are critical than the reference's; nothing is measured")
+        check_rounding(f"{what}: with {hint} the output", out, exact, size)
         if first is None:
             first = out.clone(), lse.clone()
         if not (torch.equal(out, first[0]) and torch.equal(lse, first[1])):
-            raise RuntimeError(f"{case}: with {hint} the output has other bits than before; nothing is measured")
+            raise RuntimeError(f"{what}: with {hint} the output has other bits than before; nothing is measured")
 
 
 def exact_output(layer: Layer, ids: Tensor, medium: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ def exact_output(layer: Layer, ids: Tensor, medium: Tensor | None) -> tuple[Tens
         if medium is not None and layer.estimate is not None:
             by = replace(layer.estimate, norms=layer.estimate.norms[one], centre=layer.estimate.centre[one])
             products = estimated(q, layer.query[0][one], layer.codes[one], own, by)[0, :, 0]
-            guessed = medium[b, ..., filled], products.double()
+            guessed = medium[b][..., filled], products.double()
         pairs.append(attention(q[0], keys.double(), values.double(), own[0] < 0, guessed))
     exact, size = (torch.stack(x) for x in zip(*pairs, strict=True))
     return exact, size
