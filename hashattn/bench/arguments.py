@@ -13,6 +13,7 @@ PER = ("query_head", "kv_head")
 TAKES = {  # what is measured, and its own arguments
     "--device cpu": ("shape", "keys", "rounds", "threads", "auto"),
     "--device cuda": ("shape", "keys", "rounds", "batch", "clustered", "plot"),
+    "--device cuda --kinds": ("shape", "keys", "rounds", "batch"),
     "--device cuda --e2e": ("keys", "rounds", "batch", "preset", "no_compile"),
     "--device cuda --crossover": ("shape", "batch"),
 }
@@ -26,7 +27,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "dense attention in the same run; or, with --e2e, of a whole model. Random keys: cost, not quality. Without "
         "--shape and --keys it takes minutes.",
     )  # fmt: skip
-    bench.add_argument("--device", choices=("cpu", "cuda"), help="what to measure (default: cpu; with --e2e cuda)")
+    bench.add_argument(
+        "--device", choices=("cpu", "cuda"), help="what to measure (default: cpu; cuda for --kinds, --e2e ...)"
+    )
     bench.add_argument(
         "--shape", nargs="+", metavar="HQ/HKVxD:DTYPE",
         help=f"query heads/KV heads x head_dim (default: {_listed(SHAPES)}; cuda: {_listed(CUDA_SHAPES)})",
@@ -56,6 +59,11 @@ def add(commands: Any) -> argparse.ArgumentParser:
     cuda.add_argument("--clustered", action="store_true", help="all near keys in one sixty-fourth of the tokens")
     cuda.add_argument("--plot", metavar="FILE.png", help="write a picture of latency against keys to this file")
     mode = cuda.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--kinds", action="store_true",
+        help="what each kind of step costs instead, at 131,072 keys: with sinks and recents, with queries of 2 bit "
+        "planes, within a radius, from chunks, in tiers",
+    )  # fmt: skip
     mode.add_argument(
         "--e2e", action="store_true",
         help="tokens per second of a Llama-3-8B with random weights instead, at 32,768 and 131,072 keys, and at batch "
@@ -102,21 +110,27 @@ def mode_of(arguments: argparse.Namespace) -> str:
     Raises:
         ValueError: --device cpu with what a GPU is needed for.
     """
-    mode = " --e2e" if arguments.e2e else " --crossover" if arguments.crossover else ""
+    mode = next((f" --{name}" for name in ("kinds", "e2e", "crossover") if getattr(arguments, name)), "")
     if mode and arguments.device == "cpu":
         raise ValueError(f"{mode.strip()} goes with --device cuda, not with --device cpu")
     return f"--device {'cuda' if mode else arguments.device or 'cpu'}{mode}"
 
 
-def cuda_cases(shapes: Sequence[str] | None, batches: Sequence[int] | None, keys: Sequence[str] | None) -> list[Case]:
+def cuda_cases(
+    shapes: Sequence[str] | None, batches: Sequence[int] | None, keys: Sequence[str] | None,
+    default: Sequence[tuple[int, int, int]] = CUDA_KEYS,
+) -> list[Case]:  # fmt: skip
     """Every shape with every batch and number of keys; with neither of the two, the default cases.
+
+    Args:
+        default: batch, keys, k.
 
     Raises:
         ValueError: what parse_shape and parse_keys refuse.
     """
-    sizes: list[tuple[int, int, int]] = list(CUDA_KEYS)
+    sizes = list(default)
     if batches or keys:
-        pairs = [parse_keys(text) for text in keys or ()] or [(n, k) for batch, n, k in CUDA_KEYS if batch == 1]
+        pairs = [parse_keys(text) for text in keys or ()] or [(n, k) for batch, n, k in default if batch == 1]
         sizes = [(batch, n, k) for batch in batches or [1] for n, k in pairs]
     return [Case(*parse_shape(s), n, k, batch=batch) for s in shapes or CUDA_SHAPES for batch, n, k in sizes]
 

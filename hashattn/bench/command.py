@@ -23,8 +23,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Check the arguments, measure, print the table and write the files; returns the exit status."""
     runs = {
-        "--device cpu": _cpu, "--device cuda": _cuda, "--device cuda --e2e": _e2e,
-        "--device cuda --crossover": _crossover,
+        "--device cpu": _cpu, "--device cuda": _cuda, "--device cuda --kinds": _kinds,
+        "--device cuda --e2e": _e2e, "--device cuda --crossover": _crossover,
     }  # fmt: skip
     return runs[options.check(arguments)](arguments)
 
@@ -61,6 +61,18 @@ def _cuda(arguments: argparse.Namespace) -> int:
     _finish(arguments, cuda_report.table(result["rows"]), cuda_report.NOTE, result)
     if arguments.plot:
         cuda_report.save_plot(result["rows"], Path(arguments.plot))
+    return 0
+
+
+def _kinds(arguments: argparse.Namespace) -> int:
+    from hashattn.bench import kinds, kinds_report
+
+    cases = cuda_cases(arguments.shape, arguments.batch, arguments.keys, kinds.SIZES)
+    result = kinds.run(
+        cases, bits=64 if arguments.bits is None else arguments.bits, pers=arguments.per or PER,
+        rounds=arguments.rounds or 11,
+    )  # fmt: skip
+    _finish(arguments, kinds_report.table(result["rows"]), kinds_report.NOTE, result)
     return 0
 
 

@@ -14,8 +14,8 @@ from hashattn.bench.cases import DTYPES, Case
 from hashattn.bench.crossover_report import constants
 from hashattn.bench.cuda import refuse
 from hashattn.bench.cuda_check import attention, check_alike, check_rounding
-from hashattn.bench.cuda_graphs import dense_graphs, make_layers, step_graphs
-from hashattn.bench.cuda_steps import kernels, selectors
+from hashattn.bench.cuda_graphs import capture_turns, checked_step, dense_graphs, make_layers, turns_of
+from hashattn.bench.cuda_steps import kernels, rule, selectors
 from hashattn.bench.graphs import take_turns
 from hashattn.bench.measure import take_turns as take_turns_from_python
 from hashattn.encoders import SimHash
@@ -84,10 +84,11 @@ def eager(case: Case, bits: int, per: str) -> Times:
 
 def captured(case: Case, bits: int, per: str, notes: dict[str, None]) -> Times:
     """Microseconds of a captured step, encoding left out, and of the fastest dense attention."""
-    layers, turns = make_layers(case, bits, clustered=False)
+    layers = make_layers(case, bits, clustered=False)
+    turns = turns_of(layers)
     dense = dense_graphs(case, layers, turns, notes)
-    step = step_graphs(case, selectors(case, per)["TopK"], layers, turns, {}, Scratch())["step"]
-    us = take_turns(dense | {"step": step}, len(turns), ROUNDS["captured"])
+    step = checked_step(case, rule(case, selectors(case, per)["TopK"]), layers, Scratch())
+    us = take_turns(dense | {"step": capture_turns(step, turns)}, len(turns), ROUNDS["captured"])
     return {"dense": min(us[name] for name in dense), "step": us["step"]}
 
 

@@ -10,8 +10,17 @@ import torch
 
 from hashattn.bench.cases import Case
 from hashattn.bench.cuda_contenders import row_distances
-from hashattn.bench.cuda_graphs import capture_turns, dense_graphs, first_line, make_layers, step_graphs
-from hashattn.bench.cuda_steps import encoders, kernels, selectors, whole_caches, why_not
+from hashattn.bench.cuda_graphs import (
+    capture_turns,
+    checked_step,
+    dense_graphs,
+    first_line,
+    make_layers,
+    step_graphs,
+    turns_of,
+)
+from hashattn.bench.cuda_reads import reads
+from hashattn.bench.cuda_steps import encoders, kernels, rule, selectors, whole_caches, why_not
 from hashattn.bench.faiss_gpu import faiss_us
 from hashattn.bench.floors import Machine, floors
 from hashattn.bench.graphs import WARM_UP, measure_machine, take_turns
@@ -70,22 +79,20 @@ def run(
     refuse(cases, bits, pers)
     machine = measure_machine()
     todo = [(case, per) for case in cases for per in pers]
-    notes: dict[str, None] = {} if machine.clock else {"no popcount floor: the clock is not known": None}
+    notes = machine.remarks()
     rows: list[dict[str, Any]] = []
     tqdm = require("tqdm", "hf", "hashattn bench").tqdm
     for case, per in tqdm(todo, desc="bench", unit="case", file=sys.stderr):
         rows += _measure(case, bits, per, clustered, rounds, machine, notes)
         torch.cuda.empty_cache()
-    return {
-        "read_GB_per_s": machine.read / 1e9, "sm_clock_MHz": machine.clock and machine.clock / 1e6,
-        "multiprocessors": machine.processors, "notes": list(notes), "rows": rows,
-    }  # fmt: skip
+    return machine.described() | {"notes": list(notes), "rows": rows}
 
 
 def _measure(
     case: Case, bits: int, per: str, clustered: bool, rounds: int, machine: Machine, notes: dict[str, None]
 ) -> list[dict[str, Any]]:
-    layers, turns = make_layers(case, bits, clustered)
+    layers = make_layers(case, bits, clustered)
+    turns = turns_of(layers)
     graphs = dense_graphs(case, layers, turns, notes)
     baselines, scratch = tuple(graphs), Scratch()
     room = (WARM_UP + rounds + 8) * len(layers[0].q)
@@ -100,8 +107,10 @@ def _measure(
         if reason is not None:
             notes[f"{choice} is left out per {per}: {reason}"] = None
             continue
-        choices[choice] = kernels()
-        own = step_graphs(case, selector, layers, turns, caches, scratch)
+        asked = rule(case, selector)
+        step = checked_step(case, asked, layers, scratch)
+        choices[choice] = kernels(), reads(case, step, turns)
+        own = step_graphs(case, selector, step, layers, turns, caches)
         graphs |= {f"{choice} {name}": graph for name, graph in own.items()}
     found = {id(layer): row_distances(layer, per == "kv_head") for layer in layers}
     graphs["torch.topk"] = capture_turns(
@@ -117,7 +126,7 @@ def _measure(
         notes[f"FAISS is left out per {per}: {first_line(error)}"] = None
     baseline = min(baselines, key=lambda name: us[name])
     rows = []
-    for choice, written_in in choices.items():
+    for choice, (written_in, read) in choices.items():
         own_names = [name for name in ("step", "scan", *caches) if f"{choice} {name}" in us]
         times = others | {name: us[f"{choice} {name}"] for name in own_names}
         if "scan" in times:
@@ -128,6 +137,6 @@ def _measure(
             "calls": len(turns), "dense": baseline,
             "us": times, "speedup": us[baseline] / times["step"],
             "whole_speedup": {name: us[baseline] / times[name] for name in caches},
-            **floors(case, bits, per, machine),
+            **floors(case, bits, per, machine, read),
         })  # fmt: skip
     return rows

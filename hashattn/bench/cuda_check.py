@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,49 +16,73 @@ from hashattn.bench.cuda_steps import newest_of
 from hashattn.cache import KVCache
 from hashattn.ops import decode
 from hashattn.ops.attend.reference import gather
+from hashattn.ops.decode.reference import choose, estimated
+from hashattn.types import CRITICAL, MEDIUM
 
 # What the bounds hold before a run; None: what the run before has left in them.
 HINTS = {"no hint": 0, "its own hint": None, "a huge hint": torch.iinfo(torch.int32).max, "the hint after it": None}
 
 
 def check_step(
-    step: Callable[[], tuple[Tensor, Tensor, Tensor]], layer: Layer, bounds: Tensor, rule: decode.Rule, case: Case
+    step: Callable[[], tuple[Tensor, ...]], layer: Layer, bounds: Tensor, rule: decode.Rule, case: Case
 ) -> None:
     """Raise RuntimeError unless a step on a layer's first query does what the reference does, whatever it is hinted.
 
-    The ids must be equal. Outputs may differ from float64 attention over them by rounding, and not at all from run to
-    run.
+    The ids must be equal, and with tiers the tiers. Outputs may differ from float64 attention over them, in which
+    logits of medium keys are estimated, by rounding, and not at all from run to run.
 
     Args:
         bounds: what the step finds its hints in.
     """
-    q, scale = layer.q[0], case.head_dim**-0.5
-    _, _, expected = decode.reference(
-        q, layer.query[0], layer.keys, layer.values, layer.codes, layer.starts, layer.length, rule, scale=scale
+    q, what = layer.q[0], f"{case}, {rule}"
+    expected, critical = choose(
+        layer.query[0], layer.codes, layer.starts, layer.length, rule, layer.keys.shape[2], causal=True
     )
-    pairs = []
-    for b in range(case.batch):  # a sequence at a time: float64 is large
-        own = expected[b : b + 1]
-        keys, values = (gather(x[b : b + 1], own)[0, :, 0] for x in (layer.keys, layer.values))
-        pairs.append(attention(q[b], keys.double(), values.double(), own[0] < 0))
-    exact, size = (torch.stack(x) for x in zip(*pairs, strict=True))
+    medium = ~critical & (expected >= 0)
+    tiers = torch.where(medium, MEDIUM, CRITICAL).to(torch.int8)
+    exact, size = exact_output(layer, expected, medium if rule.critical is not None else None)
     first: tuple[Tensor, Tensor] | None = None
     for hint, bound in HINTS.items():
         if bound is not None:
             bounds[: rule.chunks or 1].fill_(bound)
         poison = [torch.full_like(q, torch.nan), q.new_full(q.shape[:3], torch.nan, dtype=torch.float32)]
         del poison  # an output that is not written would be NaN now
-        out, lse, ids = step()
+        out, lse, ids, *own_tiers = step()
         slots = expected.shape[-1]
         if not torch.equal(ids[..., :slots], expected) or (ids[..., slots:] != -1).any():
             raise RuntimeError(
-                f"{case}: with {hint} the step selects other keys than the reference; nothing is measured"
+                f"{what}: with {hint} the step selects other keys than the reference; nothing is measured"
             )
-        check_rounding(f"{case}: with {hint} the output", out, exact, size)
+        if rule.critical is not None and not torch.equal(own_tiers[0][..., :slots], tiers):
+            raise RuntimeError(f"{what}: with {hint} other keys are critical than the reference's; nothing is measured")
+        check_rounding(f"{what}: with {hint} the output", out, exact, size)
         if first is None:
             first = out.clone(), lse.clone()
         if not (torch.equal(out, first[0]) and torch.equal(lse, first[1])):
-            raise RuntimeError(f"{case}: with {hint} the output has other bits than before; nothing is measured")
+            raise RuntimeError(f"{what}: with {hint} the output has other bits than before; nothing is measured")
+
+
+def exact_output(layer: Layer, ids: Tensor, medium: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Float64 attention of a layer's first query to the keys at ids [B, H, 1, K], and the same of |values|.
+
+    Args:
+        medium: bool, as ids: keys whose logits are estimated; None for none.
+    """
+    filled = (ids >= 0).flatten(0, 2).any(0)  # of few slots where there is one for each visible key
+    ids = ids[..., filled]
+    pairs = []
+    for b in range(len(ids)):  # a sequence at a time: float64 is large
+        one = slice(b, b + 1)
+        own, q = ids[one], layer.q[0][one]
+        keys, values = (gather(x[one], own)[0, :, 0] for x in (layer.keys, layer.values))
+        guessed = None
+        if medium is not None and layer.estimate is not None:
+            by = replace(layer.estimate, norms=layer.estimate.norms[one], centre=layer.estimate.centre[one])
+            products = estimated(q, layer.query[0][one], layer.codes[one], own, by)[0, :, 0]
+            guessed = medium[b][..., filled], products.double()
+        pairs.append(attention(q[0], keys.double(), values.double(), own[0] < 0, guessed))
+    exact, size = (torch.stack(x) for x in zip(*pairs, strict=True))
+    return exact, size
 
 
 def check_dense(name: str, out: Tensor, layer: Layer, case: Case) -> None:
@@ -85,14 +110,18 @@ def check_alike(what: str, out: Tensor, expected: Tensor) -> None:
         raise RuntimeError(f"{what} agrees with the reference in {close:.0%} of heads only; nothing is measured")
 
 
-def attention(q: Tensor, keys: Tensor, values: Tensor, empty: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, keys: Tensor, values: Tensor, empty: Tensor | None = None, guessed: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of q [Hq, 1, D] to keys and values [H, K, D], in their dtype: (out [Hq, 1, D], and out of |values|).
 
     Args:
         empty: bool [H, 1, K], keys that are none.
+        guessed: bool [H, 1, K], keys that are not read, and [H, Hq / H, K], what stands for their products with q.
     """
     grouped = q.to(keys.dtype).view(len(keys), -1, q.shape[-1])  # heads that share keys
-    logits = grouped @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5
+    products = grouped @ keys.transpose(-1, -2)
+    logits = (products if guessed is None else torch.where(*guessed, products)) * q.shape[-1] ** -0.5
     weights = torch.softmax(logits if empty is None else logits.masked_fill(empty, -torch.inf), -1)
     return (weights @ values).view(q.shape), (weights @ values.abs()).view(q.shape)
 

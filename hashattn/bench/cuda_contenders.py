@@ -40,10 +40,10 @@ def _sdpa(backend: SDPBackend) -> Dense:
 
 
 def row_distances(layer: Layer, shared: bool) -> Tensor:
-    """int32 [rows, keys]: what a step with the layer's first query selects by, for torch.topk."""
+    """int32 [rows, keys]: what a step with the signs of the layer's first query selects by."""
     rows = []
     for b in range(len(layer.codes)):
-        found = distances(layer.query[0][b : b + 1, :, :, 0], layer.codes[b : b + 1])
+        found = distances(layer.query[0][b : b + 1, :, :, -1], layer.codes[b : b + 1])
         if shared:
             found = found.unflatten(1, (layer.codes.shape[1], -1)).sum(2, dtype=torch.int32)
         rows.append(found.flatten(0, 2))

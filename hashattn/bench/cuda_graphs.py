@@ -16,22 +16,27 @@ from hashattn.bench.cuda_steps import Result, first_bounds, fused, has_stages, r
 from hashattn.bench.graphs import Captured, capture
 from hashattn.cache import KVCache
 from hashattn.index import FlatHamming
-from hashattn.ops.decode import Scratch
+from hashattn.ops.decode import Rule, Scratch
 from hashattn.selectors import Selector
 
 Call = Callable[[Layer, int], object]  # of a layer and the number of its query
+Step = Callable[..., Result]  # the same, and whether to scan only
 Turns = Sequence[tuple[Layer, int]]
 
 
-def make_layers(case: Case, bits: int, clustered: bool) -> tuple[list[Layer], Turns]:
-    """Layers of a case, and the order in which a graph passes over them and their queries."""
+def make_layers(case: Case, bits: int, clustered: bool, planes: int = 1) -> list[Layer]:
+    """Layers of a case, with queries of so many planes."""
     count = layer_count(case, bits)
-    steps = step_count(count)
-    layers = [
-        make_layer(case, bits, steps=steps, clustered=clustered, seed=seed, device=torch.device("cuda"))
+    steps, device = step_count(count), torch.device("cuda")
+    return [
+        make_layer(case, bits, steps=steps, clustered=clustered, seed=seed, device=device, planes=planes)
         for seed in range(count)
     ]
-    return layers, [(layer, i) for i in range(steps) for layer in layers]
+
+
+def turns_of(layers: Sequence[Layer]) -> Turns:
+    """The order in which a graph passes over layers and their queries."""
+    return [(layer, i) for i in range(len(layers[0].q)) for layer in layers]
 
 
 def dense_graphs(
@@ -60,27 +65,41 @@ def dense_graphs(
     return graphs
 
 
+def checked_step(
+    case: Case, rule: Rule, layers: Sequence[Layer], scratch: Scratch, *, triton: bool = False
+) -> Step:  # fmt: skip
+    """The fused step on these layers, each with hints of its own, checked on the first one.
+
+    Args:
+        triton: take Triton's kernels even where there are faster ones.
+
+    Raises:
+        RuntimeError: it is wrong.
+    """
+    bounds = {id(layer): first_bounds(layer, rule) for layer in layers}
+
+    def step(layer: Layer, i: int, scan_only: bool = False) -> Result:
+        return fused(layer, i, bounds[id(layer)], rule, scratch, scan_only, triton)
+
+    first = layers[0]
+    check_step(lambda: step(first, 0), first, bounds[id(first)], rule, case)
+    bounds[id(first)].zero_()
+    return step
+
+
 def step_graphs(
-    case: Case, selector: Selector, layers: Sequence[Layer], turns: Turns,
-    caches: Mapping[str, Sequence[KVCache]], scratch: Scratch,
+    case: Case, selector: Selector, step: Step, layers: Sequence[Layer], turns: Turns,
+    caches: Mapping[str, Sequence[KVCache]],
 ) -> dict[str, Captured]:  # fmt: skip
-    """The fused step of a selector, its scan, and the whole step with each encoder, checked and captured.
+    """The checked step of a selector, its scan, and the whole step with each encoder, checked as well; captured.
 
     Args:
         caches: of whole steps, for each encoder's name one a layer; empty for none.
 
     Raises:
-        RuntimeError: a step is wrong.
+        RuntimeError: a whole step is wrong.
     """
     asked = rule(case, selector)
-    bounds = {id(layer): first_bounds(layer, asked) for layer in layers}
-
-    def step(layer: Layer, i: int, scan_only: bool = False) -> Result:
-        return fused(layer, i, bounds[id(layer)], asked, scratch, scan_only)
-
-    first = layers[0]
-    check_step(lambda: step(first, 0), first, bounds[id(first)], asked, case)
-    bounds[id(first)].zero_()
     calls: dict[str, Call] = {"step": step}
     if has_stages(asked):
         calls["scan"] = lambda layer, i: step(layer, i, scan_only=True)

@@ -19,7 +19,7 @@ from hashattn.ops import decode
 from hashattn.ops.decode import Rule, Scratch, Sizes, gpu
 from hashattn.selectors import LocalTopK, Selector, TopK
 
-Result = tuple[Tensor, Tensor, Tensor]  # out, lse, ids
+Result = tuple[Tensor, ...]  # out, lse, ids, and tiers where the rule has them
 
 
 def selectors(case: Case, per: str) -> dict[str, Selector]:
@@ -54,12 +54,22 @@ def rule(case: Case, selector: Selector) -> Rule:
     return found
 
 
-def why_not(case: Case, bits: int, selector: Selector) -> str | None:
+def why_not(case: Case, bits: int, selector: Selector, planes: int = 1) -> str | None:
     """Why the fused step does not serve a case, as the end of a sentence; None if it does."""
-    return decode.why_not(
+    asked = rule(case, selector)
+    reason = decode.why_not(
         device="cuda", dtype=DTYPES[case.dtype], head_dim=case.head_dim, group=case.q_heads // case.kv_heads,
-        tokens=1, words=bits // 64, planes=1, rule=rule(case, selector),
+        tokens=1, words=bits // 64, planes=planes, rule=asked,
     )  # fmt: skip
+    if reason is not None:
+        return reason
+    try:
+        Sizes(
+            case.batch, case.q_heads, case.kv_heads, 1, case.head_dim, case.keys, case.keys, planes, bits // 64, asked
+        )
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def kernels() -> str:
@@ -78,14 +88,22 @@ def first_bounds(layer: Layer, rule: Rule) -> Tensor:
 
 
 def fused(
-    layer: Layer, i: int, bounds: Tensor, rule: Rule, scratch: Scratch, scan_only: bool = False
+    layer: Layer, i: int, bounds: Tensor, rule: Rule, scratch: Scratch, scan_only: bool = False, triton: bool = False
 ) -> Result:  # fmt: skip
-    """The step with a layer's query i, or its first kernel alone."""
+    """The step with a layer's query i, or its first kernel alone; with tiers, logits of medium keys are estimated."""
     workspace = scratch.workspace(_sizes(layer, i, rule).workspace, layer.keys.device)
-    return gpu.decode(
-        layer.q[i], layer.query[i], layer.keys, layer.values, layer.codes, layer.starts, layer.length, bounds, rule,
-        workspace, scale=layer.q[i].shape[-1] ** -0.5, scan_only=scan_only,
+    scale = layer.q[i].shape[-1] ** -0.5
+    given = (
+        layer.q[i], layer.query[i], layer.keys, layer.values, layer.codes, layer.starts, layer.length, bounds,
     )  # fmt: skip
+    if not triton and rule.critical is None:
+        return gpu.decode(*given, rule, workspace, scale=scale, scan_only=scan_only)
+    from hashattn.ops.decode import triton as written_in_triton
+
+    if rule.critical is None:
+        return written_in_triton.decode(*given, rule, workspace, scale=scale, scan_only=scan_only)
+    assert layer.estimate is not None
+    return written_in_triton.decode_tiers(*given, layer.estimate, rule, workspace, scale=scale)
 
 
 def _sizes(layer: Layer, i: int, rule: Rule) -> Sizes:

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,19 +11,23 @@ from hashattn import Decoder, FlatHamming, HashAttention, LocalTopK, TopK
 from hashattn.bench import cuda, cuda_graphs, cuda_report, cuda_steps
 from hashattn.bench.arguments import cuda_cases
 from hashattn.bench.cases import CUDA_KEYS, Case
-from hashattn.bench.cuda_check import check_dense, check_step, check_whole
+from hashattn.bench.cuda_check import check_dense, check_rounding, check_step, check_whole, exact_output
 from hashattn.bench.cuda_contenders import row_distances
-from hashattn.bench.cuda_inputs import layer_count, make_layer, step_count
+from hashattn.bench.cuda_inputs import layer_count, make_layer, step_count, with_estimate, with_signs
+from hashattn.bench.cuda_reads import reads
 from hashattn.bench.cuda_steps import encoders, first_bounds, rule, selectors, whole, whole_caches
-from hashattn.bench.floors import Machine, code_bytes, floors, step_bytes
+from hashattn.bench.floors import Machine, Reads, code_bytes, floors, popcounts, step_bytes
 from hashattn.cli import main
 from hashattn.ops import decode
-from hashattn.ops.decode import Scratch, reference
+from hashattn.ops.decode import Rule, Scratch, reference, reference_tiers
 from hashattn.ops.decode.cuda import compiler
+from hashattn.ops.decode.reference import choose
+from hashattn.ops.hamming import unpack_bits
 from tests.structured import raises_naming
 
 SMALL = Case(4, 2, 16, "float32", 300, 40, batch=2)
 LARGE = Case(32, 8, 128, "bfloat16", 131072, 1024)
+ALL = Reads(1024, 32 * 1024, 32 * 1024)  # no two heads share a key
 
 
 SHARED = rule(SMALL, selectors(SMALL, "kv_head")["TopK"])
@@ -108,8 +113,8 @@ def test_a_missing_matplotlib_is_missed_before_anything_runs(monkeypatch, capsys
 
 
 def test_layers_are_more_than_a_cache_holds_and_fit_the_memory():
-    assert step_bytes(LARGE, 64, "query_head") == 8 * 131072 * 8 + 32 * 1024 * 2 * 256
-    assert step_bytes(LARGE, 128, "kv_head") == 8 * 131072 * 16 + 8 * 1024 * 2 * 256
+    assert step_bytes(LARGE, 64, ALL) == 8 * 131072 * 8 + 32 * 1024 * 2 * 256
+    assert step_bytes(LARGE, 128, Reads(1024, 100, 300, 200)) == 8 * 131072 * 16 + 400 * 256 + 200 * 2
     for batch, keys, k in CUDA_KEYS:
         for bits in (64, 128, 256):
             case = Case(32, 8, 128, "bfloat16", keys, k, batch=batch)
@@ -123,17 +128,59 @@ def test_layers_are_more_than_a_cache_holds_and_fit_the_memory():
 
 
 def test_floors_are_those_of_bytes_and_popcounts():
-    found = floors(LARGE, 64, "query_head", Machine(read=3e12, processors=132, clock=1.5e9))
+    found = floors(LARGE, 64, "query_head", Machine(read=3e12, processors=132, clock=1.5e9), ALL)
     assert found["byte_floor_us"] == pytest.approx((8388608 + 16777216) / 3e6)
     assert found["popcount_floor_us"] == pytest.approx(2 * 32 * 131072 / (16 * 132 * 1500))
     assert found["floor_us"] == found["byte_floor_us"]
     assert found["dense_floor_us"] == pytest.approx(2 * 8 * 131072 * 256 / 3e6)
-    more = floors(LARGE, 256, "kv_head", Machine(3e13, 132, 1.5e9))
+    more = floors(LARGE, 256, "query_head", Machine(3e13, 132, 1.5e9), ALL)
     assert more["popcount_floor_us"] == pytest.approx(4 * found["popcount_floor_us"])
     assert more["floor_us"] == more["popcount_floor_us"]
-    unknown = floors(LARGE, 64, "query_head", Machine(3e12, 132, None))
+    unknown = floors(LARGE, 64, "query_head", Machine(3e12, 132, None), ALL)
     assert unknown["popcount_floor_us"] is None
     assert unknown["floor_us"] == unknown["byte_floor_us"]
+
+
+@pytest.mark.parametrize(
+    ("q_heads", "per", "planes", "counts"),
+    [
+        (32, "query_head", 1, 32), (32, "query_head", 2, 2 * 32), (32, "kv_head", 1, 2 * 8), (32, "kv_head", 2, 3 * 8),
+        (24, "kv_head", 1, 2 * 8), (8, "kv_head", 1, 8), (128, "kv_head", 1, 4 * 8),
+    ],
+)  # fmt: skip
+def test_a_group_needs_a_popcount_for_each_digit_of_its_weights(q_heads, per, planes, counts):
+    case = Case(q_heads, 8, 128, "bfloat16", 1000, 100)
+    assert popcounts(case, 128, per, planes) == 4 * 1000 * counts
+
+
+def test_what_is_read_is_counted_once_for_a_group():
+    layer, _ = small_layer(SHARED)
+    ids = torch.full((2, 4, 1, 6), -1, dtype=torch.int32)
+    ids[:, 0, 0, :3] = torch.tensor([5, 6, 7])
+    ids[:, 1, 0, :2] = torch.tensor([7, 9])  # of the same KV head
+    ids[:, 2, 0, :2] = torch.tensor([7, 299])
+    tier = torch.zeros_like(ids, dtype=torch.int8)
+    tier[:, 0, 0, 2] = tier[:, 2, 0, 0] = 1  # column 7: medium to head 0 and critical to head 1; medium to head 2
+    assert reads(SMALL, lambda *_: (None, None, ids), [(layer, 0)]) == Reads(7 / 4, 12, 12)
+    assert reads(SMALL, lambda *_: (None, None, ids, tier), [(layer, 0)]) == Reads(7 / 4, 10, 12, 4)
+    taken = iter([ids, ids[..., :2]])
+    assert reads(SMALL, lambda *_: (None, None, next(taken)), [(layer, 0), (layer, 1)]) == Reads(6.5 / 4, 12, 12)
+
+
+def test_queries_of_two_planes_are_an_encoders_with_the_signs_of_one():
+    case, device = Case(4, 2, 16, "float32", 6400, 50), torch.device("cpu")
+    for clustered in (False, True):
+        layer = make_layer(case, 64, steps=2, clustered=clustered, seed=0, device=device, planes=2)
+        plain = make_layer(case, 64, steps=2, clustered=clustered, seed=0, device=device)
+        assert layer.query[0].shape == (1, 4, 1, 2, 1)
+        assert torch.equal(layer.codes, plain.codes)
+        found = row_distances(layer, False)
+        assert torch.equal(found, row_distances(with_signs(layer), False))
+        assert all(query.is_contiguous() and query.shape == (1, 4, 1, 1, 1) for query in with_signs(layer).query)
+        assert ((found < 20).float().mean() > 0.01) == clustered
+        planes = unpack_bits(torch.cat(layer.query), 64)[..., 0, :, :]
+        large = (planes[..., 0, :] == planes[..., 1, :]).float().mean()  # at least half of the query's largest
+        assert 0.1 < large < 0.4
 
 
 @pytest.mark.parametrize("per", ["query_head", "kv_head"])
@@ -175,6 +222,44 @@ def test_a_wrong_step_is_not_measured(wrong, words):
     raises_naming(RuntimeError, *words, "nothing is measured")(
         lambda: check_step(lambda: wrong(*spec(layer, SHARED)), layer, bounds, SHARED, SMALL)
     )
+
+
+def tiers_spec(layer, rule):
+    return reference_tiers(
+        layer.q[0], layer.query[0], layer.keys, layer.values, layer.codes, layer.starts, layer.length, layer.estimate,
+        rule, scale=16**-0.5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_tiers_are_checked_with_their_estimates(shared):
+    asked = Rule(share=0.2, critical=0.1, shared=shared, sinks=2)
+    layer, bounds = small_layer(asked)
+    layer = with_estimate(layer)
+    check_step(lambda: tiers_spec(layer, asked), layer, bounds, asked, SMALL)
+    twice = replace(layer, estimate=replace(layer.estimate, a=2 * layer.estimate.a))
+    exact = spec(layer, asked)[0]
+    for wrong, words in (
+        (lambda out, lse, ids, tier: (out, lse, ids, 1 - tier), "other keys are critical"),
+        (lambda out, lse, ids, tier: (out, lse, ids, tier.zero_()), "other keys are critical"),
+        (lambda out, lse, ids, tier: (out, lse, ids + 1, tier), "selects other keys"),
+        (lambda out, lse, ids, tier: (exact, lse, ids, tier), "off by"),
+        (lambda out, lse, ids, tier: tiers_spec(twice, asked), "off by"),
+    ):
+        raises_naming(RuntimeError, words, "nothing is measured")(
+            lambda wrong=wrong: check_step(lambda: wrong(*tiers_spec(layer, asked)), layer, bounds, asked, SMALL)
+        )
+
+
+def test_a_critical_key_weighs_enough_to_be_checked():
+    case = Case(8, 2, 128, "bfloat16", 4000, 256)
+    layer = with_estimate(make_layer(case, 64, steps=1, clustered=False, seed=0, device=torch.device("cpu")))
+    asked = Rule(share=0.064, critical=0.001)  # 4 of 256 keys
+    ids, critical = choose(layer.query[0], layer.codes, layer.starts, layer.length, asked, 4000, True)
+    exact, size = exact_output(layer, ids, ~critical & (ids >= 0))
+    without = ids.masked_fill(critical, -1)
+    other, _ = exact_output(layer, without, without >= 0)
+    raises_naming(RuntimeError, "off by")(lambda: check_rounding("it", other.bfloat16(), exact, size))
 
 
 @pytest.mark.parametrize("selector", [TopK(k=40, per="kv_head"), LocalTopK(k=48)], ids=str)
@@ -314,7 +399,7 @@ def pretended(monkeypatch):
 
     monkeypatch.setattr(cuda_graphs, "dense", lambda _: {"a": sdpa, "unserved": unserved, "b": sdpa})
 
-    def fused(layer, i, bounds, rule, scratch, scan_only=False):
+    def fused(layer, i, bounds, rule, scratch, scan_only=False, triton=False):
         return reference(
             layer.q[i], layer.query[i], layer.keys, layer.values, layer.codes, layer.starts, layer.length, rule,
             scale=16**-0.5,
