@@ -12,7 +12,6 @@ from torch import Tensor
 from hashattn import AsymmetricHash, Encoder, SimHash, SymmetricHash
 from hashattn.encoders.learned import LearnedHash
 from hashattn.ops.decode import Map, Rule, Sizes
-from hashattn.ops.decode.estimate import key_norms
 from hashattn.ops.hamming import unpack_bits
 from tests.ops.decode.cases import poisoned
 from tests.structured import generator
@@ -83,11 +82,10 @@ def encodes(
 
 
 def same_norms(found: Tensor, k: Tensor, centre: Tensor) -> None:
-    """float16 norms are those that a cache keeps, save where a sum in another order is rounded the other way."""
+    """Norms are exact ones, rounded to float16 from float32."""
     exact = (k.double() - centre.double().unsqueeze(2)).norm(dim=-1, keepdim=True)
     assert found.dtype == torch.float16
     assert ((found.double() - exact).abs() <= exact * (2**-11 + 1e-6)).all()
-    assert (found == key_norms(k, centre)).float().mean() > 0.95  # observed: 1
 
 
 def encoding_state(q: Tensor, k: Tensor, codes: Tensor, maps: tuple[Map, Map]) -> tuple[Tensor, Tensor]:
