@@ -14,6 +14,7 @@ from hashattn.device_state import DeviceState
 from hashattn.encoders.base import Encoder
 from hashattn.index.base import Index
 from hashattn.ops.attend import row_numbers
+from hashattn.ops.decode.estimate import key_norms
 from hashattn.ops.decode.scratch import Scratch
 from hashattn.ops.hamming import popcount
 from hashattn.ops.nearest.cpu import Table
@@ -98,12 +99,10 @@ class KVCache:
     def centre(self) -> Tensor:
         """What is subtracted from the keys before encoding: float32 [B, Hkv, D]; zero for short rows."""
         self.encode()
-        fitted = getattr(self.encoder, "mean", None)
-        if isinstance(fitted, Tensor) and fitted.numel():
-            return fitted.expand(self.batch, -1, -1)
-        if self._centre is None:
+        centre = self._subtracted
+        if centre is None:
             return torch.zeros(self.batch, self.kv_heads, self.head_dim, device=self.keys.device)
-        return self._centre
+        return centre
 
     @property
     def bits(self) -> int:
@@ -203,11 +202,13 @@ class KVCache:
                 self._values.storage[row, :, :first] = 0
 
     def adopt(self, length: int, *, codes: bool = True) -> None:
-        """Count columns that a Decoder wrote in place, with or without their codes, up to `length`."""
+        """Count columns that a Decoder wrote in place, with or without their codes and norms, up to `length`."""
         self._keys.adopt(length)
         self._values.adopt(length)
         if self._store is not None and codes:
             self._store.adopt(length)
+            if self.with_norms:
+                self._norms.adopt(length)
 
     def set_start(self, start: Tensor) -> None:
         """Change the first column of each row, int [B]; rows that change lose their centre.
@@ -289,10 +290,7 @@ class KVCache:
         k = self._keys.storage.narrow(2, encoded, keys - encoded)
         codes = self.encoder.encode_key(k, self._centre)
         if self.with_norms:
-            centre = getattr(self.encoder, "mean", None)
-            centre = self._centre if self._centre is not None or centre is None else centre.unsqueeze(0)
-            centred = k.float() if centre is None else k.float() - centre.unsqueeze(2)
-            self._norms.append(centred.norm(dim=-1, keepdim=True).half())
+            self._norms.append(key_norms(k, self._subtracted))
         self._store.add(codes)
 
     def forget_code(self) -> None:
@@ -435,6 +433,14 @@ class KVCache:
         )
 
     # ---- inside
+
+    @property
+    def _subtracted(self) -> Tensor | None:
+        """The encoder's fitted mean, or the rows' own centres, [B, Hkv, D]; None for zero."""
+        fitted = getattr(self.encoder, "mean", None)
+        if isinstance(fitted, Tensor) and fitted.numel():
+            return fitted.expand(self.batch, -1, -1)
+        return self._centre
 
     def _check_filled(self) -> None:
         if len(self) == 0:

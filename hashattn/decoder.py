@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from hashattn import dense_steps, fused
 from hashattn.ops.decode import Map, why_not_encode
+from hashattn.ops.decode.estimate import key_norms
 from hashattn.shapes import check_float, check_kv, check_q
 
 if TYPE_CHECKING:
@@ -41,8 +43,6 @@ class Decoder:
             raise ValueError("cache must have a capacity, which a graph cannot change: new_cache(..., capacity=...)")
         self.dense = attn.engine == "dense" or not attn.attend.needs_selection
         self._check_filled(cache)
-        if cache.with_norms and not self.dense:
-            raise ValueError("a decoder appends no norms: take a composition with ExactAttend()")
         device, encoder = cache.keys.device, attn.encoder
         self.attn, self.cache = attn, cache
         self.keys, self.values = cache.storage("keys"), cache.storage("values")
@@ -97,9 +97,14 @@ class Decoder:
             raise ValueError(f'engine="triton" cannot take this step: {reason}')
         assert encoder is not None
         encoder.check_model(q_heads, cache.kv_heads, cache.head_dim)
-        prepared = self._prepared[q_heads, tokens] = fused.prepare(self.attn, cache, q_heads, tokens)
-        for held in (prepared.codes, prepared.bounds, prepared.workspace):
+        prepared, estimate = fused.prepare(self.attn, cache, q_heads, tokens), None
+        if prepared.estimate is not None:
+            assert self.centre is not None
+            estimate = replace(prepared.estimate, centre=self.centre)  # which stays where it is
+            _stays(estimate.a)
+        for held in (prepared.codes, prepared.norms, prepared.bounds, prepared.workspace):
             _stays(held)
+        self._prepared[q_heads, tokens] = replace(prepared, estimate=estimate)
 
     def warm_up(self, q_heads: int) -> None:
         """Load the kernels, which a capture cannot do, by a step on zeros that leaves nothing behind."""
@@ -120,10 +125,13 @@ class Decoder:
         assert encoder is not None and self.centre is not None
         held = self.keys, self.values, prepared.codes, self.length, self._arrived
         if self.maps is not None:
-            query = encode(q, k, v, self.centre, self.maps, encoder.query_bits, *held, prepared.workspace)
+            query = encode(
+                q, k, v, self.centre, self.maps, encoder.query_bits, *held, prepared.workspace, prepared.norms
+            )
         else:
             query = fused.packed(encoder, q)
-            append(k, v, encoder.encode_key(k, self.centre), *held)
+            new_norms = key_norms(k, self.centre) if prepared.norms is not None else None
+            append(k, v, encoder.encode_key(k, self.centre), *held, new_norms, prepared.norms)
         output, selection = prepared.step(q, query, self.length, scale, True)
         if prepared.rule.radius is not None:
             self.found.add_((selection.ids >= 0).sum())

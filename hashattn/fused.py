@@ -46,6 +46,7 @@ class Prepared:
     keys: Tensor
     values: Tensor
     codes: Tensor
+    norms: Tensor | None
     starts: Tensor
     bounds: Tensor
     workspace: Tensor
@@ -77,7 +78,8 @@ def prepare(attn: HashAttention, cache: KVCache, q_heads: int, tokens: int) -> P
     )  # fmt: skip
     state, device = cache.on_device, keys.device
     return Prepared(
-        rule, keys, values, codes, state.starts(cache._starts, device), state.bounds(sizes.state, device),
+        rule, keys, values, codes, cache.storage("norms") if cache.with_norms else None,
+        state.starts(cache._starts, device), state.bounds(sizes.state, device),
         state.scratch.workspace(sizes.workspace, device),
         attn.attend.fused_estimate(cache) if rule.critical is not None else None,
     )  # fmt: skip

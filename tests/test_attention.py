@@ -599,8 +599,3 @@ def test_a_decoder_refuses_what_a_graph_could_not_keep():
     with pytest.raises(TypeError, match="must have one dtype"):
         decoder(q.half(), k[:, :, :1].half(), v[:, :, :1].half())
     assert len(decoder.finish()) == 400
-    with pytest.raises(ValueError, match="appends no norms"):
-        tiers = attn.replace(attend=MixedPrecision())
-        cache = tiers.new_cache(1, 2, 64, capacity=500)
-        cache.append(k, v)
-        tiers.decoder(cache)

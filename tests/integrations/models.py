@@ -16,8 +16,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from hashattn import Centring, FlatHamming, HashAttention, Recent, SimHash, Sink, TopK
+from hashattn import Centring, FlatHamming, HashAttention, MixedPrecision, Recent, SimHash, Sink, Tiers, TopK
 from hashattn.integrations.transformers import HashedLayer
+from tests.ops.decode.encoding import same_norms
 
 SMALL = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 6,
@@ -33,6 +34,7 @@ MODELS = {
 SHORT = SimHash(64, centring=Centring(keys=16))
 EVERYTHING = HashAttention(SHORT, FlatHamming(), Sink(2) | Recent(4) | TopK(share=1.0), engine="reference")
 TENTH = HashAttention(SHORT, FlatHamming(), Sink(2) | Recent(4) | TopK(share=0.1), engine="reference")
+TIERS = TENTH.replace(selector=Sink(2) | Recent(4) | Tiers(0.05, 0.3), attend=MixedPrecision(hidden=0))
 ON_CPU = TENTH.replace(engine="cpu")
 LENGTH, NEW = 90, 12
 # transformers 5.24 renamed the argument and the output
@@ -81,6 +83,8 @@ def check_codes(cache):
         kv.encode()
         assert kv.encoded == len(kv)
         assert torch.equal(kv.codes, kv.encoder.encode_key(kv.keys, kv.centre))
+        if kv.with_norms:
+            same_norms(kv.norms, kv.keys, kv.centre)
 
 
 def both_engines(model, run, **options):

@@ -5,10 +5,11 @@ import torch
 import torch._dynamo
 from transformers import StaticCache
 
-from tests.integrations.models import CACHE, LENGTH, TENTH, cache_of, make, prompt, write
+from tests.integrations.models import CACHE, LENGTH, TENTH, TIERS, cache_of, make, prompt, write
+from tests.ops.decode.encoding import same_norms
 
 pytestmark = pytest.mark.gpu
-FUSED = TENTH.replace(engine="triton")
+BOTH = pytest.mark.parametrize("attn", [TENTH, TIERS], ids=["exact", "tiers"])
 ROOM, TOKENS = LENGTH + 20, range(5, 13)
 
 
@@ -33,11 +34,11 @@ def ids_of(token):
 
 
 @torch.no_grad()
-def eager(model):
+def eager(model, attn):
     """Logits of eager steps that search, and those of eager dense ones."""
     found = []
-    for attn in (TENTH, TENTH.replace(engine="dense")):
-        with attn.attach(model):
+    for plain in (attn, attn.replace(engine="dense")):
+        with plain.attach(model):
             cache, mask = prefilled(model)
             found.append(
                 [
@@ -48,10 +49,11 @@ def eager(model):
     return found
 
 
+@BOTH
 @torch.no_grad()
-def test_one_captured_step_of_a_model_serves_growing_lengths(model):
-    expected, full = eager(model)
-    with FUSED.attach(model) as handle:
+def test_one_captured_step_of_a_model_serves_growing_lengths(model, attn):
+    expected, full = eager(model, attn)
+    with attn.replace(engine="triton").attach(model) as handle:
         cache, mask = prefilled(model)
         ids = ids_of(TOKENS[0])
         stream = torch.cuda.Stream()
@@ -70,6 +72,11 @@ def test_one_captured_step_of_a_model_serves_growing_lengths(model):
             assert (logits - exact).abs().max() < 1e-3 < (logits - dense).abs().max()
         assert int(cache.get_seq_length()) == LENGTH + len(TOKENS)
         assert [(row.sparse, row.engine) for row in handle.report().layers] == [(len(TOKENS), "triton")] * 2
+        for layer in cache.layers:
+            layer.settle()
+            assert layer.kv.encoded == LENGTH + len(TOKENS)
+            if layer.kv.with_norms:
+                same_norms(layer.kv.norms, layer.kv.keys, layer.kv.centre)
         for _ in range(ROOM - LENGTH - len(TOKENS) + 1):
             graph.replay()
         assert logits.isnan().all()
@@ -77,11 +84,12 @@ def test_one_captured_step_of_a_model_serves_growing_lengths(model):
             model(input_ids=ids, attention_mask=mask, **{CACHE: cache})
 
 
+@BOTH
 @torch.no_grad()
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
-def test_one_compiled_step_of_a_model_serves_growing_lengths(model, mode):
-    expected, _ = eager(model)
-    with FUSED.attach(model):
+def test_one_compiled_step_of_a_model_serves_growing_lengths(model, mode, attn):
+    expected, _ = eager(model, attn)
+    with attn.replace(engine="triton").attach(model):
         cache, mask = prefilled(model)
         forward = torch.compile(model.forward, fullgraph=True, mode=mode)
         for i, (token, exact) in enumerate(zip(TOKENS, expected, strict=True)):
@@ -90,12 +98,13 @@ def test_one_compiled_step_of_a_model_serves_growing_lengths(model, mode):
             assert (logits - exact).abs().max() < 1e-3, i
 
 
-def test_generate_with_a_static_cache_writes_the_same(model):
+@BOTH
+def test_generate_with_a_static_cache_writes_the_same(model, attn):
     inputs = {name: x.cuda() for name, x in prompt().items()}
     options = {
         "cache_implementation": "static", "return_dict_in_generate": True, "eos_token_id": None, "pad_token_id": 0,
     }  # fmt: skip
-    with FUSED.attach(model) as handle:
+    with attn.replace(engine="triton").attach(model) as handle:
         expected = write(model, inputs, **options, disable_compile=True).sequences
         handle.reset_report()
         out = write(model, inputs, **options)

@@ -15,9 +15,10 @@ from transformers import CompileConfig, StaticCache
 
 from hashattn.integrations.transformers import HashedLayer, static_layer
 from hashattn.ops import decode
-from tests.integrations.models import CACHE, LENGTH, TENTH, cache_of, check_codes, hashed, make, prompt, write
+from tests.integrations.models import CACHE, LENGTH, TENTH, TIERS, cache_of, check_codes, hashed, make, prompt, write
 
 FUSED = TENTH.replace(engine="triton")
+MEDIUM = {"selector": TIERS.selector, "attend": TIERS.attend}
 ROOM = LENGTH + 20
 
 
@@ -67,6 +68,7 @@ def eager_logits(attn, model, tokens, **options):
         ("qwen3", "aot_eager", {}),
         ("gemma3", "eager", {}),
         ("llama", "eager", {"dense_layers": (0,)}),
+        ("llama", "aot_eager", MEDIUM),
     ],
 )
 def test_one_graph_decodes_what_eager_steps_decode(name, backend, changes):
@@ -111,11 +113,11 @@ WAITING = {
 }
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_a_captured_step_asks_the_device_nothing_and_tells_the_host_nothing(monkeypatch, name):
+@pytest.mark.parametrize(("name", "changes"), [("llama", {}), ("qwen3", {}), ("llama", MEDIUM)])
+def test_a_captured_step_asks_the_device_nothing_and_tells_the_host_nothing(monkeypatch, name, changes):
     model, tokens = small(name), range(5, 9)
-    expected, _, _ = eager_logits(TENTH.replace(dense_layers=(0,)), model, tokens)
-    with FUSED.replace(dense_layers=(0,)).attach(model):
+    expected, _, _ = eager_logits(TENTH.replace(dense_layers=(0,), **changes), model, tokens)
+    with FUSED.replace(dense_layers=(0,), **changes).attach(model):
         cache, mask = prefilled(model)
         before = [len(layer.kv) for layer in cache.layers]
         with monkeypatch.context() as patch:
@@ -130,9 +132,10 @@ def test_a_captured_step_asks_the_device_nothing_and_tells_the_host_nothing(monk
         assert [len(layer.kv) for layer in cache.layers] == [n + len(tokens) for n in before]
 
 
-def test_host_calls_between_compiled_steps():
+@pytest.mark.parametrize("changes", [{}, MEDIUM], ids=["exact", "tiers"])
+def test_host_calls_between_compiled_steps(changes):
     model = small()
-    with FUSED.attach(model):
+    with FUSED.replace(**changes).attach(model):
         cache, mask = prefilled(model)
         forward, counter = compiled(model)
         first = step(forward, cache, mask, 5)
@@ -212,17 +215,19 @@ def test_generate_compiles_its_steps():
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="inductor needs a C++ compiler")
-def test_inductor_copies_no_cache():
+@pytest.mark.parametrize("changes", [{}, MEDIUM], ids=["exact", "tiers"])
+def test_inductor_copies_no_cache(changes):
     model = small(num_hidden_layers=2)
-    expected, _, _ = eager_logits(TENTH.replace(dense_layers=(1,)), model, (5, 6))
-    with FUSED.replace(dense_layers=(1,)).attach(model):
+    expected, _, _ = eager_logits(TENTH.replace(dense_layers=(1,), **changes), model, (5, 6))
+    with FUSED.replace(dense_layers=(1,), **changes).attach(model):
         cache, mask = prefilled(model)
         forward = torch.compile(model.forward, fullgraph=True)
         logits, code = run_and_get_code(step, forward, cache, mask, 5)
         assert (logits - expected[0]).abs().max() < 1e-4
         assert (step(forward, cache, mask, 6) - expected[1]).abs().max() < 1e-4
-    held = cache.layers[0].kv.storage("keys")
-    assert str((*held.shape,)) in code[0] and f"empty_strided_cpu({(*held.shape,)}" not in code[0]
+    for what in ("keys", "codes", "norms") if changes else ("keys", "codes"):
+        held = cache.layers[0].kv.storage(what)
+        assert str((*held.shape,)) in code[0] and f"empty_strided_cpu({(*held.shape,)}" not in code[0]
 
 
 def test_short_rows_are_left_to_eager_steps():

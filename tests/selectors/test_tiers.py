@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashattn import Step, Tiers, TopK
+from hashattn import Recent, Sink, Step, Tiers, TopK
 from hashattn.types import CRITICAL, MEDIUM
 from tests.structured import make_view, odd_lengths, raises_naming, seeds, tied_distances
 
@@ -25,6 +25,13 @@ def test_the_nearest_are_critical_and_the_next_medium(seed, keys, shares, forced
 def test_budgets_are_the_two_counts():
     tiers = Tiers(0.05, 0.1)
     assert (tiers.critical(130), tiers.budget(130)) == (7, 13)
+
+
+@given(odd_lengths, st.integers(1, 9), st.sampled_from([(0.05, 0.1), (0.3, 0.31), (0.5, 1.0)]))
+def test_a_rule_knows_both_counts(keys, forced, shares):
+    selector = Sink(forced) | Recent(3) | Tiers(*shares)
+    rule = selector.rule(2)
+    assert (rule.slots(keys), rule.medium(keys)) == (budget := selector.budget(keys), budget - selector.critical(keys))
 
 
 @pytest.mark.parametrize(

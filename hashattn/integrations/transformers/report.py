@@ -59,9 +59,8 @@ class LayerRecord:
             self.add_dense(cost, keys, 1)
             return
         self.add_searched(cost, keys, count(selection.ids >= 0), selection.ids.shape[1], 1)
-        if selection.tier is not None:  # a medium key costs a norm and a code instead of the key
-            medium = count((selection.tier == MEDIUM) & (selection.ids >= 0))
-            self.read = self.read - medium * (cost.key_bytes - 2 - cost.code_bytes)
+        if selection.tier is not None:
+            self.add_medium(cost, count((selection.tier == MEDIUM) & (selection.ids >= 0)))
 
     def add_dense(self, cost: Cost, keys: int, steps: int) -> None:
         """Count so many one-token calls that read all of `keys` keys, over rows and calls."""
@@ -80,6 +79,10 @@ class LayerRecord:
         self.scanned += keys * cost.kv_heads * cost.code_bytes
         self.kept = self.kept + kept * (cost.q_heads // heads)
         self.read = self.read + kept * 2 * cost.key_bytes
+
+    def add_medium(self, cost: Cost, kept: Tensor | int) -> None:
+        """Count so many of the kept keys as medium: they cost a norm and a code instead of the key."""
+        self.read = self.read - kept * (cost.key_bytes - 2 - cost.code_bytes)
 
     def set_engine(self, attn: HashAttention, query: Tensor, kv: KVCache) -> None:
         """Note what serves a search of these queries, and why."""

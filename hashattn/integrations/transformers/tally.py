@@ -28,6 +28,7 @@ class Tally:
         room: columns that there are.
         starts: first column of each row.
         rule: which keys are kept; None for all.
+        estimated: whether the logits of medium keys are, so that these are not read.
         engine, why: for the report; why is also the reason of dense steps.
     """
 
@@ -39,6 +40,7 @@ class Tally:
     starts: list[int]
     cost: Cost
     rule: Rule | None
+    estimated: bool
     engine: str
     why: str
 
@@ -49,7 +51,7 @@ class Tally:
         rule = selector.rule(q_heads // kv.kv_heads) if not decoder.dense and selector is not None else None
         return cls(
             decoder.length, decoder.found, len(kv), 0, kv.capacity or 0, list(kv._starts), Cost.of(kv, q_heads), rule,
-            "dense" if decoder.dense else "triton", why,
+            decoder.attn.attend.needs_norms, "dense" if decoder.dense else "triton", why,
         )  # fmt: skip
 
     def book(self, record: LayerRecord) -> int:
@@ -72,6 +74,8 @@ class Tally:
         if self.rule.radius is not None:
             kept, self.kept = int(self.found) - self.kept, int(self.found)
         record.add_searched(self.cost, sum(seen), kept, heads, steps)
+        if self.estimated:
+            record.add_medium(self.cost, heads * sum(map(self.rule.medium, seen)))
         return steps
 
 

@@ -1,4 +1,4 @@
-"""Appends keys, values and codes at a length that only the device knows, in one kernel."""
+"""Appends keys, values, codes and norms at a length that only the device knows, in one kernel."""
 
 from __future__ import annotations
 
@@ -40,36 +40,45 @@ def lengthen(length, arrived, to, programs):
 
 @triton.jit
 def append_rows(
-    k, v, codes, keys, values, stored, length, arrived, count, T, room, code_room, DIM: tl.constexpr,
-    PADDED: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr,
+    k, v, codes, new_norms, keys, values, stored, norms, length, arrived, count, T, room, code_room,
+    DIM: tl.constexpr, PADDED: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (count / TILE). Rows k, v [count, DIM], codes [count, WORDS] become the next T columns of B * Hkv heads."""
+    """Grid (count / TILE). Rows k, v [count, DIM], codes [count, WORDS] become the next T columns of B * Hkv heads.
+
+    So do float16 new_norms [count], unless they are None.
+    """
     WIDTH: tl.constexpr = triton.next_power_of_2(WORDS)
     rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
     filled = tl.load(length)
     key, value = load_rows(k, rows, count, DIM, PADDED), load_rows(v, rows, count, DIM, PADDED)
     code = load_rows(codes, rows, count, WORDS, WIDTH)
+    if new_norms is not None:
+        norm = load_rows(new_norms, rows, count, 1, 1)
     lengthen(length, arrived, filled + T, tl.num_programs(0))
     head, column, fits = place(rows, count, filled, T, room, code_room)
     store_rows(key, keys, head * room + column, fits, DIM, PADDED)
     store_rows(value, values, head * room + column, fits, DIM, PADDED)
     store_rows(code, stored, head * code_room + column, fits, WORDS, WIDTH)
+    if new_norms is not None:
+        store_rows(norm, norms, head * code_room + column, fits, 1, 1)
 
 
 def append(
-    k: Tensor, v: Tensor, codes: Tensor, keys: Tensor, values: Tensor, stored: Tensor, length: Tensor, arrived: Tensor
-) -> None:
+    k: Tensor, v: Tensor, codes: Tensor, keys: Tensor, values: Tensor, stored: Tensor, length: Tensor, arrived: Tensor,
+    new_norms: Tensor | None = None, norms: Tensor | None = None,
+) -> None:  # fmt: skip
     """See :func:`hashattn.ops.decode.append_reference.append`.
 
     Args:
-        k, v, codes, length: as there.
-        keys, values, stored: as there, contiguous.
+        k, v, codes, length, new_norms: as there.
+        keys, values, stored, norms: as there, contiguous.
         arrived: int32 [1], zero before and after.
     """
     batch, heads, tokens, dim = k.shape
     count, tile = batch * heads * tokens, 4
+    new_norms = new_norms.contiguous() if new_norms is not None else None
     append_rows[(triton.cdiv(count, tile),)](
-        k.contiguous(), v.contiguous(), codes.contiguous(), keys, values, stored, length, arrived, count, tokens,
-        keys.shape[2], stored.shape[2], DIM=dim, PADDED=triton.next_power_of_2(dim), WORDS=codes.shape[3], TILE=tile,
-        num_warps=4,
+        k.contiguous(), v.contiguous(), codes.contiguous(), new_norms, keys, values, stored, norms, length, arrived,
+        count, tokens, keys.shape[2], stored.shape[2], DIM=dim, PADDED=triton.next_power_of_2(dim),
+        WORDS=codes.shape[3], TILE=tile, num_warps=4,
     )  # fmt: skip

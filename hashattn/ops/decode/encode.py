@@ -102,11 +102,11 @@ def encode_queries(
 
 @triton.jit
 def encode_keys(
-    k, v, centre, linear, last, bias, sums, keys, values, codes, length, arrived, at, programs, count, T, room,
+    k, v, centre, linear, last, bias, sums, keys, values, codes, norms, length, arrived, at, programs, count, T, room,
     code_room, DIM: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, HIDDEN: tl.constexpr,
     PARTS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program `at` of so many: appends a word of TILE keys' codes, and with the first word the keys and values."""
+    """Program `at` of so many: appends a word of TILE keys' codes, and with the first word all else of the keys."""
     word, rows = at % WORDS, at // WORDS * TILE + tl.arange(0, TILE)
     weights = load_weights(linear, last, bias, word, DIM, PADDED, HIDDEN, BITS)
     if PDL:
@@ -119,6 +119,9 @@ def encode_keys(
     head, column, fits = place(rows, count, filled, T, room, code_room)
     store_rows(key, keys, head * room + column, fits & (word == 0), DIM, PADDED)
     store_rows(value, values, head * room + column, fits & (word == 0), DIM, PADDED)
+    if norms is not None:
+        norm = tl.sqrt_rn(tl.sum(x * x, 1)).to(tl.float16)
+        tl.store(norms + head * code_room + column, norm, mask=fits & (word == 0))
     used = 64 * word + tl.arange(0, 64)[None, :] < BITS
     code = pack((project(x, h, weights, HIDDEN) >= 0) & used)
     tl.store(codes + (head * code_room + column) * WORDS + word, code, mask=fits)
@@ -127,7 +130,7 @@ def encode_keys(
 @triton.jit
 def encode_rows(
     q, k, v, centre, query_linear, query_last, query_bias, query_sums, key_linear, key_last, key_bias, key_sums,
-    query, keys, values, codes, length, arrived, queries, new, T, room, code_room, DIM: tl.constexpr,
+    query, keys, values, codes, norms, length, arrived, queries, new, T, room, code_room, DIM: tl.constexpr,
     PADDED: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr, QUERY_HIDDEN: tl.constexpr,
     QUERY_PARTS: tl.constexpr, KEY_HIDDEN: tl.constexpr, KEY_PARTS: tl.constexpr, UNIT: tl.constexpr,
     TILE: tl.constexpr, PDL: tl.constexpr,
@@ -140,8 +143,8 @@ def encode_rows(
         query_last, query_bias, query_sums: float32 [HIDDEN, BITS], [BITS] and [PARTS, queries, HIDDEN] of an MLP; of
             keys likewise. HIDDEN is 0 without one.
         query: int64 [queries, PLANES, WORDS], written.
-        keys, values, codes: [B * Hkv, room, DIM], int64 [B * Hkv, code_room, WORDS]; the T columns from length on are
-            written, those beyond the room are not.
+        keys, values, codes, norms: [B * Hkv, room, DIM], int64 [B * Hkv, code_room, WORDS], float16
+            [B * Hkv, code_room] or None; the T columns from length on are written, those beyond the room are not.
         length, arrived: int32 [1], T is added to the first; the second is 0 between launches.
     """
     split = tl.cdiv(queries, TILE) * (1 if PLANES > 1 else WORDS)
@@ -153,9 +156,9 @@ def encode_rows(
         )  # fmt: skip
     else:
         encode_keys(
-            k, v, centre, key_linear, key_last, key_bias, key_sums, keys, values, codes, length, arrived, at - split,
-            tl.num_programs(0) - split, new, T, room, code_room, DIM, PADDED, BITS, WORDS, KEY_HIDDEN, KEY_PARTS, TILE,
-            PDL,
+            k, v, centre, key_linear, key_last, key_bias, key_sums, keys, values, codes, norms, length, arrived,
+            at - split, tl.num_programs(0) - split, new, T, room, code_room, DIM, PADDED, BITS, WORDS, KEY_HIDDEN,
+            KEY_PARTS, TILE, PDL,
         )  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -163,13 +166,13 @@ def encode_rows(
 
 def encode(
     q: Tensor, k: Tensor, v: Tensor, centre: Tensor, maps: tuple[Map, Map], query_bits: int, keys: Tensor,
-    values: Tensor, codes: Tensor, length: Tensor, arrived: Tensor, workspace: Tensor,
+    values: Tensor, codes: Tensor, length: Tensor, arrived: Tensor, workspace: Tensor, norms: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See :func:`hashattn.ops.decode.append_reference.encode`.
 
     Args:
         q, k, v, centre, maps, query_bits: as there; centre and maps contiguous, and only the queries' map scales.
-        keys, values, codes, length: as there, contiguous.
+        keys, values, codes, length, norms: as there, contiguous.
         arrived: int32 [1], zero before and after.
         workspace: uint8, Sizes.workspace of them at least, whatever it holds.
     """
@@ -188,11 +191,12 @@ def encode(
     tile = vectors(queries, query_bits)
     programs = triton.cdiv(queries, tile) * (1 if query_bits > 1 else words) + triton.cdiv(new, tile) * words
     encode_rows[(programs,)](
-        q, k, v, centre, *_last(of_query), query_sums, *_last(of_key), key_sums, query, keys, values, codes, length,
-        arrived, queries, new, tokens, keys.shape[2], codes.shape[2], DIM=dim, PADDED=triton.next_power_of_2(dim),
-        BITS=of_query.linear.shape[1], WORDS=words, PLANES=query_bits, UNIT=of_query.unit, TILE=tile,
-        QUERY_HIDDEN=0 if query_sums is None else query_sums.shape[2], KEY_HIDDEN=0 if key_sums is None else
-        key_sums.shape[2], QUERY_PARTS=0 if query_sums is None else query_sums.shape[0],
+        q, k, v, centre, *_last(of_query), query_sums, *_last(of_key), key_sums, query, keys, values, codes, norms,
+        length, arrived, queries, new, tokens, keys.shape[2], codes.shape[2], DIM=dim,
+        PADDED=triton.next_power_of_2(dim), BITS=of_query.linear.shape[1], WORDS=words, PLANES=query_bits,
+        UNIT=of_query.unit, TILE=tile, QUERY_HIDDEN=0 if query_sums is None else query_sums.shape[2],
+        KEY_HIDDEN=0 if key_sums is None else key_sums.shape[2],
+        QUERY_PARTS=0 if query_sums is None else query_sums.shape[0],
         KEY_PARTS=0 if key_sums is None else key_sums.shape[0], PDL=bool(early), num_warps=8, **early,
     )  # fmt: skip
     return query

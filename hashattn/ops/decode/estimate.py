@@ -24,3 +24,9 @@ class Estimate:
     centre: Tensor
     a: Tensor
     bits: int
+
+
+def key_norms(k: Tensor, centre: Tensor | None) -> Tensor:
+    """|k - c| of keys [B, Hkv, N, D] and a centre [B, Hkv, D], None for zero, as it is kept: float16 [B, Hkv, N, 1]."""
+    centred = k.float() if centre is None else k.float() - centre.unsqueeze(2)
+    return centred.norm(dim=-1, keepdim=True).half()

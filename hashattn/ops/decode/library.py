@@ -37,13 +37,13 @@ _OPS.define(
 )
 _OPS.define(
     "append(Tensor k, Tensor v, Tensor codes, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) stored, "
-    "Tensor(d!) length, Tensor(e!) arrived) -> ()",
+    "Tensor(d!) length, Tensor(e!) arrived, Tensor? new_norms=None, Tensor(f!)? norms=None) -> ()",
     tags=_TAGS,
 )
 _OPS.define(
     "encode(Tensor q, Tensor k, Tensor v, Tensor centre, Tensor[] query_map, Tensor[] key_map, bool unit, "
     "int query_bits, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) codes, Tensor(d!) length, Tensor(e!) arrived, "
-    "Tensor(f!) workspace) -> Tensor",
+    "Tensor(f!) workspace, Tensor(g!)? norms=None) -> Tensor",
     tags=_TAGS,
 )
 _OPS.define("filled(Tensor length) -> Tensor", tags=_TAGS)
@@ -74,21 +74,22 @@ def decode_tiers(
 
 
 def append(
-    k: Tensor, v: Tensor, codes: Tensor, keys: Tensor, values: Tensor, stored: Tensor, length: Tensor, arrived: Tensor
-) -> None:
+    k: Tensor, v: Tensor, codes: Tensor, keys: Tensor, values: Tensor, stored: Tensor, length: Tensor, arrived: Tensor,
+    new_norms: Tensor | None = None, norms: Tensor | None = None,
+) -> None:  # fmt: skip
     """See :func:`hashattn.ops.decode.append.append`."""
-    torch.ops.hashattn.append(k, v, codes, keys, values, stored, length, arrived)
+    torch.ops.hashattn.append(k, v, codes, keys, values, stored, length, arrived, new_norms, norms)
 
 
 def encode(
     q: Tensor, k: Tensor, v: Tensor, centre: Tensor, maps: tuple[Map, Map], query_bits: int, keys: Tensor,
-    values: Tensor, codes: Tensor, length: Tensor, arrived: Tensor, workspace: Tensor,
+    values: Tensor, codes: Tensor, length: Tensor, arrived: Tensor, workspace: Tensor, norms: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See :func:`hashattn.ops.decode.encode.encode`."""
     of_query, of_key = maps
     query: Tensor = torch.ops.hashattn.encode(
         q, k, v, centre, of_query.tensors, of_key.tensors, of_query.unit, query_bits, keys, values, codes, length,
-        arrived, workspace,
+        arrived, workspace, norms,
     )  # fmt: skip
     return query
 
@@ -188,45 +189,54 @@ def _decode_tiers_fake(
 
 
 @torch.library.impl(_OPS, "append", "CUDA")
-def _append_cuda(*given: Tensor) -> None:
+def _append_cuda(
+    k: Tensor, v: Tensor, codes: Tensor, keys: Tensor, values: Tensor, stored: Tensor, length: Tensor, arrived: Tensor,
+    *norms: Tensor | None,
+) -> None:  # fmt: skip
     from hashattn.ops.decode.append import append as fused
 
-    fused(*given)
+    fused(k, v, codes, keys, values, stored, length, arrived, *norms)
 
 
 @torch.library.impl(_OPS, "append", "CPU")
-def _append_cpu(*given: Tensor) -> None:
-    append_reference.append(*given[:-1])
+def _append_cpu(
+    k: Tensor, v: Tensor, codes: Tensor, keys: Tensor, values: Tensor, stored: Tensor, length: Tensor, arrived: Tensor,
+    *norms: Tensor | None,
+) -> None:  # fmt: skip
+    append_reference.append(k, v, codes, keys, values, stored, length, *norms)
 
 
 @torch.library.register_fake("hashattn::append", lib=_OPS)
-def _append_fake(*given: Tensor) -> None:
+def _append_fake(*given: Tensor | None) -> None:
     return None
 
 
 @torch.library.impl(_OPS, "encode", "CUDA")
 def _encode_cuda(
     q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_map: list[Tensor], key_map: list[Tensor], unit: bool,
-    query_bits: int, *held: Tensor,
+    query_bits: int, keys: Tensor, values: Tensor, codes: Tensor, length: Tensor, arrived: Tensor, workspace: Tensor,
+    norms: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     from hashattn.ops.decode.encode import encode as fused
 
-    return fused(q, k, v, centre, (Map.of(query_map, unit), Map.of(key_map)), query_bits, *held)
+    maps = Map.of(query_map, unit), Map.of(key_map)
+    return fused(q, k, v, centre, maps, query_bits, keys, values, codes, length, arrived, workspace, norms)
 
 
 @torch.library.impl(_OPS, "encode", "CPU")
 def _encode_cpu(
     q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_map: list[Tensor], key_map: list[Tensor], unit: bool,
-    query_bits: int, keys: Tensor, values: Tensor, codes: Tensor, length: Tensor, *_: Tensor,
+    query_bits: int, keys: Tensor, values: Tensor, codes: Tensor, length: Tensor, arrived: Tensor, workspace: Tensor,
+    norms: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     maps = Map.of(query_map, unit), Map.of(key_map)
-    return append_reference.encode(q, k, v, centre, maps, query_bits, keys, values, codes, length)
+    return append_reference.encode(q, k, v, centre, maps, query_bits, keys, values, codes, length, norms)
 
 
 @torch.library.register_fake("hashattn::encode", lib=_OPS)
 def _encode_fake(
     q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_map: list[Tensor], key_map: list[Tensor], unit: bool,
-    query_bits: int, keys: Tensor, values: Tensor, codes: Tensor, *_: Tensor,
+    query_bits: int, keys: Tensor, values: Tensor, codes: Tensor, *_: Tensor | None,
 ) -> Tensor:  # fmt: skip
     return q.new_empty((*q.shape[:3], query_bits, codes.shape[3]), dtype=torch.int64)
 

@@ -47,3 +47,10 @@ class Rule:
             return self.chunks * max(self.per_chunk, self.most_forced)
         wanted = min(self.k, visible) if self.k is not None else math.ceil((self.share or 0) * visible)
         return max(wanted, min(visible, self.sinks + self.recents))
+
+    def medium(self, visible: int) -> int:
+        """How many of them are not critical, where no radius leaves any out."""
+        if self.critical is None:
+            return 0
+        critical = max(math.ceil(self.critical * visible), min(visible, self.sinks + self.recents))
+        return max(0, self.slots(visible) - critical)

@@ -30,7 +30,7 @@ POINTERS = {
     "lse": "*fp32", "centre": "*fp32", "sums": "*fp32", "first": "*fp32", "first_bias": "*fp32", "last": "*fp32",
     "last_bias": "*fp32", "query_linear": "*fp32", "query_last": "*fp32", "query_bias": "*fp32", "query_sums": "*fp32",
     "key_linear": "*fp32", "key_last": "*fp32", "key_bias": "*fp32", "key_sums": "*fp32", "stored": "*i64",
-    "norms": "*fp16", "a": "*fp32", "tier": "*i8",
+    "norms": "*fp16", "new_norms": "*fp16", "a": "*fp32", "tier": "*i8",
 }  # fmt: skip
 NUMBERS = (
     "room", "code_room", "radius", "sinks", "recents", "margin", "chunks", "slots", "kv_heads", "queries", "new",
@@ -137,9 +137,10 @@ def main(arch: int) -> None:
         (256, 4, 2, 1024, (256,), (), "bf16"),
     ):
         name = f"D={dim} W={words} P={planes} queries={queries} hidden={hidden} {key_hidden} {dtype}"
-        found = compiled(encode_rows, encode_constants(dim, words, planes, queries, hidden, key_hidden, arch), 8, arch,
-                         dtype)  # fmt: skip
-        print(json.dumps({"kernel": f"encode {name}", **found}), flush=True)
+        encode = encode_constants(dim, words, planes, queries, hidden, key_hidden, arch)
+        for norms in (False, True):
+            found = compiled(encode_rows, encode | ({} if norms else {"norms": None}), 8, arch, dtype)
+            print(json.dumps({"kernel": f"encode {name} norms={norms}", **found}), flush=True)
         if hidden:
             tile, units, warps = blocking(queries)
             second = hidden[1] if len(hidden) > 1 else 0
@@ -151,7 +152,10 @@ def main(arch: int) -> None:
             found = compiled(hidden_sums, layer, warps, arch, dtype)
             print(json.dumps({"kernel": f"hidden {name}", **found}), flush=True)
     append = {"T": 1, "DIM": 96, "PADDED": 128, "WORDS": 2, "TILE": 4}
-    print(json.dumps({"kernel": "append", **compiled(append_rows, append, 4, arch, "bf16")}), flush=True)
+    for norms in (False, True):
+        constants = append | ({} if norms else {"new_norms": None, "norms": None})
+        found = compiled(append_rows, constants, 4, arch, "bf16")
+        print(json.dumps({"kernel": f"append norms={norms}", **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -45,9 +45,9 @@ def randomised(encoder: Encoder, dim: int, device: str = "cpu", seed: int = 0) -
 def encodes(
     encode: Any, encoder: Encoder, *, dim: int, batch: int = 2, kv_heads: int = 2, group: int = 3, tokens: int = 1,
     filled: int = 40, room: int = 50, code_room: int = 64, dtype: torch.dtype = torch.float32, device: str = "cpu",
-    seed: int = 0,
+    seed: int = 0, norms: bool = False,
 ) -> None:  # fmt: skip
-    """Queries and keys have the encoder's bits, keys and values are appended, and nothing else is written."""
+    """Queries and keys have the encoder's bits, all that keys need is appended, and nothing else is written."""
     g = generator(seed)
     encoder = randomised(encoder, dim, device, seed)
     maps, words = encoder.maps(dim, torch.device(device)), -(-encoder.bits // 64)
@@ -58,10 +58,12 @@ def encodes(
         *(torch.randn(batch, kv_heads, room, dim, generator=g).to(device, dtype) for _ in range(2)),
         torch.randint(-(2**63), 2**63 - 1, (batch, kv_heads, code_room, words), generator=g).to(device),
     )
+    if norms:
+        held += (torch.randn(batch, kv_heads, code_room, 1, generator=g).to(device, torch.float16),)
     before, (arrived, workspace) = [x.clone() for x in held], encoding_state(q, k, held[2], maps)
     length = torch.tensor([filled], dtype=torch.int32, device=device)
     with poisoned():
-        query = encode(q, k, v, centre, maps, encoder.query_bits, *held, length, arrived, workspace)
+        query = encode(q, k, v, centre, maps, encoder.query_bits, *held[:3], length, arrived, workspace, *held[3:])
     assert int(length) == filled + tokens
     assert int(arrived) == 0
     assert query.shape == (batch, kv_heads * group, tokens, encoder.query_bits, words)
@@ -72,9 +74,18 @@ def encodes(
     if end > filled:
         centred = (k.float() - centre.unsqueeze(2))[:, :, : end - filled]
         same_bits(held[2][:, :, filled:end].unsqueeze(3), centred, maps[1], 1)
+        for stored in held[3:]:
+            same_norms(stored[:, :, filled:end], k[:, :, : end - filled], centre)
     for x, old in zip(held, before, strict=True):
         assert torch.equal(x[:, :, :filled], old[:, :, :filled])
         assert torch.equal(x[:, :, end:], old[:, :, end:])
+
+
+def same_norms(found: Tensor, k: Tensor, centre: Tensor) -> None:
+    """Norms are exact ones, rounded to float16 from float32."""
+    exact = (k.double() - centre.double().unsqueeze(2)).norm(dim=-1, keepdim=True)
+    assert found.dtype == torch.float16
+    assert ((found.double() - exact).abs() <= exact * (2**-11 + 1e-6)).all()
 
 
 def encoding_state(q: Tensor, k: Tensor, codes: Tensor, maps: tuple[Map, Map]) -> tuple[Tensor, Tensor]:

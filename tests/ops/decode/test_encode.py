@@ -21,24 +21,32 @@ def test_newest_queries_and_keys_are_encoded_and_appended(encoder, shape):
     encodes(encode, encoder, **shape)
 
 
+@pytest.mark.parametrize(("encoder", "shape"), [SMALL[1], SMALL[2], SMALL[6]])
+def test_so_are_norms(encoder, shape):
+    encodes(encode, encoder, **shape, norms=True)
+    encodes(encode, encoder, **shape, norms=True, dtype=torch.bfloat16, kv_heads=1)
+
+
 @pytest.mark.parametrize("encoder", [SimHash(64), AsymmetricHash(64, query_hidden=(20, 20))], ids=["linear", "MLP"])
 @pytest.mark.parametrize(("filled", "room", "code_room"), [(49, 50, 64), (50, 64, 50), (70, 50, 64)])
 def test_what_does_not_fit_is_dropped_and_counted(encoder, filled, room, code_room):
-    encodes(encode, encoder, dim=64, tokens=3, filled=filled, room=room, code_room=code_room)
+    encodes(encode, encoder, dim=64, tokens=3, filled=filled, room=room, code_room=code_room, norms=True)
 
 
 def test_append_drops_and_counts_what_does_not_fit():
     x = inputs(6, batch=2, kv_heads=3, filled=63, room=64, dim=96, words=2)
     k, v, codes = torch.ones(2, 3, 3, 96), torch.full((2, 3, 3, 96), 2.0), torch.full((2, 3, 3, 2), 3)
+    new_norms, empty = torch.full((2, 3, 3, 1), 4, dtype=torch.float16), torch.zeros(2, 3, 64, 1, dtype=torch.float16)
     held, length = (x.keys.clone(), x.values.clone(), x.codes.clone()), x.length.clone()
-    arrived = torch.zeros(1, dtype=torch.int32)
-    append(k, v, codes, *held, length, arrived)
+    arrived, norms = torch.zeros(1, dtype=torch.int32), empty.clone()
+    append(k, v, codes, *held, length, arrived, new_norms, norms)
     assert int(length) == 66
-    for stored, before, value in zip(held, (x.keys, x.values, x.codes), (1, 2, 3), strict=True):
+    for stored, before, value in zip((*held, norms), (x.keys, x.values, x.codes, empty), (1, 2, 3, 4), strict=True):
         assert (stored[:, :, 63] == value).all()
         assert torch.equal(stored[:, :, :63], before[:, :, :63])
     append(k, v, codes, *held, length.fill_(2), arrived)
     assert int(arrived) == 0 and int(length) == 5 and (held[0][:, :, 2:5] == 1).all()
+    assert not norms[:, :, :63].any()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ def encode():
 @pytest.mark.parametrize(("encoder", "shape"), SMALL)
 def test_newest_queries_and_keys_are_encoded_and_appended(encode, encoder, shape):
     encodes(encode, encoder, **shape, device="cuda")
+    encodes(encode, encoder, **shape, device="cuda", norms=True)
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (8, 1), (1, 16), (8, 16)])
@@ -36,6 +37,7 @@ def test_newest_queries_and_keys_are_encoded_and_appended(encode, encoder, shape
 )
 def test_a_large_model(encode, encoder, batch, tokens):
     encodes(encode, encoder, batch=batch, tokens=tokens, **LLAMA)
+    encodes(encode, encoder, batch=batch, tokens=tokens, **LLAMA, norms=True)
 
 
 @pytest.mark.parametrize("encoder", [SimHash(64), AsymmetricHash(64)], ids=["linear", "MLP"])

@@ -5,10 +5,23 @@ import shutil
 import pytest
 import torch
 
-from hashattn import AsymmetricHash, FlatHamming, HashAttention, LocalTopK, Recent, SimHash, Sink, TopK
+from hashattn import (
+    AsymmetricHash,
+    ExactAttend,
+    FlatHamming,
+    HashAttention,
+    LocalTopK,
+    MixedPrecision,
+    Recent,
+    SimHash,
+    Sink,
+    Tiers,
+    TopK,
+)
 from hashattn.ops import decode
 from hashattn.ops.decode import library
 from tests.ops.decode.emulator.run import emulate
+from tests.ops.decode.encoding import same_norms
 from tests.structured import qkv
 
 pytest.importorskip("triton")
@@ -17,25 +30,31 @@ if torch.cuda.is_available():
 
 from hashattn.ops.decode.append import append
 from hashattn.ops.decode.encode import encode
+from hashattn.ops.decode.triton import decode_tiers
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled by g++, which is not here")
 @pytest.mark.filterwarnings("ignore:this AsymmetricHash is not fitted:UserWarning")
 @pytest.mark.parametrize(
-    ("encoder", "selector"),
+    ("encoder", "selector", "attend"),
     [
-        (SimHash(64), TopK(share=0.1)), (SimHash(128), TopK(share=0.1, per="kv_head")), (SimHash(64), LocalTopK(64)),
-        (AsymmetricHash(128, query_bits=2), TopK(share=0.1)), (AsymmetricHash(64, heads=2), TopK(k=50)),
+        (SimHash(64), TopK(share=0.1), ExactAttend()), (SimHash(128), TopK(share=0.1, per="kv_head"), ExactAttend()),
+        (SimHash(64), LocalTopK(64), ExactAttend()), (AsymmetricHash(64, heads=2), TopK(k=50), ExactAttend()),
+        (AsymmetricHash(128, query_bits=2), TopK(share=0.1), ExactAttend()),
+        (SimHash(128), Tiers(0.05, 0.1, per="kv_head"), MixedPrecision()),
+        (AsymmetricHash(64, heads=2), Tiers(0.05, 0.1), MixedPrecision()),
     ],
-    ids=["sign", "kv_head", "local", "MLP", "in PyTorch"],
+    ids=["sign", "kv_head", "local", "in PyTorch", "MLP", "tiers", "tiers in PyTorch"],
 )  # fmt: skip
-def test_a_decoder_does_what_the_reference_does_until_the_cache_is_full(encoder, selector, monkeypatch):
+@torch.inference_mode()
+def test_a_decoder_does_what_the_reference_does_until_the_cache_is_full(encoder, selector, attend, monkeypatch):
     monkeypatch.setattr(decode, "DEVICES", ("cpu",))
-    for name, kernels in (("decode", emulate(monkeypatch)), ("encode", encode), ("append", append)):
-        monkeypatch.setattr(library, name, kernels)
+    kernels = {"decode": emulate(monkeypatch), "decode_tiers": decode_tiers, "encode": encode, "append": append}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(library, name, kernel)
     q, k, v = qkv(7, 2, keys=607, dim=64, group=4)
     queries = torch.randn(7, *q.shape)
-    attn = HashAttention(encoder, FlatHamming(), Sink(4) | Recent(9) | selector, engine="triton")
+    attn = HashAttention(encoder, FlatHamming(), Sink(4) | Recent(9) | selector, attend, engine="triton")
     plain, caches = attn.replace(engine="reference"), [attn.new_cache(2, 2, 64, capacity=607) for _ in range(2)]
     for cache in caches:
         cache.append(k[:, :, :600], v[:, :, :600], start=torch.tensor([0, 50]))
@@ -49,6 +68,8 @@ def test_a_decoder_does_what_the_reference_does_until_the_cache_is_full(encoder,
     assert len(decoder.finish()) == 607
     assert torch.equal(caches[0].keys, caches[1].keys) and torch.equal(caches[0].values, caches[1].values)
     assert (caches[0].codes != caches[1].codes).float().mean() < 1e-3
+    if attend.needs_norms:
+        same_norms(caches[0].norms, caches[0].keys, caches[0].centre)
     assert decoder(*step).isnan().all()
     with pytest.raises(ValueError, match="capacity is 607 columns, but 608"):
         decoder.finish()

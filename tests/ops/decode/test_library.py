@@ -18,6 +18,7 @@ from hashattn import (
 )
 from hashattn.fused import step
 from hashattn.ops.decode import Rule, library, reference, reference_tiers
+from hashattn.ops.decode.estimate import key_norms
 from hashattn.ops.hamming import query_planes
 from tests.ops.decode.cases import CASES, TIER_CASES, by_column, inputs, norms_of
 from tests.ops.decode.encoding import SMALL, encodes, encoding_state, randomised
@@ -83,24 +84,27 @@ def test_an_outgrown_length_gives_nan():
 @pytest.mark.parametrize(("encoder", "shape"), SMALL)
 def test_queries_and_keys_are_encoded_and_appended(encoder, shape):
     encodes(library.encode, encoder, **shape)
+    encodes(library.encode, encoder, **shape, norms=True)
 
 
 @pytest.mark.parametrize("encoder", [SimHash(64, query_bits=2), AsymmetricHash(64, key_hidden=(9,))], ids=str)
-@pytest.mark.parametrize("filled", [40, 63, 64])
-def test_append_and_encode_are_sound(encoder, filled):
+@pytest.mark.parametrize(("filled", "with_norms"), [(40, False), (40, True), (63, True), (64, True)])
+def test_append_and_encode_are_sound(encoder, filled, with_norms):
     x, encoder = inputs(3, batch=2, kv_heads=2, tokens=2, filled=filled, room=64), randomised(encoder, 64)
     k, v, centre = torch.randn(2, 2, 2, 64), torch.randn(2, 2, 2, 64), torch.randn(2, 2, 64)
     held = [t.nan_to_num() if t.is_floating_point() else t for t in (x.keys, x.values, x.codes, x.length)]
     of_query, of_key = maps = encoder.maps(64, torch.device("cpu"))
     codes, state = query_planes(of_key(k - centre.unsqueeze(2)), 1), encoding_state(x.q, k, x.codes, maps)
     torch.library.opcheck(torch.ops.hashattn.filled, (x.length,))
-    torch.library.opcheck(torch.ops.hashattn.append, (k, v, codes, *held, state[0]))
+    norms = [torch.zeros(2, 2, 64, 1, dtype=torch.float16)] if with_norms else []
+    new_norms = [key_norms(k, centre)] if with_norms else []
+    torch.library.opcheck(torch.ops.hashattn.append, (k, v, codes, *held, state[0], *new_norms, *norms))
     given = x.q, k, v, centre, of_query.tensors, of_key.tensors, of_query.unit, encoder.query_bits, *held, *state
-    torch.library.opcheck(torch.ops.hashattn.encode, given)
-    twin = [t.clone() for t in held]
-    library.encode(x.q, k, v, centre, maps, encoder.query_bits, *held, *state)
-    library.append(k, v, codes, *twin, state[0])
-    assert all(torch.equal(a, b) for a, b in zip(held, twin, strict=True))
+    torch.library.opcheck(torch.ops.hashattn.encode, (*given, *norms))
+    twin, twin_norms = ([t.clone() for t in one] for one in (held, norms))
+    library.encode(x.q, k, v, centre, maps, encoder.query_bits, *held, *state, *norms)
+    library.append(k, v, codes, *twin, state[0], *new_norms, *twin_norms)
+    assert all(torch.equal(a, b) for a, b in zip((*held, *norms), (*twin, *twin_norms), strict=True))
     assert int(held[3]) == filled + 2
     fits = max(0, min(2, 64 - filled))
     assert torch.equal(held[0][:, :, filled : filled + fits], k[:, :, :fits])

@@ -6,6 +6,7 @@ import torch
 from hashattn import (
     AsymmetricHash,
     Consensus,
+    ExactAttend,
     FlatHamming,
     HashAttention,
     LocalTopK,
@@ -18,6 +19,7 @@ from hashattn import (
 )
 from hashattn.ops.decode import Rule
 from tests.ops.decode.cases import CASES, LOCAL_CASES, TIER_CASES, agrees, by_column, inputs
+from tests.ops.decode.encoding import same_norms
 from tests.structured import qkv
 
 pytestmark = pytest.mark.gpu
@@ -151,13 +153,22 @@ def test_auto_searches_long_rows():
     assert plan.engine == ("triton" if torch.cuda.get_device_capability() == (9, 0) else "dense")
 
 
+@torch.no_grad()
 @pytest.mark.filterwarnings("ignore:this AsymmetricHash is not fitted:UserWarning")
-@pytest.mark.parametrize("encoder", [SimHash(64), AsymmetricHash(128, query_bits=2)], ids=["sign", "planes"])
+@pytest.mark.parametrize(
+    "encoder",
+    [SimHash(64), AsymmetricHash(128, query_bits=2), AsymmetricHash(64, heads=2)],
+    ids=["sign", "planes", "in PyTorch"],
+)
 @pytest.mark.parametrize("per", ["query_head", "kv_head"])
-def test_a_captured_decoder_serves_until_the_cache_is_full(encoder, per):
+@pytest.mark.parametrize("tiers", [False, True], ids=["exact", "tiers"])
+def test_a_captured_decoder_serves_until_the_cache_is_full(encoder, per, tiers):
     q, k, v = (x.cuda() for x in qkv(7, 2, keys=1024, dim=64, group=4, dtype=torch.bfloat16))
     queries = torch.randn(1024, *q.shape, device="cuda", dtype=q.dtype)
-    attn = HashAttention(encoder, FlatHamming(), Sink(4) | TopK(share=0.1, per=per), engine="triton")
+    selector, attend = TopK(share=0.1, per=per), ExactAttend()
+    if tiers:
+        selector, attend = Tiers(0.05, 0.1, per=per), MixedPrecision()
+    attn = HashAttention(encoder, FlatHamming(), Sink(4) | selector, attend, engine="triton").to("cuda")
     caches = [attn.new_cache(2, 2, 64, capacity=1024) for _ in range(2)]
     for cache in caches:
         cache.append(k[:, :, :600], v[:, :, :600], start=torch.tensor([0, 50], device="cuda"))
@@ -180,6 +191,8 @@ def test_a_captured_decoder_serves_until_the_cache_is_full(encoder, per):
     assert len(decoder.finish()) == 1024
     assert torch.equal(caches[0].keys, caches[1].keys) and torch.equal(caches[0].values, caches[1].values)
     assert (caches[0].codes != caches[1].codes).float().mean() < 1e-3  # a bit within rounding of zero
+    if tiers:
+        same_norms(caches[0].norms, caches[0].keys, caches[0].centre)
     graph.replay()
     assert out.isnan().all()
     with pytest.raises(ValueError, match="capacity is 1024 columns, but 1025"):
