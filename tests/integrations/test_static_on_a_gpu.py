@@ -8,7 +8,10 @@ from transformers import StaticCache
 from tests.integrations.models import CACHE, LENGTH, TENTH, TIERS, cache_of, make, prompt, write
 from tests.ops.decode.encoding import same_norms
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),  # what torch advises; products stay float32
+]
 BOTH = pytest.mark.parametrize("attn", [TENTH, TIERS], ids=["exact", "tiers"])
 ROOM, TOKENS = LENGTH + 20, range(5, 13)
 
