@@ -10,7 +10,7 @@ from tests.ops.decode.encoding import same_norms
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),  # what torch advises; products stay float32
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),  # torch advises them
 ]
 BOTH = pytest.mark.parametrize("attn", [TENTH, TIERS], ids=["exact", "tiers"])
 ROOM, TOKENS = LENGTH + 20, range(5, 13)
