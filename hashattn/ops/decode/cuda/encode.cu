@@ -1,0 +1,241 @@
+// Encodes the newest queries and keys, and appends keys, values and codes. Grid (programs of queries + of keys), 256 threads.
+//
+// A group of VECTORS queries or keys has a program that multiplies them with the linear map and, where there is an MLP, one for
+// each UNITS units of the first hidden layer, which multiplies these with their rows of the second matrix. The last of a
+// group's programs to arrive adds the parts up, in order, and goes on from there. No weight is read twice for a group.
+//
+// The host defines: DIM; TYPE of queries, keys and values (0 bfloat16, 1 float16, 2 float32); BITS; WORDS of 64 bits a code; PLANES of
+// a query; UNIT: queries are scaled to unit mean square; VECTORS (2, 4 or 8); UNITS; QUERY_FIRST, QUERY_SECOND, KEY_FIRST,
+// KEY_SECOND: widths of hidden layers, 0 where there is none.
+typedef unsigned long long u64;
+typedef unsigned int u32;
+typedef unsigned short u16;
+
+#include "ptx.cuh"
+#include "product.cuh"
+
+struct Vectors {  // queries or keys, and the map that encodes them: x @ linear + the MLP's output
+  const void *x;        // [count, DIM]
+  const float *centre;  // [count / T, DIM], subtracted first; of keys
+  const float *linear;  // [DIM, BITS]
+  const float *first, *first_bias, *second, *second_bias, *last, *last_bias;  // of the MLP's layers: matrix and bias
+  float *parts;     // [slices, count, width of the layer after the first]
+  float *straight;  // [count, BITS]: x @ linear
+  int *arrived;     // [groups], zero before and after
+  int count, groups;
+};
+
+struct Encode {
+  Vectors queries, keys;
+  const void *v;         // [B * Hkv * T, DIM]
+  void *held_keys, *held_values;  // [B * Hkv, room, DIM]
+  u32 *query, *codes;    // [B * Hq * T, PLANES, 2 * WORDS], [B * Hkv, code_room, 2 * WORDS]
+  int *length, *arrived;  // [1]; the second is zero before and after
+  int tokens, room, code_room;
+};
+
+#if TYPE == 2
+typedef u32 Element;
+__device__ __forceinline__ float to_float(u32 x) { return __uint_as_float(x); }
+#else
+typedef u16 Element;
+__device__ __forceinline__ float to_float(u16 x) { return TYPE == 1 ? half_to_float(x) : __uint_as_float((u32)x << 16); }
+#endif
+
+// What an MLP of up to two hidden layers needs. `Into` makes a slice of the first layer, `Onward` its part of the next one.
+template <int FIRST, int SECOND> struct Net {
+  static constexpr int NEXT = SECOND > 0 ? SECOND : BITS, SLICES = (FIRST + UNITS - 1) / UNITS;
+  using Linear = Product<DIM, BITS>;
+  using Into = Product<DIM, UNITS>;
+  using Onward = Product<UNITS, NEXT>;
+  using Last = Product<larger(SECOND, 1), BITS>;
+  static constexpr int HIDDEN = larger(Onward::PADDED, SECOND > 0 ? Last::PADDED : 0);
+};
+using QueryNet = Net<QUERY_FIRST, QUERY_SECOND>;
+using KeyNet = Net<KEY_FIRST, KEY_SECOND>;
+
+struct Shared {
+  __align__(16) float x[larger(QueryNet::Linear::PADDED, QueryNet::Into::PADDED) * VECTORS];
+  __align__(16) float hidden[larger(QueryNet::HIDDEN, KeyNet::HIDDEN) * VECTORS];
+  float joint[VECTORS * THREADS];
+  float projected[VECTORS * BITS];
+  int filled, last;
+};
+
+__device__ __forceinline__ float relu(float x) { return x <= 0 ? 0 : x; }  // NaN stays
+
+__device__ __forceinline__ float greater_of(float a, float b) { return a > b || a != a ? a : b; }  // NaN stays
+
+// The vectors from row0 on as float32 [rows, VECTORS], zero beyond DIM and beyond the last vector, and for keys how many
+// columns are filled. A warp takes a vector.
+template <bool KEY> __device__ __forceinline__ void stage(const Encode &e, const Vectors &of, Shared &s, int row0) {
+  constexpr int EACH = (DIM + 31) / 32, SIZE = sizeof(s.x) / sizeof(float);
+  const int lane = threadIdx.x % 32, vector = threadIdx.x / 32, row = row0 + vector;
+  for (int i = DIM * VECTORS + threadIdx.x; i < SIZE; i += THREADS) s.x[i] = 0;
+  if (KEY && threadIdx.x == THREADS - 1) s.filled = __ldcg(e.length);
+  if (vector < VECTORS) {
+    float own[EACH], square = 0;
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+      const int dim = j * 32 + lane;
+      own[j] = 0;
+      if (row < of.count && dim < DIM) {
+        own[j] = to_float(static_cast<const Element *>(of.x)[(size_t)row * DIM + dim]);
+        if (KEY) own[j] -= of.centre[(size_t)(row / e.tokens) * DIM + dim];
+      }
+      square += own[j] * own[j];
+    }
+    float factor = 1;
+    if (UNIT && !KEY) {
+#pragma unroll
+      for (int d = 16; d > 0; d /= 2) square += __shfl_xor_sync(~0u, square, d);
+      factor = rsqrtf(fmaxf(square / DIM, 1e-12f));
+    }
+#pragma unroll
+    for (int j = 0; j < EACH; j++)
+      if (j * 32 + lane < DIM) s.x[(j * 32 + lane) * VECTORS + vector] = own[j] * factor;
+  }
+  __syncthreads();
+}
+
+// Where key `row` goes behind the filled columns: its head's column, and whether there is room for it.
+struct Place {
+  size_t head;
+  int column;
+  bool fits;
+  __device__ __forceinline__ Place(const Encode &e, int filled, int row)
+      : head(row / e.tokens), column(filled + row % e.tokens),
+        fits(row < e.keys.count && column < e.room && column < e.code_room) {}
+};
+
+__device__ __forceinline__ void append(const Encode &e, int filled, int row0) {
+  const Element *k = static_cast<const Element *>(e.keys.x), *v = static_cast<const Element *>(e.v);
+#pragma unroll 4
+  for (int i = threadIdx.x; i < VECTORS * DIM; i += THREADS) {
+    const Place to(e, filled, row0 + i / DIM);
+    if (!to.fits) continue;
+    const size_t from = (size_t)row0 * DIM + i, at = (to.head * e.room + to.column) * DIM + i % DIM;
+    static_cast<Element *>(e.held_keys)[at] = k[from], static_cast<Element *>(e.held_values)[at] = v[from];
+  }
+}
+
+// Which of 2^PLANES levels, symmetric about zero, a value lies in, on a scale that ends at `largest`.
+__device__ __forceinline__ int level_of(float x, float largest) {
+  constexpr int HALF = 1 << (PLANES - 1);
+  const float steps = fabsf(x) / largest * HALF;
+  const int whole = steps >= 1 ? min((int)steps, HALF - 1) : 0;  // none for NaN
+  return x >= 0 ? HALF + whole : HALF - 1 - whole;
+}
+
+// Pack the projections [VECTORS, BITS] from row0 on. A warp makes 32 bits of each plane.
+template <bool KEY> __device__ __forceinline__ void pack(const Encode &e, const float *projected, int filled, int row0) {
+  constexpr int HALVES = 2 * WORDS;
+  const int lane = threadIdx.x % 32;
+  for (int task = threadIdx.x / 32; task < VECTORS * HALVES; task += WARPS) {
+    const int row = row0 + task / HALVES, half = task % HALVES, bit = half * 32 + lane;
+    const float *own = projected + task / HALVES * BITS;
+    const float x = bit < BITS ? own[bit] : -1;
+    if (KEY || PLANES == 1) {
+      const u32 bits = __ballot_sync(~0u, x >= 0);
+      const Place to(e, filled, row);
+      if (lane > 0) continue;
+      if (!KEY && row < e.queries.count) e.query[(size_t)row * HALVES + half] = bits;
+      if (KEY && to.fits) e.codes[(to.head * e.code_room + to.column) * HALVES + half] = bits;
+      continue;
+    }
+    float largest = 1.17549435e-38f;
+    for (int i = lane; i < BITS; i += 32) largest = greater_of(largest, fabsf(own[i]));
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) largest = greater_of(largest, __shfl_xor_sync(~0u, largest, d));
+    const int level = level_of(x, largest);
+#pragma unroll
+    for (int j = 0; j < PLANES; j++) {
+      const u32 bits = __ballot_sync(~0u, bit < BITS && level >> j & 1);
+      if (lane == 0 && row < e.queries.count) e.query[((size_t)row * PLANES + j) * HALVES + half] = bits;
+    }
+  }
+}
+
+// A slice of the first hidden layer, and its part of the next layer.
+template <class Net, bool KEY, int FIRST>
+__device__ __forceinline__ void add_slice(const Encode &e, const Vectors &of, Shared &s, int number, int row0) {
+  const int low = number * UNITS, units = FIRST % UNITS == 0 ? UNITS : min(UNITS, FIRST - low);
+  typename Net::Into into(of.first + low, FIRST, of.first_bias + low, DIM, units);
+  typename Net::Onward onward(of.second + (size_t)low * Net::NEXT, Net::NEXT, number == 0 ? of.second_bias : nullptr, units);
+  wait_for_the_kernel_before();
+  let_the_next_kernel_start();
+  stage<KEY>(e, of, s, row0);
+  into.times(s.x, s.joint, [&](int unit, int v, float x) { s.hidden[unit * VECTORS + v] = relu(x); });
+  __syncthreads();
+  float *parts = of.parts + ((size_t)number * of.count + row0) * Net::NEXT;
+  onward.times(s.hidden, s.joint, [&](int column, int v, float x) {
+    if (row0 + v < of.count) __stcg(parts + v * Net::NEXT + column, x);
+  });
+}
+
+// The parts of the layer after the first added up, in order: gives sink(column, vector, sum).
+template <class Net, class Sink> __device__ __forceinline__ void add_up(const Vectors &of, int row0, Sink sink) {
+#pragma unroll 2
+  for (int i = threadIdx.x; i < VECTORS * Net::NEXT; i += THREADS) {
+    const int v = i / Net::NEXT, column = i % Net::NEXT;
+    float sum = 0;
+#pragma unroll
+    for (int part = 0; part < Net::SLICES; part++)
+      if (row0 + v < of.count) sum += __ldcg(of.parts + ((size_t)part * of.count + row0) * Net::NEXT + i);
+    sink(column, v, sum);
+  }
+}
+
+template <int FIRST, int SECOND, bool KEY>
+__device__ __forceinline__ void encode_group(const Encode &e, const Vectors &of, Shared &s, int at) {
+  using Own = Net<FIRST, SECOND>;
+  const int number = at / of.groups, group = at % of.groups, row0 = group * VECTORS;
+  const int line = at * THREADS + threadIdx.x;
+  if (SECOND > 0 && line < SECOND * BITS / 32) prefetch_line(of.last + line * 32);
+  if constexpr (FIRST > 0) {
+    if (number < Own::SLICES) add_slice<Own, KEY, FIRST>(e, of, s, number, row0);
+  }
+  if (number == Own::SLICES) {
+    typename Own::Linear linear(of.linear, BITS, nullptr);
+    wait_for_the_kernel_before();
+    let_the_next_kernel_start();
+    stage<KEY>(e, of, s, row0);
+    if (KEY) append(e, s.filled, row0);
+    linear.times(s.x, s.joint, [&](int column, int v, float x) {
+      if (FIRST == 0) s.projected[v * BITS + column] = x;
+      else if (row0 + v < of.count) __stcg(of.straight + (size_t)(row0 + v) * BITS + column, x);
+    });
+  }
+  if constexpr (FIRST > 0) {
+    __syncthreads();
+    if (threadIdx.x == 0) {  // publishes what the program's threads wrote, and sees what others published
+      s.last = add_and_publish(of.arrived + group) == Own::SLICES;
+      if (s.last) of.arrived[group] = 0;
+    }
+    typename Own::Last last(of.last, BITS, of.last_bias, SECOND);  // asked for meanwhile
+    __syncthreads();
+    if (!s.last) return;
+    for (int i = threadIdx.x; i < VECTORS * BITS; i += THREADS)
+      s.projected[i] = row0 + i / BITS < of.count ? __ldcg(of.straight + (size_t)row0 * BITS + i) : 0;
+    if constexpr (SECOND > 0) {
+      for (int i = SECOND * VECTORS + threadIdx.x; i < Own::Last::PADDED * VECTORS; i += THREADS) s.hidden[i] = 0;
+      add_up<Own>(of, row0, [&](int unit, int v, float x) { s.hidden[unit * VECTORS + v] = relu(x); });
+      __syncthreads();
+      last.times(s.hidden, s.joint, [&](int column, int v, float x) { s.projected[v * BITS + column] += x; });
+    } else {
+      add_up<Own>(of, row0, [&](int column, int v, float x) { s.projected[v * BITS + column] += x; });
+    }
+  }
+  // The last of the programs that pack keys sets the length: all have read it by then.
+  const int turn = KEY && threadIdx.x == 0 ? atomicAdd(e.arrived, 1) : -1;
+  __syncthreads();
+  pack<KEY>(e, s.projected, s.filled, row0);
+  if (turn == of.groups - 1) *e.arrived = 0, *e.length = s.filled + e.tokens;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) encode(const __grid_constant__ Encode e) {
+  __shared__ Shared s;
+  const int at = blockIdx.x, queries = e.queries.groups * (QueryNet::SLICES + 1);
+  if (at < queries) encode_group<QUERY_FIRST, QUERY_SECOND, false>(e, e.queries, s, at);
+  else encode_group<KEY_FIRST, KEY_SECOND, true>(e, e.keys, s, at - queries);
+}
