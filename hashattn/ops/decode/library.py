@@ -209,7 +209,7 @@ def _encode_cuda(
     q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_map: list[Tensor], key_map: list[Tensor], unit: bool,
     query_bits: int, *held: Tensor,
 ) -> Tensor:  # fmt: skip
-    from hashattn.ops.decode.encode import encode as fused
+    from hashattn.ops.decode.gpu import encode as fused
 
     return fused(q, k, v, centre, (Map.of(query_map, unit), Map.of(key_map)), query_bits, *held)
 

@@ -168,11 +168,6 @@ class Encoding:
     bits: int
 
     @property
-    def together(self) -> int:
-        """Queries or keys of a group: few, so that every multiprocessor has a program."""
-        return 2 if self.counts[0] <= 32 else 4 if self.counts[0] <= 64 else 8
-
-    @property
     def units(self) -> int:
         """Units of the first hidden layer that a program takes."""
         return 64 if self.counts[0] > 64 or max(sum(own[:1]) for own in self.widths) > 256 else 32
@@ -180,7 +175,7 @@ class Encoding:
     @property
     def groups(self) -> tuple[int, int]:
         """Of queries, and of keys."""
-        queries, keys = (-(-count // self.together) for count in self.counts)
+        queries, keys = (-(-count // together(self.counts[0])) for count in self.counts)
         return queries, keys
 
     @property
@@ -196,11 +191,6 @@ class Encoding:
         return queries, keys
 
     @property
-    def counters(self) -> int:
-        """Numbers by which programs find out that they are the last, zero between launches."""
-        return 1 + sum(self.groups)
-
-    @property
     def parts(self) -> Buffers:
         """Shape and type of what programs write for the last one: parts of the second layer, and the linear map's."""
         buffers: Buffers = {}
@@ -209,6 +199,16 @@ class Encoding:
                 buffers[f"{name}_parts"] = (slices, count, (*layers, self.bits)[1]), torch.float32
                 buffers[f"{name}_straight"] = (count, self.bits), torch.float32
         return buffers
+
+
+def together(queries: int) -> int:
+    """Queries or keys of a group in cuda/encode.cu: few, so that every multiprocessor has a program."""
+    return 2 if queries <= 32 else 4 if queries <= 64 else 8
+
+
+def counters(queries: int, keys: int) -> int:
+    """Numbers by which programs that encode find out that they are the last, zero between launches."""
+    return 1 + sum(-(-count // together(queries)) for count in (queries, keys))
 
 
 def hidden_parts(queries: int, keys: int, widths: Widths) -> Buffers:

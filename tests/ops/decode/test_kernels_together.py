@@ -15,23 +15,26 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("kernels are compiled where there is a GPU: test_on_a_gpu.py", allow_module_level=True)
 
+from hashattn.ops.decode import encode as in_triton
 from hashattn.ops.decode.append import append
-from hashattn.ops.decode.encode import encode
+from hashattn.ops.decode.cuda import encode as in_cuda
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled by g++, which is not here")
 @pytest.mark.filterwarnings("ignore:this AsymmetricHash is not fitted:UserWarning")
 @pytest.mark.parametrize(
-    ("encoder", "selector"),
+    ("encoder", "selector", "encoding"),
     [
-        (SimHash(64), TopK(share=0.1)), (SimHash(128), TopK(share=0.1, per="kv_head")), (SimHash(64), LocalTopK(64)),
-        (AsymmetricHash(128, query_bits=2), TopK(share=0.1)), (AsymmetricHash(64, heads=2), TopK(k=50)),
+        (SimHash(64), TopK(share=0.1), in_cuda), (SimHash(128), TopK(share=0.1, per="kv_head"), in_cuda),
+        (SimHash(64), LocalTopK(64), in_triton), (AsymmetricHash(128, query_bits=2), TopK(share=0.1), in_cuda),
+        (AsymmetricHash(64, query_hidden=(20, 20)), TopK(share=0.1), in_triton),
+        (AsymmetricHash(64, heads=2), TopK(k=50), in_cuda),
     ],
-    ids=["sign", "kv_head", "local", "MLP", "in PyTorch"],
+    ids=["sign", "kv_head", "local", "MLP", "MLP in Triton", "in PyTorch"],
 )  # fmt: skip
-def test_a_decoder_does_what_the_reference_does_until_the_cache_is_full(encoder, selector, monkeypatch):
+def test_a_decoder_does_what_the_reference_does_until_the_cache_is_full(encoder, selector, encoding, monkeypatch):
     monkeypatch.setattr(decode, "DEVICES", ("cpu",))
-    for name, kernels in (("decode", emulate(monkeypatch)), ("encode", encode), ("append", append)):
+    for name, kernels in (("decode", emulate(monkeypatch)), ("encode", encoding.encode), ("append", append)):
         monkeypatch.setattr(library, name, kernels)
     q, k, v = qkv(7, 2, keys=607, dim=64, group=4)
     queries = torch.randn(7, *q.shape)

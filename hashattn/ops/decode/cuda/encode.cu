@@ -30,6 +30,7 @@ struct Encode {
   const void *v;         // [B * Hkv * T, DIM]
   void *held_keys, *held_values;  // [B * Hkv, room, DIM]
   u32 *query, *codes;    // [B * Hq * T, PLANES, 2 * WORDS], [B * Hkv, code_room, 2 * WORDS]
+  u16 *norms;            // float16 [B * Hkv, code_room]: |k - centre|; or none
   int *length, *arrived;  // [1]; the second is zero before and after
   int tokens, room, code_room;
 };
@@ -45,10 +46,10 @@ __device__ __forceinline__ float to_float(u16 x) { return TYPE == 1 ? half_to_fl
 // What an MLP of up to two hidden layers needs. `Into` makes a slice of the first layer, `Onward` its part of the next one.
 template <int FIRST, int SECOND> struct Net {
   static constexpr int NEXT = SECOND > 0 ? SECOND : BITS, SLICES = (FIRST + UNITS - 1) / UNITS;
-  using Linear = Product<DIM, BITS>;
-  using Into = Product<DIM, UNITS>;
-  using Onward = Product<UNITS, NEXT>;
-  using Last = Product<larger(SECOND, 1), BITS>;
+  using Linear = Product<DIM, BITS, 64>;
+  using Into = Product<DIM, UNITS, 32>;
+  using Onward = Product<UNITS, NEXT, 32>;
+  using Last = Product<larger(SECOND, 1), BITS, 64>;
   static constexpr int HIDDEN = larger(Onward::PADDED, SECOND > 0 ? Last::PADDED : 0);
 };
 using QueryNet = Net<QUERY_FIRST, QUERY_SECOND>;
@@ -58,7 +59,7 @@ struct Shared {
   __align__(16) float x[larger(QueryNet::Linear::PADDED, QueryNet::Into::PADDED) * VECTORS];
   __align__(16) float hidden[larger(QueryNet::HIDDEN, KeyNet::HIDDEN) * VECTORS];
   float joint[VECTORS * THREADS];
-  float projected[VECTORS * BITS];
+  float projected[VECTORS * BITS], norms[VECTORS];
   int filled, last;
 };
 
@@ -66,8 +67,8 @@ __device__ __forceinline__ float relu(float x) { return x <= 0 ? 0 : x; }  // Na
 
 __device__ __forceinline__ float greater_of(float a, float b) { return a > b || a != a ? a : b; }  // NaN stays
 
-// The vectors from row0 on as float32 [rows, VECTORS], zero beyond DIM and beyond the last vector, and for keys how many
-// columns are filled. A warp takes a vector.
+// The vectors from row0 on as float32 [rows, VECTORS], zero beyond DIM and beyond the last vector, and for keys their
+// norms and how many columns are filled. A warp takes a vector.
 template <bool KEY> __device__ __forceinline__ void stage(const Encode &e, const Vectors &of, Shared &s, int row0) {
   constexpr int EACH = (DIM + 31) / 32, SIZE = sizeof(s.x) / sizeof(float);
   const int lane = threadIdx.x % 32, vector = threadIdx.x / 32, row = row0 + vector;
@@ -77,20 +78,21 @@ template <bool KEY> __device__ __forceinline__ void stage(const Encode &e, const
     float own[EACH], square = 0;
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
-      const int dim = j * 32 + lane;
-      own[j] = 0;
-      if (row < of.count && dim < DIM) {
-        own[j] = to_float(static_cast<const Element *>(of.x)[(size_t)row * DIM + dim]);
-        if (KEY) own[j] -= of.centre[(size_t)(row / e.tokens) * DIM + dim];
-      }
+      const int dim = min(j * 32 + lane, DIM - 1), some = min(row, of.count - 1);  // reads need not wait for conditions
+      own[j] = to_float(static_cast<const Element *>(of.x)[(size_t)some * DIM + dim]);
+      if (KEY) own[j] -= of.centre[(size_t)(some / e.tokens) * DIM + dim];
+    }
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+      if (row >= of.count || j * 32 + lane >= DIM) own[j] = 0;
       square += own[j] * own[j];
     }
-    float factor = 1;
-    if (UNIT && !KEY) {
+    if (KEY ? e.norms != nullptr : UNIT) {
 #pragma unroll
       for (int d = 16; d > 0; d /= 2) square += __shfl_xor_sync(~0u, square, d);
-      factor = rsqrtf(fmaxf(square / DIM, 1e-12f));
     }
+    const float factor = KEY || !UNIT ? 1 : rsqrtf(fmaxf(square / DIM, 1e-12f));
+    if (KEY && lane == 0) s.norms[vector] = sqrtf(square);
 #pragma unroll
     for (int j = 0; j < EACH; j++)
       if (j * 32 + lane < DIM) s.x[(j * 32 + lane) * VECTORS + vector] = own[j] * factor;
@@ -108,16 +110,29 @@ struct Place {
         fits(row < e.keys.count && column < e.room && column < e.code_room) {}
 };
 
-__device__ __forceinline__ void append(const Encode &e, int filled, int row0) {
-  const Element *k = static_cast<const Element *>(e.keys.x), *v = static_cast<const Element *>(e.v);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < VECTORS * DIM; i += THREADS) {
-    const Place to(e, filled, row0 + i / DIM);
-    if (!to.fits) continue;
-    const size_t from = (size_t)row0 * DIM + i, at = (to.head * e.room + to.column) * DIM + i % DIM;
-    static_cast<Element *>(e.held_keys)[at] = k[from], static_cast<Element *>(e.held_values)[at] = v[from];
+struct Rows {  // this thread's share of the group's new keys and values
+  static constexpr int EACH = (VECTORS * DIM + THREADS - 1) / THREADS;
+  Element keys[EACH], values[EACH];
+  __device__ __forceinline__ Rows(const Encode &e, int row0) {
+    const Element *k = static_cast<const Element *>(e.keys.x), *v = static_cast<const Element *>(e.v);
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+      const size_t from = min((size_t)row0 * DIM + j * THREADS + threadIdx.x, (size_t)e.keys.count * DIM - 1);
+      keys[j] = k[from], values[j] = v[from];
+    }
   }
-}
+  __device__ __forceinline__ void append(const Encode &e, const Shared &s, int row0) const {
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+      const int i = j * THREADS + threadIdx.x;
+      const Place to(e, s.filled, row0 + i / DIM);
+      if (i >= VECTORS * DIM || !to.fits) continue;
+      const size_t at = (to.head * e.room + to.column) * DIM + i % DIM;
+      static_cast<Element *>(e.held_keys)[at] = keys[j], static_cast<Element *>(e.held_values)[at] = values[j];
+      if (i % DIM == 0 && e.norms != nullptr) e.norms[to.head * e.code_room + to.column] = narrow<true>(s.norms[i / DIM], 0);
+    }
+  }
+};
 
 // Which of 2^PLANES levels, symmetric about zero, a value lies in, on a scale that ends at `largest`.
 __device__ __forceinline__ int level_of(float x, float largest) {
@@ -199,12 +214,20 @@ __device__ __forceinline__ void encode_group(const Encode &e, const Vectors &of,
     typename Own::Linear linear(of.linear, BITS, nullptr);
     wait_for_the_kernel_before();
     let_the_next_kernel_start();
-    stage<KEY>(e, of, s, row0);
-    if (KEY) append(e, s.filled, row0);
-    linear.times(s.x, s.joint, [&](int column, int v, float x) {
-      if (FIRST == 0) s.projected[v * BITS + column] = x;
-      else if (row0 + v < of.count) __stcg(of.straight + (size_t)(row0 + v) * BITS + column, x);
-    });
+    auto encode = [&] {
+      stage<KEY>(e, of, s, row0);
+      linear.times(s.x, s.joint, [&](int column, int v, float x) {
+        if (FIRST == 0) s.projected[v * BITS + column] = x;
+        else if (row0 + v < of.count) __stcg(of.straight + (size_t)(row0 + v) * BITS + column, x);
+      });
+    };
+    if constexpr (KEY) {
+      const Rows rows(e, row0);
+      encode();
+      rows.append(e, s, row0);
+    } else {
+      encode();
+    }
   }
   if constexpr (FIRST > 0) {
     __syncthreads();

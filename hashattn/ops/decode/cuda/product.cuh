@@ -4,15 +4,15 @@
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 constexpr int ABREAST = VECTORS < 4 ? 4 / VECTORS : 1;  // rows whose vectors lie in 16 bytes
 
-constexpr int larger(int a, int b) { return a > b ? a : b; }
-constexpr int rounded_up(int n, int to) { return (n + to - 1) / to * to; }
+__device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+__device__ constexpr int rounded_up(int n, int to) { return (n + to - 1) / to * to; }
 
 // VECTORS vectors [ROWS] times a matrix [ROWS, COLUMNS], plus a bias. A thread has a column and one of SETS sets of rows, the
-// first weights of which it asks for long before the vectors are there.
-template <int ROWS, int COLUMNS> struct Product {
+// first weights of which it asks for long before the vectors are there: MOST of them at a time.
+template <int ROWS, int COLUMNS, int MOST> struct Product {
   static constexpr int WIDTH = COLUMNS <= 32 ? 32 : COLUMNS <= 64 ? 64 : COLUMNS <= 128 ? 128 : THREADS;
   static constexpr int SETS = THREADS / WIDTH, SHARE = (ROWS + SETS - 1) / SETS;
-  static constexpr int HELD = SHARE <= 64 ? rounded_up(SHARE, ABREAST) : 32;  // weights at a time
+  static constexpr int HELD = SHARE <= MOST ? rounded_up(SHARE, ABREAST) : 32;  // weights at a time
   static constexpr int OWN = rounded_up(SHARE, HELD);                         // rows of a set
   static constexpr int PADDED = SETS * OWN;                                   // rows of the vectors, zero beyond ROWS
   const float *matrix, *bias;
@@ -23,14 +23,17 @@ template <int ROWS, int COLUMNS> struct Product {
   __device__ __forceinline__ Product(const float *matrix, int stride, const float *bias, int rows = ROWS, int columns = COLUMNS)
       : matrix(matrix), bias(bias), stride(stride), rows(rows), columns(columns) {
     load(0, 0);
+    const int lane = threadIdx.x % 32, row = threadIdx.x / WIDTH * OWN + HELD + lane;  // what follows is asked for as well
+    const int column = threadIdx.x % WIDTH - lane;
+    if (HELD + lane < OWN && row < rows && column < columns) prefetch_line(matrix + (size_t)row * stride + column);
   }
 
   __device__ __forceinline__ void load(int low, int from) {
     const int column = low + threadIdx.x % WIDTH, row = threadIdx.x / WIDTH * OWN + from;
 #pragma unroll
     for (int i = 0; i < HELD; i++)
-      weights[i] = row + i < rows && column < columns ? __ldg(matrix + (size_t)(row + i) * stride + column) : 0;
-    offset = bias != nullptr && column < columns ? __ldg(bias + column) : 0;
+      weights[i] = row + i < rows && column < columns ? matrix[(size_t)(row + i) * stride + column] : 0;
+    offset = bias != nullptr && column < columns ? bias[column] : 0;
   }
 
   // Gives sink(column, vector, result) each result. x: [PADDED, VECTORS] and joint: [VECTORS, THREADS] in shared memory;

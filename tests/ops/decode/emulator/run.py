@@ -18,12 +18,16 @@ from hashattn.ops.decode.cuda import compiler, step
 HERE = Path(__file__).parent
 KERNEL = """
 #include "{name}.cu"
-extern "C" void run(const void *argument, int x, int y, int z, int threads) {{
+extern "C" void run(const void *argument, int x, int y, int z, int threads, int backwards) {{
   emulator::argument = argument, emulator::grid = {{x, y, z}};
   emulator::body = [](const void *s) {{ {name}(*static_cast<const {argument} *>(s)); }};
   for (int c = 0; c < z; c++)
     for (int b = 0; b < y; b++)
-      for (int a = 0; a < x; a++) emulator::block = {{a, b, c}}, emulator::run_block(threads);
+      for (int a = 0; a < x; a++) {{
+        emulator::block = {{a, b, c}};
+        if (backwards) emulator::block = {{x - 1 - a, y - 1 - b, z - 1 - c}};
+        emulator::run_block(threads);
+      }}
 }}
 """
 
@@ -50,10 +54,11 @@ def kernel(name: str, defines: compiler.Defines) -> ctypes.CDLL:
 
 
 def launch(
-    own: ctypes.CDLL, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, *, early: bool
+    own: ctypes.CDLL, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, *, early: bool,
+    backwards: bool = False,
 ) -> None:  # fmt: skip
-    """As compiler.launch."""
-    own.run(ctypes.byref(argument), *grid, threads)
+    """As compiler.launch; backwards: the last block runs first."""
+    own.run(ctypes.byref(argument), *grid, threads, backwards)
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch) -> Any:
