@@ -188,18 +188,29 @@ __device__ __forceinline__ void add_slice(const Encode &e, const Vectors &of, Sh
   });
 }
 
-// The parts of the layer after the first added up, in order: gives sink(column, vector, sum).
-template <class Net, class Sink> __device__ __forceinline__ void add_up(const Vectors &of, int row0, Sink sink) {
-#pragma unroll 2
-  for (int i = threadIdx.x; i < VECTORS * Net::NEXT; i += THREADS) {
-    const int v = i / Net::NEXT, column = i % Net::NEXT;
-    float sum = 0;
+// PARTS parts [count, WIDTH] of the vectors from row0 on, added up in order.
+template <int PARTS, int WIDTH> struct Sums {
+  static constexpr int EACH = (VECTORS * WIDTH + THREADS - 1) / THREADS;  // of a thread
+  float own[EACH];
+  __device__ __forceinline__ Sums(const float *parts, int count, int row0) {
 #pragma unroll
-    for (int part = 0; part < Net::SLICES; part++)
-      if (row0 + v < of.count) sum += __ldcg(of.parts + ((size_t)part * of.count + row0) * Net::NEXT + i);
-    sink(column, v, sum);
+    for (int j = 0; j < EACH; j++) {
+      const int i = j * THREADS + threadIdx.x;
+      const int at = i < VECTORS * WIDTH && row0 + i / WIDTH < count ? i : 0;  // what else is read is not used
+      own[j] = 0;
+#pragma unroll
+      for (int part = 0; part < PARTS; part++) own[j] += __ldcg(parts + ((size_t)part * count + row0) * WIDTH + at);
+    }
   }
-}
+  // Gives sink(column, vector, sum) each of them.
+  template <class Sink> __device__ __forceinline__ void give(Sink sink) const {
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+      const int i = j * THREADS + threadIdx.x;
+      if (i < VECTORS * WIDTH) sink(i % WIDTH, i / WIDTH, own[j]);
+    }
+  }
+};
 
 template <int FIRST, int SECOND, bool KEY>
 __device__ __forceinline__ void encode_group(const Encode &e, const Vectors &of, Shared &s, int at) {
@@ -235,18 +246,21 @@ __device__ __forceinline__ void encode_group(const Encode &e, const Vectors &of,
       s.last = add_and_publish(of.arrived + group) == Own::SLICES;
       if (s.last) of.arrived[group] = 0;
     }
-    typename Own::Last last(of.last, BITS, of.last_bias, SECOND);  // asked for meanwhile
     __syncthreads();
     if (!s.last) return;
-    for (int i = threadIdx.x; i < VECTORS * BITS; i += THREADS)
-      s.projected[i] = row0 + i / BITS < of.count ? __ldcg(of.straight + (size_t)row0 * BITS + i) : 0;
+    const Sums<1, BITS> straight(of.straight, of.count, row0);
+    const Sums<Own::SLICES, Own::NEXT> next(of.parts, of.count, row0);
+    auto add = [&](int column, int v, float x) { s.projected[v * BITS + column] += x; };
     if constexpr (SECOND > 0) {
+      typename Own::Last last(of.last, BITS, of.last_bias);
       for (int i = SECOND * VECTORS + threadIdx.x; i < Own::Last::PADDED * VECTORS; i += THREADS) s.hidden[i] = 0;
-      add_up<Own>(of, row0, [&](int unit, int v, float x) { s.hidden[unit * VECTORS + v] = relu(x); });
+      next.give([&](int unit, int v, float x) { s.hidden[unit * VECTORS + v] = relu(x); });
+      straight.give([&](int column, int v, float x) { s.projected[v * BITS + column] = x; });
       __syncthreads();
-      last.times(s.hidden, s.joint, [&](int column, int v, float x) { s.projected[v * BITS + column] += x; });
+      last.times(s.hidden, s.joint, add);
     } else {
-      add_up<Own>(of, row0, [&](int column, int v, float x) { s.projected[v * BITS + column] += x; });
+      straight.give([&](int column, int v, float x) { s.projected[v * BITS + column] = x; });
+      next.give(add);  // by the same threads
     }
   }
   // The last of the programs that pack keys sets the length: all have read it by then.
