@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from hashattn import AsymmetricHash, SimHash, SymmetricHash
-from hashattn.ops.decode import append_reference
+from hashattn.ops.decode import append_reference, gpu
 from hashattn.ops.decode.cuda import compiler
+from hashattn.ops.decode.cuda import encode as in_cuda
 from hashattn.ops.decode.cuda.encode import encode, launch
 from hashattn.ops.decode.sizes import Encoding
 from tests.ops.decode.emulator import run
@@ -129,6 +130,17 @@ def test_what_is_not_finite_gives_the_references_bits(emulated, encoder, value):
     assert all(torch.equal(found[at], expected[at]) for at in special)
     codes, exact = maps_and_held[-2], copies[-2]
     assert torch.equal(codes[1, 1, 22], exact[1, 1, 22]) and torch.equal(codes[0, 0, 21], exact[0, 0, 21])
+
+
+def test_triton_encodes_where_cuda_cannot_be_compiled(emulated, monkeypatch):
+    from hashattn.ops.decode import encode as in_triton
+
+    call, _ = given(SimHash(64))
+    for language in (in_cuda, in_triton):
+        monkeypatch.setattr(language, "encode", lambda *_, name=language.__name__: name)
+    assert gpu.encode(*call) == in_cuda.__name__
+    monkeypatch.setattr(compiler, "why_not", lambda: "it is not installed")
+    assert gpu.encode(*call) == in_triton.__name__
 
 
 def test_too_few_counters_are_refused(emulated):

@@ -54,9 +54,10 @@ template <int FIRST, int SECOND> struct Net {
 };
 using QueryNet = Net<QUERY_FIRST, QUERY_SECOND>;
 using KeyNet = Net<KEY_FIRST, KEY_SECOND>;
+static_assert(DIM % 32 == 0 && QueryNet::Linear::PADDED == DIM && QueryNet::Into::PADDED == DIM, "heads of 64, 96, 128 or 256");
 
 struct Shared {
-  __align__(16) float x[larger(QueryNet::Linear::PADDED, QueryNet::Into::PADDED) * VECTORS];
+  __align__(16) float x[DIM * VECTORS];
   __align__(16) float hidden[larger(QueryNet::HIDDEN, KeyNet::HIDDEN) * VECTORS];
   float joint[VECTORS * THREADS];
   float projected[VECTORS * BITS], norms[VECTORS];
@@ -65,26 +66,23 @@ struct Shared {
 
 __device__ __forceinline__ float relu(float x) { return x <= 0 ? 0 : x; }  // NaN stays
 
-__device__ __forceinline__ float greater_of(float a, float b) { return a > b || a != a ? a : b; }  // NaN stays
-
-// The vectors from row0 on as float32 [rows, VECTORS], zero beyond DIM and beyond the last vector, and for keys their
-// norms and how many columns are filled. A warp takes a vector.
+// The vectors from row0 on as float32 [DIM, VECTORS], zero beyond the last one, and for keys their norms and how many columns
+// are filled. A warp takes a vector.
 template <bool KEY> __device__ __forceinline__ void stage(const Encode &e, const Vectors &of, Shared &s, int row0) {
-  constexpr int EACH = (DIM + 31) / 32, SIZE = sizeof(s.x) / sizeof(float);
+  constexpr int EACH = DIM / 32;
   const int lane = threadIdx.x % 32, vector = threadIdx.x / 32, row = row0 + vector;
-  for (int i = DIM * VECTORS + threadIdx.x; i < SIZE; i += THREADS) s.x[i] = 0;
   if (KEY && threadIdx.x == THREADS - 1) s.filled = __ldcg(e.length);
   if (vector < VECTORS) {
+    const int some = min(row, of.count - 1);  // reads wait for no condition
     float own[EACH], square = 0;
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
-      const int dim = min(j * 32 + lane, DIM - 1), some = min(row, of.count - 1);  // reads need not wait for conditions
-      own[j] = to_float(static_cast<const Element *>(of.x)[(size_t)some * DIM + dim]);
-      if (KEY) own[j] -= of.centre[(size_t)(some / e.tokens) * DIM + dim];
+      own[j] = to_float(static_cast<const Element *>(of.x)[(size_t)some * DIM + j * 32 + lane]);
+      if (KEY) own[j] -= of.centre[(size_t)(some / e.tokens) * DIM + j * 32 + lane];
     }
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
-      if (row >= of.count || j * 32 + lane >= DIM) own[j] = 0;
+      if (row >= of.count) own[j] = 0;
       square += own[j] * own[j];
     }
     if (KEY ? e.norms != nullptr : UNIT) {
@@ -94,8 +92,7 @@ template <bool KEY> __device__ __forceinline__ void stage(const Encode &e, const
     const float factor = KEY || !UNIT ? 1 : rsqrtf(fmaxf(square / DIM, 1e-12f));
     if (KEY && lane == 0) s.norms[vector] = sqrtf(square);
 #pragma unroll
-    for (int j = 0; j < EACH; j++)
-      if (j * 32 + lane < DIM) s.x[(j * 32 + lane) * VECTORS + vector] = own[j] * factor;
+    for (int j = 0; j < EACH; j++) s.x[(j * 32 + lane) * VECTORS + vector] = own[j] * factor;
   }
   __syncthreads();
 }
@@ -159,9 +156,9 @@ template <bool KEY> __device__ __forceinline__ void pack(const Encode &e, const 
       continue;
     }
     float largest = 1.17549435e-38f;
-    for (int i = lane; i < BITS; i += 32) largest = greater_of(largest, fabsf(own[i]));
+    for (int i = lane; i < BITS; i += 32) largest = fmaxf(largest, fabsf(own[i]));
 #pragma unroll
-    for (int d = 16; d > 0; d /= 2) largest = greater_of(largest, __shfl_xor_sync(~0u, largest, d));
+    for (int d = 16; d > 0; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, d));
     const int level = level_of(x, largest);
 #pragma unroll
     for (int j = 0; j < PLANES; j++) {

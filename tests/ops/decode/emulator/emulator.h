@@ -56,6 +56,7 @@ struct Thread {
 };
 inline Thread *now;
 inline Index block, grid;
+inline bool backwards;  // threads run in the order of their numbers, or against it: a missing barrier shows in one of them
 inline ucontext_t scheduler;
 inline std::vector<Thread> threads;
 inline std::vector<Warp> warps;
@@ -98,8 +99,10 @@ inline void run_block(int count) {
   }
   for (long round = 0;; round++) {
     bool left = false;
-    for (auto &t : threads)
+    for (int i = 0; i < count; i++) {
+      Thread &t = threads[backwards ? count - 1 - i : i];
       if (!t.done) now = &t, left = true, swapcontext(&scheduler, &t.context);
+    }
     if (!left) return;
     if (round > 10'000'000) fprintf(stderr, "a barrier that not all threads reach\n"), abort();
   }

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 KERNEL = """
 #include "{name}.cu"
 extern "C" void run(const void *argument, int x, int y, int z, int threads, int backwards) {{
-  emulator::argument = argument, emulator::grid = {{x, y, z}};
+  emulator::argument = argument, emulator::grid = {{x, y, z}}, emulator::backwards = backwards;
   emulator::body = [](const void *s) {{ {name}(*static_cast<const {argument} *>(s)); }};
   for (int c = 0; c < z; c++)
     for (int b = 0; b < y; b++)
@@ -57,7 +57,7 @@ def launch(
     own: ctypes.CDLL, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, *, early: bool,
     backwards: bool = False,
 ) -> None:  # fmt: skip
-    """As compiler.launch; backwards: the last block runs first."""
+    """As compiler.launch; backwards: the last block and its last thread run first."""
     own.run(ctypes.byref(argument), *grid, threads, backwards)
 
 
