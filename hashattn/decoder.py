@@ -11,6 +11,7 @@ from torch import Tensor
 from hashattn import dense_steps, fused
 from hashattn.ops.decode import Map, why_not_encode
 from hashattn.ops.decode.estimate import key_norms
+from hashattn.ops.decode.sizes import counters
 from hashattn.shapes import check_float, check_kv, check_q
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Decoder:
         self.starts = cache.on_device.starts(cache._starts, device)
         self.length = torch.empty(1, dtype=torch.int32, device=device)
         self.found = torch.zeros(1, dtype=torch.int64, device=device)
-        self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
+        self._arrived: dict[tuple[int, int], Tensor] = {}
         self._encoder_fits = encoder.fits if encoder is not None else 0
         self.maps: tuple[Map, Map] | None = None
         self.centre: Tensor | None = None
@@ -60,7 +61,7 @@ class Decoder:
         self._prepared: dict[tuple[int, int], fused.Prepared] = {}
         self.follow()
         of_maps = [x for by in self.maps or () for x in by.tensors]
-        held = self.keys, self.values, self.starts, self.length, self.found, self._arrived, self.centre
+        held = self.keys, self.values, self.starts, self.length, self.found, self.centre
         for tensor in (*held, *of_maps):
             _stays(tensor)
 
@@ -102,7 +103,9 @@ class Decoder:
             assert self.centre is not None
             estimate = replace(prepared.estimate, centre=self.centre)  # which stays where it is
             _stays(estimate.a)
-        for held in (prepared.codes, prepared.norms, prepared.bounds, prepared.workspace):
+        count = counters(cache.batch * q_heads * tokens, cache.batch * cache.kv_heads * tokens)
+        arrived = self._arrived[q_heads, tokens] = torch.zeros(count, dtype=torch.int32, device=self.keys.device)
+        for held in (prepared.codes, prepared.norms, prepared.bounds, prepared.workspace, arrived):
             _stays(held)
         self._prepared[q_heads, tokens] = replace(prepared, estimate=estimate)
 
@@ -121,9 +124,10 @@ class Decoder:
             return dense_steps.attend(q, self.keys, self.values, self.starts, self.length, scale)
         from hashattn.ops.decode.library import append, encode  # registers operators
 
-        prepared, encoder = self._prepared[q.shape[1], q.shape[2]], self.attn.encoder
+        kind, encoder = (q.shape[1], q.shape[2]), self.attn.encoder
+        prepared, arrived = self._prepared[kind], self._arrived[kind]
         assert encoder is not None and self.centre is not None
-        held = self.keys, self.values, prepared.codes, self.length, self._arrived
+        held = self.keys, self.values, prepared.codes, self.length, arrived
         if self.maps is not None:
             query = encode(
                 q, k, v, self.centre, self.maps, encoder.query_bits, *held, prepared.workspace, prepared.norms

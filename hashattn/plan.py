@@ -180,7 +180,7 @@ def _encode_on_a_gpu(encoder: Encoder | None) -> tuple[str, str, str]:
     reason = why_not_encode(encoder.widths()) if encoder is not None else None
     if reason is not None:
         return "encode", f"{_name(encoder)}: PyTorch", reason
-    return "encode", f"{_name(encoder)}: Triton in a decoder, else PyTorch", "a decoder appends in the same kernel"
+    return "encode", f"{_name(encoder)}: {kernels()} in a decoder, else PyTorch", "a decoder appends in the same kernel"
 
 
 def _name(part: object) -> str:

@@ -173,7 +173,7 @@ def encode(
     Args:
         q, k, v, centre, maps, query_bits: as there; centre and maps contiguous, and only the queries' map scales.
         keys, values, codes, length, norms: as there, contiguous.
-        arrived: int32 [1], zero before and after.
+        arrived: int32 [1 or more], zero before and after.
         workspace: uint8, Sizes.workspace of them at least, whatever it holds.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()

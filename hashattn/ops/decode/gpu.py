@@ -1,4 +1,4 @@
-"""The fused decode step on a GPU: its kernels in CUDA C++ where they can be compiled, in Triton where they cannot."""
+"""A decode step on a GPU, and its encoding, in CUDA C++ where that can be compiled and in Triton where it cannot."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hashattn.ops.decode.cuda import compiler
+from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.rule import Rule
 
 OLDEST = (8, 0)  # compute capability
@@ -40,3 +41,16 @@ def decode(
         q, query, keys, values, codes, starts, length, bounds, rule, workspace, scale=scale, causal=causal,
         scan_only=scan_only,
     )  # fmt: skip
+
+
+def encode(
+    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, maps: tuple[Map, Map], query_bits: int, keys: Tensor,
+    values: Tensor, codes: Tensor, length: Tensor, arrived: Tensor, workspace: Tensor, norms: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See :func:`hashattn.ops.decode.encode.encode`."""
+    if why_triton(q.device) is None:
+        from hashattn.ops.decode.cuda import encode as language
+    else:
+        from hashattn.ops.decode import encode as language  # type: ignore[no-redef]
+    held = keys, values, codes, length, arrived, workspace, norms
+    return language.encode(q, k, v, centre, maps, query_bits, *held)

@@ -217,7 +217,7 @@ def _encode_cuda(
     query_bits: int, keys: Tensor, values: Tensor, codes: Tensor, length: Tensor, arrived: Tensor, workspace: Tensor,
     norms: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    from hashattn.ops.decode.encode import encode as fused
+    from hashattn.ops.decode.gpu import encode as fused
 
     maps = Map.of(query_map, unit), Map.of(key_map)
     return fused(q, k, v, centre, maps, query_bits, keys, values, codes, length, arrived, workspace, norms)

@@ -63,7 +63,7 @@ def why_not(widths: tuple[tuple[int, ...], tuple[int, ...]] | None) -> str | Non
         return "its codes are not signs of maps that all heads share"
     deepest, widest = max(map(len, widths)), max((0, *widths[0], *widths[1]))
     if deepest > MOST_HIDDEN:
-        return f"Triton serves up to {MOST_HIDDEN} hidden layers, not {deepest}"
+        return f"its kernels serve up to {MOST_HIDDEN} hidden layers, not {deepest}"
     if widest > WIDEST:
-        return f"Triton serves hidden layers up to {WIDEST} wide, not {widest}"
+        return f"its kernels serve hidden layers up to {WIDEST} wide, not {widest}"
     return None

@@ -155,8 +155,65 @@ class Sizes:
     def workspace(self) -> int:
         """Bytes of a workspace that holds any one's buffers."""
         tokens = self.batch * self.tokens
-        encoding = hidden_parts(tokens * self.q_heads, tokens * self.kv_heads, self.hidden)
-        return max(map(_nbytes, (self.triton, self.cuda, encoding)))
+        encoding = Encoding((tokens * self.q_heads, tokens * self.kv_heads), self.hidden, 64 * self.words)
+        return max(map(_nbytes, (self.triton, self.cuda, hidden_parts(*encoding.counts, self.hidden), encoding.parts)))
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How cuda/encode.cu divides its work.
+
+    Attributes:
+        counts: queries, and new keys.
+        widths: of the hidden layers of the queries' and the keys' map.
+    """
+
+    counts: tuple[int, int]
+    widths: Widths
+    bits: int
+
+    @property
+    def units(self) -> int:
+        """Units of the first hidden layer that a program takes."""
+        return 64 if self.counts[0] > 64 or max(sum(own[:1]) for own in self.widths) > 256 else 32
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """Of queries, and of keys."""
+        queries, keys = (-(-count // together(self.counts[0])) for count in self.counts)
+        return queries, keys
+
+    @property
+    def slices(self) -> tuple[int, int]:
+        """Of the first hidden layer of the queries' and the keys' map."""
+        queries, keys = (-(-sum(own[:1]) // self.units) for own in self.widths)
+        return queries, keys
+
+    @property
+    def programs(self) -> tuple[int, int]:
+        """Of queries, and of keys: one of each group for the linear map, and one for each slice."""
+        queries, keys = (groups * (slices + 1) for groups, slices in zip(self.groups, self.slices, strict=True))
+        return queries, keys
+
+    @property
+    def parts(self) -> Buffers:
+        """Shape and type of what programs write for the last one: parts of the second layer, and the linear map's."""
+        buffers: Buffers = {}
+        for name, count, slices, layers in zip(("query", "key"), self.counts, self.slices, self.widths, strict=True):
+            if layers:
+                buffers[f"{name}_parts"] = (slices, count, (*layers, self.bits)[1]), torch.float32
+                buffers[f"{name}_straight"] = (count, self.bits), torch.float32
+        return buffers
+
+
+def together(queries: int) -> int:
+    """Queries or keys of a group in cuda/encode.cu: few, so that every multiprocessor has a program."""
+    return 2 if queries <= 32 else 4 if queries <= 64 else 8
+
+
+def counters(queries: int, keys: int) -> int:
+    """Numbers by which programs that encode find out that they are the last, zero between launches."""
+    return 1 + sum(-(-count // together(queries)) for count in (queries, keys))
 
 
 def hidden_parts(queries: int, keys: int, widths: Widths) -> Buffers:

@@ -12,6 +12,7 @@ from torch import Tensor
 from hashattn import AsymmetricHash, Encoder, SimHash, SymmetricHash
 from hashattn.encoders.learned import LearnedHash
 from hashattn.ops.decode import Map, Rule, Sizes
+from hashattn.ops.decode.sizes import counters
 from hashattn.ops.hamming import unpack_bits
 from tests.ops.decode.cases import poisoned
 from tests.structured import generator
@@ -65,7 +66,7 @@ def encodes(
     with poisoned():
         query = encode(q, k, v, centre, maps, encoder.query_bits, *held[:3], length, arrived, workspace, *held[3:])
     assert int(length) == filled + tokens
-    assert int(arrived) == 0
+    assert not arrived.any()
     assert query.shape == (batch, kv_heads * group, tokens, encoder.query_bits, words)
     same_bits(query, q, maps[0], encoder.query_bits)
     end = max(filled, min(filled + tokens, room, code_room))
@@ -89,11 +90,11 @@ def same_norms(found: Tensor, k: Tensor, centre: Tensor) -> None:
 
 
 def encoding_state(q: Tensor, k: Tensor, codes: Tensor, maps: tuple[Map, Map]) -> tuple[Tensor, Tensor]:
-    """What encode is given beside: a zero, and a workspace that holds NaN, as large as a decoder's."""
+    """What encode is given beside: zeros, and a workspace that holds NaN, as large as a decoder's."""
     (batch, q_heads, tokens, dim), room = q.shape, codes.shape[2]
     sizes = Sizes(batch, q_heads, k.shape[1], tokens, dim, room, room, 1, codes.shape[3], Rule(k=1),
                   (maps[0].widths, maps[1].widths))  # fmt: skip
-    arrived = torch.zeros(1, dtype=torch.int32, device=q.device)
+    arrived = torch.zeros(counters(q[..., 0].numel(), k[..., 0].numel()), dtype=torch.int32, device=q.device)
     return arrived, torch.full((sizes.workspace,), 0xFF, dtype=torch.uint8, device=q.device)
 
 

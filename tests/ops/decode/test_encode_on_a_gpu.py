@@ -1,5 +1,7 @@
 """Encoding and appending compiled, on a GPU, against plain PyTorch. Run with pytest -m gpu."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -10,11 +12,9 @@ pytestmark = pytest.mark.gpu
 LLAMA = {"dim": 128, "kv_heads": 8, "group": 4, "dtype": torch.bfloat16, "device": "cuda"}
 
 
-@pytest.fixture(scope="module")
-def encode():
-    from hashattn.ops.decode.encode import encode
-
-    return encode
+@pytest.fixture(scope="module", params=["cuda.encode", "encode"], ids=["CUDA C++", "Triton"])
+def encode(request):
+    return importlib.import_module(f"hashattn.ops.decode.{request.param}").encode
 
 
 @pytest.mark.parametrize(("encoder", "shape"), SMALL)
@@ -23,7 +23,7 @@ def test_newest_queries_and_keys_are_encoded_and_appended(encode, encoder, shape
     encodes(encode, encoder, **shape, device="cuda", norms=True)
 
 
-@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (8, 1), (1, 16), (8, 16)])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (2, 1), (8, 1), (1, 16), (8, 16)])
 @pytest.mark.parametrize(
     "encoder",
     [
@@ -32,6 +32,7 @@ def test_newest_queries_and_keys_are_encoded_and_appended(encode, encoder, shape
         AsymmetricHash(128, query_bits=2),
         AsymmetricHash(256, query_hidden=(128, 128), key_hidden=(128, 128)),
         AsymmetricHash(64, query_hidden=(512,)),
+        AsymmetricHash(256, query_hidden=(512, 512), key_hidden=(300, 17)),
     ],
     ids=str,
 )
@@ -66,3 +67,22 @@ def test_one_captured_launch_serves_many_steps(encode, encoder):
     assert int(length) == 100
     assert torch.equal(keys, stored) and torch.equal(values, -stored)
     same_bits(codes.unsqueeze(3), stored.float() - centre.unsqueeze(2), maps[1], 1)
+
+
+def test_bits_do_not_depend_on_which_program_comes_last():
+    from hashattn.ops.decode.cuda.encode import encode
+
+    g, (q_heads, kv_heads, room, steps) = torch.Generator("cuda").manual_seed(5), (32, 8, 1000, 200)
+    encoder = randomised(AsymmetricHash(128, query_bits=2, key_hidden=(256, 256)), 128, "cuda")
+    maps = encoder.maps(128, torch.device("cuda"))
+    q = torch.randn(1, q_heads, 1, 128, device="cuda", generator=g).half()
+    k = torch.randn(1, kv_heads, 1, 128, device="cuda", generator=g).half()
+    centre, length = torch.zeros(1, kv_heads, 128, device="cuda"), torch.zeros(1, device="cuda", dtype=torch.int32)
+    keys, values = (torch.zeros(1, kv_heads, room, 128, device="cuda").half() for _ in range(2))
+    codes = torch.zeros(1, kv_heads, room, 2, device="cuda", dtype=torch.int64)
+    call = q, k, k, centre, maps, 2, keys, values, codes, length, *encoding_state(q, k, codes, maps)
+    queries = torch.stack([encode(*call) for _ in range(steps)])
+    assert int(length) == steps
+    assert torch.equal(queries, queries[:1].expand_as(queries))
+    assert torch.equal(codes[:, :, :steps], codes[:, :, :1].expand(-1, -1, steps, -1))
+    assert not codes[:, :, steps:].any()

@@ -28,28 +28,40 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("kernels are compiled where there is a GPU: test_on_a_gpu.py", allow_module_level=True)
 
+from hashattn.ops.decode import encode as in_triton
 from hashattn.ops.decode.append import append
-from hashattn.ops.decode.encode import encode
+from hashattn.ops.decode.cuda import encode as in_cuda
 from hashattn.ops.decode.triton import decode_tiers
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled by g++, which is not here")
 @pytest.mark.filterwarnings("ignore:this AsymmetricHash is not fitted:UserWarning")
 @pytest.mark.parametrize(
-    ("encoder", "selector", "attend"),
+    ("encoder", "selector", "attend", "encoding"),
     [
-        (SimHash(64), TopK(share=0.1), ExactAttend()), (SimHash(128), TopK(share=0.1, per="kv_head"), ExactAttend()),
-        (SimHash(64), LocalTopK(64), ExactAttend()), (AsymmetricHash(64, heads=2), TopK(k=50), ExactAttend()),
-        (AsymmetricHash(128, query_bits=2), TopK(share=0.1), ExactAttend()),
-        (SimHash(128), Tiers(0.05, 0.1, per="kv_head"), MixedPrecision()),
-        (AsymmetricHash(64, heads=2), Tiers(0.05, 0.1), MixedPrecision()),
+        (SimHash(64), TopK(share=0.1), ExactAttend(), in_cuda),
+        (SimHash(128), TopK(share=0.1, per="kv_head"), ExactAttend(), in_cuda),
+        (SimHash(64), LocalTopK(64), ExactAttend(), in_triton),
+        (AsymmetricHash(128, query_bits=2), TopK(share=0.1), ExactAttend(), in_cuda),
+        (AsymmetricHash(64, query_hidden=(20, 20)), TopK(share=0.1), ExactAttend(), in_triton),
+        (AsymmetricHash(64, heads=2), TopK(k=50), ExactAttend(), in_cuda),
+        (SimHash(128), Tiers(0.05, 0.1, per="kv_head"), MixedPrecision(), in_cuda),
+        (SimHash(64), Tiers(0.05, 0.1), MixedPrecision(), in_triton),
+        (AsymmetricHash(64, heads=2), Tiers(0.05, 0.1), MixedPrecision(), in_cuda),
     ],
-    ids=["sign", "kv_head", "local", "in PyTorch", "MLP", "tiers", "tiers in PyTorch"],
+    ids=[
+        "sign", "kv_head", "local", "MLP", "MLP in Triton", "in PyTorch", "tiers", "tiers in Triton",
+        "tiers in PyTorch",
+    ],
 )  # fmt: skip
 @torch.inference_mode()
-def test_a_decoder_does_what_the_reference_does_until_the_cache_is_full(encoder, selector, attend, monkeypatch):
+def test_a_decoder_does_what_the_reference_does_until_the_cache_is_full(
+    encoder, selector, attend, encoding, monkeypatch
+):
     monkeypatch.setattr(decode, "DEVICES", ("cpu",))
-    kernels = {"decode": emulate(monkeypatch), "decode_tiers": decode_tiers, "encode": encode, "append": append}
+    kernels = {
+        "decode": emulate(monkeypatch), "decode_tiers": decode_tiers, "encode": encoding.encode, "append": append
+    }  # fmt: skip
     for name, kernel in kernels.items():
         monkeypatch.setattr(library, name, kernel)
     q, k, v = qkv(7, 2, keys=607, dim=64, group=4)

@@ -279,7 +279,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORDS > 2 ? 2 : DEPTH > 1 
   span(s, b, t, c.first, c.end);
   const Part part(c);
   const int wanted = min(ROWS, c.filled(c.end) - c.filled(c.first));
-  if (thread < LANES) bounds[thread] = min(max(s.bounds[(row0 + thread * TOKENS) * CHUNKS + number] >> 4, 0), 64 * WORDS * WEIGHT);
+  if (thread < LANES) bounds[thread] = read_bound(s, (row0 + thread * TOKENS) * CHUNKS + number);
   for (int i = thread; i < OWN * TEAMS; i += THREADS) columns[i] = -1;
   for (int i = thread; i < LANES * LEVELS; i += THREADS) space.queue.histogram[i] = 0;
   prepare(terms, LANES, s.query + (size_t)row0 * PLANES * WORDS, TOKENS * PLANES * WORDS, WARPS);

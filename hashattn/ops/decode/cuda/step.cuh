@@ -88,17 +88,17 @@ __device__ __forceinline__ int read_bound(const Step &s, int row) {
 #if RADIUS
   return s.radius;
 #else
-  return min(max(s.bounds[row] >> 4, 0), 64 * WORDS * WEIGHT);
+  return min(max(__ldcg(s.bounds + row) >> 4, 0), 64 * WORDS * WEIGHT);
 #endif
 }
 
 // Terms of `lanes` rows, from the query of the first; the next row's is SUM * stride words further. All threads call it,
-// and synchronise after it.
+// and synchronise after it. What the kernel before wrote is read past the first-level cache, as above.
 __device__ __forceinline__ void prepare(Terms *terms, int lanes, const u64 *query, int stride, int warps) {
   const u32 *words = reinterpret_cast<const u32 *>(query);
   if (WEIGHT == 1) {
     const int row = threadIdx.x / HALVES, word = threadIdx.x % HALVES;
-    if (row < lanes) terms[row].cheaper[word] = words[row * stride * 2 + word];
+    if (row < lanes) terms[row].cheaper[word] = __ldcg(words + row * stride * 2 + word);
     return;
   }
   const int lane = threadIdx.x % 32;
@@ -109,7 +109,7 @@ __device__ __forceinline__ void prepare(Terms *terms, int lanes, const u64 *quer
     for (int i = 0; i < SUM; i++)
 #pragma unroll
       for (int p = 0; p < PLANES; p++)
-        dear += (words[((row * SUM + i) * stride + p * WORDS) * 2 + word] >> lane & 1) << p;
+        dear += (__ldcg(words + ((row * SUM + i) * stride + p * WORDS) * 2 + word) >> lane & 1) << p;
     const int cheap = min(dear, WEIGHT - dear), extra = (WEIGHT - 2 * cheap) / 2;
     const u32 cheaper = __ballot_sync(~0u, dear > WEIGHT - dear);
 #pragma unroll

@@ -78,7 +78,7 @@ class Launch:
     defines: compiler.Defines
     grid: tuple[int, int, int]
     threads: int
-    even: bool
+    even: bool = False
 
 
 def launches(sizes: Sizes, dtype: torch.dtype, causal: bool, aligned: bool, multiprocessors: int) -> list[Launch]:

@@ -58,6 +58,7 @@ struct Thread {
 };
 inline Thread *now;
 inline Index block, grid;
+inline bool backwards;  // threads run in the order of their numbers, or against it: a missing barrier shows in one of them
 inline ucontext_t scheduler;
 inline std::vector<Thread> threads;
 inline std::vector<Warp> warps;
@@ -100,8 +101,10 @@ inline void run_block(int count) {
   }
   for (long round = 0;; round++) {
     bool left = false;
-    for (auto &t : threads)
+    for (int i = 0; i < count; i++) {
+      Thread &t = threads[backwards ? count - 1 - i : i];
       if (!t.done) now = &t, left = true, swapcontext(&scheduler, &t.context);
+    }
     if (!left) return;
     if (round > 10'000'000) fprintf(stderr, "a barrier that not all threads reach\n"), abort();
   }
@@ -167,9 +170,11 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   for (int i = 0; i < 4; i++) x |= (unsigned)(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
   return x;
 }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __uint_as_float(unsigned x) { return emulator::from<float>(x); }
 inline float __int_as_float(int x) { return emulator::from<float>((unsigned)x); }
 template <class T> T __ldcs(const T *at) { return *at; }
+template <class T> T __ldg(const T *at) { return *at; }
 template <class T> T __ldcg(const T *at) { return *at; }
 template <class T> void __stcg(T *at, T x) { *at = x; }
 

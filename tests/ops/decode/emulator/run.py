@@ -19,12 +19,16 @@ from hashattn.ops.decode.cuda import compiler, step
 HERE = Path(__file__).parent
 KERNEL = """
 #include "{name}.cu"
-extern "C" void run(const void *step, int x, int y, int z, int threads) {{
-  emulator::argument = step, emulator::grid = {{x, y, z}};
-  emulator::body = [](const void *s) {{ {name}(*static_cast<const Step *>(s)); }};
+extern "C" void run(const void *argument, int x, int y, int z, int threads, int backwards) {{
+  emulator::argument = argument, emulator::grid = {{x, y, z}}, emulator::backwards = backwards;
+  emulator::body = [](const void *s) {{ {name}(*static_cast<const {argument} *>(s)); }};
   for (int c = 0; c < z; c++)
     for (int b = 0; b < y; b++)
-      for (int a = 0; a < x; a++) emulator::block = {{a, b, c}}, emulator::run_block(threads);
+      for (int a = 0; a < x; a++) {{
+        emulator::block = {{a, b, c}};
+        if (backwards) emulator::block = {{x - 1 - a, y - 1 - b, z - 1 - c}};
+        emulator::run_block(threads);
+      }}
 }}
 """
 
@@ -40,7 +44,7 @@ def kernel(name: str, defines: compiler.Defines) -> ctypes.CDLL:
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             source = Path(scratch, "kernel.cpp")
-            source.write_text(KERNEL.format(name=name))
+            source.write_text(KERNEL.format(name=name, argument="Encode" if name == "encode" else "Step"))
             options = ["-O1", "-std=c++20", "-shared", "-fPIC", "-w", "-fvisibility-inlines-hidden", "-fno-gnu-unique"]
             options += [f"-D{key}={value}" for key, value in defines]
             files = ["-include", HERE / "emulator.h", "-I", compiler.SOURCES, source, "-o", Path(scratch, "kernel.so")]
@@ -51,14 +55,15 @@ def kernel(name: str, defines: compiler.Defines) -> ctypes.CDLL:
 
 
 def launch(
-    own: ctypes.CDLL, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, *, early: bool, even: bool
+    own: ctypes.CDLL, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, *, early: bool,
+    even: bool, backwards: bool = False,
 ) -> None:  # fmt: skip
-    """As compiler.launch."""
-    own.run(ctypes.byref(argument), *grid, threads)
+    """As compiler.launch; backwards: the last block and its last thread run first."""
+    own.run(ctypes.byref(argument), *grid, threads, backwards)
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """step.decode, which runs on the CPU as long as the patch lasts."""
+    """step.decode, which like encode.encode runs on the CPU as long as the patch lasts."""
     monkeypatch.setattr(compiler, "kernel", lambda name, defines, _: kernel(name, defines))
     monkeypatch.setattr(compiler, "launch", launch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
