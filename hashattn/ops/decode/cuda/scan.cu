@@ -2,7 +2,8 @@
 // Grid (chunks, Hkv * G / SUM / LANES, B * TOKENS), 256 threads.
 #include "candidates.cuh"
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS;
+constexpr int WARPS = 8, THREADS = 32 * WARPS, WRITERS = THREADS / LANES / 32 * 32;  // WRITERS make a head's list
+constexpr int QUEUE = WORDS == 1 ? CHUNK : 1024;  // candidates of a head that are written at a time
 static_assert(CHUNK == THREADS * KEYS, "a thread has its own keys");
 
 // Ask for a row's keys and values, so that they are on their way when the second kernel wants them.
@@ -17,6 +18,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
   __shared__ int bounds[LANES], histogram[LANES * LEVELS], found[WARPS][4];
   __shared__ __align__(16) Staged staged[WARPS];
   __shared__ Flags all_flags[WARPS];
+  __shared__ u16 queue[LANES][QUEUE];  // places of candidates, in the order of columns
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   constexpr int GROUPS = G / SUM / LANES;
   const int b = blockIdx.z / TOKENS, t = blockIdx.z % TOKENS, group = blockIdx.y % GROUPS;
@@ -70,28 +72,37 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
   const int count = __popc(flags), upto = up_to(count), head = head_read();
   if (lane % READERS == READERS - 1) found[warp][head] = upto;
   __syncthreads();
-  int rank = upto - count, all = 0;
+  int rank0 = upto - count, entries = 0;
+  const int writer = min(thread / WRITERS, LANES - 1);  // for which head
 #pragma unroll
   for (int w = 0; w < WARPS; w++) {
-    const int other = found[w][head];
-    all += other;
-    if (w < warp) rank += other;
+    if (w < warp) rank0 += found[w][head];
+    entries += found[w][writer];
   }
-  u16 *list = s.lists + ((size_t)(row0 + head * TOKENS) * s.chunks + chunk) * CHUNK;
-#pragma unroll 1
-  for (u32 left = flags; left; left &= left - 1) {
-    const int bit = __ffs(left) - 1, owner = first_read() + bit / 8, key = bit % 8;
-    const int place = (warp * 32 + owner) * KEYS + key;
-    int level = level_of(own, owner, key, terms[head], bounds[head]);
-    if (edge && offset(s, low + place, first, end) < 0) level = LEVELS - 1;
-    list[rank++] = level << PLACE_BITS | place;
-    atomicAdd(&histogram[head * LEVELS + level], 1);
-    if (PREFETCH && level * STEP >= s.margin + 2 && all <= THREADS) {  // nearer than the last threshold, and few
-      const size_t row = (size_t)kv * s.room + low + place;
-      prefetch(s.keys, row), prefetch(s.values, row);
+  u16 *list = s.lists + ((size_t)(row0 + writer * TOKENS) * s.chunks + chunk) * CHUNK;
+  int low_rank = 0;
+  do {
+    int rank = rank0 - low_rank;
+    for (u32 left = flags; left; left &= left - 1, rank++) {
+      const int bit = __ffs(left) - 1;
+      if (QUEUE == CHUNK || (rank >= 0 && rank < QUEUE))
+        queue[head][rank] = (warp * 32 + first_read() + bit / 8) * KEYS + bit % 8;
     }
-  }
-  __syncthreads();
+    __syncthreads();
+#pragma unroll 1
+    for (int i = thread < LANES * WRITERS ? thread % WRITERS : QUEUE; i < min(entries - low_rank, QUEUE); i += WRITERS) {
+      const int place = queue[writer][i], owner = place / KEYS;
+      int level = level_of(staged[owner / 32], owner % 32, place % KEYS, terms[writer], bounds[writer]);
+      if (edge && offset(s, low + place, first, end) < 0) level = LEVELS - 1;
+      list[low_rank + i] = level << PLACE_BITS | place;
+      atomicAdd(&histogram[writer * LEVELS + level], 1);
+      if (PREFETCH && level * STEP >= s.margin + 2 && entries <= THREADS) {  // nearer than the last threshold, and few
+        const size_t row = (size_t)kv * s.room + low + place;
+        prefetch(s.keys, row), prefetch(s.values, row);
+      }
+    }
+    low_rank += QUEUE;
+  } while (__syncthreads_or(entries > low_rank));
   if (warp < LANES) {
     int more = histogram[warp * LEVELS + lane];  // at least this level
 #pragma unroll
