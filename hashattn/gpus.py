@@ -36,7 +36,7 @@ class Gpu:
 
 
 GPUS: dict[str, Gpu] = {  # by torch.cuda.get_device_name()
-    "NVIDIA H100 80GB HBM3": Gpu((9, 0), 3_625_000_000, 33_554_432, "bench_cuda.json, and for eager steps by hand"),
+    "NVIDIA H100 80GB HBM3": Gpu((9, 0), 3_221_225_472, 67_108_864, "crossover_h100.json"),
 }
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from hashattn.gpus import GPUS
 from tests.bench.test_bench_cuda import row as step_row
 from tests.bench.test_crossover import ROWS as CROSSOVERS
 from tests.bench.test_e2e import ROW as MODEL
@@ -80,3 +81,22 @@ def test_the_files_of_this_repository_are_read_and_others_refused(monkeypatch, c
     with pytest.raises(SystemExit):
         gpu_tables.main()
     assert "demo.json is not a file that hashattn bench --device cuda has written" in capsys.readouterr().err
+
+
+def test_the_docs_show_the_tables_of_the_results_files():
+    docs, shown = (ROOT / "docs/gpu.md").read_text(), 0
+    for path in sorted(gpu_tables.RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        columns = gpu_tables.columns_of(result)
+        if columns is not None:
+            assert gpu_tables.table(result["rows"], columns) in docs, path.name
+            assert path.name in docs
+            shown += 1
+    assert shown >= 6
+
+
+def test_the_crossovers_are_those_of_their_results_files():
+    for gpu in GPUS.values():
+        measured = json.loads((gpu_tables.RESULTS / gpu.source).read_text())
+        assert measured["device"] in GPUS
+        assert measured["bytes"] == {"eager": gpu.eager, "captured": gpu.captured}
