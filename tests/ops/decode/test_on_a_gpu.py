@@ -79,6 +79,59 @@ def test_one_captured_step_serves_growing_lengths(decode, rule):
         assert all(torch.equal(a, b) for a, b in zip(captured, fresh, strict=True)), length
 
 
+@pytest.mark.parametrize(
+    "rule", [Rule(k=512), Rule(share=0.02, shared=True, sinks=4), Rule(k=512, chunks=32), Rule(k=64)], ids=str
+)
+@pytest.mark.parametrize("filled", [1500, 40_000])
+def test_steps_that_start_while_the_last_ones_end_see_nothing_of_theirs(decode, rule, filled):
+    x = inputs(6, kv_heads=8, dim=128, filled=filled, room=40_960, dtype=torch.bfloat16).to("cuda")
+    steps = [(torch.randn_like(x.q), torch.randint_like(x.query, -(2**62), 2**62)) for _ in range(16)]
+    bounds, workspace = x.state(rule)
+
+    def step(q, query):
+        return decode(q, query, *x.all[2:], bounds, rule, workspace, scale=0.1)
+
+    expected = []
+    for one in steps:
+        expected.append(step(*one))
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [step(*one) for one in steps]
+    for _ in range(5):
+        graph.replay()
+        for own, alone in zip(found, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(own, alone, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:this AsymmetricHash is not fitted:UserWarning")
+@pytest.mark.parametrize("encoder", [SimHash(64), AsymmetricHash(128)], ids=str)
+@pytest.mark.parametrize("selector", [TopK(k=256), LocalTopK(k=256)], ids=str)
+@torch.inference_mode()
+def test_so_do_steps_with_their_encoding(encoder, selector):
+    attn = HashAttention(encoder.cuda(), FlatHamming(), Sink(4) | selector, engine="triton")
+    k, v = (torch.randn(1, 8, 5016, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    queries = torch.randn(16, 1, 32, 1, 128, dtype=torch.bfloat16, device="cuda")
+    caches = [attn.new_cache(1, 8, 128, capacity=5016) for _ in range(2)]
+    for cache in caches:
+        cache.append(k[:, :, :5000], v[:, :, :5000])
+    alone, at_once = (attn.decoder(cache) for cache in caches)
+    newest = [(k[:, :, 5000 + i : 5001 + i].contiguous(), v[:, :, 5000 + i : 5001 + i].contiguous()) for i in range(16)]
+    expected = []
+    for q, new in zip(queries, newest, strict=True):
+        expected.append(alone(q, *new))
+        torch.cuda.synchronize()
+    at_once.prepare(32)
+    at_once.warm_up(32)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [at_once(q, *new) for q, new in zip(queries, newest, strict=True)]
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    codes = (decoder.finish().storage("codes")[:, :, :5016] for decoder in (at_once, alone))
+    assert torch.equal(*codes)
+
+
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 def test_the_step_waits_for_nothing(decode):
     x, rule = inputs(4).to("cuda"), Rule(k=9)

@@ -18,7 +18,7 @@ struct Eight {
   u32 words[4], nearer, ties;
   __device__ __forceinline__ Eight(const u16 *list, int at, int entries, int level) : words{}, nearer(0), ties(0) {
     if (at >= entries) return;
-    const uint4 all = *reinterpret_cast<const uint4 *>(list + at);
+    const uint4 all = __ldcg(reinterpret_cast<const uint4 *>(list + at));
     words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
 #pragma unroll
     for (int e = 0; e < 8; e++) {
@@ -81,7 +81,7 @@ __device__ __forceinline__ void from_lists(const Step &s, int row, int first_chu
     const int chunk = from + 4 * lane;  // and three more
     auto load = [&](int at) {
       const bool there = chunk < end_chunk && at < LEVELS;
-      return there ? *reinterpret_cast<const uint2 *>(counts + at * s.count_stride + chunk) : make_uint2(0, 0);
+      return there ? __ldcg(reinterpret_cast<const uint2 *>(counts + at * s.count_stride + chunk)) : make_uint2(0, 0);
     };
     const uint2 listed = load(0), least = load(level), above = load(level + 1);
     auto of = [&](const uint2 &four, int j) {  // nothing is written for chunks without keys that are seen
@@ -123,7 +123,7 @@ __device__ __forceinline__ void from_lists(const Step &s, int row, int first_chu
 #pragma unroll
       for (int at = 0; at < LONG; at += 64) {
         const u32 *list = reinterpret_cast<const u32 *>(lists + (size_t)one[j].x * CHUNK + at);
-        two[j][at / 64] = at + 2 * lane < one[j].y ? list[lane] : 0;
+        two[j][at / 64] = at + 2 * lane < one[j].y ? __ldcg(list + lane) : 0;
       }
     }
 #pragma unroll
@@ -258,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(const __g
   wanted = max(wanted, min(visible, s.sinks + s.recents));
   wait_for_the_kernel_before();
   let_the_next_kernel_start();
-  const int count = s.totals[row * LEVELS + lane];  // candidates of at least this level
+  const int count = __ldcg(s.totals + row * LEVELS + lane);  // candidates of at least this level
   const int found = __shfl_sync(~0u, count, 0);
 #if RADIUS
   wanted = min(wanted, found);
