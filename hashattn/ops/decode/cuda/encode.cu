@@ -135,7 +135,7 @@ struct Rows {  // this thread's share of the group's new keys and values
 __device__ __forceinline__ int level_of(float x, float largest) {
   constexpr int HALF = 1 << (PLANES - 1);
   const float steps = fabsf(x) / largest * HALF;
-  const int whole = steps >= 1 ? min((int)steps, HALF - 1) : 0;  // none for NaN
+  const int whole = steps >= 1 ? (int)fminf(steps, HALF - 1) : 0;  // none for NaN
   return x >= 0 ? HALF + whole : HALF - 1 - whole;
 }
 
