@@ -235,11 +235,14 @@ __device__ __noinline__ int from_codes(
 }
 
 // Of a multiprocessor, at least: as many as registers allow without spilling any.
-constexpr int PROGRAMS = DIM > 128 ? (SUM > 8 ? 2 : 3) : !CROWDED || SUM > 8 ? 4 : DIM == 128 && SUM <= 4 ? 8 : 7;
+constexpr int PROGRAMS = DIM > 128 ? (SUM > 8 ? 2 : 3) : !CROWDED || SUM > 8 ? 4 : SUM > 1 ? 6 : DIM == 128 ? 8 : 7;
 
 union Space {
   Holders holders;
   Search search;
+#if !TENSOR_CORES
+  Values values;
+#endif
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(const __grid_constant__ Step s) {
@@ -297,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(const __g
 #if TENSOR_CORES
   attend_group(s, q, (size_t)TOKENS * DIM, keys, values, columns, row * programs_most + part);
 #else
-  attend_part(s, q, (size_t)TOKENS * DIM, keys, values, columns, row * programs_most + part);
+  attend_part(s, q, (size_t)TOKENS * DIM, keys, values, columns, row * programs_most + part, space.values);
 #endif
   if (!is_last(s.arrived + row, programs)) return;
   if (threadIdx.x < LEVELS) s.totals[row * LEVELS + threadIdx.x] = 0;

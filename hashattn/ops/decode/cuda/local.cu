@@ -258,7 +258,7 @@ union Space {
   Teams teams;
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, WORDS > 2 ? 2 : DEPTH > 1 ? 3 : 4) local(const __grid_constant__ Step s) {
+extern "C" __global__ void __launch_bounds__(THREADS, WORDS > 2 || DEPTH > 1 ? 2 : 4) local(const __grid_constant__ Step s) {
   constexpr int GROUPS = G / LANES;
   __shared__ Terms terms[LANES];
   __shared__ int bounds[LANES], thresholds[LANES], columns[OWN * TEAMS];

@@ -137,17 +137,21 @@ __device__ __forceinline__ void attend_rows(
   }
 }
 
+struct Values {  // on their way to threads, in shared memory
+  uint4 of[BATCH][DEPTH][THREADS];
+};
+
 // One program's attention to `columns` [ROWS] in shared memory, of each of SUM heads, into parts and stats at `part`.
 // q is the first head's row, the next one's is `stride` elements further.
 __device__ __forceinline__ void attend_part(
-    const Step &s, const void *q, size_t stride, const void *keys, const void *values, const int *columns, size_t part
+    const Step &s, const void *q, size_t stride, const void *keys, const void *values, const int *columns, size_t part,
+    Values &room
 ) {
   __shared__ float sums[TEAMS][DIM], peaks[TEAMS], totals[TEAMS];
   const int team = threadIdx.x / ABREAST, place = threadIdx.x % ABREAST;
-  __shared__ uint4 v[BATCH][DEPTH][THREADS];
   uint4 k[BATCH][DEPTH];
   load_rows(k, keys, columns, 0);
-  copy_rows(v, values, columns, 0);
+  copy_rows(room.of, values, columns, 0);
 #pragma unroll 1
   for (int head = 0; head < SUM; head++) {
     float own_q[DEPTH][EACH];
@@ -165,9 +169,9 @@ __device__ __forceinline__ void attend_part(
     for (int from = 0; from < OWN; from += BATCH) {
       if (BATCH < OWN && (head || from)) {
         load_rows(k, keys, columns, from);
-        copy_rows(v, values, columns, from);
+        copy_rows(room.of, values, columns, from);
       }
-      attend_rows(sum, k, v, own_q, columns, from);
+      attend_rows(sum, k, room.of, own_q, columns, from);
     }
     if (head) __syncthreads();
 #pragma unroll
