@@ -1,8 +1,8 @@
 // Second kernel of exact top-k: the threshold, one program's share of the chosen keys, attention to them.
-// Grid (slots / ROWS, Hkv * G / SUM, B * TOKENS), 128 threads. Ranks follow column order, so the result does not depend on the bounds.
+// Grid (slots / ROWS, Hkv * G / SUM, B * TOKENS), 128 threads. Ranks follow column order, so that the result does not depend on
+// the bounds.
 #include "counts.cuh"
 #include "group.cuh"
-
 
 struct Cut {  // what is chosen: candidates above a level, and those at it but for the `dropped` oldest
   int level, dropped;
@@ -64,12 +64,15 @@ __device__ __forceinline__ void choose_two(u32 two, int at, int entries, int low
   }
 }
 
-struct Holders {  // chunk, entries, counts before it, of the lists that hold a program's ranks: each warp finds them for itself
+// Chunk, entries, counts before it, of the lists that hold a program's ranks: each warp finds them for itself.
+struct Holders {
   int4 of[WARPS][ROWS];
 };
 
 // The columns of these ranks, in column order, from the lists of the chunks that hold them.
-__device__ __forceinline__ void from_lists(const Step &s, int row, int first_chunk, int end_chunk, const Ranks &ranks, Holders &holding) {
+__device__ __forceinline__ void from_lists(
+    const Step &s, int row, int first_chunk, int end_chunk, const Ranks &ranks, Holders &holding
+) {
   constexpr int LONG = 4 * 64;  // entries: a warp reads a list that is not longer
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, dropped = ranks.cut.dropped, level = ranks.cut.level;
   int4 *held = holding.of[warp];
@@ -282,7 +285,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(const __g
       threshold = from_codes(s, query, codes, first, end, wanted, rank0, rank1, columns, space.search);
     } else {
       threshold = read_bound(s, row) - STEP * level;
-      from_lists(s, row, first / CHUNK, (end + CHUNK - 1) / CHUNK, {{level, here - wanted}, rank0, rank1, columns}, space.holders);
+      const Ranks ranks = {{level, here - wanted}, rank0, rank1, columns};
+      from_lists(s, row, first / CHUNK, (end + CHUNK - 1) / CHUNK, ranks, space.holders);
     }
 #if !RADIUS
     if (part == 0 && threadIdx.x == 0)  // falls by one level in 16 steps

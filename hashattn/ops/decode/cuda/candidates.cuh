@@ -3,11 +3,11 @@
 #pragma once
 #include "step.cuh"
 
-constexpr int KEYS = LOCAL ? 8 / WORDS : CHUNK / 256;                            // of a thread
+constexpr int KEYS = LOCAL ? 8 / WORDS : CHUNK / 256;                        // of a thread
 constexpr int OWN_PIECES = KEYS * WORDS / 2, WARP_PIECES = 32 * OWN_PIECES;  // of 16 bytes
-constexpr int BYTES = LANES > 2 ? 4 : LANES, READERS = 32 / BYTES;           // threads whose flags one reads, which has them all
+constexpr int BYTES = LANES > 2 ? 4 : LANES, READERS = 32 / BYTES;  // threads whose flags one reads, and readers of a head
 
-// Codes of a warp's keys in shared memory, with a gap after each eight pieces, so that threads read their own without conflicts.
+// Codes of a warp's keys in shared memory, with a gap after each eight pieces, so that threads do not wait for one another.
 struct Staged {
   uint4 pieces[WARP_PIECES + WARP_PIECES / 8];
   __device__ __forceinline__ uint4 &at(int piece) { return pieces[piece + piece / 8]; }
@@ -37,7 +37,9 @@ __device__ __forceinline__ u32 flag_near(const u32 *code, const Terms &terms, in
 }
 
 // Flags of all lanes' keys, for each head, that are seen and near or forced.
-__device__ __forceinline__ void compare(Staged &codes, Flags &all, const Terms *terms, const int *bounds, u32 seen, u32 forced) {
+__device__ __forceinline__ void compare(
+    Staged &codes, Flags &all, const Terms *terms, const int *bounds, u32 seen, u32 forced
+) {
   const int lane = threadIdx.x % 32;
   u32 code[KEYS * HALVES];
 #pragma unroll

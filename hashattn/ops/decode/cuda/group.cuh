@@ -84,7 +84,9 @@ __device__ __forceinline__ void attend_group(
     if (fast == 0) totals[warp][slow + 8 * h] = total[h];
     if (fast == 0 && warp == 0 && slow + 8 * h < SUM) s.stats[(part * SUM + slow + 8 * h) * 2] = peak[h];
   }
-  const u32 p[4] = {narrow<TYPE == 1>(x[0][0], x[0][1]), narrow<TYPE == 1>(x[0][2], x[0][3]), narrow<TYPE == 1>(x[1][0], x[1][1]), narrow<TYPE == 1>(x[1][2], x[1][3])};
+  u32 p[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) p[i] = narrow<TYPE == 1>(x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
 #pragma unroll
   for (int j = 0; j < SPANS; j++) {
     if (j) __syncthreads();

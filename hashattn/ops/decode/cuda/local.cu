@@ -1,5 +1,6 @@
 // LocalTopK in one kernel: a program looks at its chunk's keys, keeps the ROWS nearest of each lane and attends to them.
-// Grid (CHUNKS, Hkv * G / LANES, B * TOKENS), 256 threads. Column n is in chunk n / RUN % CHUNKS: a thread looks at 8 columns.
+// Grid (CHUNKS, Hkv * G / LANES, B * TOKENS), 256 threads. Column n is in chunk n / RUN % CHUNKS. A unit is a thread's KEYS
+// neighbouring columns of a run.
 #include "candidates.cuh"
 #include "counts.cuh"
 
@@ -18,7 +19,9 @@ struct Chunk {  // the units `from` to `to` of a chunk hold columns that are see
   int number, first, end;
   __device__ __forceinline__ int from() const { return first / (RUN * CHUNKS) * UNITS; }
   __device__ __forceinline__ int to() const { return (end + RUN * CHUNKS - 1) / (RUN * CHUNKS) * UNITS; }
-  __device__ __forceinline__ int column(int unit) const { return (unit / UNITS * CHUNKS + number) * RUN + unit % UNITS * KEYS; }
+  __device__ __forceinline__ int column(int unit) const {
+    return (unit / UNITS * CHUNKS + number) * RUN + unit % UNITS * KEYS;
+  }
   // Seen columns of the chunk before a column.
   __device__ __forceinline__ int filled(int end) const {
     return end / (RUN * CHUNKS) * RUN + min(max(end % (RUN * CHUNKS) - number * RUN, 0), RUN);
@@ -49,7 +52,9 @@ struct Search {  // of all codes of a chunk, in shared memory
 };
 
 // The nearest `wanted` of every lane from all codes of the chunk, for hints that failed. Sets their thresholds.
-__device__ __noinline__ void from_codes(const Step &s, const Chunk c, const Terms *terms, int wanted, int *columns, int *thresholds, Search &search) {
+__device__ __noinline__ void from_codes(
+    const Step &s, const Chunk c, const Terms *terms, int wanted, int *columns, int *thresholds, Search &search
+) {
   int *histogram = search.histogram, *cuts = search.cuts, *drops = search.drops;
   for (int i = threadIdx.x; i < LANES * DISTANCES; i += THREADS) histogram[i] = 0;
   __syncthreads();
@@ -135,7 +140,8 @@ __device__ __forceinline__ bool from_candidates(
   for (int unit = part.from; unit < part.to; unit += 32) {
     if (unit > part.from) part.stage(own, c, unit, s.code_room);
     if (unit + 32 + lane < part.to) prefetch_line(c.codes + (size_t)c.column(unit + 32 + lane) * WORDS);
-    const bool edge = c.column(unit) < c.first + s.sinks || c.column(min(unit + 31, part.to - 1)) + KEYS > c.end - s.recents;
+    const int last = c.column(min(unit + 31, part.to - 1)) + KEYS;
+    const bool edge = c.column(unit) < c.first + s.sinks || last > c.end - s.recents;
     u32 seen = unit + lane < part.to ? (1 << KEYS) - 1 : 0, forced = 0;
     if (edge && seen) look(s, c, unit + lane, seen, forced);
     wait_for_copies();
@@ -246,8 +252,9 @@ __device__ __forceinline__ void attend_lanes(
       x[0] += weight * sum[0], x[1] += weight * sum[1], total += weight * totals[first + j];
     }
     const float one = total > 0 ? 1 / total : 0;
-    if (NARROW) __stcg(reinterpret_cast<u32 *>(s.parts) + part * (LANES * DIM / 2) + i, narrow<TYPE == 1>(x[0] * one, x[1] * one));
-    else __stcg(reinterpret_cast<float2 *>(s.parts) + part * (LANES * DIM / 2) + i, make_float2(x[0], x[1]));
+    const size_t to = part * (LANES * DIM / 2) + i;
+    if (NARROW) __stcg(reinterpret_cast<u32 *>(s.parts) + to, narrow<TYPE == 1>(x[0] * one, x[1] * one));
+    else __stcg(reinterpret_cast<float2 *>(s.parts) + to, make_float2(x[0], x[1]));
     if (i % (DIM / 2) == 0) __stcg(reinterpret_cast<float2 *>(s.stats) + part * LANES + own, make_float2(peak, total));
   }
 }

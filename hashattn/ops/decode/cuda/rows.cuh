@@ -284,7 +284,8 @@ __device__ __forceinline__ void combine(const Step &s, size_t part, int programs
           const float weight = at < TILE ? weights[head][at] : 0;  // nothing is loaded beyond
           float own[8];
           if (NARROW) widen(ahead[j], own);
-          else own[0] = __uint_as_float(ahead[j].x), own[1] = __uint_as_float(ahead[j].y), own[2] = __uint_as_float(ahead[j].z), own[3] = __uint_as_float(ahead[j].w);
+          else own[0] = __uint_as_float(ahead[j].x), own[1] = __uint_as_float(ahead[j].y),
+               own[2] = __uint_as_float(ahead[j].z), own[3] = __uint_as_float(ahead[j].w);
 #pragma unroll
           for (int e = 0; e < NUMBERS; e++) x[output][e] += weight * own[e];
         }

@@ -1,5 +1,6 @@
 // First kernel of exact top-k: a chunk's keys near each row's bound, in column order, and how many there are by level.
-// Grid (chunks, Hkv * G / SUM / LANES, B * TOKENS), 256 threads.
+// Grid (chunks, Hkv * G / SUM / LANES, B * TOKENS), 256 threads. Counting bits, a quarter-rate instruction, takes the time; few
+// keys are candidates, so their places are queued, and all threads make lists of them.
 #include "candidates.cuh"
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS, WRITERS = THREADS / LANES / 32 * 32;  // WRITERS make a head's list

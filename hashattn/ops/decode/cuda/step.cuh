@@ -2,8 +2,8 @@
 //
 // The host defines: G query heads a KV head; SUM heads that choose together (1 or G); LANES rows that a program of the
 // scan serves; WORDS of 64 bits a code; PLANES of a query; DIM of a head; TYPE of keys and values (0 bfloat16, 1 float16,
-// 2 float32); TOKENS queries a head; ROWS that a program of the second kernel attends to; CAUSAL, SHARE, RADIUS; ALIGNED: codes may be read in
-// 16 bytes. A row is one choice of keys: a query head's, or a KV head's with SUM = G, at one of T positions.
+// 2 float32); TOKENS queries a head; ROWS that a program of the second kernel attends to, and whether such programs are CROWDED,
+// more than multiprocessors hold; CAUSAL, SHARE, RADIUS; ALIGNED: codes may be read in 16 bytes. A row is one choice of keys: a query head's, or a KV head's with SUM = G, at one of T positions.
 #pragma once
 
 typedef unsigned long long u64;
@@ -16,6 +16,9 @@ typedef unsigned short u16;
 #define LOCAL 0
 #endif
 
+// Kernels let the next one start when they have waited for the one before. So a kernel that has waited finds all that came
+// before it done; until then it may read what the one before does not write. What may lie in the first-level cache from before
+// is read past it.
 struct Step {
   const void *q, *keys, *values;  // [B, Hq, T, DIM], [B, Hkv, room, DIM]
   const u64 *query, *codes;       // [B, Hq, T, PLANES, WORDS], [B, Hkv, code_room, WORDS]
