@@ -6,8 +6,10 @@ namespace "hashattn": torch asks for that, so that it is imported where a step i
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from hashattn.ops.decode.estimate import Estimate
 from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.sizes import Sizes
+
+Result = TypeVar("Result")
 
 _KINDS = {"int | None": "int?", "float | None": "float?", "int": "int", "bool": "bool"}
 _NAMES = tuple(f.name for f in fields(Rule))
@@ -104,7 +108,19 @@ def filled(length: Tensor) -> Tensor:
     return now
 
 
+def _on_its_device(kernels: Callable[..., Result]) -> Callable[..., Result]:
+    """Launch them on the GPU of the first tensor, whichever is the current one."""
+
+    @functools.wraps(kernels)
+    def launch(first: Tensor, *others: Any) -> Result:
+        with torch.cuda.device(first.device):
+            return kernels(first, *others)
+
+    return launch
+
+
 @torch.library.impl(_OPS, "decode", "CUDA")
+@_on_its_device
 def _decode_cuda(
     q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
     bounds: Tensor, workspace: Tensor, scale: float, causal: bool, *rule: Any,
@@ -150,6 +166,7 @@ def _decode_fake(
 
 
 @torch.library.impl(_OPS, "decode_tiers", "CUDA")
+@_on_its_device
 def _decode_tiers_cuda(
     q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
     bounds: Tensor, norms: Tensor, centre: Tensor, a: Tensor, bits: int, workspace: Tensor, scale: float,
@@ -189,6 +206,7 @@ def _decode_tiers_fake(
 
 
 @torch.library.impl(_OPS, "append", "CUDA")
+@_on_its_device
 def _append_cuda(
     k: Tensor, v: Tensor, codes: Tensor, keys: Tensor, values: Tensor, stored: Tensor, length: Tensor, arrived: Tensor,
     *norms: Tensor | None,
@@ -212,6 +230,7 @@ def _append_fake(*given: Tensor | None) -> None:
 
 
 @torch.library.impl(_OPS, "encode", "CUDA")
+@_on_its_device
 def _encode_cuda(
     q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_map: list[Tensor], key_map: list[Tensor], unit: bool,
     query_bits: int, keys: Tensor, values: Tensor, codes: Tensor, length: Tensor, arrived: Tensor, workspace: Tensor,

@@ -109,7 +109,7 @@ def test_steps_that_start_while_the_last_ones_end_see_nothing_of_theirs(decode, 
 @pytest.mark.parametrize("selector", [TopK(k=256), LocalTopK(k=256)], ids=str)
 @torch.inference_mode()
 def test_so_do_steps_with_their_encoding(encoder, selector):
-    attn = HashAttention(encoder.cuda(), FlatHamming(), Sink(4) | selector, engine="triton")
+    attn = HashAttention(encoder, FlatHamming(), Sink(4) | selector, engine="triton").to("cuda")
     k, v = (torch.randn(1, 8, 5016, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     queries = torch.randn(16, 1, 32, 1, 128, dtype=torch.bfloat16, device="cuda")
     caches = [attn.new_cache(1, 8, 128, capacity=5016) for _ in range(2)]
@@ -130,6 +130,21 @@ def test_so_do_steps_with_their_encoding(encoder, selector):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     codes = (decoder.finish().storage("codes")[:, :, :5016] for decoder in (at_once, alone))
     assert torch.equal(*codes)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="it takes two GPUs")
+@pytest.mark.filterwarnings("ignore:this AsymmetricHash is not fitted:UserWarning")
+@torch.inference_mode()
+def test_a_step_runs_where_its_tensors_are_whichever_gpu_is_current():
+    attn = HashAttention(AsymmetricHash(64), FlatHamming(), TopK(k=32), engine="triton").to("cuda:1")
+    q, k, v = (x.to("cuda:1") for x in qkv(9, 1, keys=501, dim=64, group=4))
+    cache, plain = attn.new_cache(1, k.shape[1], 64, capacity=501), attn.replace(engine="reference")
+    cache.append(k[:, :, :500], v[:, :, :500])
+    assert torch.cuda.current_device() == 0
+    found = attn.decoder(cache)(q, k[:, :, 500:], v[:, :, 500:])
+    other = plain.new_cache(1, k.shape[1], 64)
+    other.append(k, v)
+    assert (found - plain(q, other)).abs().max() < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
