@@ -201,7 +201,7 @@ __device__ __forceinline__ bool from_candidates(
 }
 
 struct Teams {  // of a program, in shared memory
-  uint4 values[BATCH][DEPTH][THREADS];
+  Values values;
   float sums[TEAMS][DIM], peaks[TEAMS], totals[TEAMS];
 };
 
@@ -228,8 +228,8 @@ __device__ __forceinline__ void attend_lanes(
   for (int from = 0; from < OWN; from += BATCH) {
     uint4 k[BATCH][DEPTH];
     load_rows(k, keys, columns, from);
-    copy_rows(teams.values, values, columns, from);
-    attend_rows(sum, k, teams.values, q, columns, from);
+    copy_rows(teams.values.of, values, columns, from);
+    attend_rows(sum, k, teams.values.of, q, columns, from);
   }
 #pragma unroll
   for (int j = 0; j < DEPTH; j++) {

@@ -174,7 +174,6 @@ inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __uint_as_float(unsigned x) { return emulator::from<float>(x); }
 inline float __int_as_float(int x) { return emulator::from<float>((unsigned)x); }
 template <class T> T __ldcs(const T *at) { return *at; }
-template <class T> T __ldg(const T *at) { return *at; }
 template <class T> T __ldcg(const T *at) { return *at; }
 template <class T> void __stcg(T *at, T x) { *at = x; }
 
