@@ -21,10 +21,10 @@ import transformers
 
 from hashattn import Centring, FlatHamming, HashAttention, Recent, SimHash, Sink, TopK
 from hashattn import __version__ as version
-from hashattn.demo.assets import SHAKESPEARE, fetch
-from hashattn.demo.model import load
 from hashattn.demo.story import build_story
 from hashattn.integrations.transformers import capture
+from hashattn.workload.assets import SHAKESPEARE, fetch
+from hashattn.workload.model import load
 
 
 def main() -> None:

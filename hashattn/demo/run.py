@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from hashattn.attention import HashAttention
-from hashattn.demo.assets import SHAKESPEARE, fetch
-from hashattn.demo.model import load
 from hashattn.demo.story import ANSWER, FACT, QUESTION, build_story, contains_answer
 from hashattn.presets import options_of
+from hashattn.workload.assets import SHAKESPEARE, fetch
+from hashattn.workload.model import load
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from hashattn.demo.assets import SHAKESPEARE, fetch
 from hashattn.demo.story import ANSWER, FACT, QUESTION, build_story, contains_answer
+from hashattn.workload.assets import SHAKESPEARE, fetch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -1,4 +1,4 @@
-"""Load a language model for the demo: the small one that comes with it, a GGUF file, a folder or a hub's model."""
+"""Load a language model: the small one that comes with it, a GGUF file, a folder or a hub's model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hashattn.demo.assets import SMOLLM2, fetch
 from hashattn.extras import require
+from hashattn.workload.assets import SMOLLM2, fetch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from hashattn.demo import assets
-from hashattn.demo.assets import Asset, DownloadError, fetch
+from hashattn.workload import assets
+from hashattn.workload.assets import Asset, DownloadError, fetch
 
 PLAYS = {"a_gut.txt": b"ALL'S WELL\n", "b_gut.txt": b"BOTTOM", "a_gut_f.txt": b"ALS WEL\n"}
 JOINED = b"ALL'S WELL\n--BOTTOM"
