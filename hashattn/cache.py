@@ -316,14 +316,16 @@ class KVCache:
         """What a selector sees, for encoded queries and the columns visible to them; see :meth:`spans`."""
         self.encode()
         index, store = self.index, self._store
+        biased = self.encoder is not None and self.encoder.biased
 
         def scan() -> Tensor:
             if index is None or store is None or query is None:
                 raise TypeError("this composition has no index, so there are no distances")
-            return index.distances(store, query, engine=engine)
+            return index.distances(store, query, biased=biased, engine=engine)
 
         codes = store.codes if store is not None and index is not None and index.flat_codes and len(store) else None
-        return View(spans, q_heads, self.kv_heads, len(self), scan, self._keys.storage.device, query, codes, engine)
+        device = self._keys.storage.device
+        return View(spans, q_heads, self.kv_heads, len(self), scan, device, query, codes, engine, biased=biased)
 
     def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The ANN view: the k nearest keys of encoded queries, among all keys of their row.

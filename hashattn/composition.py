@@ -51,6 +51,11 @@ def check_composition(attn: HashAttention) -> None:
             f"selector {selector!r} ranks keys by distance, which needs an encoder and an index; "
             "encoder=SimHash(bits=128), index=FlatHamming() would fit"
         )
+    if attend.code is not None and encoder is not None and encoder.biased:
+        raise ValueError(
+            f"attend {attend!r} takes codes for angles, but a byte of those of {encoder!r} is a bias; "
+            "bias_bits=0 or attend=ExactAttend() would fit"
+        )
     if attend.code is not None and (encoder is None or encoder.code != attend.code):
         raise ValueError(
             f"attend {attend!r} reads {attend.code} codes, which encoder {encoder!r} does not make; "

@@ -25,6 +25,8 @@ def why_not(
     encoder, index, selector = attn.encoder, attn.index, attn.selector
     if encoder is None or index is None or selector is None or not index.flat_codes:
         return "it serves binary codes in a FlatHamming index"
+    if encoder.biased:
+        return "it serves codes without a bias"
     if encoder.code_heads(kv_heads) != kv_heads:
         return "it serves one code a key, not one for each query head"
     if not attn.attend.fused:

@@ -31,6 +31,7 @@ class View:
         engine: "reference" or "cpu".
         sinks: this many first visible keys are ranked before every distance.
         recents: this many last visible keys too.
+        biased: whether the last byte of a code is a number that is added to its distance.
         calibrated: distances that replace the raw ones, [B, H, T, N].
         kept: bool [B, H, T, N], keys that may be selected; None means all visible ones.
     """
@@ -46,6 +47,7 @@ class View:
     engine: str = "reference"
     sinks: int = 0
     recents: int = 0
+    biased: bool = False
     calibrated: Tensor | None = None
     kept: Tensor | None = None
 
@@ -147,7 +149,7 @@ class View:
             assert self.query is not None
             return search(
                 self.query, self.codes, counts, self.spans, shared=shared, sinks=self.sinks, recents=self.recents,
-                radius=radius,
+                radius=radius, biased=self.biased,
             )  # fmt: skip
         view = self._within(shared, radius)
         if view.distances().is_floating_point():

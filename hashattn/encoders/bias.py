@@ -7,76 +7,64 @@ import math
 import torch
 from torch import Tensor, nn
 
-from hashattn.ops.decode import Map
+BITS = 8
+NEUTRAL = 128
 
 
 class KeyBias(nn.Module):
-    """A scalar for each key, from a small MLP, kept in the last bits of its code as a thermometer.
+    """A scalar for each key, from a small MLP with one set of weights for each head, in units of one bit.
 
-    Signs lose the norms of keys, and that some keys matter to every query. A bias of b, rounded and between 0 and
-    `bits`, sets the first b of these bits; queries have all of them set, so that a key is b bits nearer than one
-    without. Whatever scans Hamming distances thus serves it. It starts in the middle, the same for every key.
+    Signs lose the norms of keys, and that some keys matter to every query. The rounded scalar is kept as a number in
+    the last byte of a code, 0 for the nearest and 255 for the farthest key, and added to the Hamming distance of the
+    other bits, so that distances stay integers.
 
     Args:
+        heads: of the codes, Hkv as a rule.
         dim: head dimension.
-        bits: of the code that the bias takes; its range.
-        heads: number of weight sets; 1 is shared by all heads.
-        seed: of the initial weights.
+        seed: of the initial weights; the bias starts at zero.
     """
 
     HIDDEN = 32
+    REACH = 8.0  # a unit of the MLP in bits: Adam moves all weights alike, and a bias reaches tens of bits
 
-    def __init__(self, dim: int, bits: int, heads: int, seed: int) -> None:
+    def __init__(self, heads: int, dim: int, seed: int) -> None:
         super().__init__()
-        hidden = self.HIDDEN
         generator = torch.Generator().manual_seed(seed)
-        self.bits = bits
-        start = torch.randn(heads, dim, hidden, generator=generator) * math.sqrt(2 / dim)
-        self.weight, self.bias = nn.Parameter(start), nn.Parameter(torch.zeros(heads, 1, hidden))
-        self.out, self.middle = nn.Parameter(torch.zeros(heads, hidden, 1)), nn.Parameter(torch.zeros(heads, 1, 1))
+        start = torch.randn(1, dim, self.HIDDEN, generator=generator) * math.sqrt(2 / dim)
+        self.weight, self.bias = (
+            nn.Parameter(start.repeat(heads, 1, 1)),
+            nn.Parameter(torch.zeros(heads, 1, self.HIDDEN)),
+        )
+        self.out, self.shift = nn.Parameter(torch.zeros(heads, self.HIDDEN, 1)), nn.Parameter(torch.zeros(heads, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Centred keys [B, H, N, D] -> their bias around zero, in bits, float32 [B, H, N, 1], not rounded."""
-        rows = x.reshape(x.shape[0], len(self.weight), -1, x.shape[-1])
-        hidden = torch.relu(rows @ self.weight + self.bias)
-        return (hidden @ self.out + self.middle).view(*x.shape[:-1], 1)
-
-    def thermometer(self, x: Tensor) -> Tensor:
-        """The last bits of the keys' projections, [B, H, N, bits]: not negative where the bit is set."""
-        return self(x) - self.steps(x.device)
-
-    def steps(self, device: torch.device) -> Tensor:
-        """The bias from which on each bit is set, [bits]."""
-        return torch.arange(self.bits, device=device) + (0.5 - self.bits / 2)
+        """Centred keys [B, heads, N, D] -> their bias, in bits, float32 [B, heads, N]; larger is nearer."""
+        hidden = torch.relu(x @ self.weight + self.bias)
+        return self.REACH * (hidden @ self.out + self.shift).squeeze(-1)
 
     def relaxed(self, x: Tensor, hard: bool) -> Tensor:
-        """The bias within its range, [B, H, N, 1]; rounded with a straight-through gradient if hard."""
-        half = self.bits / 2
-        soft = self(x).clamp(-half, half)
-        return soft + ((soft + half + 0.5).floor() - half - soft).detach() if hard else soft
+        """The bias within its range; rounded, with a straight-through gradient, if hard."""
+        soft = self(x).clamp(NEUTRAL - 255, NEUTRAL)
+        return soft + (soft.round() - soft).detach() if hard else soft
 
-    def rescale(self, factor: float) -> None:
-        """Let keys that are larger by 1 / factor than was thought give the same bias."""
-        with torch.no_grad():
-            self.weight.mul_(factor)
+    def penalties(self, x: Tensor) -> Tensor:
+        """What a key's byte holds: int64 [B, heads, N], 0 to 255."""
+        return (NEUTRAL - self.relaxed(x, hard=True)).long()
 
-    def append_to(self, linear: Map) -> Map:
-        """A linear map of keys with the thermometer as its last bits, for kernels to multiply with."""
-        planes = torch.nn.functional.pad(linear.linear, (0, self.bits))
-        out = self.out[0].detach().expand(-1, self.bits)
-        last = torch.nn.functional.pad(out, (planes.shape[1] - self.bits, 0)).contiguous()
-        shift = self.middle[0, 0].detach() - self.steps(planes.device)
-        return Map(
-            planes,
-            (self.weight[0].detach(), last),
-            (self.bias[0, 0].detach(), torch.nn.functional.pad(shift, (planes.shape[1] - self.bits, 0))),
-            linear.unit,
-        )
+
+def with_bias(codes: Tensor, penalties: Tensor | int) -> Tensor:
+    """Codes int64 [B, H, N, W] with the penalties [B, H, N] in their last byte, which must be zero."""
+    byte = torch.as_tensor(penalties, dtype=torch.int64, device=codes.device) << 56
+    return torch.cat([codes[..., :-1], (codes[..., -1] | byte).unsqueeze(-1)], dim=-1)
 
 
 def check_bias(bits: int, query_bits: int, bias_bits: int) -> None:
-    """Raise ValueError unless so many bits of a code can hold a bias."""
-    if not 0 <= bias_bits <= bits - 8:
-        raise ValueError(f"bias_bits must be from 0 to bits - 8 = {bits - 8}, got {bias_bits!r}")
+    """Raise ValueError unless the last byte of such codes can hold a bias."""
+    if bias_bits not in (0, BITS):
+        raise ValueError(f"bias_bits must be 0 or {BITS}, got {bias_bits!r}")
+    if bias_bits and bits % 64:
+        raise ValueError(
+            f"bias_bits={bias_bits} takes the last byte of a word: bits must be a multiple of 64, got {bits}"
+        )
     if bias_bits and query_bits > 1:
-        raise ValueError(f"bias_bits={bias_bits} needs query_bits=1: planes of a query have no bit that is worth one")
+        raise ValueError(f"bias_bits={bias_bits} needs query_bits=1, got {query_bits}: planes have no common unit")

@@ -100,15 +100,14 @@ class Run:
         self.encoder, self.samples, self.weights, self.steps = encoder, samples, weights, steps
         self.queries, self.keys, self.temperature, self.scale = queries, keys, temperature, scale
         self.continuation = continuation
-        device, fresh = samples[0].k.device, not encoder.fitted
+        device = samples[0].k.device
         encoder.build(samples[0].k.shape[-1], device)
         encoder.mean = torch.stack([s.k.float().mean(1) for s in samples]).mean(0)  # [Hkv, D]
         spread = torch.stack([(s.k.float() - encoder.mean.unsqueeze(1)).square().mean() for s in samples])
         self.unit = float(spread.mean().rsqrt())  # tanh wants projections of about one
-        if fresh and encoder.key_bias is not None:
-            encoder.key_bias.rescale(self.unit)
+        encoder.build_bias(encoder.code_heads(len(samples[0].k)))
         self.generator = torch.Generator(device=device).manual_seed(seed)
-        start = -0.5 * math.log(encoder.bits)
+        start = -0.5 * math.log(encoder.sign_bits)
         self.log_scale = torch.tensor(start, device=device, requires_grad=True)
         self.parameters = [*{id(p): p for p in encoder.parameters()}.values(), self.log_scale]
         self.optimiser = torch.optim.Adam(self.parameters, lr=lr)
@@ -142,14 +141,15 @@ class Run:
             columns = drawn[: self.keys].sort().values
         q, k = sample.q[:, rows].float(), sample.k[:, columns].float()
         seen = columns <= sample.positions[rows].unsqueeze(-1)  # [T, N]
-        v_q = encoder.relaxed_query(q.unsqueeze(0))[0]
-        v_k, bias = encoder.relaxed_key(k.unsqueeze(0), hard=done >= self.continuation)
-        v_k = v_k[0] * self.unit
+        centred = encoder.centred(k.unsqueeze(0))
+        assert encoder.key_net is not None
+        v_q, v_k = encoder.project_query(q.unsqueeze(0))[0], encoder.key_net(centred)[0] * self.unit
         h_q = v_q if encoder.query_bits > 1 else self._relax(v_q, done)
         h_k = self._relax(v_k, done)
         student = grouped_product(h_q, h_k)
-        if bias is not None:
-            student = student + 2 * bias[0, ..., 0].repeat_interleave(len(q) // bias.shape[1], 0).unsqueeze(1)
+        if encoder.key_bias is not None:  # a bit less of distance is two more of the inner product
+            bias = encoder.key_bias.relaxed(centred, hard=done >= self.continuation)[0]
+            student = student + 2 * bias.repeat_interleave(len(q) // len(bias), 0).unsqueeze(1)
         with torch.no_grad():
             teacher = grouped_product(q, k) * self.scale
         return Batch(teacher, student * self.log_scale.exp(), seen, v_q, v_k, h_q, h_k, self.temperature, generator)

@@ -9,7 +9,6 @@ from abc import abstractmethod
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hashattn.encoders.base import (
@@ -19,7 +18,7 @@ from hashattn.encoders.base import (
     query_planes,
     subtract,
 )
-from hashattn.encoders.bias import KeyBias, check_bias
+from hashattn.encoders.bias import NEUTRAL, KeyBias, check_bias, with_bias
 from hashattn.encoders.centring import Centring
 from hashattn.encoders.progress import progress_of
 from hashattn.encoders.simhash import orthogonal_planes
@@ -108,10 +107,16 @@ class LearnedHash(nn.Module, Encoder):
         """Widths of the query's and the key's hidden layers."""
 
     def widths(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        if self.heads not in (None, 1):
-            return None
-        query, key = self._hidden()
-        return query, (KeyBias.HIDDEN,) if self.bias_bits else key
+        return self._hidden() if self.heads in (None, 1) and not self.biased else None
+
+    @property
+    def biased(self) -> bool:  # type: ignore[override]
+        return self.bias_bits > 0
+
+    @property
+    def sign_bits(self) -> int:
+        """Bits of a code that are signs."""
+        return self.bits - self.bias_bits
 
     @property
     def fitted(self) -> bool:
@@ -139,26 +144,26 @@ class LearnedHash(nn.Module, Encoder):
     def build(self, head_dim: int, device: torch.device | str = "cpu") -> Self:
         """Make the weights for this head dimension, if there are none yet. Returns itself."""
         if self.query_net is None:
-            planes = orthogonal_planes(head_dim, self.bits - self.bias_bits, self.seed, torch.device(device))
+            planes = orthogonal_planes(head_dim, self.sign_bits, self.seed, torch.device(device))
             self.query_net, self.key_net = self._make_nets(planes)
-            if self.bias_bits:
-                bias = KeyBias(head_dim, self.bias_bits, self.heads or 1, self.seed + 2)
-                self.key_bias = bias.to(planes.device)
+        return self
+
+    def build_bias(self, heads: int) -> Self:
+        """Make the weights of the keys' bias, if it has one and there are none yet. Returns itself."""
+        if self.biased and self.key_bias is None:
+            assert self.key_net is not None
+            planes = self.key_net.skip
+            self.key_bias = KeyBias(heads, planes.shape[1], self.seed + 2).to(planes.device)
         return self
 
     def project_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
-        """Keys before the sign: float32 [B, code heads, N, bits]."""
-        x = self._centred(k, centre)
+        """Keys before the sign: float32 [B, code heads, N, bits - bias_bits]."""
+        x = self.centred(k, centre)
         assert self.key_net is not None
-        projection = self.key_net(x)
-        return projection if self.key_bias is None else torch.cat([projection, self.key_bias.thermometer(x)], -1)
+        return self.key_net(x)
 
     def project_query(self, q: Tensor) -> Tensor:
-        """Queries before the sign: float32 [B, Hq, T, bits]."""
-        return F.pad(self.relaxed_query(q), (0, self.bias_bits))  # zero counts as positive
-
-    def relaxed_query(self, q: Tensor) -> Tensor:
-        """Queries before the sign, without the bits of the bias: float32 [B, Hq, T, bits - bias_bits]."""
+        """Queries before the sign: float32 [B, Hq, T, bits - bias_bits]."""
         self.build(q.shape[-1], q.device)
         assert self.query_net is not None
         q = q.float()
@@ -166,13 +171,8 @@ class LearnedHash(nn.Module, Encoder):
             return self.query_net(q)
         return self.query_net(q * torch.rsqrt(q.square().mean(-1, keepdim=True).clamp(min=1e-12)))
 
-    def relaxed_key(self, k: Tensor, hard: bool) -> tuple[Tensor, Tensor | None]:
-        """Keys before the sign, without the bits of the bias, and their bias, if any, as a fit relaxes it."""
-        x = self._centred(k, None)
-        assert self.key_net is not None
-        return self.key_net(x), None if self.key_bias is None else self.key_bias.relaxed(x, hard)
-
-    def _centred(self, k: Tensor, centre: Tensor | None) -> Tensor:
+    def centred(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
+        """Keys [B, Hkv, N, D] minus the fitted centre, or this one: float32, a row for each head of codes."""
         self.build(k.shape[-1], k.device)
         x = subtract(k, self.mean.unsqueeze(0) if self.fitted else centre)
         repeats = self.code_heads(k.shape[1]) // k.shape[1]
@@ -183,8 +183,7 @@ class LearnedHash(nn.Module, Encoder):
             return super().maps(head_dim, device)
         self.build(head_dim, device)
         assert self.query_net is not None and self.key_net is not None
-        query, key = self.query_net.as_map(unit=len(self.query_net.weights) > 0), self.key_net.as_map(unit=False)
-        return (query, key) if self.key_bias is None else (query.padded(self.bias_bits), self.key_bias.append_to(key))
+        return self.query_net.as_map(unit=len(self.query_net.weights) > 0), self.key_net.as_map(unit=False)
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         if not self.fitted and not self._warned:
@@ -196,7 +195,12 @@ class LearnedHash(nn.Module, Encoder):
                 stacklevel=2,
             )
         with torch.no_grad():
-            return key_bits(self.project_key(k, centre))
+            x = self.centred(k, centre)
+            assert self.key_net is not None
+            codes = key_bits(self.key_net(x))
+            if not self.biased:
+                return codes
+            return with_bias(codes, NEUTRAL if self.key_bias is None else self.key_bias.penalties(x))
 
     def encode_query(self, q: Tensor) -> Tensor:
         with torch.no_grad():
@@ -222,6 +226,8 @@ class LearnedHash(nn.Module, Encoder):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         if prefix + "key_net.skip" in state_dict:  # shapes are known only now
             self.build(state_dict[prefix + "key_net.skip"].shape[1], self.mean.device)
+        if prefix + "key_bias.out" in state_dict:
+            self.build_bias(len(state_dict[prefix + "key_bias.out"]))
         if prefix + "mean" in state_dict:
             self.mean = torch.empty_like(state_dict[prefix + "mean"], device=self.mean.device)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -52,15 +52,23 @@ def kl(batch: Batch) -> Tensor:
     return (log_teacher.exp() * (log_teacher.masked_fill(~batch.seen, 0.0) - log_student)).sum(-1).mean()
 
 
-def ranking(batch: Batch, *, positives: int = 32, negatives: int = 96, share: float = 0.03) -> Tensor:
-    """Bradley-Terry: keys of the true top 3% should score above random ones; over pairs that the teacher orders."""
-    best, count = batch.best(share)
-    heads = len(best)
-    positive = best.gather(-1, _below(count, heads, positives, batch.generator))
-    negative = _below(batch.visible(), heads, negatives, batch.generator)
-    near, far = batch.student.gather(-1, positive), batch.student.gather(-1, negative)
+def ranking(
+    batch: Batch, *, positives: int = 32, negatives: int = 96, share: float = 0.05, near: float = 0.2
+) -> Tensor:
+    """Bradley-Terry: keys of the true top 5% should score above others; over pairs that the teacher orders.
+
+    Half of the others are drawn from the rest of the true top 20%, where the cut of a search lies, half from all keys.
+    """
+    best, nearby = batch.best(near)
+    heads, visible = len(best), batch.visible()
+    top = (visible * share).long().clamp(min=1)
+    positive = best.gather(-1, _below(top, heads, positives, batch.generator))
+    close = top + _below((nearby - top).clamp(min=1), heads, negatives // 2, batch.generator)
+    close = best.gather(-1, close.clamp(max=best.shape[-1] - 1))
+    negative = torch.cat([close, _below(visible, heads, negatives - negatives // 2, batch.generator)], dim=-1)
+    near_scores, far_scores = batch.student.gather(-1, positive), batch.student.gather(-1, negative)
     ordered = batch.teacher.gather(-1, positive).unsqueeze(-1) > batch.teacher.gather(-1, negative).unsqueeze(-2)
-    losses = F.softplus(far.unsqueeze(-2) - near.unsqueeze(-1))
+    losses = F.softplus(far_scores.unsqueeze(-2) - near_scores.unsqueeze(-1))
     return (losses * ordered).sum() / ordered.sum().clamp(min=1)
 
 

@@ -55,7 +55,7 @@ def _judge(encoder: Encoder, sample: Sample, budget: float, k: int | None, queri
     weights = (logits * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf).softmax(-1)
     engine = "cpu" if keys.device.type == "cpu" else "reference"
     codes, query = encoder.encode_key(keys.unsqueeze(0), centre_of(encoder, keys)), encoder.encode_query(q.unsqueeze(0))
-    near = nearest(hamming.distances(query, codes, engine=engine)[0], max(counts), seen)
+    near = nearest(hamming.distances(query, codes, biased=encoder.biased, engine=engine)[0], max(counts), seen)
     best = logits.masked_fill(~seen, -torch.inf).topk(max(counts), dim=-1).indices
     hits = _marked(near, kept, weights) & _marked(best, kept, weights)
     recall = hits.sum(-1) / kept.sum(-1)
@@ -81,5 +81,7 @@ def centre_of(encoder: Encoder, keys: Tensor) -> Tensor | None:
 
 def _marked(ids: Tensor, kept: Tensor, like: Tensor) -> Tensor:
     """bool, the shape of `like` [Hq, T, N]: True at the kept ids [Hq, T, K]."""
-    marks = torch.zeros_like(like, dtype=torch.bool)
-    return marks.scatter_(-1, ids.clamp(min=0).long(), kept.expand(ids.shape) & (ids >= 0))
+    keys = like.shape[-1]
+    marks = torch.zeros(*like.shape[:-1], keys + 1, dtype=torch.bool, device=like.device)  # the last for empty slots
+    columns = torch.where(kept & (ids >= 0), ids, keys).long()
+    return marks.scatter_(-1, columns, True)[..., :keys]

@@ -17,6 +17,7 @@ class SymmetricHash(LearnedHash):
         heads: weight sets: None shares one among all heads, Hkv gives each KV head its own.
         centring: frozen centre of rows while unfitted, as in SimHash; None for none.
         seed: of the initial planes.
+        bias_bits: 8 or 0, as in AsymmetricHash.
     """
 
     def __init__(
@@ -27,8 +28,9 @@ class SymmetricHash(LearnedHash):
         heads: int | None = None,
         centring: Centring | None = DEFAULT_CENTRING,
         seed: int = 0,
+        bias_bits: int = 0,
     ) -> None:
-        super().__init__(bits, query_bits, heads, centring, seed)
+        super().__init__(bits, query_bits, heads, centring, seed, bias_bits)
 
     def _make_nets(self, planes: Tensor) -> tuple[HashNet, HashNet]:
         net = HashNet(planes, (), self.heads or 1, self.seed)

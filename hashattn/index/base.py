@@ -64,5 +64,8 @@ class Index(ABC):
         """An empty store; with a capacity it is allocated once."""
 
     @abstractmethod
-    def distances(self, store: Store, query: Tensor, *, engine: str = "reference") -> Tensor:
-        """Distances of queries to every key of the store, [B, Hq, T, N]; smaller is nearer."""
+    def distances(self, store: Store, query: Tensor, *, biased: bool = False, engine: str = "reference") -> Tensor:
+        """Distances of queries to every key of the store, [B, Hq, T, N]; smaller is nearer.
+
+        biased: whether the last byte of a code is a number to add; see :func:`hashattn.ops.hamming.distances`.
+        """

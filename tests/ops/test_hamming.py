@@ -87,3 +87,22 @@ def test_the_largest_distance_fits(engine):
     query = torch.full((1, 1, 1, 8, 16), -1)
     codes = torch.zeros(1, 1, 1, 16, dtype=torch.int64)
     assert hamming.distances(query, codes, engine=engine).item() == 1024 * 255
+
+
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+@settings(deadline=None, max_examples=15)
+@given(seed=seeds, shape=heads, tokens=st.sampled_from([1, 3]), keys=odd_lengths, words=st.sampled_from([1, 2]))
+def test_a_bias_in_the_last_byte_is_added_to_the_distance_of_the_other_bits(engine, seed, shape, tokens, keys, words):
+    kv_heads, group = shape
+    g = generator(seed)
+    query = torch.randint(-(2**63), 2**63 - 1, (2, kv_heads * group, tokens, words), generator=g)
+    query[..., -1] &= (1 << 56) - 1
+    codes = torch.randint(-(2**63), 2**63 - 1, (2, kv_heads, keys, words), generator=g)
+    octets = codes.numpy().view(np.uint8)
+    bias = octets[..., -1].astype(int).repeat(group, axis=1)  # [B, Hq, N]
+    signs = octets.copy()
+    signs[..., -1] = 0
+    expected = hamming_numpy(query, torch.from_numpy(signs.view(np.int64))) + bias[:, :, None]
+    before = codes.clone()
+    assert np.array_equal(hamming.distances(query, codes, biased=True, engine=engine).numpy(), expected)
+    assert torch.equal(codes, before)

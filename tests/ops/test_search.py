@@ -39,10 +39,10 @@ def check(query, codes, counts, visible, **options):
 @given(
     seed=seeds, shape=heads, tokens=st.sampled_from([1, 3]), keys=odd_lengths, n_words=st.sampled_from([1, 2, 16]),
     shared=st.booleans(), forced=st.sampled_from([(0, 0), (1, 0), (0, 3), (4, 64)]),
-    radius=st.sampled_from([None, 0, 0.45, 1]), similar=st.booleans(), data=st.data(),
+    radius=st.sampled_from([None, 0, 0.45, 1]), similar=st.booleans(), biased=st.booleans(), data=st.data(),
 )  # fmt: skip
 def test_the_search_finds_what_its_specification_finds(
-    planes, seed, shape, tokens, keys, n_words, shared, forced, radius, similar, data
+    planes, seed, shape, tokens, keys, n_words, shared, forced, radius, similar, biased, data
 ):
     kv_heads, group = shape
     tokens = min(tokens, keys)
@@ -52,6 +52,8 @@ def test_the_search_finds_what_its_specification_finds(
     codes = words(g, 2, kv_heads, keys, n_words)
     if similar:  # most distances tie
         codes &= 7
+    if biased := biased and (planes or 1) == 1:
+        query[..., -1] &= (1 << 56) - 1
     start = torch.tensor([0, data.draw(st.integers(0, keys))])
     end = torch.arange(keys - tokens + 1, keys + 1)
     visible = torch.stack(torch.broadcast_tensors(start[:, None], end), -1)
@@ -66,7 +68,7 @@ def test_the_search_finds_what_its_specification_finds(
         patch.setattr(scan, "AT_ONCE", data.draw(st.sampled_from([1, 1 << 17])))
         check(
             query, codes, counts, visible, shared=shared, sinks=forced[0], recents=forced[1],
-            radius=None if radius is None else int(radius * largest),
+            radius=None if radius is None else int(radius * largest), biased=biased,
         )  # fmt: skip
 
 

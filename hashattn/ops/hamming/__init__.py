@@ -11,9 +11,9 @@ from hashattn.ops.hamming.reference import popcount, unpack_bits, words
 __all__ = ["differing", "distances", "pack_bits", "popcount", "query_planes", "unpack_bits", "words"]
 
 
-def distances(query: Tensor, codes: Tensor, *, engine: str = "reference") -> Tensor:
+def distances(query: Tensor, codes: Tensor, *, biased: bool = False, engine: str = "reference") -> Tensor:
     """Distances of every query to every key; see :func:`reference.distances`. engine: "reference" or "cpu"."""
-    return (cpu if engine == "cpu" else reference).distances(query, codes)
+    return (cpu if engine == "cpu" else reference).distances(query, codes, biased=biased)
 
 
 def pack_bits(bits: Tensor) -> Tensor:

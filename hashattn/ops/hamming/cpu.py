@@ -20,6 +20,7 @@ IntArray = npt.NDArray[Any]
 BLOCK = 1 << 18  # distances of planes scanned at a time, which bounds the scratch
 _TINY = np.finfo(np.float32).tiny
 _PLANES = np.array([1, 2, 4, 8, 16, 32, 64, 128], np.uint8)[:, None]
+_EXTRA = (np.arange(256) - np.bitwise_count(np.arange(256))).astype(np.int32)  # of a byte: its value less its bits
 _DISTRIBUTIONS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "faiss-gpu-cuvs")
 
 
@@ -199,7 +200,16 @@ def merge_planes(planes: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return merged[::-1]
 
 
-def distances(query: Tensor, codes: Tensor) -> Tensor:
+def add_bias(codes: IntArray, out: IntArray, times: int) -> None:
+    """Make of Hamming distances int32 [H, R, N] to codes uint8 [H, N, bytes] those to codes with a bias, `times` over.
+
+    The scan counted the bits that are set in the last byte, since queries have none there.
+    """
+    extra = _EXTRA[codes[..., -1]]
+    out += (extra * np.int32(times) if times > 1 else extra)[:, None]
+
+
+def distances(query: Tensor, codes: Tensor, *, biased: bool = False) -> Tensor:
     """The same result as :func:`reference.distances`, for tensors on the CPU."""
     batch, q_heads, tokens = query.shape[:3]
     heads = codes.shape[1]
@@ -209,4 +219,6 @@ def distances(query: Tensor, codes: Tensor) -> Tensor:
     out = torch.empty(batch, q_heads, tokens, codes.shape[2], dtype=torch.int32)
     for b, found in enumerate(out.view(batch, heads, -1, codes.shape[2]).numpy()):
         weighted_distances(rows[b], weights, held[b], found)
+        if biased:
+            add_bias(held[b], found, 1)
     return out

@@ -62,16 +62,25 @@ def differing(a: Tensor, b: Tensor) -> Tensor:
     return popcount(a ^ b).sum(-1)
 
 
-def distances(query: Tensor, codes: Tensor) -> Tensor:
+def distances(query: Tensor, codes: Tensor, *, biased: bool = False) -> Tensor:
     """Distance of every query to every key of its head.
 
     Args:
         query: int64 [B, Hq, T, W], one bit plane; or [B, Hq, T, b, W], b planes, the least significant first.
         codes: int64 [B, H, N, W] with Hq a multiple of H; query head i is scored against head i // (Hq / H).
 
+        biased: the last byte of a key's code is a number to add to the Hamming distance of the other bits; the
+            query's is zero.
+
     Returns:
         int32 [B, Hq, T, N]: the Hamming distance, or the 2^j-weighted sum of the planes' Hamming distances.
     """
+    if biased:
+        signs = codes.clone()
+        signs[..., -1] &= (1 << 56) - 1
+        bias = ((codes[..., -1] >> 56) & 0xFF).to(torch.int32)  # [B, H, N]
+        group = query.shape[1] // codes.shape[1]
+        return distances(query, signs) + bias.repeat_interleave(group, dim=1).unsqueeze(2)
     planes = query.unsqueeze(-2) if query.ndim == 4 else query
     batch, q_heads, tokens, n_planes, n_words = planes.shape
     grouped = planes.reshape(batch, codes.shape[1], -1, 1, n_planes, n_words)  # [B, H, G*T, 1, b, W]

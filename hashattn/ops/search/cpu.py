@@ -12,7 +12,7 @@ from hashattn.ops.search.scan import scanned
 
 def search(
     query: Tensor, codes: Tensor, counts: Table, spans: Table, *, shared: bool = False, sinks: int = 0,
-    recents: int = 0, radius: int | None = None,
+    recents: int = 0, radius: int | None = None, biased: bool = False,
 ) -> Tensor:  # fmt: skip
     """The keys that :func:`reference.search` finds, for tensors on the CPU.
 
@@ -25,9 +25,9 @@ def search(
     """
     (batch, heads, _, words), (_, q_heads, tokens) = codes.shape, query.shape[:3]
     group, planes = q_heads // heads, query.shape[3] if query.ndim == 5 else 1
-    top = 64 * words * ((1 << planes) - 1) * (group if shared else 1)  # no distance is larger
+    top = (64 * words * ((1 << planes) - 1) + 255 * biased) * (group if shared else 1)  # no distance is larger
     found: list[tuple[int, slice, int, IntArray]] = []
-    for b, part, low, distances in scanned(query, codes, spans, shared):
+    for b, part, low, distances in scanned(query, codes, spans, shared, biased):
         for t, (first, end) in enumerate(spans[b]):
             if first >= end:
                 continue

@@ -13,7 +13,7 @@ from hashattn.ops.nearest.reference import nearest
 
 def search(
     query: Tensor, codes: Tensor, counts: Sequence[Tensor], slots: int, visible: Tensor, *, shared: bool = False,
-    sinks: int = 0, recents: int = 0, radius: int | None = None,
+    sinks: int = 0, recents: int = 0, radius: int | None = None, biased: bool = False,
 ) -> Tensor:  # fmt: skip
     """The nearest visible keys of packed queries.
 
@@ -27,12 +27,13 @@ def search(
         shared: the query heads of each head of codes make one choice, by the sum of their distances.
         sinks, recents: this many first and last visible keys are ranked before every distance.
         radius: the largest distance (or sum) of a key that is not forced; None for any.
+        biased: whether the last byte of a code is a number to add; see :func:`hashattn.ops.hamming.distances`.
 
     Returns:
         int32 [B, Hc if shared else Hq, T, slots]: each row's counts[0] nearest keys before the others, ties to the
         most recent, in any order within these parts; -1 where a row has no further key.
     """
-    found = distances(query, codes)
+    found = distances(query, codes, biased=biased)
     if shared:
         found = found.unflatten(1, (codes.shape[1], -1)).sum(2)
     columns, first, end = torch.arange(codes.shape[2], device=codes.device), visible[..., :1], visible[..., 1:]

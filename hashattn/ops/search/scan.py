@@ -7,14 +7,16 @@ from collections.abc import Iterator
 import numpy as np
 from torch import Tensor
 
-from hashattn.ops.hamming.cpu import as_bytes, merge_planes, weighted_distances
+from hashattn.ops.hamming.cpu import add_bias, as_bytes, merge_planes, weighted_distances
 from hashattn.ops.nearest.cpu import IntArray, Table
 from hashattn.ops.scratch import borrow
 
 AT_ONCE = 1 << 17  # distances held at a time: half a megabyte
 
 
-def scanned(query: Tensor, codes: Tensor, spans: Table, shared: bool) -> Iterator[tuple[int, slice, int, IntArray]]:
+def scanned(
+    query: Tensor, codes: Tensor, spans: Table, shared: bool, biased: bool = False
+) -> Iterator[tuple[int, slice, int, IntArray]]:
     """Some heads of one row after the other; see :func:`hashattn.ops.search.reference.search` for the arguments.
 
     Yields:
@@ -33,6 +35,8 @@ def scanned(query: Tensor, codes: Tensor, spans: Table, shared: bool) -> Iterato
             part = slice(h, min(heads, h + few))
             distances = borrow("distances", (part.stop - h, queries, high - low), np.int32)
             weighted_distances(planes[b, part], weights, held[b, part, low:high], distances)
+            if biased:
+                add_bias(held[b, part, low:high], distances, query.shape[1] // heads if shared else 1)
             yield b, part, low, distances
 
 
