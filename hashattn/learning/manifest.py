@@ -88,7 +88,7 @@ class Manifest:
             if not isinstance(s.name, str) or not re.fullmatch(r"[\w-]+", s.name):
                 raise ValueError(f"a sequence's name must be letters, digits and dashes, got {s.name!r}")
             if any(type(n) is not int or n < 0 for n in (s.tokens, s.decoded)):
-                raise ValueError(f"sequence {s.name}: tokens and decoded must be numbers, got {s.tokens!r}, {s.decoded!r}")
+                raise ValueError(f"{s.name}: tokens and decoded must be numbers, got {s.tokens!r} and {s.decoded!r}")
         return cls(facts, layers, dtype, sequences, arguments)
 
     def differences(self, other: Manifest) -> list[str]:
@@ -153,4 +153,3 @@ def _asked(manifest: Manifest) -> dict[str, Any]:
     """All that two runs must agree on, by the name to tell the user."""
     facts = {f"model's {name}": value for name, value in manifest.facts.as_json().items()}
     return {**facts, "layers": list(manifest.layers), "dtype": manifest.dtype, **manifest.arguments}
-

@@ -95,23 +95,30 @@ class Shards:
 
     def tokens(self, sequence: Recording) -> Tensor:
         """int64 [N]: the tokens of a sequence, prefilled and decoded."""
-        return _load(self.folder / sequence.name / TOKENS)["ids"].long()
+        return load(self.folder / sequence.name / TOKENS)["ids"].long()
 
     def _sample(self, sequence: Recording, layer: int) -> Sample:
         path = self.path(sequence, layer)
-        held = _load(path)
+        held = load(path)
         for name in ("q", "k"):
             if not held[name].isfinite().all():
-                raise ValueError(f"{str(path)!r}: {name} holds values that are not finite; remove the file, capture again")
+                raise ValueError(
+                    f"{str(path)!r}: {name} holds values that are not finite; remove the file, capture again"
+                )
         return Sample(
-            held["q"].float(), held["k"].float(), held["positions"].long(), sequence.tokens, sequence.name, sequence.kind
+            held["q"].float(),
+            held["k"].float(),
+            held["positions"].long(),
+            sequence.tokens,
+            sequence.name,
+            sequence.kind,
         )
 
     def __repr__(self) -> str:
         keys = sum(s.keys for s in self.sequences)
         return (
-            f"Shards({str(self.folder)!r}: {self.facts.name}, {len(self.layers)} layers, {len(self.sequences)} sequences, "
-            f"{keys:,} tokens)"
+            f"Shards({str(self.folder)!r}: {self.facts.name}, {len(self.layers)} layers, "
+            f"{len(self.sequences)} sequences, {keys:,} tokens)"
         )
 
 
@@ -140,9 +147,8 @@ def _shapes(path: Path) -> dict[str, list[int]]:
         raise ValueError(f"{str(path)!r} is cut short or damaged: {error}") from error
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def load(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file; ValueError if it is missing or damaged."""
     _shapes(path)
     loaded: dict[str, Tensor] = require("safetensors.torch", "hf", "reading captured shards").load_file(path)
     return loaded
-
-

