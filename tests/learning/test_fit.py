@@ -55,6 +55,7 @@ def start(shards, out, *more, **environment):
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.filterwarnings("ignore:this .* is not fitted:UserWarning")
 def test_every_layer_is_fitted_and_finds_more_than_before(shards, fitted):
     loaded = from_pretrained(fitted / "pretrained")
     assert loaded.encoder.layers == LAYERS
