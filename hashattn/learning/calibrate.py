@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from hashattn.view import View
 
 GRID = (0.0, 1.0, 2.0, 4.0, 8.0)  # discounts in bits; times 2^b - 1 for a query of b planes
 SEQUENCES, QUERIES = 4, 32  # looked at, of each layer and of each sequence
+ESTIMATED = 16  # queries that the estimates of medium keys are fitted to: a residual is slow to fit
 FORCED = Sink(4) | Recent(64)  # as the presets force them
 
 
@@ -76,7 +77,7 @@ def calibrated(
     return Calibration(consensus, momentum, {i: stage.cpu() for i, stage in mixed.items()}), found
 
 
-def momentum_masses(layers: _Layers, selectors: Sequence[Selector]) -> Tensor:
+def momentum_masses(layers: Iterable[tuple[int, Encoder, Sequence[Sample]]], selectors: Sequence[Selector]) -> Tensor:
     """The mass that each selector keeps, summed over layers and sequences, each layer told what the one before chose.
 
     Raises:
@@ -124,13 +125,10 @@ def mass_of(sample: Sample, selection: Selection) -> tuple[float, Tensor]:
 def fit_mixed(samples: Sequence[Sample], encoder: Encoder, *, share: float, seed: int) -> MixedPrecision:
     """The scale and residual of a layer's medium keys, rounded to what is stored.
 
-    Sequences are cropped to the shortest, and their last queries are taken, which see nearly all of its keys.
+    They are fitted to the last queries of the longest sequence, which see nearly all of its keys.
     """
-    keys = min(s.k.shape[1] for s in samples)
-    rows = [s.q[:, s.positions < keys][:, -QUERIES:] for s in samples]
-    tokens = min(q.shape[1] for q in rows)
-    q = torch.stack([q[:, q.shape[1] - tokens :] for q in rows])
-    k = torch.stack([s.k[:, :keys] for s in samples])
+    longest = max(samples, key=lambda s: s.k.shape[1])
+    q, k = longest.q[:, -ESTIMATED:].unsqueeze(0), longest.k.unsqueeze(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         stage = MixedPrecision().to(q.device).fit(q, k, encoder, share=share)
