@@ -97,7 +97,7 @@ def save_pretrained(
     _check_target(folder)
     safetensors = require("safetensors.torch", "hf", "save_pretrained")
     with replacing_folder(folder) as scratch:
-        safetensors.save_file(tensors, scratch / WEIGHTS)
+        (scratch / WEIGHTS).write_bytes(safetensors.save(tensors))
         config = {
             "format_version": FORMAT_VERSION, "library_version": _version(), "model": facts.as_json(),
             "bits": encoder.bits, "bit_order": BIT_ORDER, "post_rope": True, "encoders": described,

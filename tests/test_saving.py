@@ -83,6 +83,13 @@ def test_half_the_bytes_and_shared_weights_once(tmp_path):
     assert sizes["per head", "float16"] > 3 * values * 2
 
 
+def test_files_may_be_read_by_whoever_reads_others(tmp_path):
+    folder = saved(tmp_path / "a")
+    (tmp_path / "other").write_text("")
+    for name in ("config.json", "weights.safetensors"):
+        assert (folder / name).stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_what_was_fitted_on_comes_back_and_layers_without_encoders_are_dense(tmp_path):
     loaded = from_pretrained(saved(tmp_path / "a", fitted_on={"texts": ["a.txt"], "recall": {"1": 0.7}}))
     assert loaded.fitted_on == {"texts": ["a.txt"], "recall": {"1": 0.7}}

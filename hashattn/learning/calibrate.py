@@ -35,7 +35,8 @@ def calibrated(
     """Fit what DASH-KV (arXiv 2604.19351) calibrates, on the sequences that encoders were fitted to.
 
     Of a few discounts the one that keeps most attention mass at the budget is taken: first consensus, by itself, then
-    momentum around it, with the layers in order. Ties go to the smaller one. a and the residual of MixedPrecision are
+    momentum around it, with the layers in order. Ties go to the smaller one; where none changes anything (sequences so
+    short that forced keys take the budget, say) none is chosen. a and the residual of MixedPrecision are
     fitted a layer at a time, to the keys within twice the budget.
 
     Args:
@@ -63,15 +64,15 @@ def calibrated(
                 selection = (FORCED | Consensus(top, discount=discount)).select(view, Step(layer))
                 masses[i] += mass_of(sample, selection)[0]
         mixed[layer] = fit_mixed(samples, one, share=min(1.0, 2 * recipe.budget), seed=recipe.seed * SEEDS + layer)
-    consensus = grid[int(masses.argmax())]
+    consensus = _best(grid, masses)
     total = len(encoder.layers) * len(names)
     found: dict[str, Any] = {"consensus": _table(grid, masses / total), "a": {i: m.a.item() for i, m in mixed.items()}}
     momentum = None
     if any(i - 1 in encoder.layers for i in encoder.layers):  # it comes from the layer before, if that searched too
-        inner = Consensus(top, discount=consensus)
+        inner = Consensus(top, discount=consensus or 0.0)
         selectors = [FORCED | Momentum(inner, discount=discount) for discount in grid]
         masses = momentum_masses(layers, selectors)
-        momentum = grid[int(masses.argmax())]
+        momentum = _best(grid, masses)
         found["momentum"] = _table(grid, masses / total)
     encoder.to("cpu")
     return Calibration(consensus, momentum, {i: stage.cpu() for i, stage in mixed.items()}), found
@@ -160,6 +161,10 @@ def few(sample: Sample, device: torch.device | str) -> Sample:
     return dataclasses.replace(
         sample, q=sample.q[:, rows].to(device), k=sample.k.to(device), positions=sample.positions[rows].to(device)
     )
+
+
+def _best(grid: Sequence[float], masses: Tensor) -> float | None:
+    return None if bool((masses == masses[0]).all()) else grid[int(masses.argmax())]
 
 
 def _table(grid: Sequence[float], masses: Tensor) -> dict[str, float]:

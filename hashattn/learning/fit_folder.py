@@ -76,7 +76,7 @@ class FitFolder:
         safetensors = require("safetensors.torch", "hf", "hashattn fit")
         weights, path = self._pair(layer, note)
         with replacing(weights) as scratch:
-            safetensors.save_file(stored.tensors_of(encoder), scratch)
+            scratch.write_bytes(safetensors.save(stored.tensors_of(encoder)))
         write_json(path, {**record, "encoder": stored.describe(encoder), "sha256": _sha256(weights)})
         return weights
 

@@ -90,6 +90,15 @@ def test_a_model_whose_searched_layers_do_not_follow_each_other_has_no_momentum(
     assert calibration.consensus is not None
 
 
+def test_where_forced_keys_take_the_whole_budget_no_discount_is_chosen(shards, tmp_path):
+    recipe = dataclasses.replace(RECIPE, budget=0.05)
+    loaded = from_pretrained(fit_layers(shards, tmp_path / "out", recipe, layers=[1, 2], calibrate=True))
+    assert (loaded.calibration.consensus, loaded.calibration.momentum) == (None, None)
+    attn = HashAttention.from_preset("dashkv", pretrained=loaded)
+    plain = HashAttention.from_preset("dashkv")
+    assert repr(attn.selector) == repr(plain.selector)
+
+
 def test_a_view_of_a_sample_sees_the_keys_up_to_each_query():
     one = sample()
     encoder = encoder_of(one)
