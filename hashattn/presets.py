@@ -197,7 +197,9 @@ def build(name: str, *, pretrained: str | Path | Pretrained | None = None, **opt
     for option in options:
         if option not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
-            raise TypeError(f"preset {name!r} takes no option {option!r}{_nearest(option, known)}; {takes}")
+            raise TypeError(
+                f"preset {name!r} takes no option {option!r}{_nearest(option, (*known, 'pretrained'))}; {takes}"
+            )
     attn = PRESETS[name](**options)
     return attn if pretrained is None else fitted(name, attn, pretrained, options)
 

@@ -82,6 +82,7 @@ def test_options_that_contradict_the_folder_are_refused(folders):
     raises_naming(ValueError, "query_bits=2", "query_bits=4")(build(query_bits=2))
     raises_naming(ValueError, "encoder", "pretrained")(build(encoder=AsymmetricHash(64)))
     raises_naming(ValueError, "dense_layers=(0,)", "[1, 4]")(build(dense_layers=(0,)))
+    raises_naming(TypeError, "did you mean 'pretrained'?")(lambda: HashAttention.from_preset("dashkv", pretraind="a"))
     raises_naming(ValueError, "no folder of fitted encoders")(
         lambda: HashAttention.from_preset("dashkv", pretrained="smollm2-36m")
     )
