@@ -131,7 +131,7 @@ def fit_mixed(samples: Sequence[Sample], encoder: Encoder, *, share: float, seed
     longest = max(samples, key=lambda s: s.k.shape[1])
     q, k = longest.q[:, -ESTIMATED:].unsqueeze(0), longest.k.unsqueeze(0)
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)  # a residual is made on the CPU
+        torch.default_generator.manual_seed(seed)  # a residual is made on the CPU
         stage = MixedPrecision().to(q.device).fit(q, k, encoder, share=share)
     stored.round_weights(stage)
     return stage

@@ -7,16 +7,25 @@ import torch
 
 from hashattn import HashAttention, Selection, SymmetricHash, TopK, from_pretrained
 from hashattn.encoders.sample import Sample
+from hashattn.learning import calibrate
 from hashattn.learning.calibrate import GRID, fit_mixed, mass_of, momentum_masses, view_of
 from hashattn.learning.fit import fit_layers
 from hashattn.learning.recipe import Recipe
 from hashattn.learning.shards import Shards
 from hashattn.selectors import Momentum
 from hashattn.types import Step
-from tests.learning.shards import FACTS, LAYERS, make
+from tests.learning.shards import make
 from tests.structured import cones, qkv, selected
 
 RECIPE = Recipe(bits=32, query_hidden=(), steps=4, queries=8, budget=0.25)
+PAIR = (1, 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_estimates():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "ESTIMATED", 2)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +36,7 @@ def shards(tmp_path_factory):
 @pytest.fixture(scope="module")
 def out(shards, tmp_path_factory):
     out = tmp_path_factory.mktemp("fitted") / "out"
-    fit_layers(shards, out, RECIPE, calibrate=True)
+    fit_layers(shards, out, RECIPE, layers=PAIR, calibrate=True)
     return out
 
 
@@ -51,8 +60,8 @@ def test_calibration_is_fitted_saved_and_used(out):
         assert len(set(kept.values())) > 1, "no discount changed anything"
         assert kept[getattr(calibration, name)] == max(kept.values())
         assert all(0 < mass <= 1 for mass in kept.values())
-    assert tuple(calibration.mixed) == LAYERS
-    attn = HashAttention.from_preset("dashkv", pretrained=loaded, dense_layers=(0, 3), engine="reference")
+    assert tuple(calibration.mixed) == PAIR
+    attn = HashAttention.from_preset("dashkv", pretrained=loaded, dense_layers=(0, 3, 4), engine="reference")
     assert attn.selector.ranked_part.discount.item() == calibration.momentum
     assert attn.selector.ranked_part.inner.discount.item() == calibration.consensus
     stage = attn.layer(2).attend
@@ -64,9 +73,9 @@ def test_calibration_is_fitted_saved_and_used(out):
 
 def test_calibrating_what_was_fitted_before_gives_the_same(shards, out, tmp_path):
     later = tmp_path / "later"
-    fit_layers(shards, later, RECIPE)
+    fit_layers(shards, later, RECIPE, layers=PAIR)
     assert from_pretrained(later / "pretrained").calibration.consensus is None
-    fit_layers(shards, later, RECIPE, calibrate=True)
+    fit_layers(shards, later, RECIPE, layers=PAIR, calibrate=True)
     for name in ("config.json", "weights.safetensors"):
         assert (later / "pretrained" / name).read_bytes() == (out / "pretrained" / name).read_bytes()
 
@@ -76,23 +85,22 @@ def test_held_out_sequences_play_no_part(shards, out, tmp_path):
     shutil.copytree(shards.folder, changed)
     shutil.rmtree(changed / "002-needle")  # the one that is held out
     shutil.copytree(changed / "000-text", changed / "002-needle")
-    saved = fit_layers(Shards.open(changed), tmp_path / "out", RECIPE, calibrate=True)
+    saved = fit_layers(Shards.open(changed), tmp_path / "out", RECIPE, layers=PAIR, calibrate=True)
     a, b = (json.loads((p / "config.json").read_text()) for p in (saved, out / "pretrained"))
     assert a["fitted_on"]["calibration"] == b["fitted_on"]["calibration"]
     assert a["fitted_on"]["held_out"]["layers"] != b["fitted_on"]["held_out"]["layers"]
 
 
-def test_a_model_whose_searched_layers_do_not_follow_each_other_has_no_momentum(tmp_path):
-    facts = dataclasses.replace(FACTS, attention_layers=(1, 3))
-    shards = Shards.open(make(tmp_path / "s", ("text", "text"), facts))
-    calibration = from_pretrained(fit_layers(shards, tmp_path / "out", RECIPE, calibrate=True)).calibration
+def test_a_model_whose_searched_layers_do_not_follow_each_other_has_no_momentum(shards, tmp_path):
+    saved = fit_layers(shards, tmp_path / "out", RECIPE, layers=(2, 4), calibrate=True)
+    calibration = from_pretrained(saved).calibration
     assert calibration.momentum is None
     assert calibration.consensus is not None
 
 
 def test_where_forced_keys_take_the_whole_budget_no_discount_is_chosen(shards, tmp_path):
     recipe = dataclasses.replace(RECIPE, budget=0.05)
-    loaded = from_pretrained(fit_layers(shards, tmp_path / "out", recipe, layers=[1, 2], calibrate=True))
+    loaded = from_pretrained(fit_layers(shards, tmp_path / "out", recipe, layers=[1], calibrate=True))
     assert (loaded.calibration.consensus, loaded.calibration.momentum) == (None, None)
     attn = HashAttention.from_preset("dashkv", pretrained=loaded)
     plain = HashAttention.from_preset("dashkv")
