@@ -134,7 +134,7 @@ def save(path: Path, tensors: dict[str, Tensor], **notes: object) -> None:
     with replacing(path) as scratch:
         held = {name: t.contiguous() for name, t in tensors.items()}
         # One entry: safetensors writes several in an order that differs from run to run.
-        torch_files.save_file(held, scratch, metadata={"hashattn": json.dumps(notes)})
+        scratch.write_bytes(torch_files.save(held, metadata={"hashattn": json.dumps(notes)}))
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:

@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -143,30 +142,44 @@ def test_what_was_stopped_goes_on_to_the_same_bytes(after, llama, tmp_path, monk
     assert {p: p.stat().st_mtime_ns for p in kept} == kept  # what was whole is left alone
 
 
+KILLED = """
+import os, signal, sys
+import hashattn.learning
+from hashattn.cli import main
+
+writing, done = sys.modules["hashattn.learning.capture"], []
+save = writing.save
+
+def dies(path, tensors, **notes):
+    done.append(path)
+    if len(done) == 12:
+        path.with_name(f".{path.name}").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(path, tensors, **notes)
+
+writing.save = dies
+main(sys.argv[1:])
+"""
+
+
 def test_a_killed_command_goes_on_to_the_same_bytes(tmp_path, capsys):
     model, text = tmp_path / "tiny", tmp_path / "rooms.txt"
     small_model().save_pretrained(model)
     save_letters(model)
     text.write_text(TEXT.content)
-    command = ["capture", "--model", str(model), "--text", str(text), "--tokens", "90", "--sequences", "30",
+    command = ["capture", "--model", str(model), "--text", str(text), "--tokens", "90", "--sequences", "4",
                "--retrieval", "0", "--decode", "4", "--queries", "30", "--out"]  # fmt: skip
     out = tmp_path / "killed"
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hashattn.cli", *command, str(out)], env=environment, stderr=subprocess.DEVNULL
-    )
-    while not (out / "text-000" / "tokens.safetensors").exists():
-        assert process.poll() is None, "the command ended before it could be killed"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (out / "text-029").exists()
+    done = subprocess.run([sys.executable, "-c", KILLED, *command, str(out)], env=environment, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert sorted(path.name for path in out.iterdir()) == ["capture.json", "text-000", "text-001"]
     for folder in (out, tmp_path / "whole"):
         assert main([*command, str(folder)]) == 0
     assert contents(out) == contents(tmp_path / "whole")
     said = capsys.readouterr()
-    assert "tiny, 4 layers, 30 sequences, 2,820 tokens" in said.out
-    assert "text-029" in said.err
+    assert "tiny, 4 layers, 4 sequences, 376 tokens" in said.out
+    assert "text-003" in said.err
     described = json.loads((out / "capture.json").read_text())
     assert described["model"]["name"] == "tiny"
     assert described["sequences"][1] == {

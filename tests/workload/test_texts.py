@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from hashattn.workload.texts import Text, read_text, special_prefix, windows
+from hashattn.workload.prompt import beginning
+from hashattn.workload.texts import Text, read_text, windows
 from tests.demo.test_story import Letters
 from tests.structured import raises_naming
 
@@ -66,6 +67,6 @@ def test_a_tokenizer_that_begins_nothing_has_no_prefix() -> None:
         def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
             return super().__call__(text, add_special_tokens=False)
 
-    assert special_prefix(Letters()) == [0]  # type: ignore[arg-type]
-    assert special_prefix(Plain()) == []  # type: ignore[arg-type]
+    assert beginning(Letters()) == [0]  # type: ignore[arg-type]
+    assert beginning(Plain()) == []  # type: ignore[arg-type]
     assert windows(Plain(), ALPHABET, 60, 1, seed=0)[0].tolist() == [[*range(65, 125)]]  # type: ignore[arg-type]
