@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+
+from hashattn.workload.prompt import LETTERS, boundary, encode, frame, gap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,10 +17,6 @@ if TYPE_CHECKING:
 FACT = "The secret number of the lighthouse keeper is 7481."
 QUESTION = "What is the secret number of the lighthouse keeper? Answer with the number only."
 ANSWER = "7481"
-
-# Where a fact may go, best first: between paragraphs, between sentences, between words.
-_BOUNDARIES = (r"[.!?\]]\s*\n\s*\n", r"[.!?](?:\s+|\Z)", r"\s+")
-_MARK = "<<story>>"
 
 
 @dataclass(frozen=True)
@@ -46,58 +43,25 @@ def build_story(
     """
     if not 0 <= depth <= 1:
         raise ValueError(f"depth={depth} must lie between 0 (start of the text) and 1 (its end)")
-    opening, closing = _frame(tokenizer, question)
-    inserted = _encode(tokenizer, fact) if fact else []
+    opening, closing = frame(tokenizer, question)
+    inserted = encode(tokenizer, fact) if fact else []
     room = tokens - len(opening) - len(closing) - len(inserted)
     if room < 1:
         raise ValueError(f"tokens={tokens} leaves no room for the text: use at least {tokens - room + 64}")
-    # No common tokenizer packs more than 16 characters into a token on average; the rest of a library is not looked at.
-    text = text[: 16 * room]
+    text = text[: LETTERS * room]
     if not fact:
-        body, span = _encode(tokenizer, text)[:room], None
+        body, span = encode(tokenizer, text)[:room], None
     else:
-        used = tokenizer.decode(_encode(tokenizer, text)[:room], clean_up_tokenization_spaces=False)
-        cut = _boundary(text[: len(used)], depth)
-        gap = re.search(r"\s*\Z", text[:cut])
-        glue = (gap.group() if gap else "") or "\n\n"
-        before = _encode(tokenizer, text[:cut].rstrip() + glue if cut else "")[:room]
+        used = tokenizer.decode(encode(tokenizer, text)[:room], clean_up_tokenization_spaces=False)
+        cut = boundary(text[: len(used)], depth)
+        glue = gap(text[:cut])
+        before = encode(tokenizer, text[:cut].rstrip() + glue if cut else "")[:room]
         first = len(opening) + len(before)
         span = first, first + len(inserted)
-        body = before + inserted + _encode(tokenizer, glue + text[cut:])[: room - len(before)]
+        body = before + inserted + encode(tokenizer, glue + text[cut:])[: room - len(before)]
     return Story(torch.tensor([opening + body + closing]), span)
 
 
 def contains_answer(text: str, expected: str) -> bool:
     """Whether the expected answer occurs in the text, whatever its case."""
     return expected.casefold() in text.casefold()
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: a text longer than the model's context is the point here, not a mistake.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _frame(tokenizer: PreTrainedTokenizerBase, question: str) -> tuple[list[int], list[int]]:
-    """The tokens before the text and after it: chat template, question, and where the answer starts."""
-    if tokenizer.chat_template:
-        message = [{"role": "user", "content": f"{_MARK}\n\n{question}"}]
-        prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        opening, closing = str(prompt).split(_MARK)
-        return _encode(tokenizer, opening), _encode(tokenizer, closing)
-    bos = tokenizer.bos_token_id
-    starts = tokenizer("")["input_ids"][:1] == [bos]  # only if the tokenizer itself would put it there
-    return [bos] if starts else [], _encode(tokenizer, f"\n\nQuestion: {question}\nAnswer:")
-
-
-def _boundary(text: str, depth: float) -> int:
-    """The best kind of boundary near `depth` of the text, and of that kind the nearest."""
-    target = round(depth * len(text))
-    if target == 0:
-        return 0
-    reach = max(200, len(text) // 50)
-    low = max(0, target - reach)
-    for pattern in _BOUNDARIES:
-        ends = [low + match.end() for match in re.finditer(pattern, text[low : target + reach])]
-        if ends:
-            return min(ends, key=lambda end: abs(end - target))
-    return target
