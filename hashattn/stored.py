@@ -100,6 +100,8 @@ def restore(description: Any, tensors: Mapping[str, Tensor], facts: ModelFacts) 
         encoder: Any = made(**given)
         if hasattr(encoder, "build"):
             encoder.build(facts.head_dim)
+        if encoder.biased and hasattr(encoder, "build_bias"):
+            encoder.build_bias(encoder.code_heads(facts.kv_heads))
         fill(encoder, tensors)
         encoder.check_model(facts.q_heads, facts.kv_heads, facts.head_dim)
         encoder.encode_key(torch.zeros(1, facts.kv_heads, 1, facts.head_dim))

@@ -36,6 +36,8 @@ class PerLayer(nn.Module, Encoder):
         lengths = {e.bits for e in numbered.values() if isinstance(e, Encoder)}
         if len(lengths) > 1:
             raise ValueError(f"encoders must share one code length, got {sorted(lengths)} bits")
+        if len({e.biased for e in numbered.values() if isinstance(e, Encoder)}) > 1:
+            raise ValueError("encoders must all have a bias in their codes, or none")
         self.encoders = nn.ModuleDict({str(i): numbered[i] for i in sorted(numbered)})
         self.facts = facts
         self.bits, self.query_bits = lengths.pop(), self._first.query_bits
@@ -48,6 +50,10 @@ class PerLayer(nn.Module, Encoder):
     @property
     def _first(self) -> Encoder:
         return self.layer(self.layers[0])
+
+    @property
+    def biased(self) -> bool:  # type: ignore[override]
+        return self._first.biased
 
     def code_heads(self, kv_heads: int) -> int:
         return self._first.code_heads(kv_heads)

@@ -63,7 +63,8 @@ def calibrated(
             for i, discount in enumerate(grid):
                 selection = (FORCED | Consensus(top, discount=discount)).select(view, Step(layer))
                 masses[i] += mass_of(sample, selection)[0]
-        mixed[layer] = fit_mixed(samples, one, share=min(1.0, 2 * recipe.budget), seed=recipe.seed * SEEDS + layer)
+        if not one.biased:  # a bias says nothing about angles
+            mixed[layer] = fit_mixed(samples, one, share=min(1.0, 2 * recipe.budget), seed=recipe.seed * SEEDS + layer)
     consensus = _best(grid, masses)
     total = len(encoder.layers) * len(names)
     found: dict[str, Any] = {"consensus": _table(grid, masses / total), "a": {i: m.a.item() for i, m in mixed.items()}}
@@ -108,7 +109,11 @@ def view_of(encoder: Encoder, sample: Sample) -> View:
     query, codes = encoder.encode_query(sample.q.unsqueeze(0)), encoder.encode_key(sample.k.unsqueeze(0))
     spans = [[(0, position + 1) for position in sample.positions.tolist()]]
     keys, (q_heads, kv_heads) = sample.k.shape[1], (len(sample.q), len(sample.k))
-    return View(spans, q_heads, kv_heads, keys, lambda: hamming.distances(query, codes), sample.k.device, query, codes)
+
+    def scan() -> Tensor:
+        return hamming.distances(query, codes, biased=encoder.biased)
+
+    return View(spans, q_heads, kv_heads, keys, scan, sample.k.device, query, codes, biased=encoder.biased)
 
 
 def mass_of(sample: Sample, selection: Selection) -> tuple[float, Tensor]:

@@ -22,7 +22,7 @@ class Recipe:
     Attributes:
         encoder: "asymmetric", "symmetric" or "itq" (which takes only bits, query_bits, seed and budget).
         bits: length of a code.
-        bias_bits: of these, for a scalar of each key; asymmetric only.
+        bias_bits: 8 gives the last byte of a code to a scalar of each key; 0 for none. Not for itq.
         query_hidden: widths of the query MLP, () for a linear query; None is the encoder's own. Asymmetric only.
         query_bits: bit planes of a query.
         heads: "shared" for one set of weights a layer, "kv" for one a KV head.
@@ -62,8 +62,10 @@ class Recipe:
         for name, value, known in (("encoder", self.encoder, ENCODERS), ("heads", self.heads, HEADS)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        if self.encoder != "asymmetric" and (self.bias_bits or self.query_hidden is not None):
-            raise ValueError(f"bias_bits and query_hidden are the asymmetric encoder's, not the {self.encoder} one's")
+        if self.encoder != "asymmetric" and self.query_hidden is not None:
+            raise ValueError(f"query_hidden is the asymmetric encoder's, not the {self.encoder} one's")
+        if self.encoder == "itq" and self.bias_bits:
+            raise ValueError(f"bias_bits={self.bias_bits}: itq learns no bias; leave it out")
         if self.encoder == "itq" and self.heads == "kv":
             raise ValueError("heads='kv': itq has a rotation for each KV head as it is; leave it out")
         parse(self.loss)
@@ -89,7 +91,9 @@ class Recipe:
         if self.encoder == "itq":
             return ITQ(self.bits, query_bits=self.query_bits, seed=seed)
         if self.encoder == "symmetric":
-            return SymmetricHash(self.bits, query_bits=self.query_bits, heads=heads, seed=seed)
+            return SymmetricHash(
+                self.bits, query_bits=self.query_bits, heads=heads, seed=seed, bias_bits=self.bias_bits
+            )
         hidden: dict[str, Any] = {} if self.query_hidden is None else {"query_hidden": self.query_hidden}
         return AsymmetricHash(
             self.bits, query_bits=self.query_bits, heads=heads, seed=seed, bias_bits=self.bias_bits, **hidden

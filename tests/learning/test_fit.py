@@ -163,10 +163,10 @@ def test_other_encoders_are_fitted_too(shards, tmp_path, kind):
 
 
 def test_weights_of_its_own_for_each_head_and_a_bias(shards, tmp_path):
-    recipe = Recipe(bits=32, bias_bits=8, query_hidden=(), heads="kv", steps=4, queries=8)
+    recipe = Recipe(bits=64, bias_bits=8, query_hidden=(), heads="kv", steps=4, queries=8)
     encoder = from_pretrained(fit_layers(shards, tmp_path / "out", recipe, layers=[2])).encoder.layer(2)
     assert isinstance(encoder, AsymmetricHash)
-    assert (encoder.heads, encoder.bias_bits, encoder.bits) == (2, 8, 32)
+    assert (encoder.heads, encoder.bias_bits, encoder.bits) == (2, 8, 64)
 
 
 def test_a_killed_fit_goes_on_as_if_nothing_had_been(shards, fitted, tmp_path):
@@ -267,7 +267,7 @@ def test_what_cannot_be_fitted_is_refused_before_anything_is_written(shards, tmp
         ({"encoder": "pq"}, ["encoder", "'pq'", "symmetric"]),
         ({"heads": "all"}, ["heads", "'all'", "kv"]),
         ({"encoder": "itq", "heads": "kv"}, ["itq", "heads"]),
-        ({"encoder": "symmetric", "bias_bits": 8}, ["bias_bits", "symmetric"]),
+        ({"encoder": "itq", "bias_bits": 8}, ["bias_bits", "itq"]),
         ({"encoder": "itq", "query_hidden": ()}, ["query_hidden", "itq"]),
         ({"loss": "hinge"}, ["hinge", "ranking"]),
         ({"bits": 3}, ["bits", "3"]),
