@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,19 +25,24 @@ def why_not(
     encoder, index, selector = attn.encoder, attn.index, attn.selector
     if encoder is None or index is None or selector is None or not index.flat_codes:
         return "it serves binary codes in a FlatHamming index"
-    if encoder.biased:
-        return "it serves codes without a bias"
     if encoder.code_heads(kv_heads) != kv_heads:
         return "it serves one code a key, not one for each query head"
     if not attn.attend.fused:
         return f"it attends as ExactAttend does, or MixedPrecision without a residual, not as {attn.attend!r}"
-    rule = selector.rule(q_heads // kv_heads)
+    rule = rule_of(attn, q_heads // kv_heads)
     if rule is None:
         return f'it serves TopK, LocalTopK, Threshold and Tiers (of a group, with combine="sum"), not {selector!r}'
     return decode.why_not(
         device=device, dtype=dtype, head_dim=head_dim, group=q_heads // kv_heads, tokens=tokens,
         words=words(encoder.bits), planes=encoder.query_bits, rule=rule,
     )  # fmt: skip
+
+
+def rule_of(attn: HashAttention, group: int) -> decode.Rule | None:
+    """What the selector asks of a step over the encoder's codes, for so many query heads a KV head; None as there."""
+    assert attn.selector is not None and attn.encoder is not None
+    rule = attn.selector.rule(group)
+    return None if rule is None else replace(rule, biased=attn.encoder.biased)
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,8 @@ class Prepared:
 
 def prepare(attn: HashAttention, cache: KVCache, q_heads: int, tokens: int) -> Prepared:
     """What steps of so many query heads and queries need, for a composition that is served."""
-    assert attn.encoder is not None and attn.selector is not None
-    rule = attn.selector.rule(q_heads // cache.kv_heads)
+    assert attn.encoder is not None
+    rule = rule_of(attn, q_heads // cache.kv_heads)
     assert rule is not None
     keys, values, codes = (cache.storage(what) for what in ("keys", "values", "codes"))
     sizes = decode.Sizes(

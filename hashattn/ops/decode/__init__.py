@@ -60,6 +60,7 @@ def why_not(
         if rule.most_forced > rule.per_chunk:
             return f"up to {rule.most_forced} sinks and recents fall into one chunk of LocalTopK: take a larger k"
     spread = (group if rule.shared else 1) * (2**planes - 1)
-    if planes > 2 or 64 * words * spread + 4 > MOST_LEVELS:
-        return f"distances up to {64 * words * spread:,} are more than it tells apart: take fewer bits or query_bits"
+    farthest = (64 * words + 255 * rule.biased) * spread
+    if planes > 2 or farthest + 4 > MOST_LEVELS:
+        return f"distances up to {farthest:,} are more than it tells apart: take fewer bits or query_bits"
     return None

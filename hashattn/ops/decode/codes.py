@@ -40,9 +40,17 @@ def load_runs(codes, columns, room, WORDS: tl.constexpr):
 
 
 @triton.jit
-def distance(x, query, step, WORDS: tl.constexpr, PLANES: tl.constexpr, SUM: tl.constexpr):
-    """Distances of loaded codes to a query of PLANES bit planes, or summed to SUM queries `step` words apart: int32."""
+def distance(
+    x, query, step, WORDS: tl.constexpr, PLANES: tl.constexpr, SUM: tl.constexpr, BIASED: tl.constexpr = False
+):
+    """Distances of loaded codes to a query of PLANES bit planes, or summed to SUM queries `step` words apart: int32.
+
+    BIASED: the last byte of a code is a number to add, for each query.
+    """
     total = tl.zeros(x[0].shape, tl.int32)
+    if BIASED:
+        byte = (x[WORDS - 1] >> 56).to(tl.int32) & 0xFF
+        total += SUM * (byte - popcount(byte))  # the loop counts its bits: the queries' last byte is zero
     for g in tl.static_range(SUM):
         for p in tl.static_range(PLANES):
             for w in tl.static_range(WORDS):
@@ -77,7 +85,7 @@ def read_bound(bound):
 @triton.jit
 def list_near(
     x, shift, places, taken, lists, stride, query, step, bounds, apart, LANES: tl.constexpr, SUM: tl.constexpr,
-    WORDS: tl.constexpr, PLANES: tl.constexpr,
+    WORDS: tl.constexpr, PLANES: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """Append the keys within each lane's bound to its list, in order. Returns the lengths, 16 bits a lane: int64.
 
@@ -94,7 +102,7 @@ def list_near(
     flags = tl.zeros(shift.shape, tl.int32)
     for i in tl.static_range(LANES):
         past = read_bound(bounds + i * apart) + 1
-        short = distance(x, query + i * SUM * step, step, WORDS, PLANES, SUM) + (shift - past)
+        short = distance(x, query + i * SUM * step, step, WORDS, PLANES, SUM, BIASED) + (shift - past)
         flags += (short.to(tl.uint32, bitcast=True) >> 31).to(tl.int32, bitcast=True) << i
         shorts += (short,)
     nibble = 4 * tl.arange(0, 8)[None, :]

@@ -44,8 +44,8 @@ def place_of(column, chunk, chunks):
 @triton.jit
 def search_splits(
     query, codes, entries, starts, length, sinks, recents, room, chunks, splits, kv_heads, T, G: tl.constexpr,
-    WORDS: tl.constexpr, PLANES: tl.constexpr, SPLIT: tl.constexpr, KEEP: tl.constexpr, BITS: tl.constexpr,
-    CAUSAL: tl.constexpr, PDL: tl.constexpr,
+    WORDS: tl.constexpr, PLANES: tl.constexpr, BIASED: tl.constexpr, SPLIT: tl.constexpr, KEEP: tl.constexpr,
+    BITS: tl.constexpr, CAUSAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks * splits, rows). Column n belongs to chunk n // RUN % chunks; a split is SPLIT columns of a chunk.
 
@@ -70,7 +70,7 @@ def search_splits(
         at = tl.arange(0, SPLIT)[None, :]
         columns = ((low + at) // RUN * chunks + chunk) * RUN + at % RUN
         x = load_runs(codes + kv.to(tl.int64) * room * WORDS, columns, room, WORDS)
-        d = distance(x, query + row.to(tl.int64) * PLANES * WORDS, 0, WORDS, PLANES, 1)
+        d = distance(x, query + row.to(tl.int64) * PLANES * WORDS, 0, WORDS, PLANES, 1, BIASED)
         head = place_of(first + sinks, chunk, chunks) - low
         tail = place_of(tl.maximum(end - recents, 0), chunk, chunks) - low
         level = tl.where((at < head) | (at >= tail), 0, d + 1)
@@ -161,7 +161,8 @@ def decode(
     }  # fmt: skip
     search_splits[(chunks * splits, rows)](
         query, codes, buffers["entries"], starts, length, rule.sinks, rule.recents, sizes.code_room, chunks, splits,
-        sizes.kv_heads, tokens, WORDS=sizes.words, PLANES=sizes.planes, CAUSAL=causal, num_warps=4, **common,
+        sizes.kv_heads, tokens, WORDS=sizes.words, PLANES=sizes.planes, BIASED=rule.biased, CAUSAL=causal,
+        num_warps=4, **common,
     )  # fmt: skip
     if not scan_only:
         attend_chunks[(programs, rows)](

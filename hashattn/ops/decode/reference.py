@@ -83,7 +83,7 @@ def choose(
     wanted = torch.maximum(Budget(rule.k, rule.share).counts(seen), forced)
     ids = search(
         query, codes[:, :, :filled], [wanted], max(1, rule.slots(room)), visible, shared=rule.shared,
-        sinks=rule.sinks, recents=rule.recents, radius=rule.radius,
+        sinks=rule.sinks, recents=rule.recents, radius=rule.radius, biased=rule.biased,
     )  # fmt: skip
     last = torch.iinfo(torch.int32).max
     ids, rank = ids.masked_fill(ids < 0, last).sort(-1)
@@ -97,7 +97,7 @@ def choose(
 def search_chunks(query: Tensor, codes: Tensor, visible: Tensor, rule: Rule) -> Tensor:
     """The nearest keys of each chunk of a rule with chunks: int32 [B, H, T, slots]. Arguments as in search."""
     assert rule.chunks is not None
-    found = distances(query, codes)
+    found = distances(query, codes, biased=rule.biased)
     if rule.shared:
         found = found.unflatten(1, (codes.shape[1], -1)).sum(2)
     columns, first, end = torch.arange(codes.shape[2], device=codes.device), visible[..., :1], visible[..., 1:]

@@ -20,6 +20,7 @@ class Rule:
         critical: share of the visible keys, rounded up in float64, that are critical, and all forced ones; the other
             keys that are kept are medium. None if all are critical.
         chunks: k / chunks keys are kept of each chunk that columns are dealt to in runs of 8; None for k of all.
+        biased: the last byte of a key's code is a number that is added to its distance; queries of one plane.
     """
 
     k: int | None = None
@@ -30,6 +31,7 @@ class Rule:
     radius: int | None = None
     critical: float | None = None
     chunks: int | None = None
+    biased: bool = False
 
     @property
     def per_chunk(self) -> int:

@@ -24,7 +24,7 @@ def count_levels(lists, stride, lengths, t0, BINS: tl.constexpr, TILE: tl.conste
 def scan(
     query, codes, bounds, candidates, counts, starts, length, sinks, recents, room, chunks, kv_heads, T,
     G: tl.constexpr, LANES: tl.constexpr, SUM: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr,
-    CHUNK: tl.constexpr, BINS: tl.constexpr, CAUSAL: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, BINS: tl.constexpr, BIASED: tl.constexpr, CAUSAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (chunks, B * Hkv * T * G / SUM / LANES). A row is one choice: a head's, or a KV head's (SUM = G).
 
@@ -62,7 +62,7 @@ def scan(
             shift = offsets(columns, first, end, sinks, recents)
         places = runs[:, None] + tl.arange(0, RUN)[None, :]
         lengths = list_near(
-            x, shift, places, lengths, lists, stride, words, step, bounds + row0, T, LANES, SUM, WORDS, PLANES
+            x, shift, places, lengths, lists, stride, words, step, bounds + row0, T, LANES, SUM, WORDS, PLANES, BIASED
         )
         tl.debug_barrier()  # what other threads have just stored is read
         most = 0

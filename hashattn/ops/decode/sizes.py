@@ -99,6 +99,11 @@ class Sizes:
         return self.rule.chunks or 1
 
     @property
+    def farthest(self) -> int:
+        """No distance, or sum of a KV head's, is larger."""
+        return (64 * self.words + 255 * self.rule.biased) * self.spread
+
+    @property
     def spread(self) -> int:
         """The largest share of one bit in a distance."""
         return self.summed * (2**self.planes - 1)

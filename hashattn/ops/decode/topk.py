@@ -101,11 +101,11 @@ def from_candidates(
 @triton.jit
 def level_of(
     t0, query, step, codes, first, end, sinks, recents, radius, room, SUM: tl.constexpr, WORDS: tl.constexpr,
-    PLANES: tl.constexpr, LEVELS: tl.constexpr, RADIUS: tl.constexpr, TILE: tl.constexpr,
+    PLANES: tl.constexpr, BIASED: tl.constexpr, LEVELS: tl.constexpr, RADIUS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Distance + 1 of columns t0 to t0 + TILE, 0 for forced keys, LEVELS - 1 for those that may not be chosen."""
     columns = t0 + (tl.arange(0, TILE // RUN) * RUN)[:, None] + tl.arange(0, RUN)[None, :]
-    d = distance(load_runs(codes, columns, room, WORDS), query, step, WORDS, PLANES, SUM)
+    d = distance(load_runs(codes, columns, room, WORDS), query, step, WORDS, PLANES, SUM, BIASED)
     if RADIUS:
         d = tl.where(d > radius, LEVELS, d)
     d += offsets(columns, first, end, sinks, recents)
@@ -115,15 +115,31 @@ def level_of(
 @triton.jit
 def from_codes(
     ids, tier, query, step, codes, first, end, sinks, recents, radius, wanted, wanted_1, room, rank0, rank1,
-    SUM: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr, LEVELS: tl.constexpr, RADIUS: tl.constexpr,
-    TIERS: tl.constexpr, TILE: tl.constexpr,
+    SUM: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr, BIASED: tl.constexpr, LEVELS: tl.constexpr,
+    RADIUS: tl.constexpr, TIERS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The same from all codes of the row, for a bound that missed the threshold. Returns the threshold's distance."""
     levels = tl.arange(0, LEVELS)
     seen_at = tl.zeros([LEVELS], tl.int32)
     for t0 in range(first // TILE * TILE, end, TILE):
         level = level_of(
-            t0, query, step, codes, first, end, sinks, recents, radius, room, SUM, WORDS, PLANES, LEVELS, RADIUS, TILE
+            t0,
+            query,
+            step,
+            codes,
+            first,
+            end,
+            sinks,
+            recents,
+            radius,
+            room,
+            SUM,
+            WORDS,
+            PLANES,
+            BIASED,
+            LEVELS,
+            RADIUS,
+            TILE,
         )
         seen_at += tl.histogram(level, LEVELS)
     running = tl.cumsum(seen_at, 0)
@@ -137,7 +153,23 @@ def from_codes(
     for t0 in range(first // TILE * TILE, end, TILE):
         columns = t0 + tl.arange(0, TILE)
         near = level_of(
-            t0, query, step, codes, first, end, sinks, recents, radius, room, SUM, WORDS, PLANES, LEVELS, RADIUS, TILE
+            t0,
+            query,
+            step,
+            codes,
+            first,
+            end,
+            sinks,
+            recents,
+            radius,
+            room,
+            SUM,
+            WORDS,
+            PLANES,
+            BIASED,
+            LEVELS,
+            RADIUS,
+            TILE,
         )
         hit = ((near == cut).to(tl.int64) << 32) + (near < cut).to(tl.int64)
         order = tl.cumsum(hit, 0) + state
@@ -160,7 +192,7 @@ def attend_topk(
     lse, critical, norms, centre, a, tier, per_bit, scale, k, radius, sinks, recents, margin, room, code_room,
     norm_room, chunks, slots, kv_heads, T, G: tl.constexpr, SUM: tl.constexpr, PADDED: tl.constexpr,
     PADDED_OUT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr,
+    BIASED: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr,
     SHARE: tl.constexpr, RADIUS: tl.constexpr, TIERS: tl.constexpr, CAUSAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (slots / ROWS, rows). Ranks follow column order, so the result does not depend on the bounds.
@@ -224,7 +256,7 @@ def attend_topk(
         if missed:
             threshold = from_codes(
                 own_ids, own_tier, query_at, T * PLANES * WORDS, own_codes, first, end, sinks, recents, radius, wanted,
-                wanted_1, code_room, rank0, rank1, SUM, WORDS, PLANES, LEVELS, RADIUS, TIERS, 512,
+                wanted_1, code_room, rank0, rank1, SUM, WORDS, PLANES, BIASED, LEVELS, RADIUS, TIERS, 512,
             )  # fmt: skip
         else:
             threshold = bound - (BINS - 1 - bin)

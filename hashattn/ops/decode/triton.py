@@ -67,13 +67,14 @@ def _step(
     tier = None if estimate is None else torch.empty_like(ids, dtype=torch.int8)
     buffers = carve(workspace, sizes.triton)
     far, arrived = bounds[0], bounds[1]
-    radius = min(rule.radius or 0, levels(words, sizes.spread))  # no distance is larger
+    radius = min(rule.radius or 0, sizes.farthest)  # no distance is larger
     if rule.radius is not None:
         far.fill_(16 * radius)
     lanes = max(n for n in (1, 2, 3, 4) if group // summed % n == 0)
     early = {"launch_pdl": True} if starts_early(q.device) else {}
     common = {
         "G": group, "SUM": summed, "WORDS": words, "PLANES": sizes.planes, "CHUNK": CHUNK, "BINS": sizes.bins,
+        "BIASED": rule.biased,
         "CAUSAL": causal, "PDL": bool(early), **early,
     }  # fmt: skip
     scan[(chunks, rows // lanes)](
@@ -93,9 +94,9 @@ def _step(
         2 * math.isqrt(sizes.spread), sizes.room, sizes.code_room, estimate.norms.shape[2] if estimate else 0, chunks,
         slots, sizes.kv_heads, sizes.tokens,
         PADDED=padded if summed == 1 else max(16, padded), PADDED_OUT=padded, DIM=sizes.head_dim, WIDTH=width,
-        CHUNKS=triton.next_power_of_2(chunks), LEVELS=levels(words, sizes.spread), ROWS=ROWS,
+        CHUNKS=triton.next_power_of_2(chunks), LEVELS=levels(sizes.farthest), ROWS=ROWS,
         SHARE=rule.share is not None, RADIUS=rule.radius is not None, TIERS=estimate is not None,
-        num_warps=attend_warps(width, levels(words, sizes.spread)), **common,
+        num_warps=attend_warps(width, levels(sizes.farthest)), **common,
     )  # fmt: skip
     return out, lse, ids.view(shape), None if tier is None else tier.view(shape)
 
@@ -105,9 +106,9 @@ def float_bits(x: float) -> int:
     return int(struct.unpack("<q", struct.pack("<d", x))[0])
 
 
-def levels(words: int, spread: int) -> int:
+def levels(farthest: int) -> int:
     """Distances that a histogram of all keys tells apart."""
-    return triton.next_power_of_2(64 * words * spread + 4)
+    return triton.next_power_of_2(farthest + 4)
 
 
 def attend_warps(width: int, levels: int) -> int:

@@ -47,9 +47,10 @@ class Inputs:
 def inputs(
     seed: int = 0, *, batch: int = 1, kv_heads: int = 1, group: int = 4, tokens: int = 1, filled: int = 2500,
     room: int = 4096, dim: int = 64, words: int = 1, planes: int = 1, starts: tuple[int, ...] = (),
-    dtype: torch.dtype = torch.float32, clustered: bool = False,
+    dtype: torch.dtype = torch.float32, clustered: bool = False, biased: bool = False,
 ) -> Inputs:  # fmt: skip
-    """Random keys and codes, NaN outside the filled columns; clustered: the near codes lie in 2 % of the columns."""
+    """Random keys and codes, NaN outside the filled columns; clustered: the near codes lie in 2 % of the columns;
+    biased: the queries' last byte is zero, and most keys' is near 128."""
     g = generator(seed)
 
     def bits(*shape: int) -> Tensor:
@@ -59,6 +60,11 @@ def inputs(
     keys, values = (torch.randn(batch, kv_heads, room, dim, generator=g).to(dtype) for _ in range(2))
     keys[:, :, filled:], values[:, :, filled:] = torch.nan, torch.nan
     codes, query = bits(batch, kv_heads, room, words), bits(batch, kv_heads * group, tokens, planes, words)
+    if biased:
+        query[..., -1] &= (1 << 56) - 1
+        spread = torch.where(torch.rand(codes.shape[:3], generator=g) < 0.9, 24, 256)
+        penalty = 128 + ((torch.rand(codes.shape[:3], generator=g) - 0.5) * spread).long()
+        codes[..., -1] = codes[..., -1] & ((1 << 56) - 1) | penalty << 56
     if clustered:
         few = filled // 50
         near = bits(batch, kv_heads, few, words) & bits(batch, kv_heads, few, words)
@@ -81,6 +87,10 @@ CASES: list[tuple[dict[str, Any], Rule]] = [
     ({"tokens": 2}, Rule(k=64, shared=True, radius=110, recents=5)),
     ({"filled": 300, "room": 320}, Rule(share=1.0)),
     ({"filled": 60, "room": 64}, Rule(k=10, sinks=30, recents=40)),
+    ({"biased": True, "group": 3, "batch": 2, "words": 2, "starts": (0, 700)}, Rule(k=90, sinks=4, biased=True)),
+    ({"biased": True, "kv_heads": 2}, Rule(share=0.05, shared=True, recents=20, biased=True)),
+    ({"biased": True, "filled": 800, "room": 896}, Rule(share=1.0, radius=150, biased=True)),
+    ({"biased": True, "words": 2, "group": 5, "tokens": 2}, Rule(k=64, shared=True, biased=True)),
 ]
 TIER_CASES: list[tuple[dict[str, Any], Rule]] = [
     ({"kv_heads": 2, "group": 2, "words": 2, "filled": 2100, "room": 2112}, Rule(share=0.05, critical=0.025)),
@@ -111,6 +121,8 @@ LOCAL_CASES: list[tuple[dict[str, Any], Rule]] = [
     ({"group": 2, "filled": 9000, "room": 9001, "dim": 96}, Rule(k=32, chunks=2, sinks=1)),
     ({"group": 8, "words": 4, "filled": 70, "room": 80}, Rule(k=80, chunks=10)),
     ({"filled": 500, "room": 512, "dim": 128}, Rule(k=512, chunks=8)),
+    ({"biased": True, "kv_heads": 2, "batch": 2, "starts": (3, 0)}, Rule(k=64, chunks=4, recents=9, biased=True)),
+    ({"biased": True, "words": 2, "filled": 9000, "room": 9001}, Rule(k=64, chunks=2, biased=True)),
 ]
 
 

@@ -98,10 +98,18 @@ def main(arch: int) -> None:
         spread = summed * (2**planes - 1)
         bins = 32 if spread == 1 else 64 if spread <= 4 else 128
         lanes = 1 if shared else min(group, 4)
-        own = common | {"G": group, "SUM": summed, "WORDS": words, "PLANES": planes, "BINS": bins}
+        own = common | {
+            "G": group,
+            "SUM": summed,
+            "WORDS": words,
+            "PLANES": planes,
+            "BINS": bins,
+            "BIASED": words == 2 and not shared,
+        }
         attend = own | {
             "PADDED": 16 if shared else 1, "PADDED_OUT": summed, "DIM": dim, "WIDTH": triton.next_power_of_2(dim),
-            "CHUNKS": 64, "LEVELS": levels(words, spread), "ROWS": ROWS, "SHARE": True, "RADIUS": False,
+            "CHUNKS": 64, "LEVELS": levels((64 * words + 255 * own["BIASED"]) * spread), "ROWS": ROWS, "SHARE": True,
+            "RADIUS": False,
         }  # fmt: skip
         name = f"G={group} shared={shared} W={words} P={planes} D={dim} {dtype}"
         found = compiled(scan, own | {"LANES": lanes}, 4, arch, dtype)
@@ -120,7 +128,7 @@ def main(arch: int) -> None:
                 "PDL": arch >= 90,
                 "SPLIT": SPLIT,
             }
-            search = near | {"WORDS": words, "PLANES": planes, "CAUSAL": True}
+            search = near | {"WORDS": words, "PLANES": planes, "BIASED": own["BIASED"], "CAUSAL": True}
             found = compiled(search_splits, search, 4, arch, dtype)
             print(json.dumps({"kernel": f"local search {name}", **found}), flush=True)
             width = attend["WIDTH"]

@@ -28,6 +28,9 @@ SHAPES = [
     ({"q_heads": 16, "planes": 2, "words": 4, "head_dim": 256}, torch.float32, Rule(k=64, chunks=1)),
     ({"q_heads": 128, "planes": 2, "words": 4, "head_dim": 256}, torch.float32, Rule(k=64, shared=True)),
     ({"q_heads": 32, "planes": 2, "words": 4, "head_dim": 128}, torch.float16, Rule(k=64, shared=True)),
+    ({"q_heads": 32, "planes": 1, "words": 2, "head_dim": 128}, torch.bfloat16, Rule(k=1024, biased=True)),
+    ({"q_heads": 24, "planes": 1, "words": 2, "head_dim": 64}, torch.bfloat16, Rule(k=64, shared=True, biased=True)),
+    ({"q_heads": 32, "planes": 1, "words": 2, "head_dim": 64}, torch.float16, Rule(k=1024, chunks=64, biased=True)),
 ]
 
 

@@ -104,6 +104,8 @@ def test_a_workspace_is_shared_kept_and_no_larger_than_needed():
         ({"rule": Rule(k=40, chunks=4)}, "per_chunk 8, 16, 32, 64, not 10"),
         ({"rule": Rule(k=32, chunks=4, sinks=4, recents=8)}, "up to 12 sinks and recents"),
         ({"group": 16, "words": 4, "planes": 2, "rule": Rule(k=3, shared=True)}, "fewer bits"),
+        ({"group": 8, "rule": Rule(k=3, shared=True, biased=True)}, None),
+        ({"group": 16, "rule": Rule(k=3, shared=True, biased=True)}, "6,128"),
     ],
 )
 def test_what_is_not_served_is_named(change, reason):

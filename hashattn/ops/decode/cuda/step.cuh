@@ -3,7 +3,7 @@
 // The host defines: G query heads a KV head; SUM heads that choose together (1 or G); LANES rows that a program of the
 // scan serves; WORDS of 64 bits a code; PLANES of a query; DIM of a head; TYPE of keys and values (0 bfloat16, 1 float16,
 // 2 float32); TOKENS queries a head; ROWS that a program of the second kernel attends to, and whether such programs are CROWDED,
-// more than multiprocessors hold; CAUSAL, SHARE, RADIUS; ALIGNED: codes may be read in 16 bytes. A row is one choice of keys: a query head's, or a KV head's with SUM = G, at one of T positions.
+// more than multiprocessors hold; CAUSAL, SHARE, RADIUS; BIASED: the last byte of a key's code is a number to add; ALIGNED: codes may be read in 16 bytes. A row is one choice of keys: a query head's, or a KV head's with SUM = G, at one of T positions.
 #pragma once
 
 typedef unsigned long long u64;
@@ -14,6 +14,9 @@ typedef unsigned short u16;
 
 #ifndef LOCAL
 #define LOCAL 0
+#endif
+#ifndef BIASED
+#define BIASED 0
 #endif
 
 // Kernels let the next one start when they have waited for the one before. So a kernel that has waited finds all that came
@@ -54,7 +57,8 @@ constexpr int ODD = WEIGHT & 1;
 constexpr int STEP = 2 - ODD;
 constexpr int MOST = WEIGHT / 2;
 constexpr int SLICES = MOST == 0 ? 0 : MOST < 2 ? 1 : MOST < 4 ? 2 : MOST < 8 ? 3 : MOST < 16 ? 4 : MOST < 32 ? 5 : 6;
-constexpr int MOST_RANKED = 64 * WORDS * WEIGHT / STEP;
+constexpr int FARTHEST = (64 * WORDS + 255 * BIASED) * WEIGHT;
+constexpr int MOST_RANKED = FARTHEST / STEP;
 
 struct Terms {
   u32 cheaper[HALVES];
@@ -91,7 +95,7 @@ __device__ __forceinline__ int read_bound(const Step &s, int row) {
 #if RADIUS
   return s.radius;
 #else
-  return min(max(__ldcg(s.bounds + row) >> 4, 0), 64 * WORDS * WEIGHT);
+  return min(max(__ldcg(s.bounds + row) >> 4, 0), FARTHEST);
 #endif
 }
 
@@ -129,7 +133,11 @@ __device__ __forceinline__ int ranked(const u32 *code, const Terms &terms) {
   int d = 0;
 #pragma unroll
   for (int w = 0; w < HALVES; w++) {
-    const u32 unequal = code[w] ^ terms.cheaper[w];
+    u32 unequal = code[w] ^ terms.cheaper[w];
+    if (BIASED && w == HALVES - 1) {  // the queries' last byte is zero
+      d += (unequal >> 24) * (WEIGHT / STEP);
+      unequal &= 0xffffff;
+    }
     if (ODD) d += __popc(unequal);
 #pragma unroll
     for (int p = 0; p < SLICES; p++) d += __popc(unequal & terms.masks[p][w]) << (p + ODD);

@@ -57,7 +57,7 @@ def decode(
         tensors["totals"] = tensors["parts"]
     step = Step(
         **{name: x.data_ptr() for name, x in tensors.items()}, share=rule.share or 0.0, scale=scale, k=rule.k or 0,
-        radius=min(rule.radius or 0, 64 * sizes.words * sizes.spread), sinks=rule.sinks, recents=rule.recents,
+        radius=min(rule.radius or 0, sizes.farthest), sinks=rule.sinks, recents=rule.recents,
         margin=2 * math.isqrt(sizes.spread), room=sizes.room, code_room=sizes.code_room, chunks=sizes.cuda_chunks,
         count_stride=sizes.count_stride, slots=sizes.slots, kv_heads=sizes.kv_heads,
     )  # fmt: skip
@@ -88,7 +88,7 @@ def launches(sizes: Sizes, dtype: torch.dtype, causal: bool, aligned: bool, mult
     common = {
         "G": sizes.group, "SUM": summed, "WORDS": sizes.words, "PLANES": sizes.planes, "TOKENS": sizes.tokens,
         "DIM": sizes.head_dim, "TYPE": TYPES[dtype], "CAUSAL": causal, "RADIUS": rule.radius is not None,
-        "ALIGNED": aligned,
+        "BIASED": rule.biased, "ALIGNED": aligned,
     }  # fmt: skip
     heads, queries = sizes.kv_heads * sizes.group // summed, sizes.batch * sizes.tokens
 
