@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,24 +81,28 @@ class Recorder:
     def __init__(self, folder: Path, recording: Recording, positions: Tensor, dtype: torch.dtype) -> None:
         self.folder, self.recording, self.dtype = folder, recording, dtype
         self.positions = positions
-        self.decoded: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        self.prefilled: list[int] = []
+        self.decoded: dict[int, tuple[Tensor, Tensor]] = {}  # by layer: q [Hq, M, D], k [Hkv, M, D] of M decoded tokens
+        self.steps: dict[int, int] = {}  # by layer: how many of these there are
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         """A sink for tapped(): q [1, Hq, T, D] of the tokens of this call, k [1, Hkv, N, D] of all so far."""
-        if layer in self.prefilled:
-            self.decoded[layer].append((self._held(layer, "queries", q[0]), self._held(layer, "keys", k[0, :, -1:])))
+        if layer in self.decoded:
+            step = self.steps[layer]
+            self.decoded[layer][0][:, step] = self._held(layer, "queries", q[0, :, 0])
+            self.decoded[layer][1][:, step] = self._held(layer, "keys", k[0, :, -1])
+            self.steps[layer] += 1
             return
-        self.prefilled.append(layer)
         kept = self.positions[self.positions < self.recording.tokens].to(q.device)
         self._save(layer, self._held(layer, "queries", q[0, :, kept]), self._held(layer, "keys", k[0]))
+        self.decoded[layer], self.steps[layer] = (self._room(q), self._room(k)), 0
 
     def finish(self) -> None:
         """Join the decoded tokens to what was written."""
-        for layer, steps in self.decoded.items():
-            first = load(self._path(layer))
-            q, k = (torch.cat([first[name], *(step[i] for step in steps)], dim=1) for i, name in enumerate("qk"))
-            self._save(layer, q, k)
+        for layer, decoded in self.decoded.items():
+            if self.steps[layer]:
+                first = load(self._path(layer))
+                q, k = (torch.cat([first[name], more], dim=1) for name, more in zip("qk", decoded, strict=True))
+                self._save(layer, q, k)
 
     def _save(self, layer: int, q: Tensor, k: Tensor) -> None:
         positions, said = self.positions[: q.shape[1]].int(), self.recording
@@ -108,11 +111,15 @@ class Recorder:
             layer=layer, name=said.name, kind=said.kind, prefill=said.tokens,
         )  # fmt: skip
 
+    def _room(self, like: Tensor) -> Tensor:
+        """For decoded tokens: small tensors kept at each step would pin the memory that a growing cache leaves."""
+        return torch.empty(like.shape[1], self.recording.decoded, like.shape[3], dtype=self.dtype)
+
     def _path(self, layer: int) -> Path:
         return self.folder / layer_filename(layer)
 
     def _held(self, layer: int, what: str, values: Tensor) -> Tensor:
-        """A copy on the CPU in the dtype of the files."""
+        """The same on the CPU in the dtype of the files."""
         held = values.to(self.dtype)
         if not held.isfinite().all():
             raise ValueError(
@@ -120,7 +127,7 @@ class Recorder:
                 f"{str(self.dtype).removeprefix('torch.')} cannot hold"
                 + ("" if self.dtype == torch.bfloat16 else ": use bfloat16")
             )
-        return held.cpu() if held.device.type != "cpu" else held.clone()
+        return held.cpu()
 
 
 def _record(model: PreTrainedModel, prompt: Prompt, plan: Plan, shards: Shards) -> None:

@@ -16,6 +16,8 @@ from hashattn.workload.prompt import beginning, encode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PIECE = 1_000_000  # characters
+
 
 @dataclass(frozen=True)
 class Text:
@@ -73,7 +75,7 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: Text, tokens: int, count: 
     """
     prefix = beginning(tokenizer)
     room = tokens - len(prefix)
-    ids = encode(tokenizer, text.content)
+    ids = tokens_of(tokenizer, text.content)
     if room < 1 or len(ids) < count * room:
         raise ValueError(
             f"text {text.name!r} has {len(ids):,} tokens here, but {count} sequences of {tokens:,} need "
@@ -82,4 +84,17 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: Text, tokens: int, count: 
     generator = torch.Generator().manual_seed(seed)
     gaps = torch.randint(len(ids) - count * room + 1, (count,), generator=generator).sort().values.tolist()
     starts = [gap + i * room for i, gap in enumerate(gaps)]
-    return [torch.tensor([prefix + ids[start : start + room]]) for start in starts]
+    first = torch.tensor(prefix, dtype=torch.int64)
+    return [torch.cat([first, ids[start : start + room].long()]).unsqueeze(0) for start in starts]
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, content: str) -> Tensor:
+    """int32 [N]: a text of any length, a million characters at a time, which tokenizers need much memory for."""
+    found, start = [torch.empty(0, dtype=torch.int32)], 0
+    while start < len(content):
+        end = start + PIECE
+        if end < len(content):
+            end = content.rfind("\n", start, end) + 1 or end  # at the end of a line, if there is one
+        found.append(torch.tensor(encode(tokenizer, content[start:end]), dtype=torch.int32))
+        start = end
+    return torch.cat(found)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from hashattn.workload import texts
 from hashattn.workload.prompt import beginning
 from hashattn.workload.texts import Text, read_text, windows
 from tests.demo.test_story import Letters
@@ -60,6 +62,23 @@ def test_a_short_text_says_what_it_has_and_what_is_needed() -> None:
     raises_naming(ValueError, "'alphabet'", "has 60 tokens", "7 sequences of 10 need 63")(
         lambda: windows(Letters(), ALPHABET, 10, 7, seed=0)
     )
+
+
+@pytest.mark.parametrize("piece", [1, 7, 100])
+def test_long_texts_are_read_by_pieces_that_end_with_a_line(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+
+    class Listens(Letters):
+        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+            given.append(text)
+            return super().__call__(text, **options)
+
+    monkeypatch.setattr(texts, "PIECE", piece)
+    content = "one\ntwo\n\nthree four\nfive"
+    ids = texts.tokens_of(Listens(), content)  # type: ignore[arg-type]
+    assert "".join(map(chr, ids.tolist())) == "".join(given) == content
+    assert all(len(part) <= piece for part in given)
+    assert piece != 7 or given == ["one\n", "two\n\n", "three f", "our\n", "five"]
 
 
 def test_a_tokenizer_that_begins_nothing_has_no_prefix() -> None:
