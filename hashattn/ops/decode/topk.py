@@ -193,7 +193,8 @@ def attend_topk(
     norm_room, chunks, slots, kv_heads, T, G: tl.constexpr, SUM: tl.constexpr, PADDED: tl.constexpr,
     PADDED_OUT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr,
     BIASED: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr, LEVELS: tl.constexpr,
-    ROWS: tl.constexpr, SHARE: tl.constexpr, RADIUS: tl.constexpr, TIERS: tl.constexpr, CAUSAL: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, SHARE: tl.constexpr, RADIUS: tl.constexpr, TIERS: tl.constexpr, CAUSAL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (slots / ROWS, rows). Ranks follow column order, so the result does not depend on the bounds.
 
