@@ -13,14 +13,16 @@ from hashattn.view import View
 
 PER = ("query_head", "kv_head")
 COMBINE = ("sum", "union", "vote")
+RANKED = (*COMBINE, "normalised")  # for selectors that only rank
+UNIT = 256  # of a standard deviation, in what normalised distances are rounded to
 
 
-def check_grouping(per: str, combine: str) -> None:
+def check_grouping(per: str, combine: str, known: tuple[str, ...] = COMBINE) -> None:
     """Raise unless both are known words."""
     if per not in PER:
         raise ValueError(f"per must be one of {PER}, got {per!r}")
-    if combine not in COMBINE:
-        raise ValueError(f"combine must be one of {COMBINE}, got {combine!r}")
+    if combine not in known:
+        raise ValueError(f"combine must be one of {known}, got {combine!r}")
 
 
 def take(view: View, budgets: Sequence[Budget], per: str, combine: str) -> Selection:
@@ -31,7 +33,8 @@ def take(view: View, budgets: Sequence[Budget], per: str, combine: str) -> Selec
         budgets: one or two, ascending: how many keys are critical, how many are kept.
         per: "query_head" ranks for each head; "kv_head" makes one choice for the G heads of a KV head.
         combine: for "kv_head": "sum" ranks by the sum of the group's distances; "vote" by the number of heads that
-            would keep the key, then by that sum; "union" keeps what any head keeps (up to G times as many keys).
+            would keep the key, then by that sum; "normalised" by the sum of distances in standard deviations of
+            each head's visible keys; "union" keeps what any head keeps (up to G times as many keys).
 
     Returns:
         Selection with heads Hq for "query_head", Hkv for "kv_head".
@@ -39,6 +42,8 @@ def take(view: View, budgets: Sequence[Budget], per: str, combine: str) -> Selec
     shared = per == "kv_head" and view.q_heads > view.kv_heads
     if not shared or combine == "sum":
         return _tiered(view.nearest(budgets, shared=shared), view, budgets)
+    if combine == "normalised":
+        return _tiered(normalised(view).nearest(budgets, shared=True), view, budgets)
     total = group_sum(view)
     group = view.q_heads // view.kv_heads
     chosen = [chosen_mask(view.nearest([b]), view.keys).unflatten(1, (view.kv_heads, group)) for b in budgets]
@@ -59,6 +64,17 @@ def group_sum(view: View) -> Tensor:
     distances = view.distances()
     total = distances.unflatten(1, (view.kv_heads, -1)).sum(2, dtype=distances.dtype)
     return total.masked_fill(~view.seen, 0) if total.is_floating_point() else total  # padding may hold anything
+
+
+def normalised(view: View) -> View:
+    """The view whose distances are each head's, less their mean and over their standard deviation, in whole units."""
+    distances = view.distances()
+    own = distances.double().masked_fill(~view.seen, 0)
+    count = view.counts[:, None, :, None].clamp(min=1)
+    centred = (own - own.sum(-1, keepdim=True) / count).masked_fill(~view.seen, 0)
+    spread = (centred.square().sum(-1, keepdim=True) / count).sqrt().clamp(min=1e-6)
+    units = centred / spread * UNIT
+    return view.calibrate(units if distances.is_floating_point() else units.round().long())
 
 
 def voted(view: View, chosen: Tensor) -> View:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashattn.budget import Budget, check_share
 from hashattn.ops.decode.rule import Rule
 from hashattn.selectors.base import Selector
-from hashattn.selectors.grouping import check_grouping, take
+from hashattn.selectors.grouping import RANKED, check_grouping, take
 from hashattn.types import Selection, Step
 from hashattn.view import View
 
@@ -36,7 +36,7 @@ class Tiers(Selector):
         check_share("t2", self.t2)
         if self.t1 >= self.t2:
             raise ValueError(f"t1 must be below t2, got t1={self.t1} and t2={self.t2}")
-        check_grouping(self.per, self.combine)
+        check_grouping(self.per, self.combine, RANKED)
 
     @property
     def shared(self) -> bool:

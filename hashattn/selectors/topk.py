@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hashattn.budget import Budget, check_k, check_share
 from hashattn.ops.decode.rule import Rule
 from hashattn.selectors.base import Selector
-from hashattn.selectors.grouping import check_grouping, take
+from hashattn.selectors.grouping import RANKED, check_grouping, take
 from hashattn.types import Selection, Step
 from hashattn.view import View
 
@@ -20,7 +20,7 @@ class TopK(Selector):
         k: number of keys; or
         share: of the visible keys, rounded up. Exactly one of the two is given.
         per: "query_head" or "kv_head"; see :func:`hashattn.selectors.grouping.take`.
-        combine: "sum", "union" or "vote", for per="kv_head".
+        combine: "sum", "union", "vote" or "normalised", for per="kv_head".
     """
 
     k: int | None = None
@@ -35,7 +35,7 @@ class TopK(Selector):
             check_k(self.k)
         if self.share is not None:
             check_share("share", self.share)
-        check_grouping(self.per, self.combine)
+        check_grouping(self.per, self.combine, RANKED)
 
     @property
     def shared(self) -> bool:

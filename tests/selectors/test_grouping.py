@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashattn import FlatDot, HashAttention, Identity, Step, Tiers, TopK
+from hashattn import FlatDot, HashAttention, Identity, Step, Threshold, Tiers, TopK
 from hashattn.types import CRITICAL, MEDIUM
 from tests.structured import (
     attention64,
@@ -15,6 +15,7 @@ from tests.structured import (
     odd_lengths,
     poison,
     qkv,
+    raises_naming,
     seeds,
     selected,
     tied_distances,
@@ -25,8 +26,12 @@ from tests.structured import (
 
 def brute_group(distances: np.ndarray, k: int, see: np.ndarray, forced: np.ndarray, combine: str) -> set[int]:
     """Kept columns of a group with distances [G, N]."""
+    if combine == "normalised" and see.any():
+        own = distances[:, see].astype(np.float64)
+        spread = np.maximum(own.std(1), 1e-6)[:, None]
+        distances = np.round(256 * (distances - own.mean(1)[:, None]) / spread).astype(np.int64)
     total = distances.sum(0)
-    if combine == "sum":
+    if combine in ("sum", "normalised"):
         return {*brute_nearest(total, k, see, forced)}
     choices = [brute_nearest(d, k, see, forced) for d in distances]
     if combine == "union":
@@ -41,7 +46,7 @@ def kept(ids: torch.Tensor) -> set[int]:
     return {*found}
 
 
-@pytest.mark.parametrize("combine", ["sum", "union", "vote"])
+@pytest.mark.parametrize("combine", ["sum", "union", "vote", "normalised"])
 @settings(deadline=None, max_examples=30)
 @given(
     seed=seeds,
@@ -69,7 +74,7 @@ def test_a_group_chooses_as_brute_force_does(combine, seed, keys, group, share, 
         assert kept(selection.ids[b, h, t]) == brute_group(own, k, see, ahead, combine)
 
 
-@pytest.mark.parametrize("combine", ["sum", "union", "vote"])
+@pytest.mark.parametrize("combine", ["sum", "union", "vote", "normalised"])
 @settings(deadline=None, max_examples=20)
 @given(seed=seeds, keys=st.sampled_from([20, 63, 100]))
 def test_tiers_of_a_group_are_its_two_choices(combine, seed, keys):
@@ -86,14 +91,14 @@ def test_tiers_of_a_group_are_its_two_choices(combine, seed, keys):
     assert (both.tier[both.ids < 0] == CRITICAL).all()
 
 
-@pytest.mark.parametrize("combine", ["sum", "union", "vote"])
+@pytest.mark.parametrize("combine", ["sum", "union", "vote", "normalised"])
 def test_a_group_of_one_chooses_as_a_head_does(combine):
     view = make_view(tied_distances(0, 1, 3, 2, 65), 3)
     own = TopK(k=7).select(view, Step()).ids
     assert torch.equal(TopK(k=7, per="kv_head", combine=combine).select(view, Step()).ids, own)
 
 
-@pytest.mark.parametrize("combine", ["sum", "union", "vote"])
+@pytest.mark.parametrize("combine", ["sum", "union", "vote", "normalised"])
 def test_a_group_of_equal_heads_chooses_as_one_of_them(combine):
     distances = tied_distances(1, 1, 1, 1, 65)
     own = TopK(k=7).select(make_view(distances, 1), Step()).ids
@@ -101,7 +106,7 @@ def test_a_group_of_equal_heads_chooses_as_one_of_them(combine):
     assert kept(shared[0, 0, 0]) == kept(own[0, 0, 0])
 
 
-@pytest.mark.parametrize("combine", ["sum", "union", "vote"])
+@pytest.mark.parametrize("combine", ["sum", "union", "vote", "normalised"])
 def test_float_scores_ignore_poisoned_padding(combine):
     q, k, v = qkv(2, batch=2)
     start = torch.tensor([0, 20])
@@ -112,3 +117,14 @@ def test_float_scores_ignore_poisoned_padding(combine):
     for selector in (TopK(k=9, per="kv_head", combine=combine), Tiers(0.1, 0.4, per="kv_head", combine=combine)):
         part = attn.replace(selector=selector)
         assert torch.equal(part(q, poison(k, start), poison(v, start), start=start), part(q, k, v, start=start))
+
+
+def test_a_head_whose_distances_differ_little_counts_as_much_as_the_others():
+    g = torch.Generator().manual_seed(3)
+    near, wide = torch.randint(0, 4, (1, 1, 1, 65), generator=g), torch.randint(0, 60, (1, 1, 1, 65), generator=g)
+    view = make_view(torch.cat([near, wide], 1).int(), 1)
+    chosen = {
+        c: TopK(k=9, per="kv_head", combine=c).select(view, Step()).ids[0, 0, 0].long() for c in ("sum", "normalised")
+    }
+    assert near[0, 0, 0, chosen["normalised"]].sum() < near[0, 0, 0, chosen["sum"]].sum()
+    raises_naming(ValueError, "combine", "vote", "normalised")(lambda: Threshold(9, combine="normalised"))
