@@ -1,4 +1,4 @@
-"""The command line: hashattn demo, bench, explain."""
+"""The command line: hashattn demo, capture, bench, explain."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hashattn.attention import HashAttention
 from hashattn.bench import command
 from hashattn.bench.report import check_folder, environment
 from hashattn.files import replacing
+from hashattn.learning import capture_command
 from hashattn.presets import PRESETS
 
 EXPECTED = (ValueError, TypeError, ImportError, OSError, RuntimeError)
@@ -72,7 +73,8 @@ def parser() -> argparse.ArgumentParser:
     explain.set_defaults(run=_explain)
 
     bench = command.add(commands)
-    for each in (demo, explain, bench):
+    capture = capture_command.add(commands)
+    for each in (demo, explain, bench, capture):
         each.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
 

@@ -11,7 +11,6 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +19,8 @@ from torch import Tensor
 from hashattn.attention import HashAttention
 from hashattn.demo.story import ANSWER, FACT, QUESTION, build_story, contains_answer
 from hashattn.presets import options_of
-from hashattn.workload.assets import SHAKESPEARE, fetch
 from hashattn.workload.model import load
+from hashattn.workload.texts import read_text
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -78,7 +77,7 @@ def run_demo(
         ValueError: an argument that cannot be used; before anything is loaded where possible.
     """
     budget_options(preset, budget, 1024)  # refuses an unknown preset or a wrong budget at once
-    passage = read_text(text)
+    passage = read_text(text).content
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _say(f"loading {model or 'SmolLM2-135M-Instruct'} on {device} ...")
     network, tokenizer = load(model, device=device)
@@ -131,15 +130,6 @@ def budget_options(preset: str, budget: float | None, tokens: int) -> dict[str, 
     if "recent" in options:
         return {"recent": max(1, keys - options["sinks"])}
     raise ValueError(f"preset {preset!r} has no budget: it reads every key")
-
-
-def read_text(path: str | None) -> str:
-    """The text of a file, or the Shakespeare that comes with the demo."""
-    source = fetch(SHAKESPEARE) if path is None else Path(path)
-    try:
-        return source.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ValueError(f"text={path!r} cannot be read: {error}") from error
 
 
 def cache_argument(network: PreTrainedModel) -> str:

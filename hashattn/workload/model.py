@@ -31,7 +31,7 @@ def load(
         device: where they go.
     """
     for module in ("transformers", "accelerate", "gguf"):
-        require(module, "demo", "the demo")
+        require(module, "hf", "loading a model")
     with _quiet():
         if model is None:
             loaded = _smollm2(dtype)
@@ -42,6 +42,14 @@ def load(
     network, tokenizer = loaded
     _repair_eos(network, tokenizer)
     return network.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers' wrapper of to()
+
+
+def name_of(model: str | Path | None) -> str:
+    """What to call the model that load() takes by this: without the folders that lead to it."""
+    if model is None:
+        return SMOLLM2.name
+    path = Path(model)
+    return path.resolve().name if path.exists() else str(model)
 
 
 def _smollm2(dtype: torch.dtype) -> Loaded:

@@ -1,8 +1,9 @@
-"""capture(): the queries, keys and values of a model's attention layers, to fit encoders with."""
+"""tapped() and capture(): the queries, keys and values of a model's attention layers, to fit encoders with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from hashattn.integrations.transformers import support
 
 NAME = "hashattn_capture"
 
+Sink = Callable[[int, Tensor, Tensor, Tensor], None]
+
 
 @dataclass(frozen=True)
 class Captured:
@@ -26,11 +29,70 @@ class Captured:
     v: Tensor
 
 
+@contextlib.contextmanager
+def tapped(model: nn.Module, sink: Sink, layers: Iterable[int] | None = None) -> Iterator[None]:
+    """While open, every call of the model is dense, and tells `sink` what its attention layers are given.
+
+    sink(layer, q, k, v) runs before that layer attends: q [B, Hq, T, D] of the call's tokens, k and v [B, Hkv, N, D] of
+    all tokens so far, all post-RoPE. They are the model's own tensors: what is to be kept must be copied.
+
+    Args:
+        model: a causal language model that can be attached.
+        sink: is called once a layer and call, in the order in which the layers run.
+        layers: which layers; all of full attention by default.
+
+    Raises:
+        ValueError: the model cannot be served, a layer it does not have, or an attached model.
+    """
+    modules, wanted = support.attention_modules(model), set(capturable(model, layers))
+    configs: dict[int, Any] = {id(m.config): m.config for m in modules.values()}
+    before = [(c, c._attn_implementation_internal) for c in configs.values()]
+    if any(name == "hashattn" for _, name in before):
+        raise ValueError("model is attached: detach it first")
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        number = int(module.layer_idx)  # type: ignore[arg-type]
+        if number in wanted:
+            sink(number, query, key, value)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    try:
+        for config, _ in before:
+            config._attn_implementation_internal = NAME
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation_internal = name
+        AttentionInterface.register(NAME, sdpa_attention_forward)  # keeps nothing alive
+
+
+def capturable(model: nn.Module, layers: Iterable[int] | None = None) -> list[int]:
+    """The layers that can be captured, ascending: those of full attention, or of these the ones that are asked for.
+
+    Raises:
+        ValueError: the model cannot be served, or a layer it does not have.
+    """
+    reasons = support.why_not(model)
+    if reasons:
+        raise ValueError(f"{type(model).__name__} cannot be captured: {'; '.join(reasons)}")
+    full = [i for i, m in support.attention_modules(model).items() if support.layer_dense_by_design(m, i) is None]
+    wanted = sorted(set(full if layers is None else layers))
+    if not wanted or not set(wanted) <= set(full):
+        raise ValueError(f"layers must be among {full}, got {sorted(set(wanted) - set(full))}")
+    return wanted
+
+
 @torch.no_grad()
 def capture(
     model: nn.Module, input_ids: Tensor, *, layers: Iterable[int] | None = None, queries: int | None = None
 ) -> dict[int, Captured]:
     """Run a model over a text once, densely, and keep what its attention layers were given.
+
+    hashattn.learning.capture writes the same to files, for texts that do not fit into memory.
 
     Args:
         model: a causal language model that can be attached.
@@ -44,37 +106,12 @@ def capture(
     Raises:
         ValueError: the model cannot be served, a layer it does not have, or an attached model.
     """
-    reasons = support.why_not(model)
-    if reasons:
-        raise ValueError(f"{type(model).__name__} cannot be captured: {'; '.join(reasons)}")
-    modules = support.attention_modules(model)
-    full = [i for i, m in modules.items() if support.layer_dense_by_design(m, i) is None]
-    wanted = set(full if layers is None else layers)
-    if not wanted <= set(full):
-        raise ValueError(f"layers must be among {full}, got {sorted(wanted - set(full))}")
     kept: dict[int, Captured] = {}
 
-    def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        number = int(module.layer_idx)  # type: ignore[arg-type]
-        if number in wanted:
-            last = query[:, :, -queries:] if queries is not None else query
-            kept[number] = Captured(last.clone(), key.clone(), value.clone())
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    def keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        last = q[:, :, -queries:] if queries is not None else q
+        kept[layer] = Captured(last.clone(), k.clone(), v.clone())
 
-    configs: dict[int, Any] = {id(m.config): m.config for m in modules.values()}
-    before = [(c, c._attn_implementation_internal) for c in configs.values()]
-    if any(name == "hashattn" for _, name in before):
-        raise ValueError("model is attached: detach it first")
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    try:
-        for config, _ in before:
-            config._attn_implementation_internal = NAME
+    with tapped(model, keep, layers):
         model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
-    finally:
-        for config, name in before:
-            config._attn_implementation_internal = name
-        AttentionInterface.register(NAME, sdpa_attention_forward)  # keeps nothing alive
     return dict(sorted(kept.items()))

@@ -1,0 +1,53 @@
+"""facts_of(): the facts of a model that encoders are fitted to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import PurePath
+from typing import Any
+
+from torch import nn
+
+from hashattn.facts import ModelFacts
+from hashattn.integrations.transformers import support
+
+__all__ = ["ModelFacts", "facts_of"]
+
+
+def facts_of(model: nn.Module, name: str | None = None) -> ModelFacts:
+    """What encoders of this model depend on.
+
+    Args:
+        model: a causal language model that can be attached.
+        name: for people; the model's own (the last part of it, where that is a path) by default.
+
+    Raises:
+        ValueError: the model cannot be served.
+    """
+    reasons = support.why_not(model)
+    if reasons:
+        raise ValueError(f"{type(model).__name__} cannot be served: {'; '.join(reasons)}")
+    config: Any = support.text_config(model)  # type: ignore[arg-type]
+    modules = support.attention_modules(model)
+    full = tuple(i for i, module in modules.items() if support.layer_dense_by_design(module, i) is None)
+    q_heads, kv_heads, head_dim = support.heads(modules[full[0]])
+    own = str(getattr(config, "name_or_path", "") or config.model_type)
+    return ModelFacts(
+        name=name or (PurePath(own).name if PurePath(own).is_absolute() else own),
+        model_type=config.model_type,
+        layers=config.num_hidden_layers,
+        attention_layers=full,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope=_plain(getattr(config, "rope_parameters", None)),
+        vocab_size=config.vocab_size,
+    )
+
+
+def _plain(rope: Any) -> dict[str, Any] | None:
+    """JSON's types alone, so that what is read back equals what is asked of a model; empty settings say nothing."""
+    if not rope:
+        return None
+    plain: dict[str, Any] = json.loads(json.dumps(rope, default=str))
+    return {key: value for key, value in plain.items() if value is not None}

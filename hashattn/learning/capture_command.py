@@ -1,0 +1,81 @@
+"""`hashattn capture`: its arguments, and what it says."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from hashattn.learning.manifest import DTYPES, check_free
+from hashattn.learning.plan import Plan
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to argparse's subparsers."""
+    default = Plan()
+    capture: argparse.ArgumentParser = commands.add_parser(
+        "capture", help="write a model's queries and keys to files, to fit encoders to",
+        description="Runs a model densely over texts and writes the queries and keys of its attention layers, after "
+        "RoPE, to DIR/SEQUENCE/layer-NN.safetensors. The same command resumes what was stopped.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    capture.add_argument(
+        "--model", metavar="ID|DIR|GGUF",
+        help="hub id, folder, GGUF file or gemma-3-270m; SmolLM2-135M-Instruct if left out",
+    )  # fmt: skip
+    capture.add_argument("--out", metavar="DIR", required=True, help="new or empty folder, or one to resume")
+    capture.add_argument("--text", metavar="FILE", nargs="+", help="texts, which take turns; Shakespeare if left out")
+    for name, place, meaning in (("from", 0, "begin"), ("to", 1, "end")):
+        capture.add_argument(
+            f"--{name}", type=float, default=default.share[place], metavar="X", dest=meaning,
+            help=f"where in each text to {meaning}, 0 its start and 1 its end",
+        )  # fmt: skip
+    for name, meaning in {
+        "tokens": "tokens of a sequence, before it is continued", "sequences": "sequences of text",
+        "retrieval": "generated prompts with something to be found in the text: needle, multikey, copy in turn",
+        "decode": "tokens that the model writes after each sequence",
+    }.items():  # fmt: skip
+        capture.add_argument(f"--{name}", type=int, default=getattr(default, name), metavar="N", help=meaning)
+    capture.add_argument(
+        "--temperature", type=float, default=default.temperature, metavar="X", help="of these; 0 takes the likeliest"
+    )
+    capture.add_argument(
+        "--queries", type=_queries, default=default.queries, metavar="N|all",
+        help="queries of a sequence that are kept: questions and decoded tokens, the rest drawn",
+    )  # fmt: skip
+    capture.add_argument("--layers", type=int, nargs="+", metavar="I", help="layers; all of full attention if left out")
+    capture.add_argument("--dtype", choices=DTYPES, default=default.dtype, help="of the files")
+    capture.add_argument("--device", help="cpu or cuda; cuda if there is one, if left out")
+    capture.add_argument("--seed", type=int, default=default.seed, help="of places, prompts, continuations, queries")
+    capture.set_defaults(run=run)
+    return capture
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check the arguments, load the model, capture; returns the exit status."""
+    plan = Plan(
+        tokens=arguments.tokens, sequences=arguments.sequences, retrieval=arguments.retrieval, decode=arguments.decode,
+        temperature=arguments.temperature, queries=arguments.queries,
+        layers=None if arguments.layers is None else tuple(arguments.layers), dtype=arguments.dtype,
+        share=(arguments.begin, arguments.end), seed=arguments.seed,
+    )  # fmt: skip
+    check_free(arguments.out)
+
+    import torch
+
+    from hashattn.learning.capture import capture
+    from hashattn.workload.model import load, name_of
+    from hashattn.workload.texts import read_text
+
+    texts = [read_text(path) for path in arguments.text or [None]]
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load(arguments.model, device=device)
+    shards = capture(model, tokenizer, texts, arguments.out, plan, name=name_of(arguments.model), progress=True)
+    size = sum(path.stat().st_size for path in shards.folder.rglob("*.safetensors"))
+    print(f"{shards}, {size / 1e6:,.0f} MB")
+    return 0
+
+
+def _queries(text: str) -> int | None:
+    if text in ("all", "0"):
+        return None
+    return int(text)

@@ -1,0 +1,155 @@
+"""Manifest: capture.json, which says what a folder of captured shards holds and how it came about."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hashattn import __version__
+from hashattn.facts import ModelFacts
+from hashattn.files import replacing
+
+FORMAT_VERSION = 1
+FILENAME = "capture.json"
+DTYPES = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One captured sequence.
+
+    Attributes:
+        name: of its folder.
+        kind: "text", or the retrieval task: "needle", "multikey", "copy".
+        source: the text that it was taken from.
+        tokens: how many were prefilled.
+        decoded: how many the model itself wrote after them.
+        seed: what its prompt, its continuation and its queries were drawn with.
+    """
+
+    name: str
+    kind: str
+    source: str
+    tokens: int
+    decoded: int
+    seed: int
+
+    @property
+    def keys(self) -> int:
+        """Prefilled and decoded ones."""
+        return self.tokens + self.decoded
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is captured: the model's facts, its layers, the dtype of the files, the sequences, what was asked for."""
+
+    facts: ModelFacts
+    layers: tuple[int, ...]
+    dtype: str
+    sequences: tuple[Recording, ...]
+    arguments: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain types."""
+        return {
+            "format_version": FORMAT_VERSION, "library_version": __version__, "model": self.facts.as_json(),
+            "layers": list(self.layers), "dtype": self.dtype, "arguments": self.arguments,
+            "sequences": [dataclasses.asdict(s) for s in self.sequences],
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: Any) -> Manifest:
+        """What as_json() wrote.
+
+        Raises:
+            ValueError: another format, or a field that is missing or of another type.
+        """
+        if not isinstance(data, Mapping) or "format_version" not in data:
+            raise ValueError("it is no description of a capture")
+        if data["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"its format_version is {data['format_version']!r}, this version reads {FORMAT_VERSION}")
+        try:
+            facts = ModelFacts.from_json(data["model"])
+            layers, dtype, arguments = tuple(data["layers"]), data["dtype"], dict(data["arguments"])
+            sequences = tuple(Recording(**s) for s in data["sequences"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"a field is missing or of another type: {error}") from error
+        if not layers or not set(layers) <= set(facts.attention_layers):
+            raise ValueError(f"layers must be among {list(facts.attention_layers)}, got {list(layers)}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        for s in sequences:
+            if not isinstance(s.name, str) or not re.fullmatch(r"[\w-]+", s.name):
+                raise ValueError(f"a sequence's name must be letters, digits and dashes, got {s.name!r}")
+            if any(type(n) is not int or n < 0 for n in (s.tokens, s.decoded)):
+                raise ValueError(f"{s.name}: tokens and decoded must be numbers, got {s.tokens!r} and {s.decoded!r}")
+        return cls(facts, layers, dtype, sequences, arguments)
+
+    def differences(self, other: Manifest) -> list[str]:
+        """What sets two captures apart: "tokens is 2048 here and 4096 there". Versions of the library may differ."""
+        here, there = _asked(self), _asked(other)
+        found = [
+            f"{name} is {here.get(name)!r} here and {there.get(name)!r} there"
+            for name in dict.fromkeys((*here, *there))
+            if here.get(name) != there.get(name)
+        ]
+        if not found and self.sequences != other.sequences:
+            found = ["this version of the library makes other sequences from the same arguments"]
+        return found
+
+
+def read(folder: str | Path) -> Manifest:
+    """The manifest of a folder.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    path = Path(folder) / FILENAME
+    try:
+        return Manifest.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ValueError(f"{str(folder)!r} holds no capture ({error}): make one with hashattn capture") from error
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} cannot be used: {error}") from error
+
+
+def claim(manifest: Manifest, folder: str | Path) -> None:
+    """Make the folder one for this capture, or find that it is one already.
+
+    Raises:
+        ValueError: it holds something else, or a capture with other arguments.
+    """
+    folder = Path(folder)
+    check_free(folder)
+    if (folder / FILENAME).exists():
+        if different := manifest.differences(read(folder)):
+            raise ValueError(
+                f"out={str(folder)!r} (there) holds a capture with other arguments: {'; '.join(different)}; give the "
+                "same ones to resume it, or another folder"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / FILENAME) as scratch:
+        scratch.write_text(json.dumps(manifest.as_json(), indent=1) + "\n", encoding="utf-8")
+
+
+def check_free(folder: str | Path) -> None:
+    """Raise ValueError if a folder holds something that is no capture; hidden files are what a kill left."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out={str(folder)!r} is a file: name a new or an empty folder")
+    found = [] if not folder.is_dir() else sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    if found and FILENAME not in found:
+        raise ValueError(f"out={str(folder)!r} holds other files ({found[0]}, ...): name a new or an empty folder")
+
+
+def _asked(manifest: Manifest) -> dict[str, Any]:
+    """All that two runs must agree on, by the name to tell the user."""
+    facts = {f"model's {name}": value for name, value in manifest.facts.as_json().items()}
+    return {**facts, "layers": list(manifest.layers), "dtype": manifest.dtype, **manifest.arguments}
