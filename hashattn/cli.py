@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from hashattn.attention import HashAttention
 from hashattn.bench import command
 from hashattn.bench.report import check_folder, environment
+from hashattn.evaluation import command as evaluation
 from hashattn.files import replacing
 from hashattn.learning import capture_command
 from hashattn.presets import PRESETS
@@ -74,7 +75,8 @@ def parser() -> argparse.ArgumentParser:
 
     bench = command.add(commands)
     capture = capture_command.add(commands)
-    for each in (demo, explain, bench, capture):
+    evaluate = evaluation.add(commands)
+    for each in (demo, explain, bench, capture, evaluate):
         each.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
 
