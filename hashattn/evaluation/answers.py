@@ -45,7 +45,7 @@ def run(
                 answer, reads = _answer(model, tokenizer, ids, cache, question.tokens, entry)
                 who: dict[str, Any] = {"contender": FULL, "budget": None, "dense": "", "bits": None}
                 if entry is not None:
-                    who: dict[str, Any] = {
+                    who = {
                         "contender": entry.label,
                         "budget": entry.budget,
                         "dense": entry.dense,
