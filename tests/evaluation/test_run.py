@@ -22,7 +22,7 @@ from hashattn.workload.texts import read_text
 from tests.evaluation.small import save, small_model, small_tokenizer
 from tests.integrations.models import TENTH, forward
 
-TINY = Settings(tokens=(330,), windows=2, questions=2, tasks=("needle",), sparse=12, decoded=30, queries=4)
+TINY = Settings(tokens=(400,), windows=2, questions=2, tasks=("needle",), sparse=12, decoded=30, queries=4)
 HASH, DASHKV = "simhash_topk:sinks=2,recent=4", "dashkv:sinks=2,recent=4"
 
 
@@ -125,7 +125,7 @@ def test_figures_follow_from_each_other(records):
         name = "ratio" if record["part"] == "perplexity" else "nll"
         if record["contender"] != EXACT:
             assert values[f"{name}_above_exact"] == pytest.approx(values[name] - best[name])
-        searched = 68 / 330 if record["contender"] == EXACT and record["budget"] == 0.1 else record["budget"]  # forced
+        searched = 68 / 400 if record["contender"] == EXACT and record["budget"] == 0.1 else record["budget"]  # forced
         assert values["sparse_keys_read"] == pytest.approx(searched, abs=0.03)
         if record["dense"] == "preset":  # layers 0 and 1 are dense
             assert values["keys_read"] == pytest.approx((2 + values["sparse_keys_read"]) / 3)
@@ -149,8 +149,10 @@ def test_a_summary_is_the_mean_over_windows(records):
 
 def test_tables_name_everyone(records):
     shown = markdown(summarise(records))
-    for words in ("### needle, sparse question, 330 tokens", "| perplexity ratio |", "| dashkv:sinks=2,recent=4 | 10% | none |",
-                  "| full attention |  |  | 1.0000"):  # fmt: skip
+    for words in (
+        "### needle, sparse question, 400 tokens", "| perplexity ratio |", f"| {DASHKV} | 10% | none |",
+        "| full attention |  |  | 1.0000",
+    ):  # fmt: skip
         assert words in shown
 
 
@@ -182,9 +184,9 @@ def test_the_command_writes_figures_tables_and_pictures(tmp_path, capsys):
     }), encoding="utf-8")  # fmt: skip
     command = ["eval", "--model", str(folder), "--presets", "simhash_topk:bits=32", "simhash_topk:bits=64", "--tokens",
                "400", "--windows", "1", "--questions", "1", "--tasks", "needle", "--decoded", "0", "--sparse", "8",
-               "--queries", "2", "--budget", "0.3", "0.4", "--from", "0.5", "--to", "0.52", "--rows", "tensors", "perplexity",
-               "retrieval", "--longbench", str(longbench), "--json", str(out), "--markdown", str(tmp_path / "eval.md"),
-               "--plot", str(tmp_path / "plots"), "--simulate"]  # fmt: skip
+               "--queries", "2", "--budget", "0.3", "0.4", "--from", "0.5", "--to", "0.52", "--rows", "tensors",
+               "perplexity", "retrieval", "--longbench", str(longbench), "--json", str(out),
+               "--markdown", str(tmp_path / "eval.md"), "--plot", str(tmp_path / "plots"), "--simulate"]  # fmt: skip
     assert main(command) == 0
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["command"].startswith("hashattn eval --model") and result["share"] == [0.5, 0.52]
