@@ -3,13 +3,16 @@
 Keys are encoded and indexed once, each query searches them, and the softmax runs over what was found.
 """
 
-from hashattn.attend import Attend, DenseAttend, ExactAttend, MixedPrecision, merge
+from hashattn.attend import Attend, DenseAttend, ExactAttend, MixedPrecision, PerLayerAttend, merge
 from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
+from hashattn.calibration import Calibration
 from hashattn.decoder import Decoder
 from hashattn.encoders import ITQ, AsymmetricHash, Centring, Encoder, Identity, PerLayer, SimHash, SymmetricHash
+from hashattn.facts import ModelFacts
 from hashattn.index import FlatDot, FlatHamming, Index
 from hashattn.presets import PRESETS
+from hashattn.saving import Pretrained, from_pretrained, save_pretrained, shipped
 from hashattn.selectors import Consensus, LocalTopK, Momentum, Recent, Selector, Sink, Threshold, Tiers, TopK
 from hashattn.types import Output, Selection, Step
 
@@ -20,6 +23,7 @@ __all__ = [
     "PRESETS",
     "AsymmetricHash",
     "Attend",
+    "Calibration",
     "Centring",
     "Consensus",
     "Decoder",
@@ -34,9 +38,12 @@ __all__ = [
     "KVCache",
     "LocalTopK",
     "MixedPrecision",
+    "ModelFacts",
     "Momentum",
     "Output",
     "PerLayer",
+    "PerLayerAttend",
+    "Pretrained",
     "Recent",
     "Selection",
     "Selector",
@@ -47,5 +54,8 @@ __all__ = [
     "Threshold",
     "Tiers",
     "TopK",
+    "from_pretrained",
     "merge",
+    "save_pretrained",
+    "shipped",
 ]

@@ -60,8 +60,14 @@ class HashAttention:
     def from_preset(cls, name: str, **options: Any) -> HashAttention:
         """A published method by name, such as "dashkv"; see :mod:`hashattn.presets`.
 
+        Args:
+            name: of the preset.
+            options: its own, and `pretrained`: encoders that were fitted to a model, by the name of those that come
+                with the library, a folder, or what from_pretrained() returned. Their kind must be the preset's; bits
+                and the like come from there, and layers without an encoder attend densely.
+
         Raises:
-            ValueError: an unknown name; the nearest one is named.
+            ValueError: an unknown name; the nearest one is named. Fitted encoders that do not fit the preset.
             TypeError: an option that the preset does not take; likewise.
         """
         from hashattn.presets import build  # presets stand above this module

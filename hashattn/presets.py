@@ -10,6 +10,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from hashattn.attend import DenseAttend, ExactAttend, MixedPrecision
@@ -17,6 +18,8 @@ from hashattn.attention import HashAttention
 from hashattn.encoders import AsymmetricHash, Identity, SimHash, SymmetricHash
 from hashattn.encoders.base import Encoder
 from hashattn.index import FlatDot, FlatHamming
+from hashattn.pretrained import fitted
+from hashattn.saving import Pretrained
 from hashattn.selectors import Consensus, Momentum, Recent, Selector, Sink, Tiers, TopK
 
 SANDWICH = (0, 1, -1)
@@ -187,16 +190,19 @@ PRESETS: dict[str, Callable[..., HashAttention]] = {
 }  # fmt: skip
 
 
-def build(name: str, **options: Any) -> HashAttention:
-    """The preset of this name; see :meth:`HashAttention.from_preset`."""
+def build(name: str, *, pretrained: str | Path | Pretrained | None = None, **options: Any) -> HashAttention:
+    """The preset of this name, with fitted encoders if asked for; see :meth:`HashAttention.from_preset`."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}{_nearest(name, PRESETS)}; the presets are {', '.join(PRESETS)}")
     known = options_of(name)
     for option in options:
         if option not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
-            raise TypeError(f"preset {name!r} takes no option {option!r}{_nearest(option, known)}; {takes}")
-    return PRESETS[name](**options)
+            raise TypeError(
+                f"preset {name!r} takes no option {option!r}{_nearest(option, (*known, 'pretrained'))}; {takes}"
+            )
+    attn = PRESETS[name](**options)
+    return attn if pretrained is None else fitted(name, attn, pretrained, options)
 
 
 def options_of(name: str) -> dict[str, Any]:

@@ -5,5 +5,6 @@ from hashattn.attend.dense import DenseAttend
 from hashattn.attend.exact import ExactAttend
 from hashattn.attend.merge import merge
 from hashattn.attend.mixed import MixedPrecision
+from hashattn.attend.per_layer import PerLayerAttend
 
-__all__ = ["Attend", "DenseAttend", "ExactAttend", "MixedPrecision", "merge"]
+__all__ = ["Attend", "DenseAttend", "ExactAttend", "MixedPrecision", "PerLayerAttend", "merge"]

@@ -23,6 +23,8 @@ class AsymmetricHash(LearnedHash):
             (keys are then encoded once per query head).
         centring: frozen centre of rows while unfitted, as in SimHash; None for none.
         seed: of the initial planes and weights.
+        bias_bits: how many of the bits hold a learned scalar of the key instead; see
+            :class:`hashattn.encoders.bias.KeyBias`. For linear keys and query_bits=1.
     """
 
     def __init__(
@@ -35,8 +37,11 @@ class AsymmetricHash(LearnedHash):
         heads: int | None = None,
         centring: Centring | None = DEFAULT_CENTRING,
         seed: int = 0,
+        bias_bits: int = 0,
     ) -> None:
-        super().__init__(bits, query_bits, heads, centring, seed)
+        super().__init__(bits, query_bits, heads, centring, seed, bias_bits)
+        if bias_bits and key_hidden:
+            raise ValueError(f"bias_bits={bias_bits} needs linear keys, key_hidden=(), got {key_hidden}")
         self.query_hidden, self.key_hidden = tuple(query_hidden), tuple(key_hidden)
 
     def _make_nets(self, planes: Tensor) -> tuple[HashNet, HashNet]:

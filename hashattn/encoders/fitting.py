@@ -2,158 +2,229 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from hashattn.encoders.losses import Batch, combined, parse
+from hashattn.encoders.sample import Sample
 
 if TYPE_CHECKING:
     from hashattn.encoders.learned import LearnedHash
 
-POSITIVES, NEGATIVES, TRUE_SHARE = 32, 96, 0.03
-BALANCE, QUANTISATION = 0.1, 0.1
-
-
-def kl_loss(student: Tensor, teacher: Tensor, seen: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """Listwise KL(teacher || student) over the keys of each query, as in DASH-KV; [..., N] logits."""
-    log_student = F.log_softmax(student.masked_fill(~seen, -torch.inf), -1).masked_fill(~seen, 0.0)
-    log_teacher = F.log_softmax((teacher / temperature).masked_fill(~seen, -torch.inf), -1)
-    p = log_teacher.exp()
-    return (p * (log_teacher.masked_fill(~seen, 0.0) - log_student)).sum(-1).mean()
-
-
-def ranking_loss(
-    student: Tensor, teacher: Tensor, seen: Tensor, temperature: float, generator: torch.Generator
-) -> Tensor:
-    """Bradley-Terry: true top keys should score above random visible keys; pairs that the teacher orders."""
-    visible = seen.sum(-1, keepdim=True).expand(*teacher.shape[:-1], 1)
-    top = teacher.masked_fill(~seen, -torch.inf).topk(max(1, int(TRUE_SHARE * teacher.shape[-1])), -1).indices
-    share = (visible * TRUE_SHARE).clamp(min=1, max=top.shape[-1])
-    positive = top.gather(-1, _random_below(share, POSITIVES, generator))
-    # visible keys are the first ones: queries are causal and rows of a fit have no padding
-    negative = _random_below(visible, NEGATIVES, generator)
-    s_pos, s_neg = student.gather(-1, positive), student.gather(-1, negative)
-    ordered = teacher.gather(-1, positive).unsqueeze(-1) > teacher.gather(-1, negative).unsqueeze(-2)
-    losses = F.softplus(s_neg.unsqueeze(-2) - s_pos.unsqueeze(-1))
-    return (losses * ordered).sum() / ordered.sum().clamp(min=1)
-
-
-LOSSES = {"kl": kl_loss, "ranking": ranking_loss}
+FEWEST = 64  # a query that sees fewer keys teaches nothing
+LARGEST_GRADIENT = 1.0
 
 
 def fit(
     encoder: LearnedHash,
-    q: Tensor,
-    k: Tensor,
+    samples: Sequence[Sample],
     *,
-    loss: str,
-    steps: int,
-    queries: int,
-    lr: float,
-    temperature: float,
-    scale: float | None,
-    progress: bool,
+    loss: str = "ranking",
+    steps: int = 400,
+    queries: int = 64,
+    keys: int = 2048,
+    lr: float = 3e-3,
+    temperature: float = 2.0,
+    scale: float | None = None,
+    continuation: float = 0.5,
+    seed: int | None = None,
+    every: int = 50,
+    watch: Callable[[int, float], bool | None] | None = None,
 ) -> None:
-    """Fit a learned hash to one layer, in place. On an exception the encoder is as before.
+    """Fit a learned hash to one layer, in place.
 
-    The centre becomes the mean key. Signs are relaxed to tanh(beta x), beta growing from 1 to 10, in the first half
-    of the steps, and taken with a straight-through gradient in the second.
+    The centre becomes the mean key. Signs are relaxed to tanh(beta x), beta growing from 1 to 10, in the first part
+    of the steps, and taken with a straight-through gradient in the rest. A multi-bit query is fitted as floats. The
+    student's temperature is learned.
 
     Args:
         encoder: the hash.
-        q: [B, Hq, T, D], post-RoPE queries of the last T of the N positions; they see keys up to their own.
-        k: [B, Hkv, N, D], post-RoPE keys.
-        loss: "ranking" (Bradley-Terry pairs; the best measured) or "kl" (listwise, as in DASH-KV, with bit balance
-            and quantisation terms).
+        samples: of the layer, on one device; each step draws one.
+        loss: terms by name, such as "ranking" or "kl + 0.1 * balance"; see :mod:`hashattn.encoders.losses`.
         steps: of Adam.
         queries: drawn at each step.
+        keys: drawn at each step, of those that there are; 0 for all. The best share of some keys stands for the best
+            share of all of them.
         lr: peak learning rate; 5% warm-up, then cosine.
         temperature: of the teacher's softmax; used by "kl".
         scale: of the true logits, 1 / sqrt(D) by default.
-        progress: show a progress bar (needs tqdm).
+        continuation: share of the steps with tanh; 0 takes signs from the start.
+        seed: of what is drawn; the encoder's by default.
+        every: steps between two calls of watch, and between two states to go back to.
+        watch: called with the step and its loss, when the encoder can be used; returning True stops.
 
     Raises:
-        ValueError: shapes that disagree, or an unknown loss.
+        ValueError: samples that disagree with each other or with the encoder, or an unknown loss.
+        FloatingPointError: the loss is not finite; the encoder is left as it was when it last was. After any other
+            exception it is as it was before.
     """
-    if loss not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
-    if steps < 1 or queries < 1:
-        raise ValueError(f"steps and queries must be at least 1, got {steps} and {queries}")
+    weights = parse(loss)
+    check_options(steps=steps, queries=queries, every=every)
+    check_samples(encoder, samples)
+    before = state_of(encoder)
+    try:
+        scale = scale or samples[0].q.shape[-1] ** -0.5
+        seed = encoder.seed if seed is None else seed
+        run = Run(encoder, samples, weights, steps, queries, keys, lr, temperature, scale, continuation, seed)
+        good = state_of(encoder)
+        for step in range(steps):
+            value = run.step(step)
+            if not math.isfinite(value):
+                restore(encoder, good)
+                raise FloatingPointError(
+                    f"the loss {loss!r} is {value} at step {step}; the encoder is as it was at step "
+                    f"{step - step % every}; a lower lr, such as 1e-3, may help"
+                )
+            if (step + 1) % every == 0 or step + 1 == steps:
+                good = state_of(encoder)
+                if watch is not None and watch(step + 1, value):
+                    break
+    except FloatingPointError:
+        raise
+    except BaseException:
+        restore(encoder, before)
+        raise
+
+
+class Run:
+    """One optimisation: its optimiser, its schedule and its random numbers."""
+
+    def __init__(
+        self, encoder: LearnedHash, samples: Sequence[Sample], weights: dict[str, float], steps: int, queries: int,
+        keys: int, lr: float, temperature: float, scale: float, continuation: float, seed: int,
+    ) -> None:  # fmt: skip
+        self.encoder, self.samples, self.weights, self.steps = encoder, samples, weights, steps
+        self.queries, self.keys, self.temperature, self.scale = queries, keys, temperature, scale
+        self.continuation = continuation
+        device, fresh = samples[0].k.device, not encoder.fitted
+        encoder.build(samples[0].k.shape[-1], device)
+        encoder.mean = torch.stack([s.k.float().mean(1) for s in samples]).mean(0)  # [Hkv, D]
+        spread = torch.stack([(s.k.float() - encoder.mean.unsqueeze(1)).square().mean() for s in samples])
+        self.unit = float(spread.mean().rsqrt())  # tanh wants projections of about one
+        if fresh and encoder.key_bias is not None:
+            encoder.key_bias.rescale(self.unit)
+        self.generator = torch.Generator(device=device).manual_seed(seed)
+        start = -0.5 * math.log(encoder.bits)
+        self.log_scale = torch.tensor(start, device=device, requires_grad=True)
+        self.parameters = [*{id(p): p for p in encoder.parameters()}.values(), self.log_scale]
+        self.optimiser = torch.optim.Adam(self.parameters, lr=lr)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimiser,
+            lambda i: min((i + 1) / max(1, steps // 20), 0.5 + 0.5 * math.cos(math.pi * i / steps)),
+        )
+
+    def step(self, step: int) -> float:
+        """One step of Adam on a drawn batch; returns the loss before it, and does nothing if that is not finite."""
+        with torch.enable_grad():
+            value = combined(self.weights, self.batch(step / self.steps))
+            self.optimiser.zero_grad()
+            value.backward()
+        found = float(value.detach())
+        if math.isfinite(found):
+            torch.nn.utils.clip_grad_norm_(self.parameters, LARGEST_GRADIENT)
+            self.optimiser.step()
+            self.schedule.step()
+        return found
+
+    def batch(self, done: float) -> Batch:
+        """Queries and keys of one sample, as far as the share `done` of the steps has relaxed them."""
+        encoder, generator = self.encoder, self.generator
+        sample = self.samples[int(self._draw(len(self.samples), 1))]
+        able = (sample.positions >= min(FEWEST, sample.k.shape[1]) - 1).nonzero().squeeze(-1)
+        rows = able[self._draw(len(able), self.queries)]
+        columns = torch.arange(sample.k.shape[1], device=sample.k.device)
+        if 0 < self.keys < len(columns):
+            drawn = torch.randperm(len(columns), generator=generator, device=columns.device)
+            columns = drawn[: self.keys].sort().values
+        q, k = sample.q[:, rows].float(), sample.k[:, columns].float()
+        seen = columns <= sample.positions[rows].unsqueeze(-1)  # [T, N]
+        v_q = encoder.relaxed_query(q.unsqueeze(0))[0]
+        v_k, bias = encoder.relaxed_key(k.unsqueeze(0), hard=done >= self.continuation)
+        v_k = v_k[0] * self.unit
+        h_q = v_q if encoder.query_bits > 1 else self._relax(v_q, done)
+        h_k = self._relax(v_k, done)
+        student = grouped_product(h_q, h_k)
+        if bias is not None:
+            student = student + 2 * bias[0, ..., 0].repeat_interleave(len(q) // bias.shape[1], 0).unsqueeze(1)
+        with torch.no_grad():
+            teacher = grouped_product(q, k) * self.scale
+        return Batch(teacher, student * self.log_scale.exp(), seen, v_q, v_k, h_q, h_k, self.temperature, generator)
+
+    def _relax(self, v: Tensor, done: float) -> Tensor:
+        if done < self.continuation:
+            return torch.tanh(v * (1 + 9 * done / self.continuation))
+        soft = v.clamp(-1, 1)
+        return soft + (torch.where(v >= 0, 1.0, -1.0) - soft).detach()
+
+    def _draw(self, below: int, n: int) -> Tensor:
+        return torch.randint(below, (n,), generator=self.generator, device=self.log_scale.device)
+
+
+def grouped_product(q: Tensor, k: Tensor) -> Tensor:
+    """[Hq, T, X] and [H, N, X] -> [Hq, T, N]: every query with the keys of its head."""
+    return (q.reshape(len(k), -1, q.shape[-1]) @ k.transpose(-1, -2)).view(*q.shape[:2], k.shape[1])
+
+
+def check_options(**numbers: int) -> None:
+    """Raise ValueError unless all of them are at least 1."""
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+
+
+def check_samples(encoder: LearnedHash, samples: Sequence[Sample]) -> None:
+    """Raise ValueError unless there are samples, of one shape of heads, that the encoder can be fitted to."""
+    if not samples:
+        raise ValueError("samples must hold at least one, got none")
+    first = samples[0]
+    q_heads, kv_heads, head_dim = len(first.q), len(first.k), first.k.shape[-1]
+    for sample in samples:
+        heads = len(sample.q), len(sample.k), sample.k.shape[-1]
+        if heads != (q_heads, kv_heads, head_dim):
+            raise ValueError(
+                f"samples must share Hq, Hkv and D: {first.name!r} has {(q_heads, kv_heads, head_dim)}, "
+                f"{sample.name!r} has {heads}"
+            )
+        if not len(sample.positions):
+            raise ValueError(f"sample {sample.name!r} holds no queries")
+        if int(sample.positions.max()) < min(FEWEST, sample.k.shape[1]) - 1:
+            raise ValueError(f"sample {sample.name!r} has no query that sees {FEWEST} keys or more")
+    encoder.check_model(q_heads, kv_heads, head_dim)
+
+
+def samples_of(q: Tensor, k: Tensor) -> list[Sample]:
+    """A sample a row of q [B, Hq, T, D], the queries of the last T of N positions, and k [B, Hkv, N, D].
+
+    Raises:
+        ValueError: shapes that disagree.
+    """
     if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
         raise ValueError(
             f"q [B, Hq, T, D] and k [B, Hkv, N, D] must share B and D, got {(*q.shape,)} and {(*k.shape,)}"
         )
     if q.shape[1] % k.shape[1] or q.shape[2] > k.shape[2]:
         raise ValueError(f"q needs Hq a multiple of Hkv, and T <= N, got {(*q.shape,)} for keys {(*k.shape,)}")
-    encoder.check_model(q.shape[1], k.shape[1], k.shape[-1])
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    try:
-        _optimise(encoder, q.detach().float(), k.detach().float(), LOSSES[loss], loss == "kl", steps, queries, lr,
-                  temperature, scale or q.shape[-1] ** -0.5, progress)  # fmt: skip
-    except BaseException:
-        if "key_net.skip" in before:
-            encoder.load_state_dict(before)
-        else:
-            encoder.query_net = encoder.key_net = None
-            encoder.mean = before["mean"]
-        raise
+    keys = k.shape[2]
+    positions = torch.arange(keys - q.shape[2], keys, device=k.device)
+    pairs = zip(q.detach().float(), k.detach().float(), strict=True)
+    return [Sample(own_q, own_k, positions, keys, f"row {i}") for i, (own_q, own_k) in enumerate(pairs)]
 
 
-def _optimise(encoder, q, k, objective, regularise, steps, queries, lr, temperature, scale, progress):  # type: ignore[no-untyped-def]
-    encoder.build(k.shape[-1], k.device)
-    encoder.mean = k.mean((0, 2))
-    keys, tokens = k.shape[2], q.shape[2]
-    generator = torch.Generator(device=k.device).manual_seed(encoder.seed)
-    log_scale = torch.tensor(-0.5 * float(torch.tensor(float(encoder.bits)).log()), device=k.device, requires_grad=True)
-    parameters = [*{id(p): p for p in encoder.parameters()}.values(), log_scale]
-    optimiser = torch.optim.Adam(parameters, lr=lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser,
-        lambda i: min((i + 1) / max(1, steps // 20), 0.5 + 0.5 * float(torch.cos(torch.tensor(torch.pi * i / steps)))),
-    )
-    key_scale = (k - encoder.mean.unsqueeze(1)).square().mean().rsqrt()  # tanh wants projections of about one
-    columns = torch.arange(keys, device=k.device)
-    for step in _bar(range(steps), progress):
-        rows = torch.randint(tokens, (min(queries, tokens),), generator=generator, device=k.device)
-        seen = columns <= (rows + keys - tokens).unsqueeze(-1)  # [Q, N]
-        with torch.enable_grad():
-            v_q = encoder.project_query(q[:, :, rows])
-            v_k = encoder.project_key(k) * key_scale
-            h_q, h_k = (_relax(v, step / steps) for v in (v_q, v_k))
-            grouped = h_q.reshape(h_k.shape[0], h_k.shape[1], -1, encoder.bits)
-            student = (grouped @ h_k.transpose(-1, -2)).view(*h_q.shape[:3], keys) * log_scale.exp()
-            with torch.no_grad():
-                true = q[:, :, rows].reshape(k.shape[0], k.shape[1], -1, k.shape[-1])
-                teacher = (true @ k.transpose(-1, -2)).view(student.shape) * scale
-            value = objective(student, teacher, seen, temperature, generator)
-            if regularise:
-                value = value + sum(
-                    BALANCE * h.mean(2).square().mean() + QUANTISATION * (h.abs() - 1).square().mean()
-                    for h in (v_q.tanh(), v_k.tanh())
-                )
-            optimiser.zero_grad()
-            value.backward()
-            optimiser.step()
-            schedule.step()
+def state_of(encoder: LearnedHash) -> dict[str, Tensor]:
+    """A copy of its weights."""
+    return {name: value.detach().clone() for name, value in encoder.state_dict().items()}
 
 
-def _relax(v: Tensor, done: float) -> Tensor:
-    if done < 0.5:
-        return torch.tanh(v * (1 + 18 * done))
-    soft = v.clamp(-1, 1)
-    return soft + (torch.where(v >= 0, 1.0, -1.0) - soft).detach()
-
-
-def _random_below(limit: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """n uniform integers below each limit [..., 1]."""
-    uniform = torch.rand(*limit.shape[:-1], n, generator=generator, device=limit.device)
-    return (uniform * limit).long().clamp(max=limit.long() - 1)
-
-
-def _bar(steps: range, progress: bool):  # type: ignore[no-untyped-def]
-    if not progress:
-        return steps
-    from hashattn.extras import require
-
-    return require("tqdm", "fit", "a progress bar").tqdm(steps, desc="fitting", unit="step")
+def restore(encoder: LearnedHash, state: dict[str, Tensor]) -> None:
+    """Give it the weights of :func:`state_of`, without counting as a fit."""
+    fits = encoder.fits
+    if "key_net.skip" in state:
+        encoder.load_state_dict(state)
+    else:  # there were none
+        encoder.query_net = encoder.key_net = encoder.key_bias = None
+        encoder.mean = state["mean"]
+    encoder.fits = fits

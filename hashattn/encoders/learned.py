@@ -6,9 +6,10 @@ import itertools
 import math
 import warnings
 from abc import abstractmethod
-from typing import Self
+from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hashattn.encoders.base import (
@@ -18,7 +19,9 @@ from hashattn.encoders.base import (
     query_planes,
     subtract,
 )
+from hashattn.encoders.bias import KeyBias, check_bias
 from hashattn.encoders.centring import Centring
+from hashattn.encoders.progress import progress_of
 from hashattn.encoders.simhash import orthogonal_planes
 from hashattn.ops.decode import Map
 
@@ -79,15 +82,19 @@ class LearnedHash(nn.Module, Encoder):
     computed in float32. An MLP's queries are scaled to unit mean square first.
     """
 
-    def __init__(self, bits: int, query_bits: int, heads: int | None, centring: Centring | None, seed: int):
+    def __init__(
+        self, bits: int, query_bits: int, heads: int | None, centring: Centring | None, seed: int, bias_bits: int = 0
+    ) -> None:
         super().__init__()
         check_bits(bits, query_bits)
+        check_bias(bits, query_bits, bias_bits)
         if heads is not None and heads < 1:
             raise ValueError(f"heads must be at least 1, or None for weights that all heads share, got {heads}")
-        self.bits, self.query_bits, self.heads, self.seed = bits, query_bits, heads, seed
+        self.bits, self.query_bits, self.heads, self.seed, self.bias_bits = bits, query_bits, heads, seed, bias_bits
         self._row_centring = centring
         self.query_net: HashNet | None = None
         self.key_net: HashNet | None = None
+        self.key_bias: KeyBias | None = None
         self.mean: Tensor
         self.register_buffer("mean", torch.empty(0))  # [Hkv, D] once fitted
         self._warned = False
@@ -101,7 +108,10 @@ class LearnedHash(nn.Module, Encoder):
         """Widths of the query's and the key's hidden layers."""
 
     def widths(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        return self._hidden() if self.heads in (None, 1) else None
+        if self.heads not in (None, 1):
+            return None
+        query, key = self._hidden()
+        return query, (KeyBias.HIDDEN,) if self.bias_bits else key
 
     @property
     def fitted(self) -> bool:
@@ -129,20 +139,26 @@ class LearnedHash(nn.Module, Encoder):
     def build(self, head_dim: int, device: torch.device | str = "cpu") -> Self:
         """Make the weights for this head dimension, if there are none yet. Returns itself."""
         if self.query_net is None:
-            planes = orthogonal_planes(head_dim, self.bits, self.seed, torch.device(device))
+            planes = orthogonal_planes(head_dim, self.bits - self.bias_bits, self.seed, torch.device(device))
             self.query_net, self.key_net = self._make_nets(planes)
+            if self.bias_bits:
+                bias = KeyBias(head_dim, self.bias_bits, self.heads or 1, self.seed + 2)
+                self.key_bias = bias.to(planes.device)
         return self
 
     def project_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         """Keys before the sign: float32 [B, code heads, N, bits]."""
-        self.build(k.shape[-1], k.device)
+        x = self._centred(k, centre)
         assert self.key_net is not None
-        x = subtract(k, self.mean.unsqueeze(0) if self.fitted else centre)
-        repeats = self.code_heads(k.shape[1]) // k.shape[1]
-        return self.key_net(x if repeats == 1 else x.repeat_interleave(repeats, dim=1))
+        projection = self.key_net(x)
+        return projection if self.key_bias is None else torch.cat([projection, self.key_bias.thermometer(x)], -1)
 
     def project_query(self, q: Tensor) -> Tensor:
         """Queries before the sign: float32 [B, Hq, T, bits]."""
+        return F.pad(self.relaxed_query(q), (0, self.bias_bits))  # zero counts as positive
+
+    def relaxed_query(self, q: Tensor) -> Tensor:
+        """Queries before the sign, without the bits of the bias: float32 [B, Hq, T, bits - bias_bits]."""
         self.build(q.shape[-1], q.device)
         assert self.query_net is not None
         q = q.float()
@@ -150,12 +166,25 @@ class LearnedHash(nn.Module, Encoder):
             return self.query_net(q)
         return self.query_net(q * torch.rsqrt(q.square().mean(-1, keepdim=True).clamp(min=1e-12)))
 
+    def relaxed_key(self, k: Tensor, hard: bool) -> tuple[Tensor, Tensor | None]:
+        """Keys before the sign, without the bits of the bias, and their bias, if any, as a fit relaxes it."""
+        x = self._centred(k, None)
+        assert self.key_net is not None
+        return self.key_net(x), None if self.key_bias is None else self.key_bias.relaxed(x, hard)
+
+    def _centred(self, k: Tensor, centre: Tensor | None) -> Tensor:
+        self.build(k.shape[-1], k.device)
+        x = subtract(k, self.mean.unsqueeze(0) if self.fitted else centre)
+        repeats = self.code_heads(k.shape[1]) // k.shape[1]
+        return x if repeats == 1 else x.repeat_interleave(repeats, dim=1)
+
     def maps(self, head_dim: int, device: torch.device) -> tuple[Map, Map]:
         if self.widths() is None:
             return super().maps(head_dim, device)
         self.build(head_dim, device)
         assert self.query_net is not None and self.key_net is not None
-        return self.query_net.as_map(unit=len(self.query_net.weights) > 0), self.key_net.as_map(unit=False)
+        query, key = self.query_net.as_map(unit=len(self.query_net.weights) > 0), self.key_net.as_map(unit=False)
+        return (query, key) if self.key_bias is None else (query.padded(self.bias_bits), self.key_bias.append_to(key))
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         if not self.fitted and not self._warned:
@@ -173,26 +202,20 @@ class LearnedHash(nn.Module, Encoder):
         with torch.no_grad():
             return query_planes(self.project_query(q), self.query_bits)
 
-    def fit(
-        self,
-        q: Tensor,
-        k: Tensor,
-        *,
-        loss: str = "ranking",
-        steps: int = 400,
-        queries: int = 64,
-        lr: float = 3e-3,
-        temperature: float = 2.0,
-        scale: float | None = None,
-        progress: bool = False,
-    ) -> Self:
-        """Learn from queries and keys of one layer; see :func:`hashattn.encoders.fitting.fit`. Returns itself."""
-        from hashattn.encoders.fitting import fit
+    def fit(self, q: Tensor, k: Tensor, **options: Any) -> Self:
+        """Learn from queries [B, Hq, T, D], those of the last T of N positions, and keys [B, Hkv, N, D] of one layer.
 
-        fit(
-            self, q, k, loss=loss, steps=steps, queries=queries, lr=lr, temperature=temperature, scale=scale,
-            progress=progress,
-        )  # fmt: skip
+        Args:
+            options: loss="ranking", steps=400, lr=3e-3, ...; see :func:`hashattn.encoders.fitting.fit`, which also
+                takes several texts. progress=True shows a bar (needs tqdm).
+
+        Raises:
+            ValueError: shapes that disagree, or an option that cannot be used.
+        """
+        from hashattn.encoders.fitting import fit, samples_of
+
+        with progress_of(options.get("steps", 400), options.pop("progress", False)) as watch:
+            fit(self, samples_of(q, k), **{"watch": watch, **options})
         self.fits += 1
         return self
 
@@ -205,4 +228,5 @@ class LearnedHash(nn.Module, Encoder):
         self.fits += 1
 
     def extra_repr(self) -> str:
-        return f"bits={self.bits}, query_bits={self.query_bits}, heads={self.heads}, fitted={self.fitted}"
+        bias = f", bias_bits={self.bias_bits}" if self.bias_bits else ""
+        return f"bits={self.bits}, query_bits={self.query_bits}, heads={self.heads}{bias}, fitted={self.fitted}"

@@ -2,45 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from hashattn.encoders.base import Encoder
+from hashattn.facts import ModelFacts
 
 _UNBOUND = "PerLayer holds one encoder a layer: call attn.layer(i), or encoder.layer(i), and encode with that"
 
 
 class PerLayer(nn.Module, Encoder):
-    """Holds the encoder of every layer; attn.layer(i) picks one. It encodes nothing itself.
+    """Holds the encoders of a model's layers; attn.layer(i) picks one. It encodes nothing itself.
 
     Args:
-        encoders: one nn.Module encoder a layer, of the same code length.
+        encoders: nn.Module encoders of one code length: one for every layer of the model, or {layer: encoder} for those
+            that are served (dense and sliding-window layers need none).
+        facts: of the model that they were fitted to; attach() then refuses any other. None if nobody knows.
     """
 
-    def __init__(self, encoders: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, encoders: Sequence[nn.Module] | Mapping[int, nn.Module], facts: ModelFacts | None = None
+    ) -> None:
         super().__init__()
         if not encoders:
             raise ValueError("encoders must hold at least one encoder, got none")
-        for i, encoder in enumerate(encoders):
+        numbered = encoders if isinstance(encoders, Mapping) else dict(enumerate(encoders))
+        for i, encoder in numbered.items():
+            if type(i) is not int or i < 0:
+                raise TypeError(f"encoders must be numbered by layers from 0, got {i!r}")
             if not (isinstance(encoder, Encoder) and isinstance(encoder, nn.Module)):
                 raise TypeError(f"encoders[{i}] must be an encoder with weights, got {type(encoder).__name__}")
-        lengths = {e.bits for e in encoders if isinstance(e, Encoder)}
+        lengths = {e.bits for e in numbered.values() if isinstance(e, Encoder)}
         if len(lengths) > 1:
             raise ValueError(f"encoders must share one code length, got {sorted(lengths)} bits")
-        self.encoders = nn.ModuleList(encoders)
-        self.bits = lengths.pop()
+        self.encoders = nn.ModuleDict({str(i): numbered[i] for i in sorted(numbered)})
+        self.facts = facts
+        self.bits, self.query_bits = lengths.pop(), self._first.query_bits
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have an encoder, ascending."""
+        return tuple(int(i) for i in self.encoders)
+
+    @property
+    def _first(self) -> Encoder:
+        return self.layer(self.layers[0])
 
     def code_heads(self, kv_heads: int) -> int:
-        return self.layer(0).code_heads(kv_heads)
+        return self._first.code_heads(kv_heads)
 
     def widths(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        return self.layer(0).widths()
+        return self._first.widths()
 
     def layer(self, i: int) -> Encoder:
-        if not 0 <= i < len(self.encoders):
-            raise ValueError(f"layer {i} has no encoder: this PerLayer holds {len(self.encoders)}")
-        encoder = self.encoders[i]
+        if str(i) not in self.encoders:
+            held = f"{len(self.encoders)}, of layers {', '.join(self.encoders)}"
+            raise ValueError(f"layer {i} has no encoder: this PerLayer holds {held}; name others in dense_layers")
+        encoder = self.encoders[str(i)]
         assert isinstance(encoder, Encoder)
         return encoder
 

@@ -14,8 +14,7 @@ from hashattn.evaluation.benchmarks import Asked
 from hashattn.evaluation.contenders import FULL, Contender
 from hashattn.evaluation.continuation import cache_argument, prefill
 from hashattn.extras import require
-from hashattn.workload.prompt import encode, frame
-from hashattn.workload.texts import special_prefix
+from hashattn.workload.prompt import beginning, encode, frame
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -62,7 +61,7 @@ def prompt_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, quest
     Raises:
         ValueError: a model whose context is shorter than the answer.
     """
-    opening, closing = special_prefix(tokenizer), list[int]()
+    opening, closing = beginning(tokenizer), list[int]()
     if question.chat and tokenizer.chat_template:
         opening, _ = frame(tokenizer, "")
         closing = encode(tokenizer, _turn_end(tokenizer))

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hashattn.attention import HashAttention
+from hashattn.encoders.learned import LearnedHash
 from hashattn.presets import budget_options, options_of
+from hashattn.saving import from_pretrained
 
 FULL, EXACT = "full attention", "oracle_topk"
 DENSE = ("preset", "none")
@@ -41,6 +43,8 @@ class Contender:
             ValueError, TypeError: options that the preset does not take, a budget that it cannot have.
         """
         chosen = {**budget_options(self.preset, self.budget, tokens, self.options), **self.options}
+        if self.dense != "preset" and "dense_layers" in options_of(self.preset):  # fitted encoders may object
+            chosen["dense_layers"] = dense_layers(self.dense)
         attn = HashAttention.from_preset(self.preset, **chosen)
         if self.dense != "preset":
             attn = attn.replace(dense_layers=dense_layers(self.dense))
@@ -72,6 +76,8 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
             options[option] = ast.literal_eval(value)
         except (SyntaxError, ValueError):
             options[option] = value
+    if "pretrained" in options:
+        options["pretrained"] = from_pretrained(options["pretrained"])  # once for all lengths
     HashAttention.from_preset(name, **options)
     return name, options
 
@@ -93,12 +99,12 @@ def contenders(
     """
     parsed = [(text, *parse(text)) for text in presets]
     if pretrained is not None:
-        takers = [name for _, name, _ in parsed if "pretrained" in options_of(name)]
+        takers = [options for _, name, options in parsed if learns(name)]
         if not takers:
             raise ValueError(f"encoder={pretrained!r} is taken by none of the presets {', '.join(presets)}")
-        for _, name, options in parsed:
-            if name in takers:
-                options.setdefault("pretrained", pretrained)
+        loaded = from_pretrained(pretrained)
+        for options in takers:
+            options.setdefault("pretrained", loaded)
     for values in (presets, budgets, dense):
         if not values or len(set(values)) < len(values):
             raise ValueError(f"presets, budgets and dense layers must be given, and each once, got {[*values]}")
@@ -116,6 +122,11 @@ def contenders(
     for contender in found:
         contender.composition(4096)  # refuses what cannot be
     return found
+
+
+def learns(preset: str) -> bool:
+    """Whether a preset has an encoder that is fitted."""
+    return isinstance(HashAttention.from_preset(preset).encoder, LearnedHash)
 
 
 def dense_layers(text: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from pathlib import Path
 
@@ -132,7 +133,8 @@ def save(path: Path, tensors: dict[str, Tensor], **notes: object) -> None:
     torch_files = require("safetensors.torch", "hf", "capturing")
     with replacing(path) as scratch:
         held = {name: t.contiguous() for name, t in tensors.items()}
-        torch_files.save_file(held, scratch, metadata={name: str(value) for name, value in notes.items()})
+        # One entry: safetensors writes several in an order that differs from run to run.
+        scratch.write_bytes(torch_files.save(held, metadata={"hashattn": json.dumps(notes)}))
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:

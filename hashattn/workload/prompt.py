@@ -21,6 +21,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that begins every text, if the tokenizer itself puts it there."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and list(tokenizer("")["input_ids"])[:1] == [bos] else []
+
+
 def frame(tokenizer: PreTrainedTokenizerBase, question: str) -> tuple[list[int], list[int]]:
     """The tokens before the text and after it: chat template, question, and where the answer starts."""
     if tokenizer.chat_template:
@@ -28,9 +34,7 @@ def frame(tokenizer: PreTrainedTokenizerBase, question: str) -> tuple[list[int],
         prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         opening, closing = str(prompt).split(_MARK)
         return encode(tokenizer, opening), encode(tokenizer, closing)
-    bos = tokenizer.bos_token_id
-    starts = tokenizer("")["input_ids"][:1] == [bos]  # only if the tokenizer itself would put it there
-    return [bos] if starts else [], encode(tokenizer, f"\n\nQuestion: {question}\nAnswer:")
+    return beginning(tokenizer), encode(tokenizer, f"\n\nQuestion: {question}\nAnswer:")
 
 
 def boundary(text: str, depth: float) -> int:

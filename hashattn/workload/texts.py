@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hashattn.workload.assets import SHAKESPEARE, fetch
-from hashattn.workload.prompt import encode
+from hashattn.workload.prompt import beginning, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,12 +62,6 @@ def read_text(path: str | Path | None) -> Text:
     return Text(source.name, content)
 
 
-def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that the tokenizer itself puts before a text: a beginning-of-text token, or none."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and list(tokenizer("")["input_ids"])[:1] == [bos] else []
-
-
 def windows(tokenizer: PreTrainedTokenizerBase, text: Text, tokens: int, count: int, *, seed: int) -> list[Tensor]:
     """Sequences of a text that do not overlap, at places drawn by the seed, each as if it were a text of its own.
 
@@ -77,7 +71,7 @@ def windows(tokenizer: PreTrainedTokenizerBase, text: Text, tokens: int, count: 
     Raises:
         ValueError: the text is too short.
     """
-    prefix = special_prefix(tokenizer)
+    prefix = beginning(tokenizer)
     room = tokens - len(prefix)
     ids = encode(tokenizer, text.content)
     if room < 1 or len(ids) < count * room:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hashattn import AsymmetricHash, Centring, FlatHamming, HashAttention, SimHash, SymmetricHash, TopK
-from hashattn.encoders import fitting
+from hashattn.encoders import losses
 from tests.structured import attention64, generator, qkv, raises_naming, tolerance, visible_mask
 
 unfitted = pytest.mark.filterwarnings("ignore:this .* is not fitted:UserWarning")
@@ -79,13 +79,13 @@ def test_a_state_dict_gives_a_fresh_instance_the_same_codes(make, stage):
 
 
 @makes
-@pytest.mark.parametrize("loss", ["ranking", "kl"])
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("stage", ["new", "built", "fitted"])
-def test_an_exception_in_the_middle_of_a_fit_leaves_the_encoder_as_it_was(monkeypatch, make, loss, error, stage):
+@pytest.mark.parametrize(
+    ("stage", "error"), [("new", ValueError), ("built", KeyboardInterrupt), ("fitted", KeyboardInterrupt)]
+)
+def test_an_exception_in_the_middle_of_a_fit_leaves_the_encoder_as_it_was(monkeypatch, make, error, stage):
     encoder = {"new": lambda e: e, "built": lambda e: e.build(16), "fitted": fit}[stage](make())
     before, calls = state(encoder), []
-    objective = fitting.LOSSES[loss]
+    objective = losses.LOSSES["ranking"]
 
     def breaks(*args):
         calls.append(args)
@@ -93,9 +93,9 @@ def test_an_exception_in_the_middle_of_a_fit_leaves_the_encoder_as_it_was(monkey
             raise error
         return objective(*args)
 
-    monkeypatch.setitem(fitting.LOSSES, loss, breaks)
+    monkeypatch.setitem(losses.LOSSES, "ranking", breaks)
     with pytest.raises(error):
-        fit(encoder, 4, loss=loss)
+        fit(encoder, 4)
     assert len(calls) == 3
     assert same(state(encoder), before)
     assert encoder.fitted == (stage == "fitted")
@@ -104,7 +104,7 @@ def test_an_exception_in_the_middle_of_a_fit_leaves_the_encoder_as_it_was(monkey
 def test_a_failed_fit_can_be_repeated_as_if_it_had_not_been(monkeypatch):
     encoder = MAKE["asymmetric"]()
     with monkeypatch.context() as patch:
-        patch.setitem(fitting.LOSSES, "kl", lambda *_: 1 / 0)
+        patch.setitem(losses.LOSSES, "kl", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             fit(encoder, loss="kl")
     assert same(state(fit(encoder)), state(fit(MAKE["asymmetric"]())))

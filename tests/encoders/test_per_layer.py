@@ -53,5 +53,5 @@ def test_a_state_dict_restores_every_layer():
     layers = PerLayer([AsymmetricHash(64, query_hidden=(8,)).fit(q, k, steps=2, queries=2), AsymmetricHash(64)])
     twin = PerLayer([AsymmetricHash(64, query_hidden=(8,)), AsymmetricHash(64)])
     twin.load_state_dict(layers.state_dict())
-    assert [layer.fitted for layer in twin.encoders] == [True, False]
+    assert [layer.fitted for layer in twin.encoders.values()] == [True, False]
     assert torch.equal(twin.layer(0).encode_key(k), layers.layer(0).encode_key(k))

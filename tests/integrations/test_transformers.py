@@ -189,7 +189,7 @@ def test_captured_queries_and_keys_fit_an_encoder_for_every_layer(llama):
         write(llama, prompt(), eos_token_id=None)
         assert all(row.sparse == 11 for row in handle.report().layers)
     with pytest.raises(ValueError, match="layer 2 has no encoder"):
-        TENTH.replace(encoder=PerLayer(list(encoder.encoders)[:2])).attach(llama)
+        TENTH.replace(encoder=PerLayer(list(encoder.encoders.values())[:2])).attach(llama)
 
 
 @pytest.mark.parametrize("name", ["dashkv", "dashkv_momentum", "hata", "simhash_topk", "streaming", "oracle_topk"])

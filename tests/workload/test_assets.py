@@ -21,7 +21,7 @@ JOINED = b"ALL'S WELL\n--BOTTOM"
 ASSET = Asset(
     name="two plays",
     filename="plays.txt",
-    package="plays==1.0",
+    packages=("plays==1.0",),
     members="plays-1.0/*_gut.txt",
     sha256=hashlib.sha256(JOINED).hexdigest(),
     megabytes=1,
@@ -74,6 +74,14 @@ def test_a_missing_file_is_made_from_the_members_that_match(
     path = fetch(ASSET, cache_dir=tmp_path / "new" / "cache")
     assert path.read_bytes() == JOINED
     assert [p.name for p in path.parent.iterdir()] == ["plays.txt"]
+
+
+def test_a_file_in_several_packages_is_joined_in_their_order(tmp_path: Path, downloads: list[str]) -> None:
+    both = replace(ASSET, packages=("one==1", "two==1"), separator=b"+")
+    joined = b"+".join([b"ALL'S WELL\n", b"BOTTOM"] * 2)
+    path = fetch(replace(both, sha256=hashlib.sha256(joined).hexdigest()), cache_dir=tmp_path)
+    assert path.read_bytes() == joined
+    assert downloads == ["one==1", "two==1"]
 
 
 def test_a_right_file_is_not_fetched_again(tmp_path: Path, downloads: list[str]) -> None:

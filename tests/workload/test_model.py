@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from hashattn.workload.model import load
+from hashattn.workload.model import load, name_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,3 +36,11 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
     path.touch()
     with pytest.raises(ValueError, match=r"is a file but no \.gguf"):
         load(path)
+
+
+def test_models_are_called_by_their_names(tmp_path: Path) -> None:
+    assert name_of(None) == name_of("smollm2-135m") == "SmolLM2-135M-Instruct"
+    assert name_of("gemma-3-270m") == "Gemma-3-270M"
+    assert name_of("org/model") == "org/model"
+    (tmp_path / "mine").mkdir()
+    assert name_of(tmp_path / "mine") == name_of(f"{tmp_path}/mine/") == "mine"

@@ -14,7 +14,7 @@ from hashattn.attention import HashAttention
 from hashattn.integrations.transformers import support
 from hashattn.integrations.transformers.forward import HASHATTN_CALL, Forward, hashed_attention
 from hashattn.integrations.transformers.handle import Handle
-from hashattn.integrations.transformers.layers import overrides, serve
+from hashattn.integrations.transformers.layers import check_facts, overrides, serve
 from hashattn.integrations.transformers.report import LayerRecord
 
 NAME = "hashattn"
@@ -45,7 +45,8 @@ def attach(
         A Handle: update(), report(), reads(), detach(); also a context manager.
 
     Raises:
-        ValueError: the model cannot be served (strict), is attached already, or a part does not fit it.
+        ValueError: the model cannot be served (strict), is attached already, or a part does not fit it: encoders
+            that were fitted to another model, say.
         TypeError: `layers` that does not map ints to compositions.
     """
     if max_sparse_q < 1:
@@ -61,6 +62,8 @@ def attach(
         raise ValueError("model is attached already: call detach() on its handle first")
     depth = len(modules)
     single = {} if reasons else overrides(layers, depth)
+    for composition in () if reasons else (attn, *single.values()):
+        check_facts(composition, model)
     served = {i: serve(single.get(i, attn), i in single, module, i, depth) for i, module in modules.items()}
     forward = Forward(served, {i: LayerRecord() for i in modules}, strict, max_sparse_q, trace, device, simulate)
     handle = Handle(attn, model, tuple(reasons), forward, modules)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hashattn.attention import HashAttention
 from hashattn.integrations.transformers import support
 from hashattn.integrations.transformers.forward import Forward
-from hashattn.integrations.transformers.layers import Served, numbers, serve
+from hashattn.integrations.transformers.layers import Served, check_facts, numbers, serve
 from hashattn.integrations.transformers.report import LayerRecord, Report, summarise
 from hashattn.integrations.transformers.update import revised
 
@@ -50,7 +50,7 @@ class Handle:
 
         Raises:
             TypeError: a name that is neither part nor field; the nearest known one is named.
-            ValueError: a value that its part refuses, parts that do not fit, a layer that is not served.
+            ValueError: a value that its part refuses, parts that do not fit the model, a layer that is not served.
             RuntimeError: the handle is detached.
         """
         if not self._hooks and not self.refused:
@@ -65,7 +65,9 @@ class Handle:
         attn = revised(self.attn, changes) if layers is None else self.attn
         new = dict(served)
         for i in chosen:
-            new[i] = serve(_revised_layer(served[i], i, changes), served[i].own, self._modules[i], i, depth)
+            composition = _revised_layer(served[i], i, changes)
+            check_facts(composition, self.model)
+            new[i] = serve(composition, served[i].own, self._modules[i], i, depth)
         for one in new.values():
             one.composition.to(self._forward.device or support.devices_of(self._modules)[0])
         self.attn, self._forward.served = attn, new

@@ -10,7 +10,9 @@ from torch import nn
 
 from hashattn.attend import DenseAttend
 from hashattn.attention import HashAttention
+from hashattn.encoders import PerLayer
 from hashattn.integrations.transformers import support
+from hashattn.integrations.transformers.facts import facts_of
 
 DENSE_LAYERS, DENSE_COMPOSITION = "dense_layers", "the composition attends densely"
 
@@ -55,6 +57,19 @@ def serve(composition: HashAttention, own: bool, module: nn.Module, number: int,
         attn.encoder.check_model(*support.heads(module))
     support.check_engine(attn, module)
     return Served(composition, own, attn)
+
+
+def check_facts(composition: HashAttention, model: nn.Module) -> None:
+    """Raise ValueError if the composition's encoders were fitted to another model."""
+    facts = composition.encoder.facts if isinstance(composition.encoder, PerLayer) else None
+    if facts is None:
+        return
+    own = facts_of(model)
+    if different := own.differences(facts):
+        raise ValueError(
+            f"the encoders were fitted to {facts.name} (there), which {type(model).__name__} {own.name} (here) is not: "
+            f"{'; '.join(different)}"
+        )
 
 
 def numbers(name: str, chosen: Any, depth: int) -> list[int]:

@@ -43,6 +43,12 @@ class Map:
         """Of the hidden layers."""
         return tuple(b.shape[0] for b in self.biases[:-1])
 
+    def padded(self, bits: int) -> Map:
+        """The same with `bits` more outputs, which are zero."""
+        pad = torch.nn.functional.pad
+        last = [pad(x, (0, bits)) for x in (self.linear, *self.weights[-1:], *self.biases[-1:])]
+        return Map(last[0], (*self.weights[:-1], *last[1:2]), (*self.biases[:-1], *last[2:]), self.unit)
+
     def __call__(self, x: Tensor) -> Tensor:
         """Vectors [..., D] before the signs are taken, [..., bits], in plain PyTorch: what the kernels compute."""
         if self.unit:

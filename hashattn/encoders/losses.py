@@ -1,0 +1,168 @@
+"""Losses of learned hashes: named terms, combined as in "kl + 0.1 * balance + 0.1 * quantisation"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some queries of a sequence, some of its keys, and what the hash makes of them.
+
+    Attributes:
+        teacher: true logits, float32 [Hq, T, N].
+        student: logits of the codes, with their learned scale, [Hq, T, N].
+        seen: bool [T, N]; the keys that a query sees are the first ones of its row.
+        v_q, v_k: projections before the sign, [Hq, T, bits] and [heads, N, bits].
+        h_q, h_k: relaxed codes in -1 .. 1, of these shapes.
+        temperature: of the teacher's softmax.
+        generator: for what is drawn.
+    """
+
+    teacher: Tensor
+    student: Tensor
+    seen: Tensor
+    v_q: Tensor
+    v_k: Tensor
+    h_q: Tensor
+    h_k: Tensor
+    temperature: float
+    generator: torch.Generator
+
+    def visible(self) -> Tensor:
+        """Keys that each query sees, at least 1: int64 [T, 1]."""
+        return self.seen.sum(-1, keepdim=True).clamp(min=1)
+
+    def best(self, share: float) -> tuple[Tensor, Tensor]:
+        """The true best keys, nearest first, int64 [Hq, T, K], and how many of them are within the share, [T, 1]."""
+        count = (self.visible() * share).long().clamp(min=1)
+        hidden = self.teacher.masked_fill(~self.seen, -torch.inf)
+        return hidden.topk(max(1, int(count.max())), dim=-1).indices, count
+
+
+def kl(batch: Batch) -> Tensor:
+    """Listwise KL(teacher || student) over the keys of each query (DASH-KV, arXiv 2604.19351)."""
+    log_student = F.log_softmax(batch.student.masked_fill(~batch.seen, -torch.inf), -1).masked_fill(~batch.seen, 0.0)
+    log_teacher = F.log_softmax((batch.teacher / batch.temperature).masked_fill(~batch.seen, -torch.inf), -1)
+    return (log_teacher.exp() * (log_teacher.masked_fill(~batch.seen, 0.0) - log_student)).sum(-1).mean()
+
+
+def ranking(batch: Batch, *, positives: int = 32, negatives: int = 96, share: float = 0.03) -> Tensor:
+    """Bradley-Terry: keys of the true top 3% should score above random ones; over pairs that the teacher orders."""
+    best, count = batch.best(share)
+    heads = len(best)
+    positive = best.gather(-1, _below(count, heads, positives, batch.generator))
+    negative = _below(batch.visible(), heads, negatives, batch.generator)
+    near, far = batch.student.gather(-1, positive), batch.student.gather(-1, negative)
+    ordered = batch.teacher.gather(-1, positive).unsqueeze(-1) > batch.teacher.gather(-1, negative).unsqueeze(-2)
+    losses = F.softplus(far.unsqueeze(-2) - near.unsqueeze(-1))
+    return (losses * ordered).sum() / ordered.sum().clamp(min=1)
+
+
+def bce(batch: Batch, *, share: float = 0.02) -> Tensor:
+    """Weighted binary cross-entropy: is a key among the true top 2%? (HashAttention, arXiv 2412.14468).
+
+    Both classes weigh the same. The student's scores are taken relative to their mean over the seen keys, so that no
+    threshold has to be learned.
+    """
+    best, count = batch.best(share)
+    ranks = torch.arange(best.shape[-1], device=best.device)
+    top = torch.zeros_like(batch.student, dtype=torch.bool).scatter_(-1, best, (ranks < count).expand_as(best))
+    seen, visible = batch.seen, batch.visible()
+    scores = batch.student - (batch.student * seen).sum(-1, keepdim=True) / visible
+    # the middle of the two classes' means stands for the threshold
+    middle = 0.5 * (scores * top).sum(-1, keepdim=True) / count
+    losses = F.binary_cross_entropy_with_logits(scores - middle, top.to(scores.dtype), reduction="none") * seen
+    rest = (visible - count).clamp(min=1)
+    return (losses * torch.where(top, 0.5 / count, 0.5 / rest)).sum(-1).mean()
+
+
+def similarity(batch: Batch, *, share: float = 0.1, most: float = 20.0) -> Tensor:
+    """Similarity-weighted distance (HATA, arXiv 2506.02572): the top 10% are drawn near, the others pushed away.
+
+    A key's weight falls from `most` to 1 over the true top `share` and is -1 beyond; the loss is the weighted mean of
+    the codes' distance, from 0 to 1, normalised by the weights.
+    """
+    best, count = batch.best(share)
+    ranks = torch.arange(best.shape[-1], device=best.device)
+    falling = (most - (most - 1) * ranks / (count - 1).clamp(min=1)).clamp(min=1)
+    weight = torch.full_like(batch.student, -1.0)
+    weight = weight.scatter(-1, best, torch.where(ranks < count, falling, -1.0).expand_as(best)) * batch.seen
+    group = len(batch.h_q) // len(batch.h_k)
+    h_k = batch.h_k.repeat_interleave(group, 0) if group > 1 else batch.h_k
+    distance = 0.5 - 0.5 * (batch.h_q @ h_k.transpose(-1, -2)) / batch.h_q.shape[-1]
+    return (weight * distance).sum() / weight.abs().sum().clamp(min=1)
+
+
+def balance(batch: Batch) -> Tensor:
+    """Bit balance (DASH-KV): the mean of each bit over a head's queries, and over its keys, goes to zero."""
+    return sum_of(lambda v, h: torch.tanh(v).mean(-2).square().mean(), batch)
+
+
+def quantisation(batch: Batch) -> Tensor:
+    """Quantisation (DASH-KV): the tanh of every projection goes to -1 or 1."""
+    return sum_of(lambda v, h: (torch.tanh(v).abs() - 1).square().mean(), batch)
+
+
+def decorrelation(batch: Batch) -> Tensor:
+    """Decorrelation: bits of the queries, and of the keys, go to being uncorrelated (Wang et al., CVPR 2010)."""
+
+    def correlated(v: Tensor, h: Tensor) -> Tensor:
+        rows = h.flatten(0, -2)
+        product = rows.T @ rows / len(rows)
+        return (product - torch.diag(product.diagonal())).square().mean()
+
+    return sum_of(correlated, batch)
+
+
+def sum_of(term: Callable[[Tensor, Tensor], Tensor], batch: Batch) -> Tensor:
+    """A term of the queries' projections and codes, and the same of the keys'."""
+    return term(batch.v_q, batch.h_q) + term(batch.v_k, batch.h_k)
+
+
+LOSSES: dict[str, Callable[[Batch], Tensor]] = {
+    loss.__name__: loss for loss in (kl, ranking, bce, similarity, balance, quantisation, decorrelation)
+}
+
+
+def parse(text: str) -> dict[str, float]:
+    """Weights of the terms of "ranking" or "kl + 0.1 * balance".
+
+    Raises:
+        ValueError: a term that does not exist or is named twice, or a weight that is not a positive number.
+    """
+    weights: dict[str, float] = {}
+    for term in text.split("+"):
+        factor, _, name = term.rpartition("*")
+        name = name.strip()
+        if name not in LOSSES:
+            raise ValueError(
+                f"loss {text!r} has no known term {name!r}: the terms are {', '.join(LOSSES)}, joined as in "
+                "'kl + 0.1 * balance'"
+            )
+        try:
+            weight = float(factor) if factor else 1.0
+        except ValueError:
+            weight = 0.0
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"loss {text!r}: the weight of {name} must be a positive number, got {factor.strip()!r}")
+        if name in weights:
+            raise ValueError(f"loss {text!r} names {name} twice")
+        weights[name] = weight
+    return weights
+
+
+def combined(weights: dict[str, float], batch: Batch) -> Tensor:
+    """The weighted sum of the terms."""
+    return torch.stack([weight * LOSSES[name](batch) for name, weight in weights.items()]).sum()
+
+
+def _below(limit: Tensor, heads: int, n: int, generator: torch.Generator) -> Tensor:
+    """n uniform integers below each limit [T, 1]: int64 [heads, T, n]."""
+    uniform = torch.rand(heads, len(limit), n, generator=generator, device=limit.device)
+    return torch.minimum((uniform * limit).long(), limit - 1)
