@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
+from hashattn import AsymmetricHash, PerLayer
 from hashattn.cli import main
 from hashattn.evaluation.contenders import EXACT, FULL, contenders
 from hashattn.evaluation.continuation import judge
@@ -17,6 +18,9 @@ from hashattn.evaluation.perplexity import end_of_window, whole_window
 from hashattn.evaluation.report import markdown, summarise
 from hashattn.evaluation.retrieval import continuations
 from hashattn.evaluation.run import Settings, run
+from hashattn.integrations.transformers import capture
+from hashattn.integrations.transformers.facts import facts_of
+from hashattn.saving import save_pretrained
 from hashattn.workload.retrieval import TASKS
 from hashattn.workload.texts import read_text
 from tests.evaluation.small import save, small_model, small_tokenizer
@@ -212,3 +216,19 @@ def test_the_command_writes_figures_tables_and_pictures(tmp_path, capsys):
 def test_bad_input_ends_the_command_before_a_model_is_loaded(arguments, message, capsys):
     assert main(["eval", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_fitted_encoders_are_judged_by_the_presets_that_take_them(tmp_path, text):
+    model, tokenizer = small_model(), small_tokenizer()
+    ids = torch.randint(3, 90, (1, 300), generator=torch.Generator().manual_seed(0))
+    layers = [AsymmetricHash(64, query_hidden=()).fit(c.q, c.k, steps=2) for c in capture(model, ids).values()]
+    folder = str(save_pretrained(PerLayer(layers, facts_of(model)), tmp_path / "fitted"))
+    settings = Settings(parts=("tensors",), tokens=(400,), windows=1, decoded=0, queries=4)
+    entries = contenders(["simhash_topk", "dashkv_fast"], [0.2], ["none"], folder)
+    assert "pretrained" not in entries[1].options and isinstance(entries[2].composition(400).encoder, PerLayer)
+    values = {r["contender"]: r["values"] for r in run(model, tokenizer, text, entries, settings)}  # and no warning
+    by_option = contenders([f"dashkv_fast:pretrained={folder}"], [0.2], ["none"])
+    again = run(model, tokenizer, text, by_option, settings)[-1]["values"]
+    assert again == values["dashkv_fast"] and 0 < again["ranked_recall"] < 1
+    with pytest.raises(ValueError, match="head_dim"):
+        run(small_model(head_dim=8), tokenizer, text, entries, settings)
