@@ -20,7 +20,7 @@ from hashattn.integrations.transformers.cache_layer import HashedLayer
 from hashattn.integrations.transformers.layers import Served
 from hashattn.integrations.transformers.mask import read_mask
 from hashattn.integrations.transformers.report import LayerRecord
-from hashattn.integrations.transformers.simulate import Block, forced, seen_keys, simulate
+from hashattn.integrations.transformers.simulate import Block, attend_simulated, forced
 from hashattn.integrations.transformers.static_layer import Arming, HashedStaticLayer, hashed_layer
 from hashattn.integrations.transformers.tally import Ledger
 from hashattn.ops import decode
@@ -118,7 +118,7 @@ class Forward:
         record, tokens = self.records[call.number], query.shape[2]
         kv = call.layer.kv if call.layer is not None else None
         if self.simulated and (tokens > 1 or kv is None):
-            return self._simulate(call, module, query, key, value, mask, scaling, **kwargs)
+            return attend_simulated(self, call, module, query, key, value, mask, scaling, **kwargs)
         reason = call.reason if kv is None else self._why_dense(call.number, query, kv, mask)
         if kv is None or reason is not None:
             record.dense[str(reason)] += 1
@@ -147,31 +147,16 @@ class Forward:
             self._count(call.number, selection, query, kv, reason)
         return output.out.transpose(1, 2).contiguous(), None
 
-    def _simulate(
-        self, call: Call, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
-        scaling: float | None, **kwargs: Any,
-    ) -> tuple[Tensor, None]:  # fmt: skip
-        """Attention of one layer in which each query chooses as if it were decoded; with or without a cache."""
-        record, served, tokens = self.records[call.number], self.served[call.number], query.shape[2]
-        kv = call.layer.kv if call.layer is not None else None
-        if kv is not None and key.shape[2] > len(kv):  # a static cache hands out its free columns as well
-            key, value, mask = kv.keys, kv.values, mask if mask is None else mask[..., : len(kv)]
-        starts, reason = [0] * query.shape[0], call.reason or served.dense
-        if reason is None:
-            starts, reason = self._starts(mask, query.shape[0], key.shape[2], tokens)
-        if reason is None and served.attn is not None and served.attn.engine == "dense":
-            reason = "engine is dense"
-        if reason is not None or served.attn is None:
-            record.dense[str(reason)] += 1
-            self.blocks = []
-            if served.attn is not None and call.reason is None:
-                record.add_simulated_dense(query, key, seen_keys(key.shape[2], tokens, starts), str(reason))
-            return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
-        out, self.blocks = simulate(
-            served.attn, call.number, query, key, value, starts, self.blocks, scale=scaling
-        )  # fmt: skip
-        record.add_simulated(self.blocks, query.shape[1])
-        return out.transpose(1, 2).contiguous(), None
+    def starts_of(self, mask: Tensor | None, batch: int, keys: int, tokens: int) -> tuple[list[int], str | None]:
+        """The rows' first columns, and why the mask cannot be served (strict: raises ValueError)."""
+        if mask is None:
+            return [0] * batch, None
+        if self.masked is None or self.masked[0] is not mask:
+            self.masked = (mask, *read_mask(mask, batch, keys, tokens))
+        _, starts, reason = self.masked
+        if reason is not None and self.strict:
+            raise ValueError(f"{reason} (attach with strict=False to run such calls densely)")
+        return starts, reason
 
     def forget(self) -> None:
         """Let go of what the last pass left."""
@@ -274,7 +259,7 @@ class Forward:
         served = self.served[number]
         if served.dense is not None:
             return served.dense
-        starts, reason = self._starts(mask, kv.batch, len(kv), query.shape[2])
+        starts, reason = self.starts_of(mask, kv.batch, len(kv), query.shape[2])
         if reason is not None:
             return reason
         if starts != kv._starts:
@@ -289,17 +274,6 @@ class Forward:
         attn = self.served[number].attn
         assert attn is not None
         return forced(attn, query.device) if self.simulated else attn
-
-    def _starts(self, mask: Tensor | None, batch: int, keys: int, tokens: int) -> tuple[list[int], str | None]:
-        """The rows' first columns, and why the mask cannot be served (strict: raises ValueError)."""
-        if mask is None:
-            return [0] * batch, None
-        if self.masked is None or self.masked[0] is not mask:
-            self.masked = (mask, *read_mask(mask, batch, keys, tokens))
-        _, starts, reason = self.masked
-        if reason is not None and self.strict:
-            raise ValueError(f"{reason} (attach with strict=False to run such calls densely)")
-        return starts, reason
 
     def _count(self, number: int, selection: Selection | None, query: Tensor, kv: KVCache, reason: str | None) -> None:
         """Book a one-token call; reason says why it ran dense."""

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
 from hashattn.types import Selection, Step
+
+if TYPE_CHECKING:
+    from hashattn.integrations.transformers.forward import Call, Forward
 
 ENTRIES, FEWEST, MOST = 1 << 19, 16, 256
 
@@ -91,3 +96,33 @@ def simulate(
         seen = seen_keys(end, part.shape[2], starts)
         blocks.append(Block(part.shape[2], cache, seen, selection, output.weights if selection is not None else None))
     return torch.cat(outs, 2), blocks
+
+
+def attend_simulated(
+    forward: Forward, call: Call, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+    scaling: float | None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """A simulated call of one layer, with or without a cache, counted; layers that are dense by choice stay so.
+
+    query [B, Hq, T, D], key and value [B, Hkv, N, D]; returns [B, T, Hq, D].
+    """
+    record, served, tokens = forward.records[call.number], forward.served[call.number], query.shape[2]
+    kv = call.layer.kv if call.layer is not None else None
+    if kv is not None and key.shape[2] > len(kv):  # a static cache hands out its free columns as well
+        key, value, mask = kv.keys, kv.values, mask if mask is None else mask[..., : len(kv)]
+    starts, reason = [0] * query.shape[0], call.reason or served.dense
+    if reason is None:
+        starts, reason = forward.starts_of(mask, query.shape[0], key.shape[2], tokens)
+    if reason is None and served.attn is not None and served.attn.engine == "dense":
+        reason = "engine is dense"
+    if reason is not None or served.attn is None:
+        record.dense[str(reason)] += 1
+        forward.blocks = []
+        if served.attn is not None and call.reason is None:
+            record.add_simulated_dense(query, key, seen_keys(key.shape[2], tokens, starts), str(reason))
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+    out, forward.blocks = simulate(
+        served.attn, call.number, query, key, value, starts, forward.blocks, scale=scaling
+    )  # fmt: skip
+    record.add_simulated(forward.blocks, query.shape[1])
+    return out.transpose(1, 2).contiguous(), None
