@@ -1,4 +1,4 @@
-"""The command line: hashattn demo, capture, fit, bench, explain."""
+"""The command line: hashattn demo, capture, fit, eval, bench, explain."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from hashattn.attention import HashAttention
 from hashattn.bench import command
 from hashattn.bench.report import check_folder, environment
+from hashattn.evaluation import command as evaluation
 from hashattn.files import replacing
 from hashattn.learning import capture_command, fit_command
 from hashattn.presets import PRESETS
@@ -75,7 +76,8 @@ def parser() -> argparse.ArgumentParser:
     bench = command.add(commands)
     capture = capture_command.add(commands)
     fit = fit_command.add(commands)
-    for each in (demo, explain, bench, capture, fit):
+    evaluate = evaluation.add(commands)
+    for each in (demo, explain, bench, capture, fit, evaluate):
         each.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,38 @@ def build(name: str, *, pretrained: str | Path | Pretrained | None = None, **opt
 def options_of(name: str) -> dict[str, Any]:
     """The options of a preset and their defaults (the published hyperparameters)."""
     return {p.name: p.default for p in inspect.signature(PRESETS[name]).parameters.values()}
+
+
+def budget_options(
+    name: str, budget: float | None, tokens: int, given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The options that give a preset this share of `tokens` keys, forced ones included; none for None.
+
+    Args:
+        name: of the preset.
+        budget: above 0 and at most 1.
+        tokens: keys, for presets that count them.
+        given: options that the preset will get as well.
+
+    Raises:
+        ValueError: an unknown preset, a budget out of (0, 1], or a preset without one.
+    """
+    build(name)
+    if budget is None:
+        return {}
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget must be a share above 0 and at most 1, got {budget}")
+    options = {**options_of(name), **(given or {})}
+    if "t2" in options:
+        return {"t1": budget / 2, "t2": budget}
+    if "share" in options:
+        return {"share": budget}
+    keys = math.ceil(budget * tokens)
+    if "k" in options:  # beside the forced keys
+        return {"k": max(1, keys - options.get("sinks", 0) - options.get("recent", 0))}
+    if "recent" in options:
+        return {"recent": max(1, keys - options["sinks"])}
+    raise ValueError(f"preset {name!r} has no budget: it reads every key")
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-import math
 import statistics
 import sys
 import time
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from hashattn.attention import HashAttention
 from hashattn.demo.story import ANSWER, FACT, QUESTION, build_story, contains_answer
-from hashattn.presets import options_of
+from hashattn.presets import budget_options
 from hashattn.workload.model import load
 from hashattn.workload.texts import read_text
 
@@ -106,30 +105,6 @@ def run_demo(
         model or "SmolLM2-135M-Instruct", preset, repr(attn), tokens, story.fact_span, question or QUESTION, seconds,
         contenders, contenders[0].answer == contenders[-1].answer, hashed[1], hashed[2], hashed[3],
     )  # fmt: skip
-
-
-def budget_options(preset: str, budget: float | None, tokens: int) -> dict[str, Any]:
-    """The options that give a preset this share of the keys.
-
-    Raises:
-        ValueError: an unknown preset, a budget out of (0, 1], or a preset without one.
-    """
-    HashAttention.from_preset(preset)
-    if budget is None:
-        return {}
-    if not 0 < budget <= 1:
-        raise ValueError(f"budget must be a share above 0 and at most 1, got {budget}")
-    options = options_of(preset)
-    if "t2" in options:
-        return {"t1": budget / 2, "t2": budget}
-    if "share" in options:
-        return {"share": budget}
-    keys = math.ceil(budget * tokens)
-    if "k" in options:
-        return {"k": keys}
-    if "recent" in options:
-        return {"recent": max(1, keys - options["sinks"])}
-    raise ValueError(f"preset {preset!r} has no budget: it reads every key")
 
 
 def cache_argument(network: PreTrainedModel) -> str:

@@ -22,7 +22,7 @@ NAME = "hashattn"
 
 def attach(
     attn: HashAttention, model: nn.Module, *, strict: bool = True, max_sparse_q: int = 1, trace: bool = False,
-    layers: Mapping[int, HashAttention] | None = None,
+    simulate: bool = False, layers: Mapping[int, HashAttention] | None = None,
 ) -> Handle:  # fmt: skip
     """Let a composition serve the decoding of a Hugging Face causal language model.
 
@@ -35,6 +35,9 @@ def attach(
         strict: refuse models, caches and masks that cannot be served. Without it they run densely, as report() says.
         max_sparse_q: queries of a call up to which it searches; raise it for speculative decoding.
         trace: count which positions are read; see Handle.reads().
+        simulate: every call, however long, searches at every position: each query chooses among the keys up to its own
+            as if it were decoded, with or without a cache. For likelihoods (one long forward); it saves no time.
+            "auto" then searches at every length; `max_sparse_q` and `trace` concern calls of one token only.
         layers: compositions for single layers, such as {3: other, -1: attn.replace(engine="dense")}; negative numbers
             count from the last. They replace `attn` there, and dense_layers does not concern them.
 
@@ -62,7 +65,7 @@ def attach(
     for composition in () if reasons else (attn, *single.values()):
         check_facts(composition, model)
     served = {i: serve(single.get(i, attn), i in single, module, i, depth) for i, module in modules.items()}
-    forward = Forward(served, {i: LayerRecord() for i in modules}, strict, max_sparse_q, trace, device)
+    forward = Forward(served, {i: LayerRecord() for i in modules}, strict, max_sparse_q, trace, device, simulate)
     handle = Handle(attn, model, tuple(reasons), forward, modules)
     if reasons:
         return handle

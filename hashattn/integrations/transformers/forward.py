@@ -20,6 +20,7 @@ from hashattn.integrations.transformers.cache_layer import HashedLayer
 from hashattn.integrations.transformers.layers import Served
 from hashattn.integrations.transformers.mask import read_mask
 from hashattn.integrations.transformers.report import LayerRecord
+from hashattn.integrations.transformers.simulate import Block, attend_simulated, forced
 from hashattn.integrations.transformers.static_layer import Arming, HashedStaticLayer, hashed_layer
 from hashattn.integrations.transformers.tally import Ledger
 from hashattn.ops import decode
@@ -49,7 +50,9 @@ class Forward:
     max_sparse_q: int
     trace: bool
     device: torch.device | None  # None where the model is spread over several
+    simulated: bool = False
     step: Step = field(default_factory=Step)
+    blocks: list[Block] = field(default_factory=list)  # what `step` is to simulated calls
     scratch: Scratch = field(default_factory=Scratch)
     masked: tuple[Tensor, list[int], str | None] | None = None
     beginning: tuple[weakref.ref[Tensor], list[int], str | None] | None = None  # what a call's last query says of rows
@@ -87,7 +90,7 @@ class Forward:
         if served.attn is None:
             return Call(self, number, None, served.dense)
         reason = self._why_not(cache, number, hidden)
-        if reason is not None:
+        if reason is not None or cache is None:
             return Call(self, number, None, reason)
         while len(cache.layers) <= number:
             cache.layers.append(DynamicLayer())
@@ -114,6 +117,8 @@ class Forward:
     ) -> tuple[Tensor, None]:  # fmt: skip
         record, tokens = self.records[call.number], query.shape[2]
         kv = call.layer.kv if call.layer is not None else None
+        if self.simulated and (tokens > 1 or kv is None):
+            return attend_simulated(self, call, module, query, key, value, mask, scaling, **kwargs)
         reason = call.reason if kv is None else self._why_dense(call.number, query, kv, mask)
         if kv is None or reason is not None:
             record.dense[str(reason)] += 1
@@ -128,8 +133,7 @@ class Forward:
             self._count(call.number, None, query, kv, reason)
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
             return dense(query, key, value, mask, scale).out.transpose(1, 2).contiguous(), None
-        attn = self.served[call.number].attn
-        assert attn is not None
+        attn = self._searching(call.number, query)
         step = Step(call.number, self.step.previous, self.step.previous_weights)
         wants = attn.selector is not None and attn.selector.needs_weights
         output, selection = attn.run(query, kv, scale=scaling, step=step, need_weights=wants)
@@ -143,9 +147,20 @@ class Forward:
             self._count(call.number, selection, query, kv, reason)
         return output.out.transpose(1, 2).contiguous(), None
 
+    def starts_of(self, mask: Tensor | None, batch: int, keys: int, tokens: int) -> tuple[list[int], str | None]:
+        """The rows' first columns, and why the mask cannot be served (strict: raises ValueError)."""
+        if mask is None:
+            return [0] * batch, None
+        if self.masked is None or self.masked[0] is not mask:
+            self.masked = (mask, *read_mask(mask, batch, keys, tokens))
+        _, starts, reason = self.masked
+        if reason is not None and self.strict:
+            raise ValueError(f"{reason} (attach with strict=False to run such calls densely)")
+        return starts, reason
+
     def forget(self) -> None:
         """Let go of what the last pass left."""
-        self.step, self.masked = Step(), None
+        self.step, self.masked, self.blocks = Step(), None, []
 
     def rearm(self) -> None:
         """Let layers that are ready for traced and captured steps follow a change of the compositions."""
@@ -228,9 +243,11 @@ class Forward:
 
     def _why_not(self, cache: Any, number: int, hidden: Tensor) -> str | None:
         """Why this layer of the cache is not searched; raises ValueError if it should be (strict)."""
-        if cache is None:
+        if cache is None and not self.simulated:
             return "no cache"
-        reason = support.why_not_input(hidden) or support.why_not_cache(cache, number)
+        reason = support.why_not_input(hidden)
+        if reason is None and cache is not None:
+            reason = support.why_not_cache(cache, number)
         if reason is not None and self.strict:
             raise ValueError(f"this call cannot be served: {reason} (attach with strict=False to run it densely)")
         return reason
@@ -242,22 +259,21 @@ class Forward:
         served = self.served[number]
         if served.dense is not None:
             return served.dense
-        if mask is None:
-            starts, reason = [0] * kv.batch, None
-        else:
-            if self.masked is None or self.masked[0] is not mask:
-                self.masked = (mask, *read_mask(mask, kv.batch, len(kv), query.shape[2]))
-            _, starts, reason = self.masked
+        starts, reason = self.starts_of(mask, kv.batch, len(kv), query.shape[2])
         if reason is not None:
-            if self.strict:
-                raise ValueError(f"{reason} (attach with strict=False to run such calls densely)")
             return reason
         if starts != kv._starts:
             kv.set_start(torch.tensor(starts))
         assert served.attn is not None
-        if served.attn.engine_for(query, kv) == "dense":
+        if self._searching(number, query).engine_for(query, kv) == "dense":
             return "auto: dense is faster" if served.attn.engine == "auto" else "engine is dense"
         return None
+
+    def _searching(self, number: int, query: Tensor) -> HashAttention:
+        """The composition of a layer that is not dense by choice."""
+        attn = self.served[number].attn
+        assert attn is not None
+        return forced(attn, query.device) if self.simulated else attn
 
     def _count(self, number: int, selection: Selection | None, query: Tensor, kv: KVCache, reason: str | None) -> None:
         """Book a one-token call; reason says why it ran dense."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
+from hashattn.integrations.transformers.simulate import Block
 from hashattn.types import MEDIUM, Selection
 
 
@@ -23,12 +25,14 @@ class LayerRecord:
     Attributes:
         sparse: calls that searched.
         dense: calls that attended densely, by reason.
-        steps: one-token calls among both.
+        steps: one-token calls among both, and the queries of simulated calls.
+        simulated: these queries.
     """
 
     sparse: int = 0
     dense: Counter[str] = field(default_factory=Counter)
     steps: int = 0
+    simulated: int = 0
     visible: int = 0  # (query head, key) pairs that one-token calls could have read
     kept: Tensor | int = 0  # pairs that they kept, of either tier
     scanned: int = 0  # bytes of codes that they scanned
@@ -61,6 +65,32 @@ class LayerRecord:
         self.add_searched(cost, keys, count(selection.ids >= 0), selection.ids.shape[1], 1)
         if selection.tier is not None:
             self.add_medium(cost, count((selection.tier == MEDIUM) & (selection.ids >= 0)))
+
+    def add_simulated(self, blocks: Sequence[Block], q_heads: int) -> None:
+        """Count a simulated call: each of its queries as a step."""
+        last, searched = blocks[-1], [block for block in blocks if block.selection is not None]
+        for block in blocks:
+            cost, chosen = Cost.of(block.cache, q_heads), block.selection
+            if chosen is None:
+                self.add_dense(cost, block.keys, block.tokens)
+                continue
+            self.add_searched(cost, block.keys, count(chosen.ids >= 0), chosen.ids.shape[1], block.tokens)
+            if chosen.tier is not None:
+                self.add_medium(cost, count((chosen.tier == MEDIUM) & (chosen.ids >= 0)))
+        self.simulated += sum(block.tokens for block in blocks)
+        self.code_bytes, self.kv_bytes = last.cache.code_nbytes, last.cache.nbytes - last.cache.code_nbytes
+        if searched:
+            self.sparse += 1
+            self.engine, self.why = "simulated", "each query chooses as if it were decoded"
+        else:
+            self.dense["rows too short to be indexed"] += 1
+
+    def add_simulated_dense(self, query: Tensor, key: Tensor, keys: int, reason: str) -> None:
+        """Count a call that attends densely beside simulated ones: each of its queries as a step."""
+        cost = Cost(query.shape[1], key.shape[1], key.shape[3] * key.element_size(), 0, 0, 0)
+        self.add_dense(cost, keys, query.shape[2])
+        self.simulated += query.shape[2]
+        self.engine, self.why = "dense", reason
 
     def add_dense(self, cost: Cost, keys: int, steps: int) -> None:
         """Count so many one-token calls that read all of `keys` keys, over rows and calls."""
@@ -160,6 +190,7 @@ class Report:
         code_bytes: memory of codes, norms and centres of the last cache.
         kv_bytes: memory of its keys and values.
         refused: why the model was left as it is (only without strict).
+        simulated: how many of the steps were queries of simulated calls.
     """
 
     layers: tuple[LayerRow, ...]
@@ -171,6 +202,7 @@ class Report:
     code_bytes: int
     kv_bytes: int
     refused: tuple[str, ...] = ()
+    simulated: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Numbers, strings, lists and dicts only."""
@@ -188,8 +220,9 @@ class Report:
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         if self.steps:
+            kind = f"steps, {self.simulated} of them simulated" if self.simulated else "one-token steps"
             lines += [
-                f"{self.steps} one-token steps: {self.keys_read:.1%} of visible keys read "
+                f"{self.steps} {kind}: {self.keys_read:.1%} of visible keys read "
                 f"({self.sparse_keys_read:.1%} in the layers that searched)",
                 f"{self.bytes_per_step / 1e6:.1f} MB read a step, full attention "
                 f"{self.dense_bytes_per_step / 1e6:.1f} MB",
@@ -232,6 +265,7 @@ def summarise(records: dict[int, LayerRecord], refused: tuple[str, ...]) -> Repo
         sum(r.code_bytes for r in records.values()),
         sum(r.kv_bytes for r in records.values()),
         refused,
+        max((r.simulated for r in records.values()), default=0),
     )
 
 
