@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import statistics
 import sys
@@ -18,7 +17,7 @@ from torch import Tensor
 from hashattn.attention import HashAttention
 from hashattn.demo.story import ANSWER, FACT, QUESTION, build_story, contains_answer
 from hashattn.presets import budget_options
-from hashattn.workload.model import load
+from hashattn.workload.model import cache_argument, load
 from hashattn.workload.texts import read_text
 
 if TYPE_CHECKING:
@@ -105,11 +104,6 @@ def run_demo(
         model or "SmolLM2-135M-Instruct", preset, repr(attn), tokens, story.fact_span, question or QUESTION, seconds,
         contenders, contenders[0].answer == contenders[-1].answer, hashed[1], hashed[2], hashed[3],
     )  # fmt: skip
-
-
-def cache_argument(network: PreTrainedModel) -> str:
-    """What the model calls its cache: "cache" since transformers 5.24, "past_key_values" before."""
-    return "cache" if "cache" in inspect.signature(network.forward).parameters else "past_key_values"
 
 
 @torch.inference_mode()

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hashattn.evaluation.benchmarks import Asked
 from hashattn.evaluation.contenders import FULL, Contender
-from hashattn.evaluation.continuation import cache_argument, prefill
+from hashattn.evaluation.continuation import prefill
 from hashattn.extras import require
+from hashattn.workload.model import cache_argument
 from hashattn.workload.prompt import beginning, encode, frame
 
 if TYPE_CHECKING:

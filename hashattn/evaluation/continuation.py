@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hashattn.attention import HashAttention
+from hashattn.workload.model import cache_argument
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
@@ -91,8 +91,3 @@ def judge(model: PreTrainedModel, continuation: Continuation, attn: HashAttentio
     logits, targets = logits[0].float().cpu(), continuation.targets
     nll = float(F.cross_entropy(logits, targets))
     return Verdict(nll, bool((logits.argmax(-1) == targets).all()), reads)
-
-
-def cache_argument(model: PreTrainedModel) -> str:
-    """What the model calls its cache: "cache" since transformers 5.24, "past_key_values" before."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from hashattn.attention import HashAttention
 from hashattn.evaluation import recall
-from hashattn.evaluation.continuation import cache_argument, prefill
+from hashattn.evaluation.continuation import prefill
 from hashattn.types import Step
+from hashattn.workload.model import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

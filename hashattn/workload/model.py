@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -54,6 +55,11 @@ def name_of(model: str | Path | None) -> str:
         return asset.name
     path = Path(str(model))
     return path.resolve().name if path.exists() else str(model)
+
+
+def cache_argument(network: PreTrainedModel) -> str:
+    """What the model calls its cache: "cache" since transformers 5.24, "past_key_values" before."""
+    return "cache" if "cache" in inspect.signature(network.forward).parameters else "past_key_values"
 
 
 def _asset(model: str | Path | None) -> Asset | None:
