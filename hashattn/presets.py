@@ -84,7 +84,7 @@ def dashkv_symmetric(
 
 def dashkv_fast(
     *, bits: int = 128, query_bits: int = 2, share: float = 0.05, sinks: int = 4, recent: int = 64,
-    encoder: Encoder | None = None, dense_layers: tuple[int, ...] = (0, 1), engine: str = "auto",
+    combine: str = "sum", encoder: Encoder | None = None, dense_layers: tuple[int, ...] = (0, 1), engine: str = "auto",
 ) -> HashAttention:  # fmt: skip
     """What of DASH-KV decodes fastest (after arXiv 2604.19351): asymmetric hashes, one choice per KV head.
 
@@ -95,7 +95,7 @@ def dashkv_fast(
     return HashAttention(
         encoder=encoder or AsymmetricHash(bits, query_hidden=(), query_bits=query_bits),
         index=FlatHamming(),
-        selector=Sink(sinks) | Recent(recent) | TopK(share=share, per="kv_head"),
+        selector=Sink(sinks) | Recent(recent) | TopK(share=share, per="kv_head", combine=combine),
         attend=ExactAttend(),
         engine=engine,
         dense_layers=dense_layers,
