@@ -3,8 +3,8 @@
 python benchmarks/learned.py --work DIR                        SmolLM2-135M-Instruct
 python benchmarks/learned.py --work DIR --model gemma-3-270m   Gemma-3-270M
 
-The same command goes on where it was stopped: `hashattn capture` and `hashattn fit` resume, and results that are there are
-not made again. Results go to benchmarks/results; `python benchmarks/learned_tables.py` makes docs/results.md of them.
+The same command goes on where it was stopped: `hashattn capture` and `hashattn fit` resume, and results that are there
+are not made again. Results go to benchmarks/results; `python benchmarks/learned_tables.py` makes tables of them.
 """
 
 from __future__ import annotations

@@ -1,0 +1,145 @@
+"""Tables in Markdown, and a picture, of what benchmarks/learned.py has written to benchmarks/results.
+
+python benchmarks/learned_tables.py [--plot FILE.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hashattn.extras import require
+from hashattn.files import replacing
+
+Row = dict[str, Any]
+
+RESULTS = Path(__file__).parent / "results"
+# recipe or preset: what is scored, bytes of a key's code
+ENCODERS = {
+    "simhash_topk": ("SimHash, one plane", 16),
+    "simhash_topk:query_bits=4": ("SimHash, query of 4 planes", 16),
+    "dashkv": ("DASH-KV as published: KL, balance, quantisation, query MLP", 16),
+    "dashkv-symmetric": ("the same losses, symmetric", 16),
+    "symmetric": ("ranking, symmetric", 16),
+    "linear": ("ranking, linear query", 16),
+    "asymmetric": ("ranking, query MLP", 16),
+    "asymmetric-32": ("the same, 32 bits", 8),
+    "asymmetric-64": ("the same, 64 bits", 8),
+    "asymmetric-256": ("the same, 256 bits", 32),
+    "planes": ("ranking, linear query of 4 planes", 16),
+    "bias": ("ranking, linear query, 120 bits and a bias", 16),
+    "bias-heads": ("the same, weights for each KV head", 16),
+    "bias-64": ("ranking, linear query, 56 bits and a bias", 8),
+}
+TITLES = {"smollm2-135m": "SmolLM2-135M-Instruct, layers 2 to 29", "gemma-3-270m": "Gemma-3-270M, layers 5, 11 and 17"}
+
+
+def read(kind: str, model: str) -> list[Row]:
+    """The summarised rows of a results file; none if there is no such file."""
+    path = RESULTS / f"{kind}_{model}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+
+
+def recipe_of(contender: str) -> str:
+    """Which of ENCODERS a contender is."""
+    return contender.partition("pretrained=")[2].partition(",")[0] or contender
+
+
+def mean(row: Row, name: str, digits: int = 3) -> str:
+    """A figure with half the width of its confidence interval."""
+    figure = row["figures"].get(name)
+    if figure is None:
+        return ""
+    shown = f"{figure['mean']:.{digits}f}"
+    return shown if figure["low"] is None else f"{shown} ± {(figure['high'] - figure['low']) / 2:.{digits}f}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def encoders(model: str) -> str:
+    """What each encoder finds by its distances alone, at 5% of the keys."""
+    rows = {recipe_of(row["contender"]): row for row in read("encoders", model) if row["contender"] != "oracle_topk"}
+    shown = [
+        [label, str(size), *(mean(rows[name], f) for f in ("ranked_mass", "ranked_recall", "recall_at_100", "drift"))]
+        for name, (label, size) in ENCODERS.items()
+        if name in rows
+    ]
+    return table(["encoder", "bytes a key", "mass / exact top-k's", "recall@5%", "recall@100", "drift"], shown)
+
+
+def compositions(model: str, budget: float) -> str:
+    """What presets do to a model's predictions and answers, at a budget."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in read("compositions", model):
+        if row["budget"] in (budget, None):
+            place = row["part"] if row["part"] == "perplexity" else f"{row['task']} {row['protocol']}"
+            found.setdefault(row["contender"], {})[place] = row
+    shown = []
+    for contender, parts in found.items():
+        text = parts.get("perplexity")
+        sparse = {task: row for place, row in parts.items() if "sparse" in place for task in [place.split()[0]]}
+        if text is None or contender == "full attention":
+            continue
+        shown.append(
+            [
+                contender.replace("pretrained=", ""),
+                mean(text, "ratio"),
+                mean(text, "ratio_above_exact", 4),
+                *(mean(sparse[task], "correct", 2) if task in sparse else "" for task in ("needle", "multikey")),
+                mean(sparse["multikey"], "nll_above_exact") if "multikey" in sparse else "",
+                f"{text['figures']['keys_read']['mean']:.1%}",
+                f"{text['figures']['bytes_read']['mean'] / 1e6:.1f}",
+            ]
+        )
+    head = ["preset", "perplexity ratio", "minus exact top-k's", "needle", "multi-key", "its NLL above exact top-k's"]
+    return table([*head, "keys read", "MB a token"], shown)
+
+
+def picture(path: Path, models: Sequence[str]) -> None:
+    """Mass against bytes of a key's code, a panel for each model."""
+    figure = require("matplotlib.figure", "demo", "--plot").Figure(figsize=(5 * len(models), 4), layout="constrained")
+    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        for row in read("encoders", model):
+            name = recipe_of(row["contender"])
+            if name in ENCODERS:
+                label, size = ENCODERS[name]
+                axes.scatter(size, row["figures"]["ranked_mass"]["mean"])
+                axes.annotate(label, (size, row["figures"]["ranked_mass"]["mean"]), fontsize=6)
+        axes.set(title=TITLES[model], xlabel="bytes of a key's code", ylabel="mass / exact top-k's, 5% of the keys")
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+    with replacing(path) as scratch:
+        figure.savefig(scratch, dpi=130)
+
+
+def sections() -> str:
+    """All tables of the models that have results."""
+    parts = []
+    for model, title in TITLES.items():
+        if read("encoders", model):
+            parts += [f"## {title}", "### What the codes find", encoders(model)]
+        if read("compositions", model):
+            for budget in (0.05, 0.1):
+                parts += [f"### End to end, {budget:.0%} of 4,096 keys", compositions(model, budget)]
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write the picture to this file")
+    chosen = parser.parse_args()
+    print(sections())
+    if chosen.plot:
+        picture(chosen.plot, [model for model in TITLES if read("encoders", model)])
+
+
+if __name__ == "__main__":
+    main()
