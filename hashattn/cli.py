@@ -54,6 +54,10 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--budget", type=float, metavar="X", help="share of the keys to read; the preset's own if left out"
     )
+    demo.add_argument(
+        "--encoder", metavar="DIR|NAME|none",
+        help="fitted encoders; those that come with the library for its own model if left out, none for unfitted ones",
+    )  # fmt: skip
     demo.add_argument("--device", help="cpu or cuda; cuda if there is one, if left out")
     demo.add_argument("--json", metavar="FILE", help="write all figures to this file")
     demo.add_argument("--plot", metavar="FILE.png", help="write the picture of the keys read to this file")
@@ -90,7 +94,8 @@ def _demo(arguments: argparse.Namespace) -> int:
     check_folder("plot", arguments.plot)
     result = run_demo(
         model=arguments.model, preset=arguments.preset, text=arguments.text, question=arguments.question,
-        context=arguments.context, budget=arguments.budget, device=arguments.device,
+        context=arguments.context, budget=arguments.budget,
+        encoder=arguments.encoder, device=arguments.device,
     )  # fmt: skip
     print(f"\n{result.tokens:,} tokens were read in {result.prefill_seconds:.0f} s (densely, once for all).")
     print(f"Question: {result.question}\n")

@@ -100,3 +100,22 @@ def test_loaded_encoders_can_be_shared_by_presets(folders):
     loaded = from_pretrained(folders / "asymmetric")
     one, two = (HashAttention.from_preset(name, pretrained=loaded) for name in ("dashkv", "dashkv_fast"))
     assert one.encoder is two.encoder is loaded.encoder
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_what_comes_with_the_library_is_whole_and_says_how_it_was_fitted(name):
+    loaded = from_pretrained(name)
+    assert loaded.facts.name == {"smollm2": "SmolLM2-135M-Instruct", "gemma": "Gemma-3-270M"}[name.split("-")[0]]
+    assert loaded.fitted_on["recipe"]["loss"]
+    held_out = loaded.fitted_on["held_out"]
+    assert held_out["sequences"]
+    assert min(layer["recall"] for layer in held_out["layers"].values()) > 0.45
+    fast = name.endswith("-fast")
+    attn = HashAttention.from_preset("dashkv_fast" if fast else "dashkv", pretrained=name)
+    assert attn.encoder.layers == loaded.encoder.layers
+    assert attn.encoder.biased == fast
+
+
+def test_all_of_it_is_small():
+    assert {"smollm2-135m-fast"} <= shipped().keys()
+    assert sum(p.stat().st_size for folder in shipped().values() for p in folder.iterdir()) <= 12e6

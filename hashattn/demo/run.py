@@ -16,7 +16,9 @@ from torch import Tensor
 
 from hashattn.attention import HashAttention
 from hashattn.demo.story import ANSWER, FACT, QUESTION, build_story, contains_answer
+from hashattn.encoders import AsymmetricHash
 from hashattn.presets import budget_options
+from hashattn.saving import shipped
 from hashattn.workload.model import cache_argument, load
 from hashattn.workload.texts import read_text
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 CHUNK = 1024
 NEW_TOKENS = 24
 CONTEXT = 8000
+OWN_ENCODERS = {"dashkv": "smollm2-135m", "dashkv_fast": "smollm2-135m-fast"}  # of the model that comes with the demo
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Result:
 
 def run_demo(
     *, model: str | None = None, preset: str = "dashkv_fast", text: str | None = None, question: str | None = None,
-    context: int | None = None, budget: float | None = None, device: str | None = None,
+    context: int | None = None, budget: float | None = None, encoder: str | None = None, device: str | None = None,
 ) -> Result:  # fmt: skip
     """Run the demo; see `hashattn demo --help` for the arguments.
 
@@ -75,6 +78,7 @@ def run_demo(
         ValueError: an argument that cannot be used; before anything is loaded where possible.
     """
     budget_options(preset, budget, 1024)  # refuses an unknown preset or a wrong budget at once
+    fitted = encoder_options(preset, model, encoder)
     passage = read_text(text).content
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _say(f"loading {model or 'SmolLM2-135M-Instruct'} on {device} ...")
@@ -89,7 +93,7 @@ def run_demo(
     story = build_story(tokenizer, passage, tokens=tokens, fact=None if own else FACT, question=question or QUESTION)
     ids = story.input_ids.to(device)
     tokens = ids.shape[1]
-    attn = HashAttention.from_preset(preset, **budget_options(preset, budget, tokens))
+    attn = HashAttention.from_preset(preset, **budget_options(preset, budget, tokens), **fitted)
     # "auto" would run dense where that is faster, and show nothing.
     attn = attn.replace(engine="cpu" if torch.device(device).type == "cpu" else "reference")
     _say(f"{tokens:,} tokens" + ("" if own else f', with one fact in the middle: "{FACT}"'))
@@ -104,6 +108,27 @@ def run_demo(
         model or "SmolLM2-135M-Instruct", preset, repr(attn), tokens, story.fact_span, question or QUESTION, seconds,
         contenders, contenders[0].answer == contenders[-1].answer, hashed[1], hashed[2], hashed[3],
     )  # fmt: skip
+
+
+def encoder_options(preset: str, model: str | None, encoder: str | None) -> dict[str, Any]:
+    """The preset's option for fitted encoders: those named, else those that come with the library for its own model.
+
+    Args:
+        encoder: a folder, a name, "none" for unfitted ones, or None.
+
+    Raises:
+        ValueError: encoders that are not there, or that the preset does not take.
+    """
+    if encoder == "none":
+        return {}
+    if encoder is None:
+        name = OWN_ENCODERS.get(preset, OWN_ENCODERS["dashkv"])
+        takes = isinstance(HashAttention.from_preset(preset).encoder, AsymmetricHash)
+        if model is not None or not takes or name not in shipped():
+            return {}
+        encoder = name
+    HashAttention.from_preset(preset, pretrained=encoder)
+    return {"pretrained": encoder}
 
 
 @torch.inference_mode()
