@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,6 +72,18 @@ def run(*arguments: str) -> None:
         sys.exit(status)
 
 
+def fit(shards: Path, out: Path, options: Sequence[str], processes: int) -> None:
+    """`hashattn fit`, its layers shared among processes; ends this script where one fails."""
+    command = [sys.executable, "-m", "hashattn.cli", "fit", str(shards), "--out", str(out), *options]
+    print(*command, file=sys.stderr, flush=True)
+    started = [
+        subprocess.Popen(command, env=os.environ | {"RANK": str(i), "WORLD_SIZE": str(processes)})
+        for i in range(processes)
+    ]
+    if status := max(process.wait() for process in started):
+        sys.exit(status)
+
+
 def judge(out: Path, model: list[str], presets: Sequence[str], folders: dict[str, str], options: Sequence[str]) -> None:
     """`hashattn eval`, unless its results are there; of folders only the names are kept."""
     if out.exists():
@@ -85,7 +99,9 @@ def judge(out: Path, model: list[str], presets: Sequence[str], folders: dict[str
     scratch.unlink()
 
 
-def study(name: str, work: Path, *, tokens: int, steps: int, windows: int, questions: int, device: list[str]) -> None:
+def study(
+    name: str, work: Path, *, tokens: int, steps: int, windows: int, questions: int, processes: int, device: list[str]
+) -> None:
     """Capture, fit and judge one model, in `work`; texts to fit and to judge lie apart."""
     model = [] if name == "smollm2-135m" else ["--model", name]
     layers = [str(i) for i in LAYERS[name]]
@@ -95,8 +111,7 @@ def study(name: str, work: Path, *, tokens: int, steps: int, windows: int, quest
     folders, fits = {}, {}
     for recipe, options in RECIPES.items():
         own = work / recipe
-        run("fit", str(shards), "--out", str(own), "--steps", str(steps), "--every", str(max(1, steps // 10)), *options,
-            *device)  # fmt: skip
+        fit(shards, own, ["--steps", str(steps), "--every", str(max(1, steps // 10)), *options, *device], processes)
         folders[recipe] = str(own / "pretrained")
         records = [json.loads((own / f"layer-{int(i):02d}.json").read_text(encoding="utf-8")) for i in layers]
         fits[recipe] = {"options": options, "layers": dict(zip(layers, records, strict=True))}
@@ -119,12 +134,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500, help="of a fit")
     parser.add_argument("--windows", type=int, default=12, help="whose perplexity is judged")
     parser.add_argument("--questions", type=int, default=16, help="of each retrieval task")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="that share the layers of a fit")
     parser.add_argument("--device", help="cpu or cuda; cuda if there is one, if left out")
     chosen = parser.parse_args()
     chosen.work.mkdir(parents=True, exist_ok=True)
     study(
         chosen.model, chosen.work, tokens=chosen.tokens, steps=chosen.steps, windows=chosen.windows,
-        questions=chosen.questions, device=["--device", chosen.device] if chosen.device else [],
+        questions=chosen.questions, processes=chosen.processes, device=["--device", chosen.device] if chosen.device else [],
     )  # fmt: skip
 
 
