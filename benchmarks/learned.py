@@ -140,7 +140,8 @@ def main() -> None:
     chosen.work.mkdir(parents=True, exist_ok=True)
     study(
         chosen.model, chosen.work, tokens=chosen.tokens, steps=chosen.steps, windows=chosen.windows,
-        questions=chosen.questions, processes=chosen.processes, device=["--device", chosen.device] if chosen.device else [],
+        questions=chosen.questions, processes=chosen.processes,
+        device=["--device", chosen.device] if chosen.device else [],
     )  # fmt: skip
 
 
