@@ -39,8 +39,10 @@ class KeyBias(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Centred keys [B, heads, N, D] -> their bias, in bits, float32 [B, heads, N]; larger is nearer."""
-        hidden = torch.relu(x @ self.weight + self.bias)
-        return self.REACH * (hidden @ self.out + self.shift).squeeze(-1)
+        batch, heads, keys = x.shape[:3]
+        rows = x.transpose(0, 1).reshape(heads, batch * keys, -1)
+        hidden = torch.relu(torch.baddbmm(self.bias, rows, self.weight))
+        return self.REACH * torch.baddbmm(self.shift, hidden, self.out).view(heads, batch, keys).transpose(0, 1)
 
     def relaxed(self, x: Tensor, hard: bool) -> Tensor:
         """The bias within its range; rounded, with a straight-through gradient, if hard."""
@@ -49,13 +51,13 @@ class KeyBias(nn.Module):
 
     def penalties(self, x: Tensor) -> Tensor:
         """What a key's byte holds: int64 [B, heads, N], 0 to 255."""
-        return (NEUTRAL - self.relaxed(x, hard=True)).long()
+        return self(x).round_().neg_().add_(NEUTRAL).clamp_(0, 255).long()
 
 
-def with_bias(codes: Tensor, penalties: Tensor | int) -> Tensor:
-    """Codes int64 [B, H, N, W] with the penalties [B, H, N] in their last byte, which must be zero."""
-    byte = torch.as_tensor(penalties, dtype=torch.int64, device=codes.device) << 56
-    return torch.cat([codes[..., :-1], (codes[..., -1] | byte).unsqueeze(-1)], dim=-1)
+def write_bias(codes: Tensor, penalties: Tensor | int) -> Tensor:
+    """Write penalties [B, H, N] to the last byte of codes int64 [B, H, N, W], which is zero; returns the codes."""
+    codes[..., -1].bitwise_or_(penalties << 56)
+    return codes
 
 
 def check_bias(bits: int, query_bits: int, bias_bits: int) -> None:

@@ -18,7 +18,7 @@ from hashattn.encoders.base import (
     query_planes,
     subtract,
 )
-from hashattn.encoders.bias import NEUTRAL, KeyBias, check_bias, with_bias
+from hashattn.encoders.bias import NEUTRAL, KeyBias, check_bias, write_bias
 from hashattn.encoders.centring import Centring
 from hashattn.encoders.progress import progress_of
 from hashattn.encoders.simhash import orthogonal_planes
@@ -200,7 +200,7 @@ class LearnedHash(nn.Module, Encoder):
             codes = key_bits(self.key_net(x))
             if not self.biased:
                 return codes
-            return with_bias(codes, NEUTRAL if self.key_bias is None else self.key_bias.penalties(x))
+            return write_bias(codes, NEUTRAL if self.key_bias is None else self.key_bias.penalties(x))
 
     def encode_query(self, q: Tensor) -> Tensor:
         with torch.no_grad():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hashattn import AsymmetricHash, FlatHamming, HashAttention, MixedPrecision, Recent, SimHash, Sink, TopK
-from hashattn.encoders.bias import NEUTRAL, KeyBias, with_bias
+from hashattn.encoders.bias import NEUTRAL, KeyBias, write_bias
 from hashattn.encoders.fitting import fit
 from hashattn.encoders.recall import recall_and_mass
 from hashattn.encoders.sample import Sample
@@ -38,7 +38,7 @@ def test_before_a_fit_it_is_simhash_of_the_other_bits_and_the_same_for_every_key
     _, k, _ = qkv(0)
     codes = AsymmetricHash(128, bias_bits=8).encode_key(k, torch.zeros(1, 2, 16))
     assert (byte(codes) == NEUTRAL).all()
-    assert torch.equal(with_bias(SimHash(120).encode_key(k, torch.zeros(1, 2, 16)), NEUTRAL), codes)
+    assert torch.equal(write_bias(SimHash(120).encode_key(k, torch.zeros(1, 2, 16)), NEUTRAL), codes)
 
 
 def test_a_bias_finds_more_where_keys_matter_to_every_query():

@@ -20,7 +20,6 @@ IntArray = npt.NDArray[Any]
 BLOCK = 1 << 18  # distances of planes scanned at a time, which bounds the scratch
 _TINY = np.finfo(np.float32).tiny
 _PLANES = np.array([1, 2, 4, 8, 16, 32, 64, 128], np.uint8)[:, None]
-_EXTRA = (np.arange(256) - np.bitwise_count(np.arange(256))).astype(np.int32)  # of a byte: its value less its bits
 _DISTRIBUTIONS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12", "faiss-gpu-cuvs")
 
 
@@ -65,9 +64,10 @@ def pack_bits(bits: Tensor) -> Tensor:
 
 def _words(bits: IntArray) -> Tensor:
     octets = np.packbits(bits, axis=-1, bitorder="little")
-    missing = -octets.shape[-1] % 8
-    if missing:
-        octets = np.pad(octets, [(0, 0)] * (octets.ndim - 1) + [(0, missing)])
+    if octets.shape[-1] % 8:
+        whole = np.zeros((*octets.shape[:-1], -(-octets.shape[-1] // 8) * 8), np.uint8)  # np.pad takes far longer
+        whole[..., : octets.shape[-1]] = octets
+        octets = whole
     return torch.from_numpy(octets.view(np.int64))
 
 
@@ -205,8 +205,11 @@ def add_bias(codes: IntArray, out: IntArray, times: int) -> None:
 
     The scan counted the bits that are set in the last byte, since queries have none there.
     """
-    extra = _EXTRA[codes[..., -1]]
-    out += (extra * np.int32(times) if times > 1 else extra)[:, None]
+    last = np.ascontiguousarray(codes[..., -1])
+    extra = np.subtract(last, np.bitwise_count(last), dtype=np.int32)
+    if times > 1:
+        extra *= times
+    out += extra[:, None]
 
 
 def distances(query: Tensor, codes: Tensor, *, biased: bool = False) -> Tensor:
