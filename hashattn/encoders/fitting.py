@@ -43,7 +43,8 @@ def fit(
 
     Args:
         encoder: the hash.
-        samples: of the layer, on one device; each step draws one.
+        samples: of the layer, on one device; each step draws one. Those with a question count twice, once with the
+            queries of the question and its answer alone: there are few, and they are the ones that must find.
         loss: terms by name, such as "ranking" or "kl + 0.1 * balance"; see :mod:`hashattn.encoders.losses`.
         steps: of Adam.
         queries: drawn at each step.
@@ -97,7 +98,8 @@ class Run:
         self, encoder: LearnedHash, samples: Sequence[Sample], weights: dict[str, float], steps: int, queries: int,
         keys: int, lr: float, temperature: float, scale: float, continuation: float, seed: int,
     ) -> None:  # fmt: skip
-        self.encoder, self.samples, self.weights, self.steps = encoder, samples, weights, steps
+        questions = [question for sample in samples if (question := sample.question()) is not None]
+        self.encoder, self.samples, self.weights, self.steps = encoder, [*samples, *questions], weights, steps
         self.queries, self.keys, self.temperature, self.scale = queries, keys, temperature, scale
         self.continuation = continuation
         device = samples[0].k.device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ class Sample:
         prefill: columns below this were prefilled, those from it on decoded.
         name: of the sequence.
         kind: what it is: "text", or the retrieval task.
+        asked: the column where a question about what stands before begins; None if there is none.
     """
 
     q: Tensor
@@ -26,6 +27,7 @@ class Sample:
     prefill: int
     name: str = ""
     kind: str = "text"
+    asked: int | None = None
 
     def __post_init__(self) -> None:
         q, k, positions = self.q, self.k, self.positions
@@ -38,3 +40,12 @@ class Sample:
             raise ValueError(f"positions must be {q.shape[1]} integers, one a query, got {(*positions.shape,)}")
         if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < k.shape[1]:
             raise ValueError(f"positions must be columns of the {k.shape[1]} keys, got up to {int(positions.max())}")
+
+    def question(self) -> Sample | None:
+        """The same with the queries of the question and its prefilled answer alone; None if there are none."""
+        within = (self.positions >= (self.prefill if self.asked is None else self.asked)) & (
+            self.positions < self.prefill
+        )
+        if not bool(within.any()):
+            return None
+        return replace(self, q=self.q[:, within], positions=self.positions[within])

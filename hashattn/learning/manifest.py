@@ -28,6 +28,7 @@ class Recording:
         kind: "text", or the retrieval task: "needle", "multikey", "copy".
         source: the text that it was taken from.
         tokens: how many were prefilled.
+        asked: the column where a retrieval prompt's question begins; all tokens are before it in a text.
         decoded: how many the model itself wrote after them.
         seed: what its prompt, its continuation and its queries were drawn with.
     """
@@ -36,6 +37,7 @@ class Recording:
     kind: str
     source: str
     tokens: int
+    asked: int
     decoded: int
     seed: int
 
@@ -87,8 +89,9 @@ class Manifest:
         for s in sequences:
             if not isinstance(s.name, str) or not re.fullmatch(r"[\w-]+", s.name):
                 raise ValueError(f"a sequence's name must be letters, digits and dashes, got {s.name!r}")
-            if any(type(n) is not int or n < 0 for n in (s.tokens, s.decoded)):
-                raise ValueError(f"{s.name}: tokens and decoded must be numbers, got {s.tokens!r} and {s.decoded!r}")
+            numbers = {"tokens": s.tokens, "asked": s.asked, "decoded": s.decoded}
+            if any(type(n) is not int or n < 0 for n in numbers.values()) or s.asked > s.tokens:
+                raise ValueError(f"{s.name}: tokens, decoded and asked must be numbers, asked <= tokens, got {numbers}")
         return cls(facts, layers, dtype, sequences, arguments)
 
     def differences(self, other: Manifest) -> list[str]:

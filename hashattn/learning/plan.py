@@ -22,22 +22,21 @@ SEEDS = 10_000  # between those of two plans: two that differ in their seed shar
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A sequence to capture: what is written down about it, its tokens int64 [1, N], the column of its question."""
+    """A sequence to capture: what is written down about it, and its tokens, int64 [1, N]."""
 
     recording: Recording
     ids: Tensor
-    asked: int
 
     def positions(self, queries: int | None) -> Tensor:
         """int64 [T], ascending: the columns whose queries are kept, drawn without repetition by the seed.
 
         A retrieval prompt's question and answer and the decoded tokens are all among them, even if that makes more.
         """
-        everything = torch.arange(self.recording.keys)
-        drawn = self.asked if queries is None else queries - (self.recording.keys - self.asked)
+        asked, keys = self.recording.asked, self.recording.keys
+        drawn = asked if queries is None else queries - (keys - asked)
         generator = torch.Generator().manual_seed(self.recording.seed)
-        shuffled = torch.randperm(self.asked, generator=generator)
-        return torch.cat([shuffled[: max(0, drawn)].sort().values, everything[self.asked :]])
+        shuffled = torch.randperm(asked, generator=generator)
+        return torch.cat([shuffled[: max(0, drawn)].sort().values, torch.arange(asked, keys)])
 
 
 @dataclass(frozen=True)
@@ -115,4 +114,4 @@ class Plan:
 
     def _prompt(self, kind: str, number: int, text: Text, ids: Tensor, asked: int, seed: int) -> Prompt:
         name = f"{kind}-{number:03d}"
-        return Prompt(Recording(name, kind, text.name, ids.shape[1], self.decode, seed), ids, asked)
+        return Prompt(Recording(name, kind, text.name, ids.shape[1], asked, self.decode, seed), ids)

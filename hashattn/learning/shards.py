@@ -113,6 +113,7 @@ class Shards:
             sequence.tokens,
             sequence.name,
             sequence.kind,
+            sequence.asked,
         )
 
     def __repr__(self) -> str:

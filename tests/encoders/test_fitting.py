@@ -1,5 +1,7 @@
 """Fitting to several texts: what is watched, what stops it, and what it leaves behind."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -95,6 +97,23 @@ def test_a_sample_of_wrong_shapes_is_refused():
     raises_naming(ValueError, "Hkv", "(3, 2, 8)")(lambda: Sample(q[:3], k, at, 9))
     raises_naming(ValueError, "positions", "2 integers")(lambda: Sample(q, k, at[:1], 9))
     raises_naming(ValueError, "positions", "9 keys", "9")(lambda: Sample(q, k, at + 1, 9))
+
+
+def test_a_question_counts_as_a_text_of_its_own(monkeypatch):
+    plain = sample(0)
+    asked = dataclasses.replace(plain, asked=140, prefill=148)
+    question = asked.question()
+    inside = (plain.positions >= 140) & (plain.positions < 148)
+    assert torch.equal(question.positions, plain.positions[inside])
+    assert torch.equal(question.q, plain.q[:, inside])
+    assert question.k is plain.k
+    assert plain.question() is None
+    assert dataclasses.replace(plain, asked=150).question() is None
+    drawn = []
+    monkeypatch.setitem(losses.LOSSES, "ranking", lambda batch: drawn.append(batch.seen) or batch.student.mean())
+    fit(encoder(), [asked], steps=30, queries=6)
+    late = [bool((seen.sum(-1) > 140).all()) for seen in drawn]
+    assert 8 <= sum(late) <= 22  # about half of them
 
 
 def test_recall_and_mass_are_those_of_a_search_by_hand():

@@ -18,7 +18,10 @@ FACTS = ModelFacts("tiny", "llama", 5, LAYERS, 4, 2, DIM, None, 97)
 
 def make(folder: Path, kinds: tuple[str, ...] = ("text", "text", "needle", "text"), facts: ModelFacts = FACTS) -> Path:
     """Write a folder of sequences of these kinds."""
-    sequences = tuple(Recording(f"{i:03d}-{kind}", kind, "a.txt", KEYS, 0, i) for i, kind in enumerate(kinds))
+    sequences = tuple(
+        Recording(f"{i:03d}-{kind}", kind, "a.txt", KEYS, KEYS - 8 * (kind != "text"), 0, i)
+        for i, kind in enumerate(kinds)
+    )
     manifest.claim(Manifest(facts, facts.attention_layers, "float16", sequences, {}), folder)
     positions = torch.arange(KEYS - QUERIES, KEYS, dtype=torch.int32)
     for sequence in sequences:

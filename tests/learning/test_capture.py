@@ -183,7 +183,8 @@ def test_a_killed_command_goes_on_to_the_same_bytes(tmp_path, capsys):
     described = json.loads((out / "capture.json").read_text())
     assert described["model"]["name"] == "tiny"
     assert described["sequences"][1] == {
-        "name": "text-001", "kind": "text", "source": "rooms.txt", "tokens": 90, "decoded": 4, "seed": 10001,
+        "name": "text-001", "kind": "text", "source": "rooms.txt", "tokens": 90, "asked": 90, "decoded": 4,
+        "seed": 10001,
     }  # fmt: skip
 
 

@@ -116,10 +116,29 @@ def test_values_that_are_not_finite_are_refused(folder, name, value):
         ({"model": {"name": "x"}}, ["model facts"]),
         ({"sequences": [{"name": "text-000"}]}, ["missing"]),
         (
-            {"sequences": [{"name": "../up", "kind": "text", "source": "", "tokens": 1, "decoded": 0, "seed": 0}]},
+            {
+                "sequences": [
+                    {"name": "../up", "kind": "text", "source": "", "tokens": 1, "asked": 1, "decoded": 0, "seed": 0}
+                ]
+            },
             ["../up"],
         ),
-        ({"sequences": [{"name": "a", "kind": "text", "source": "", "tokens": "1", "decoded": 0, "seed": 0}]}, ["'1'"]),
+        (
+            {
+                "sequences": [
+                    {"name": "a", "kind": "text", "source": "", "tokens": 3, "asked": 4, "decoded": 0, "seed": 0}
+                ]
+            },
+            ["asked <= tokens"],
+        ),
+        (
+            {
+                "sequences": [
+                    {"name": "a", "kind": "text", "source": "", "tokens": "1", "asked": 1, "decoded": 0, "seed": 0}
+                ]
+            },
+            ["'1'"],
+        ),
     ],
 )
 def test_a_damaged_description_is_refused(folder, changes, words):
