@@ -100,8 +100,9 @@ def judge(out: Path, model: list[str], presets: Sequence[str], folders: dict[str
 
 
 def study(
-    name: str, work: Path, *, tokens: int, steps: int, windows: int, questions: int, processes: int, device: list[str]
-) -> None:
+    name: str, work: Path, *, tokens: int, context: int, steps: int, windows: int, questions: int, processes: int,
+    results: Path, device: list[str],
+) -> None:  # fmt: skip
     """Capture, fit and judge one model, in `work`; texts to fit and to judge lie apart."""
     model = [] if name == "smollm2-135m" else ["--model", name]
     layers = [str(i) for i in LAYERS[name]]
@@ -115,14 +116,14 @@ def study(
         folders[recipe] = str(own / "pretrained")
         records = [json.loads((own / f"layer-{int(i):02d}.json").read_text(encoding="utf-8")) for i in layers]
         fits[recipe] = {"options": options, "layers": dict(zip(layers, records, strict=True))}
-    with replacing(RESULTS / f"fits_{name}.json") as path:
+    with replacing(results / f"fits_{name}.json") as path:
         path.write_text(json.dumps({"steps": steps, "tokens": tokens, "recipes": fits}), encoding="utf-8")
     apart = ["--from", "0", "--to", "0.35", *device]
     tensors = ["--rows", "tensors", "--tokens", str(tokens), "--windows", "4", "--queries", "64", "--layers", *layers]
-    judge(RESULTS / f"encoders_{name}.json", model, ENCODERS, folders, [*tensors, *apart])
-    whole = ["--rows", "perplexity", "retrieval", "--tokens", "4096", "--windows", str(windows), "--questions",
+    judge(results / f"encoders_{name}.json", model, ENCODERS, folders, [*tensors, *apart])
+    whole = ["--rows", "perplexity", "retrieval", "--tokens", str(context), "--windows", str(windows), "--questions",
              str(questions), "--budget", "0.05", "0.1"]  # fmt: skip
-    judge(RESULTS / f"compositions_{name}.json", model, COMPOSITIONS, folders, [*whole, *apart])
+    judge(results / f"compositions_{name}.json", model, COMPOSITIONS, folders, [*whole, *apart])
 
 
 def main() -> None:
@@ -131,6 +132,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for shards and fits")
     parser.add_argument("--model", choices=LAYERS, default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=8000, help="of a captured sequence and a judged window")
+    parser.add_argument("--context", type=int, default=4096, help="tokens of what is judged end to end")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for results")
     parser.add_argument("--steps", type=int, default=1500, help="of a fit")
     parser.add_argument("--windows", type=int, default=12, help="whose perplexity is judged")
     parser.add_argument("--questions", type=int, default=16, help="of each retrieval task")
@@ -139,7 +142,8 @@ def main() -> None:
     chosen = parser.parse_args()
     chosen.work.mkdir(parents=True, exist_ok=True)
     study(
-        chosen.model, chosen.work, tokens=chosen.tokens, steps=chosen.steps, windows=chosen.windows,
+        chosen.model, chosen.work, tokens=chosen.tokens, context=chosen.context, results=chosen.results,
+        steps=chosen.steps, windows=chosen.windows,
         questions=chosen.questions, processes=chosen.processes,
         device=["--device", chosen.device] if chosen.device else [],
     )  # fmt: skip
