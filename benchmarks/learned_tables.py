@@ -37,9 +37,9 @@ ENCODERS = {
 TITLES = {"smollm2-135m": "SmolLM2-135M-Instruct, layers 2 to 29", "gemma-3-270m": "Gemma-3-270M, layers 5, 11 and 17"}
 
 
-def read(kind: str, model: str) -> list[Row]:
+def read(kind: str, model: str, folder: Path) -> list[Row]:
     """The summarised rows of a results file; none if there is no such file."""
-    path = RESULTS / f"{kind}_{model}.json"
+    path = folder / f"{kind}_{model}.json"
     return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
@@ -63,9 +63,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def encoders(model: str) -> str:
+def encoders(model: str, folder: Path) -> str:
     """What each encoder finds by its distances alone, at 5% of the keys."""
-    rows = {recipe_of(row["contender"]): row for row in read("encoders", model) if row["contender"] != "oracle_topk"}
+    rows = {
+        recipe_of(row["contender"]): row for row in read("encoders", model, folder) if row["contender"] != "oracle_topk"
+    }
     shown = [
         [label, str(size), *(mean(rows[name], f) for f in ("ranked_mass", "ranked_recall", "recall_at_100", "drift"))]
         for name, (label, size) in ENCODERS.items()
@@ -74,10 +76,10 @@ def encoders(model: str) -> str:
     return table(["encoder", "bytes a key", "mass / exact top-k's", "recall@5%", "recall@100", "drift"], shown)
 
 
-def compositions(model: str, budget: float) -> str:
+def compositions(model: str, budget: float, folder: Path) -> str:
     """What presets do to a model's predictions and answers, at a budget."""
     found: dict[str, dict[str, Row]] = {}
-    for row in read("compositions", model):
+    for row in read("compositions", model, folder):
         if row["budget"] in (budget, None):
             place = row["part"] if row["part"] == "perplexity" else f"{row['task']} {row['protocol']}"
             found.setdefault(row["contender"], {})[place] = row
@@ -102,11 +104,11 @@ def compositions(model: str, budget: float) -> str:
     return table([*head, "keys read", "MB a token"], shown)
 
 
-def picture(path: Path, models: Sequence[str]) -> None:
+def picture(path: Path, models: Sequence[str], folder: Path) -> None:
     """Mass against bytes of a key's code, a panel for each model."""
     figure = require("matplotlib.figure", "demo", "--plot").Figure(figsize=(5 * len(models), 4), layout="constrained")
     for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
-        for row in read("encoders", model):
+        for row in read("encoders", model, folder):
             name = recipe_of(row["contender"])
             if name in ENCODERS:
                 label, size = ENCODERS[name]
@@ -119,26 +121,28 @@ def picture(path: Path, models: Sequence[str]) -> None:
         figure.savefig(scratch, dpi=130)
 
 
-def sections() -> str:
+def sections(folder: Path) -> str:
     """All tables of the models that have results."""
     parts = []
     for model, title in TITLES.items():
-        if read("encoders", model):
-            parts += [f"## {title}", "### What the codes find", encoders(model)]
-        if read("compositions", model):
+        if read("encoders", model, folder):
+            parts += [f"## {title}", "### What the codes find", encoders(model, folder)]
+        if read("compositions", model, folder):
             for budget in (0.05, 0.1):
-                parts += [f"### End to end, {budget:.0%} of 4,096 keys", compositions(model, budget)]
+                parts += [f"### End to end, {budget:.0%} of the keys", compositions(model, budget, folder)]
     return "\n\n".join(parts)
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write the picture to this file")
     chosen = parser.parse_args()
-    print(sections())
+    print(sections(chosen.results))
     if chosen.plot:
-        picture(chosen.plot, [model for model in TITLES if read("encoders", model)])
+        models = [model for model in TITLES if read("encoders", model, chosen.results)]
+        picture(chosen.plot, models, chosen.results)
 
 
 if __name__ == "__main__":
