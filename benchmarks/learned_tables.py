@@ -112,8 +112,8 @@ def picture(path: Path, models: Sequence[str], folder: Path) -> None:
             name = recipe_of(row["contender"])
             if name in ENCODERS:
                 label, size = ENCODERS[name]
-                axes.scatter(size, row["figures"]["ranked_mass"]["mean"])
-                axes.annotate(label, (size, row["figures"]["ranked_mass"]["mean"]), fontsize=6)
+                axes.scatter(size, row["figures"]["ranked_mass"]["mean"], label=label)
+        axes.legend(fontsize=6)
         axes.set(title=TITLES[model], xlabel="bytes of a key's code", ylabel="mass / exact top-k's, 5% of the keys")
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
