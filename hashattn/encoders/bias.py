@@ -31,11 +31,10 @@ class KeyBias(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(1, dim, self.HIDDEN, generator=generator) * math.sqrt(2 / dim)
-        self.weight, self.bias = (
-            nn.Parameter(start.repeat(heads, 1, 1)),
-            nn.Parameter(torch.zeros(heads, 1, self.HIDDEN)),
-        )
-        self.out, self.shift = nn.Parameter(torch.zeros(heads, self.HIDDEN, 1)), nn.Parameter(torch.zeros(heads, 1, 1))
+        self.weight = nn.Parameter(start.repeat(heads, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(heads, 1, self.HIDDEN))
+        self.out = nn.Parameter(torch.zeros(heads, self.HIDDEN, 1))
+        self.shift = nn.Parameter(torch.zeros(heads, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Centred keys [B, heads, N, D] -> their bias, in bits, float32 [B, heads, N]; larger is nearer."""

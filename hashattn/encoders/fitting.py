@@ -98,7 +98,7 @@ class Run:
         self, encoder: LearnedHash, samples: Sequence[Sample], weights: dict[str, float], steps: int, queries: int,
         keys: int, lr: float, temperature: float, scale: float, continuation: float, seed: int,
     ) -> None:  # fmt: skip
-        questions = [question for sample in samples if (question := sample.question()) is not None]
+        questions = [asked for sample in samples if (asked := sample.question()) is not None and teaches(asked)]
         self.encoder, self.samples, self.weights, self.steps = encoder, [*samples, *questions], weights, steps
         self.queries, self.keys, self.temperature, self.scale = queries, keys, temperature, scale
         self.continuation = continuation
@@ -135,7 +135,7 @@ class Run:
         """Queries and keys of one sample, as far as the share `done` of the steps has relaxed them."""
         encoder, generator = self.encoder, self.generator
         sample = self.samples[int(self._draw(len(self.samples), 1))]
-        able = (sample.positions >= min(FEWEST, sample.k.shape[1]) - 1).nonzero().squeeze(-1)
+        able = (sample.positions >= least(sample)).nonzero().squeeze(-1)
         rows = able[self._draw(len(able), self.queries)]
         columns = torch.arange(sample.k.shape[1], device=sample.k.device)
         if 0 < self.keys < len(columns):
@@ -171,6 +171,16 @@ def grouped_product(q: Tensor, k: Tensor) -> Tensor:
     return (q.reshape(len(k), -1, q.shape[-1]) @ k.transpose(-1, -2)).view(*q.shape[:2], k.shape[1])
 
 
+def least(sample: Sample) -> int:
+    """The first column whose query sees enough keys to be fitted to."""
+    return min(FEWEST, sample.k.shape[1]) - 1
+
+
+def teaches(sample: Sample) -> bool:
+    """Whether any of its queries sees enough keys."""
+    return int(sample.positions.max()) >= least(sample)
+
+
 def check_options(**numbers: int) -> None:
     """Raise ValueError unless all of them are at least 1."""
     for name, number in numbers.items():
@@ -193,7 +203,7 @@ def check_samples(encoder: LearnedHash, samples: Sequence[Sample]) -> None:
             )
         if not len(sample.positions):
             raise ValueError(f"sample {sample.name!r} holds no queries")
-        if int(sample.positions.max()) < min(FEWEST, sample.k.shape[1]) - 1:
+        if not teaches(sample):
             raise ValueError(f"sample {sample.name!r} has no query that sees {FEWEST} keys or more")
     encoder.check_model(q_heads, kv_heads, head_dim)
 

@@ -114,6 +114,10 @@ def test_a_question_counts_as_a_text_of_its_own(monkeypatch):
     fit(encoder(), [asked], steps=30, queries=6)
     late = [bool((seen.sum(-1) > 140).all()) for seen in drawn]
     assert 8 <= sum(late) <= 22  # about half of them
+    early = Sample(plain.q[:, :2], plain.k, torch.tensor([30, 149]), 40, asked=20)  # a question that sees too few keys
+    drawn.clear()
+    fit(encoder(), [early], steps=8, queries=6)
+    assert all((seen.sum(-1) == 150).all() for seen in drawn)
 
 
 def test_recall_and_mass_are_those_of_a_search_by_hand():

@@ -123,24 +123,9 @@ def from_codes(
     seen_at = tl.zeros([LEVELS], tl.int32)
     for t0 in range(first // TILE * TILE, end, TILE):
         level = level_of(
-            t0,
-            query,
-            step,
-            codes,
-            first,
-            end,
-            sinks,
-            recents,
-            radius,
-            room,
-            SUM,
-            WORDS,
-            PLANES,
-            BIASED,
-            LEVELS,
-            RADIUS,
-            TILE,
-        )
+            t0, query, step, codes, first, end, sinks, recents, radius, room, SUM, WORDS, PLANES, BIASED, LEVELS,
+            RADIUS, TILE,
+        )  # fmt: skip
         seen_at += tl.histogram(level, LEVELS)
     running = tl.cumsum(seen_at, 0)
     cut = tl.minimum(tl.sum((running < wanted).to(tl.int32), 0), LEVELS - 1)
@@ -153,24 +138,9 @@ def from_codes(
     for t0 in range(first // TILE * TILE, end, TILE):
         columns = t0 + tl.arange(0, TILE)
         near = level_of(
-            t0,
-            query,
-            step,
-            codes,
-            first,
-            end,
-            sinks,
-            recents,
-            radius,
-            room,
-            SUM,
-            WORDS,
-            PLANES,
-            BIASED,
-            LEVELS,
-            RADIUS,
-            TILE,
-        )
+            t0, query, step, codes, first, end, sinks, recents, radius, room, SUM, WORDS, PLANES, BIASED, LEVELS,
+            RADIUS, TILE,
+        )  # fmt: skip
         hit = ((near == cut).to(tl.int64) << 32) + (near < cut).to(tl.int64)
         order = tl.cumsum(hit, 0) + state
         ties = (order >> 32).to(tl.int32)
