@@ -14,10 +14,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hashattn.cli import main as hashattn
+from hashattn.evaluation.report import summarise
 from hashattn.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
@@ -72,36 +75,61 @@ def run(*arguments: str) -> None:
         sys.exit(status)
 
 
+def together(commands: Sequence[Sequence[str]], processes: int, **variables: Sequence[str]) -> None:
+    """Commands, so many at a time, each with its own value of the variables; ends this script where one fails.
+
+    On one GPU they run beside each other only under NVIDIA's Multi-Process Service.
+    """
+    print(*commands[0], file=sys.stderr, flush=True)
+
+    def one(i: int) -> int:
+        own = {name: values[i] for name, values in variables.items()}
+        return subprocess.run(commands[i], env=os.environ | own, check=False).returncode
+
+    with ThreadPoolExecutor(processes) as pool:
+        if status := max(pool.map(one, range(len(commands)))):
+            sys.exit(status)
+
+
 def fit(shards: Path, out: Path, options: Sequence[str], processes: int) -> None:
-    """`hashattn fit`, its layers shared among processes; ends this script where one fails."""
+    """`hashattn fit`, its layers shared among processes."""
     command = [sys.executable, "-m", "hashattn.cli", "fit", str(shards), "--out", str(out), *options]
-    print(*command, file=sys.stderr, flush=True)
-    started = [
-        subprocess.Popen(command, env=os.environ | {"RANK": str(i), "WORLD_SIZE": str(processes)})
-        for i in range(processes)
-    ]
-    if status := max(process.wait() for process in started):
-        sys.exit(status)
+    ranks = [str(i) for i in range(processes)]
+    together([command] * processes, processes, RANK=ranks, WORLD_SIZE=[str(processes)] * processes)
 
 
-def judge(out: Path, model: list[str], presets: Sequence[str], folders: dict[str, str], options: Sequence[str]) -> None:
-    """`hashattn eval`, unless its results are there; of folders only the names are kept."""
+def judge(
+    out: Path, model: list[str], presets: Sequence[str], folders: dict[str, str], options: Sequence[str],
+    seeds: int, processes: int,
+) -> None:  # fmt: skip
+    """`hashattn eval`, a process a seed, unless its results are there; of folders only the names are kept."""
     if out.exists():
         return
     named = [preset.format(**folders) for preset in presets]
-    scratch = out.with_suffix(".part")
-    run("eval", *model, "--presets", *named, *options, "--json", str(scratch))
-    text = scratch.read_text(encoding="utf-8")
+    command = [sys.executable, "-m", "hashattn.cli", "eval", *model, "--presets", *named, *options]
+    with tempfile.TemporaryDirectory() as scratch:
+        parts = [Path(scratch, f"{seed}.json") for seed in range(seeds)]
+        together([[*command, "--seeds", str(i), "--json", str(path)] for i, path in enumerate(parts)], processes)
+        texts = [path.read_text(encoding="utf-8") for path in parts]
     for name, folder in folders.items():
-        text = text.replace(json.dumps(folder)[1:-1], name)
+        texts = [text.replace(json.dumps(folder)[1:-1], name) for text in texts]
+    found = [json.loads(text) for text in texts]
+    records = [record for result in found for record in result["records"]]
+    whole = {
+        **found[0],
+        "settings": found[0]["settings"] | {"seeds": [*range(seeds)]},
+        "notes": [*dict.fromkeys(note for result in found for note in result["notes"])],
+        "command": "python benchmarks/learned.py",
+        "rows": summarise(records),
+        "records": records,
+    }
     with replacing(out) as path:
-        path.write_text(text, encoding="utf-8")
-    scratch.unlink()
+        path.write_text(json.dumps(whole), encoding="utf-8")
 
 
 def study(
-    name: str, work: Path, *, tokens: int, context: int, steps: int, windows: int, questions: int, processes: int,
-    results: Path, device: list[str],
+    name: str, work: Path, *, tokens: int, context: int, steps: int, seeds: int, processes: int, results: Path,
+    device: list[str],
 ) -> None:  # fmt: skip
     """Capture, fit and judge one model, in `work`; texts to fit and to judge lie apart."""
     model = [] if name == "smollm2-135m" else ["--model", name]
@@ -112,18 +140,19 @@ def study(
     folders, fits = {}, {}
     for recipe, options in RECIPES.items():
         own = work / recipe
-        fit(shards, own, ["--steps", str(steps), "--every", str(max(1, steps // 10)), *options, *device], processes)
+        if not (own / "pretrained").exists():
+            fit(shards, own, ["--steps", str(steps), "--every", str(max(1, steps // 10)), *options, *device], processes)
         folders[recipe] = str(own / "pretrained")
         records = [json.loads((own / f"layer-{int(i):02d}.json").read_text(encoding="utf-8")) for i in layers]
         fits[recipe] = {"options": options, "layers": dict(zip(layers, records, strict=True))}
     with replacing(results / f"fits_{name}.json") as path:
         path.write_text(json.dumps({"steps": steps, "tokens": tokens, "recipes": fits}), encoding="utf-8")
     apart = ["--from", "0", "--to", "0.35", *device]
-    tensors = ["--rows", "tensors", "--tokens", str(tokens), "--windows", "4", "--queries", "64", "--layers", *layers]
-    judge(results / f"encoders_{name}.json", model, ENCODERS, folders, [*tensors, *apart])
-    whole = ["--rows", "perplexity", "retrieval", "--tokens", str(context), "--windows", str(windows), "--questions",
-             str(questions), "--budget", "0.05", "0.1"]  # fmt: skip
-    judge(results / f"compositions_{name}.json", model, COMPOSITIONS, folders, [*whole, *apart])
+    tensors = ["--rows", "tensors", "--tokens", str(tokens), "--windows", "1", "--queries", "64", "--layers", *layers]
+    judge(results / f"encoders_{name}.json", model, ENCODERS, folders, [*tensors, *apart], seeds, processes)
+    whole = ["--rows", "perplexity", "retrieval", "--tokens", str(context), "--windows", "2", "--questions", "2",
+             "--budget", "0.05", "0.1"]  # fmt: skip
+    judge(results / f"compositions_{name}.json", model, COMPOSITIONS, folders, [*whole, *apart], seeds, processes)
 
 
 def main() -> None:
@@ -135,16 +164,18 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096, help="tokens of what is judged end to end")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for results")
     parser.add_argument("--steps", type=int, default=1500, help="of a fit")
-    parser.add_argument("--windows", type=int, default=12, help="whose perplexity is judged")
-    parser.add_argument("--questions", type=int, default=16, help="of each retrieval task")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="that share the layers of a fit")
+    parser.add_argument(
+        "--seeds", type=int, default=12, metavar="N", help="that are judged: each has windows and questions of its own"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="that share the layers of a fit, and the seeds"
+    )
     parser.add_argument("--device", help="cpu or cuda; cuda if there is one, if left out")
     chosen = parser.parse_args()
     chosen.work.mkdir(parents=True, exist_ok=True)
     study(
         chosen.model, chosen.work, tokens=chosen.tokens, context=chosen.context, results=chosen.results,
-        steps=chosen.steps, windows=chosen.windows,
-        questions=chosen.questions, processes=chosen.processes,
+        steps=chosen.steps, seeds=chosen.seeds, processes=chosen.processes,
         device=["--device", chosen.device] if chosen.device else [],
     )  # fmt: skip
 

@@ -292,7 +292,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORDS > 2 || DEPTH > 1 ? 2
   prepare(terms, LANES, s.query + (size_t)row0 * PLANES * WORDS, TOKENS * PLANES * WORDS, WARPS);
   wait_for_copies();
   const int last = c.column(min(part.from + 31, part.to - 1)) + KEYS;  // of what is staged
-  if (part.from != guess.from || part.to != guess.to || last > min(early, c.end) - NEWEST) {
+  if (wanted > 0 && (part.from != guess.from || part.to != guess.to || last > min(early, c.end) - NEWEST)) {
     __syncwarp();
     if (part.from < part.to) part.stage(staged, c, part.from, s.code_room);
   }
