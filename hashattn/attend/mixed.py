@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hashattn.attend.base import Attend, Keys, serving
+from hashattn.attend.medium import Medium, nearest_of
 from hashattn.encoders.base import Encoder
 from hashattn.ops import attend as ops
 from hashattn.ops.decode import Estimate
-from hashattn.ops.hamming import differing, distances, unpack_bits
+from hashattn.ops.hamming import differing, unpack_bits
 from hashattn.types import MEDIUM, Output, Selection
 from hashattn.view import View
 
@@ -106,56 +107,71 @@ class MixedPrecision(nn.Module, Attend):
             a = torch.full((1,), a.item(), device=norms.device)
         return Estimate(norms, cache.centre.float().contiguous(), a, cache.bits)
 
-    def fit(self, q: Tensor, k: Tensor, encoder: Encoder, *, share: float = 0.1, steps: int = 200) -> MixedPrecision:
-        """Fit the estimate to the keys that codes find nearest. Returns itself.
+    def fit(
+        self, q: Tensor, k: Tensor, encoder: Encoder, *, positions: Tensor | None = None, critical: float = 0.05,
+        share: float = 0.1, scale: float | None = None, steps: int = 200, queries: int = 8,
+    ) -> MixedPrecision:  # fmt: skip
+        """Fit a and the residual, so that softmax weights over critical and medium keys change least. Returns itself.
 
-        Least squares gives a; then Adam fits the residual to what is left, in units of the logits.
+        What is minimised is KL(true || mixed) over the nearest keys of each query: a few logits that are estimated
+        too high cost more than many that are a little off, which least squares does not see. a is fitted alone, then
+        with the residual, which is kept only where it helps every fourth query, which nothing is fitted to.
 
         Args:
-            q, k: queries [B, Hq, T, D] and keys [B, Hkv, N, D] of one layer, post-RoPE; T of the order of 100.
+            q, k: queries [B, Hq, T, D] and keys [B, Hkv, N, D] of one layer, post-RoPE.
             encoder: a binary encoder; fitted, if it is to be.
-            share: of the keys that are nearest by code, which the fit looks at.
-            steps: of Adam, for the residual.
+            positions: int64 [B, T], the last column that each query sees; the last T ones by default.
+            critical, share: of the keys that a query sees: the nearest, which stay exact, and those with medium ones.
+            scale: of the logits, 1 / sqrt(D) by default.
+            steps: of Adam, for a and again for the residual.
+            queries: drawn at each step.
+
+        Raises:
+            ValueError: an encoder without binary codes, or shares that leave no medium keys.
         """
         if encoder.code != "binary":
             raise ValueError(f"encoder must make binary codes, got {encoder!r}")
-        centring, mean = encoder.centring, getattr(encoder, "mean", None)
-        centre = torch.zeros_like(k[:, :, 0]).float()
-        if isinstance(mean, Tensor) and mean.numel():
-            centre = mean.expand(k.shape[0], -1, -1)
-        elif centring is not None:
-            centre = centring.strength * k[:, :, centring.skip : centring.warmup].float().mean(2)
-        query, codes = encoder.encode_query(q), encoder.encode_key(k, centre)
-        signs = query if query.ndim == 4 else query[..., -1, :]
-        group = q.shape[1] // k.shape[1]
-        keys, centre = k.float().repeat_interleave(group, dim=1), centre.repeat_interleave(group, dim=1)
-        spread = codes.repeat_interleave(q.shape[1] // codes.shape[1], dim=1)  # [B, Hq, N, W]
-        ids = distances(signs, codes).topk(max(1, int(share * k.shape[2])), dim=-1, largest=False).indices
-        near = ids.flatten(2).unsqueeze(-1)  # [B, Hq, T*K, 1]
-        shape = (*ids.shape, -1)
-        rows = keys.gather(2, near.expand(-1, -1, -1, keys.shape[-1])).view(shape)
-        h_k = unpack_bits(spread.gather(2, near.expand(-1, -1, -1, spread.shape[-1])), encoder.bits).view(shape)
-        h_q = unpack_bits(signs, encoder.bits).float().unsqueeze(-2) * 2 - 1
-        agreement = (h_q * (h_k.float() * 2 - 1)).mean(-1)  # [B, Hq, T, K]
-        away = rows - centre[:, :, None, None]
-        truth = (q.float().unsqueeze(-2) * away).sum(-1)
-        size = q.float().norm(dim=-1, keepdim=True) * away.norm(dim=-1)
-        x = size * agreement
-        with torch.no_grad():
-            self.a.copy_((x * truth).sum() / x.square().sum().clamp(min=1e-12))
-        if self.hidden == 0:
-            return self
-        residual = CodeResidual(encoder.bits, self.hidden).to(k.device)
-        optimiser = torch.optim.Adam(residual.parameters(), lr=1e-2)
-        target, unit = truth - self.a.detach() * x, self.a.detach() * size
-        with torch.enable_grad():
-            for _ in range(steps):
-                error = unit * residual(h_q, h_k.float() * 2 - 1) - target
-                optimiser.zero_grad()
-                (error.square().mean() / target.square().mean().clamp(min=1e-12)).backward()
-                optimiser.step()
-        self.residual = residual
+        if not 0 < critical < share <= 1:
+            raise ValueError(f"critical and share must be 0 < critical < share <= 1, got {critical} and {share}")
+        batch = nearest_of(q, k, encoder, positions, critical, share, q.shape[-1] ** -0.5 if scale is None else scale)
+        every = torch.arange(q.shape[2], device=q.device)
+        own, held = every[(every + 1) % 4 != 0], every[3::4]
+        self.residual = None
+        self._minimise(batch, own, [self.a], steps, queries, lr=2e-2)
+        if self.hidden and len(held):
+            alone, without = self.a.detach().clone(), self._divergence(batch, held)
+            self.residual = CodeResidual(encoder.bits, self.hidden).to(k.device)
+            self._minimise(batch, own, [*self.parameters()], steps, queries, lr=3e-3)
+            if not self._divergence(batch, held) < without:
+                self.residual = None
+                self.a.data.copy_(alone)
         return self
+
+    @torch.enable_grad()
+    def _minimise(
+        self, batch: Medium, own: Tensor, parameters: list[nn.Parameter], steps: int, queries: int, lr: float
+    ) -> None:
+        optimiser = torch.optim.Adam(parameters, lr=lr)
+        for i in range(steps):
+            drawn = own[torch.randint(0, len(own), (queries,)).to(own.device)]
+            loss = self._loss(batch.part(i % len(batch.true), drawn))
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+
+    @torch.no_grad()
+    def _divergence(self, batch: Medium, queries: Tensor) -> float:
+        return sum(float(self._loss(batch.part(i, queries))) for i in range(len(batch.true)))
+
+    def _loss(self, part: Medium) -> Tensor:
+        """The mean KL of the weights with estimated medium keys from the true ones, both over the same keys."""
+        near = part.agreement
+        if self.residual is not None:
+            near = near + self.residual(part.h_q.unsqueeze(-2), unpack_bits(part.codes, part.bits).float() * 2 - 1)
+        mixed = torch.where(part.medium, part.offset + self.a * part.size * near, part.true)
+        true = part.true.log_softmax(-1)
+        terms = true.exp() * (true - mixed.masked_fill(~part.seen, -torch.inf).log_softmax(-1))
+        return terms.masked_fill(~part.seen, 0).sum(-1).mean()
 
     def estimate(self, q: Tensor, cache: Keys, ids: Tensor, view: View) -> Tensor:
         """Estimated q.k of the keys at ids [B, H, T, K], from codes and norms alone: float32 [B, H, T, G, K]."""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hashattn import stored
@@ -129,15 +130,18 @@ def mass_of(sample: Sample, selection: Selection) -> tuple[float, Tensor]:
 
 
 def fit_mixed(samples: Sequence[Sample], encoder: Encoder, *, share: float, seed: int) -> MixedPrecision:
-    """The scale and residual of a layer's medium keys, rounded to what is stored.
+    """The scale and residual of a layer's medium keys, half of the nearest `share`, rounded to what is stored.
 
-    They are fitted to the last queries of the longest sequence, which see nearly all of its keys.
+    They are fitted to the last queries of each sequence.
     """
-    longest = max(samples, key=lambda s: s.k.shape[1])
-    q, k = longest.q[:, -ESTIMATED:].unsqueeze(0), longest.k.unsqueeze(0)
+    keys, tokens = max(s.k.shape[1] for s in samples), min(ESTIMATED, *(len(s.positions) for s in samples))
+    q = torch.stack([s.q[:, -tokens:] for s in samples])
+    k = torch.stack([F.pad(s.k, (0, 0, 0, keys - s.k.shape[1])) for s in samples])  # no query sees what is added
+    positions = torch.stack([s.positions[-tokens:] for s in samples])
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # a residual is made on the CPU
-        stage = MixedPrecision().to(q.device).fit(q, k, encoder, share=share)
+        torch.default_generator.manual_seed(seed)  # what is drawn and made is so on the CPU
+        stage = MixedPrecision().to(q.device)
+        stage.fit(q, k, encoder, positions=positions, critical=share / 2, share=share)
     stored.round_weights(stage)
     return stage
 

@@ -192,23 +192,44 @@ def test_unfitted_estimates_follow_the_true_logits(bits):
     assert 0.8 < slope < 1.2, slope
 
 
-def test_fitting_brings_estimates_of_near_keys_closer_to_the_true_logits():
-    data, encoder = cones(0), SimHash(128)
+def divergence(encoder, attend, data):
+    """The mean KL of its weights from the true ones, over the keys it selects."""
+    attn = HashAttention(encoder, FlatHamming(), Tiers(0.05, 0.1), attend, engine="reference")
+    cache = attn.new_cache(1, 2, 32)
+    cache.append(data.k, data.v)
+    with torch.no_grad():
+        mixed, selection = attn.run(data.q, cache, need_weights=True)
+        exact = ExactAttend().attend(data.q, cache, selection, 32**-0.5, need_weights=True)
+    there = selection.ids >= 0
+    terms = exact.weights * (exact.weights.log() - mixed.weights.log())
+    return float(terms[there].sum() / there[..., 0].sum())
 
-    def error(attend):
-        attn = HashAttention(encoder, FlatHamming(), Tiers(0.1, 1.0), attend, engine="reference")
-        cache = attn.new_cache(1, 2, 32)
-        cache.append(data.k, data.v)
-        view = cache.view(encoder.encode_query(data.q), 4, cache.spans(24, causal=False))
-        ids = view.search(64)
-        found = attend.estimate(data.q, cache, ids, view).squeeze(3).detach()
-        true = (data.q @ data.k.repeat_interleave(2, 1).transpose(-1, -2)).gather(-1, ids.long())
-        return (found - true).square().mean()
 
+def test_a_fitted_scale_brings_the_weights_closer_to_the_true_ones_and_a_useless_residual_is_left_out():
+    data, other, encoder = cones(0), cones(1), SimHash(128)
     torch.manual_seed(0)
-    plain, scaled = MixedPrecision(), MixedPrecision(hidden=0).fit(data.q, data.k, encoder)
-    full = MixedPrecision().fit(data.q, data.k, encoder)
-    assert error(full) < error(scaled) <= error(plain)
+    plain, fitted = MixedPrecision(a=0.3), MixedPrecision(a=0.3).fit(data.q, data.k, encoder)
+    assert fitted.residual is None  # planes of centred keys say all there is
+    assert divergence(encoder, fitted, data) < 0.85 * divergence(encoder, plain, data)  # 0.263 of 0.341
+    assert divergence(encoder, fitted, other) < 0.85 * divergence(encoder, plain, other)  # 0.241 of 0.335
+
+
+def test_a_residual_mends_what_codes_of_uncentred_keys_get_wrong():
+    data, other = cones(0, tokens=64, keys=900), cones(1, tokens=64, keys=900)
+    encoder = SimHash(128, centring=None)
+    torch.manual_seed(0)
+    scaled, full = (MixedPrecision(hidden=hidden).fit(data.q, data.k, encoder) for hidden in (0, 32))
+    assert full.residual is not None
+    assert divergence(encoder, full, data) < 0.6 * divergence(encoder, scaled, data)  # 0.215 of 0.501
+    assert divergence(encoder, full, other) < divergence(encoder, scaled, other)  # 0.458, 0.521
+
+
+@pytest.mark.parametrize(("critical", "share"), [(0.1, 0.1), (0.0, 0.1), (0.5, 1.5)])
+def test_shares_without_medium_keys_are_refused(critical, share):
+    q, k, _ = qkv(0, keys=65)
+    raises_naming(ValueError, "critical", "share", str(share))(
+        lambda: MixedPrecision().fit(q, k, SimHash(64), critical=critical, share=share)
+    )
 
 
 def test_without_medium_keys_it_is_exact_attention():
