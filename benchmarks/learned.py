@@ -1,7 +1,7 @@
 """Everything that docs/results.md shows of one model: captures it, fits each recipe to it, judges all of them.
 
-python benchmarks/learned.py --work DIR                        SmolLM2-135M-Instruct
-python benchmarks/learned.py --work DIR --model gemma-3-270m   Gemma-3-270M
+python benchmarks/learned.py --work DIR                                  SmolLM2-135M-Instruct
+python benchmarks/learned.py --work DIR --model gemma-3-270m --seeds 6   Gemma-3-270M
 
 The same command goes on where it was stopped: `hashattn capture` and `hashattn fit` resume, and results that are there
 are not made again. Results go to benchmarks/results; `python benchmarks/learned_tables.py` makes tables of them.
@@ -36,12 +36,14 @@ RECIPES: dict[str, list[str]] = {
     "asymmetric-256": ["--bits", "256"],
     "linear": LINEAR,
     "planes": [*LINEAR, "--query-bits", "4"],
+    "planes-2": [*LINEAR, "--query-bits", "2"],
     "bias": [*LINEAR, "--bias-bits", "8"],
     "bias-64": [*LINEAR, "--bias-bits", "8", "--bits", "64"],
     "bias-heads": [*LINEAR, "--bias-bits", "8", "--heads", "kv"],
     "itq": ["--encoder", "itq"],
 }
 LAYERS = {"smollm2-135m": [*range(2, 30)], "gemma-3-270m": [5, 11, 17]}  # what attends sparsely
+DENSE = {"smollm2-135m": "0,1", "gemma-3-270m": "none"}  # of the layers of full attention, alike for all presets
 # Presets that are judged on tensors, and end to end; {name} is the folder of a recipe.
 ENCODERS = [
     "simhash_topk",
@@ -60,10 +62,14 @@ COMPOSITIONS = [
     "dashkv_symmetric:pretrained={dashkv-symmetric}",
     "dashkv_hash_only:pretrained={asymmetric}",
     "dashkv:pretrained={asymmetric}",
-    "dashkv_hash_only:pretrained={planes}",
-    "dashkv_hash_only:pretrained={bias}",
+    "dashkv_fast:pretrained={planes}",
+    "dashkv_fast:pretrained={planes-2}",
+    "dashkv_fast:pretrained={planes-2},per=kv_head",
+    "dashkv_fast:pretrained={planes-2},per=kv_head,combine=normalised",
     "dashkv_fast:pretrained={bias}",
-    "dashkv_fast:pretrained={bias},combine=normalised",
+    "dashkv_fast:pretrained={bias-heads}",
+    "dashkv_fast:pretrained={bias},per=kv_head",
+    "dashkv_fast:pretrained={bias},per=kv_head,combine=normalised",
     "streaming",
 ]
 
@@ -114,14 +120,12 @@ def judge(
     for name, folder in folders.items():
         texts = [text.replace(json.dumps(folder)[1:-1], name) for text in texts]
     found = [json.loads(text) for text in texts]
-    records = [record for result in found for record in result["records"]]
     whole = {
-        **found[0],
+        **{name: value for name, value in found[0].items() if name != "records"},  # of each window: many
         "settings": found[0]["settings"] | {"seeds": [*range(seeds)]},
         "notes": [*dict.fromkeys(note for result in found for note in result["notes"])],
-        "command": "python benchmarks/learned.py",
-        "rows": summarise(records),
-        "records": records,
+        "command": " ".join(["python benchmarks/learned.py", *model, "--seeds", str(seeds)]),
+        "rows": summarise(record for result in found for record in result["records"]),
     }
     with replacing(out) as path:
         path.write_text(json.dumps(whole), encoding="utf-8")
@@ -137,21 +141,17 @@ def study(
     shards = work / "shards"
     run("capture", *model, "--out", str(shards), "--from", "0.4", "--to", "0.7", "--tokens", str(tokens), "--sequences",
         "6", "--retrieval", "6", "--layers", *layers, *device)  # fmt: skip
-    folders, fits = {}, {}
+    folders = {}
     for recipe, options in RECIPES.items():
         own = work / recipe
+        folders[recipe] = str(own / "pretrained")
         if not (own / "pretrained").exists():
             fit(shards, own, ["--steps", str(steps), "--every", str(max(1, steps // 10)), *options, *device], processes)
-        folders[recipe] = str(own / "pretrained")
-        records = [json.loads((own / f"layer-{int(i):02d}.json").read_text(encoding="utf-8")) for i in layers]
-        fits[recipe] = {"options": options, "layers": dict(zip(layers, records, strict=True))}
-    with replacing(results / f"fits_{name}.json") as path:
-        path.write_text(json.dumps({"steps": steps, "tokens": tokens, "recipes": fits}), encoding="utf-8")
     apart = ["--from", "0", "--to", "0.35", *device]
     tensors = ["--rows", "tensors", "--tokens", str(tokens), "--windows", "1", "--queries", "64", "--layers", *layers]
     judge(results / f"encoders_{name}.json", model, ENCODERS, folders, [*tensors, *apart], seeds, processes)
     whole = ["--rows", "perplexity", "retrieval", "--tokens", str(context), "--windows", "2", "--questions", "2",
-             "--budget", "0.05", "0.1"]  # fmt: skip
+             "--budget", "0.05", "0.1", "--dense-layers", DENSE[name]]  # fmt: skip
     judge(results / f"compositions_{name}.json", model, COMPOSITIONS, folders, [*whole, *apart], seeds, processes)
 
 
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for results")
     parser.add_argument("--steps", type=int, default=1500, help="of a fit")
     parser.add_argument(
-        "--seeds", type=int, default=12, metavar="N", help="that are judged: each has windows and questions of its own"
+        "--seeds", type=int, default=8, metavar="N", help="that are judged: each has windows and questions of its own"
     )
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="that share the layers of a fit, and the seeds"

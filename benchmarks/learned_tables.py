@@ -19,20 +19,21 @@ Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 # recipe or preset: what is scored, bytes of a key's code
 ENCODERS = {
-    "simhash_topk": ("SimHash, one plane", 16),
+    "simhash_topk": ("SimHash", 16),
     "simhash_topk:query_bits=4": ("SimHash, query of 4 planes", 16),
-    "dashkv": ("DASH-KV as published: KL, balance, quantisation, query MLP", 16),
-    "dashkv-symmetric": ("the same losses, symmetric", 16),
+    "dashkv": ("DASH-KV as published", 16),
+    "dashkv-symmetric": ("DASH-KV's losses, symmetric", 16),
     "symmetric": ("ranking, symmetric", 16),
     "linear": ("ranking, linear query", 16),
     "asymmetric": ("ranking, query MLP", 16),
-    "asymmetric-32": ("the same, 32 bits", 8),
-    "asymmetric-64": ("the same, 64 bits", 8),
-    "asymmetric-256": ("the same, 256 bits", 32),
+    "asymmetric-32": ("ranking, query MLP, 32 bits", 8),
+    "asymmetric-64": ("ranking, query MLP, 64 bits", 8),
+    "asymmetric-256": ("ranking, query MLP, 256 bits", 32),
     "planes": ("ranking, linear query of 4 planes", 16),
-    "bias": ("ranking, linear query, 120 bits and a bias", 16),
-    "bias-heads": ("the same, weights for each KV head", 16),
-    "bias-64": ("ranking, linear query, 56 bits and a bias", 8),
+    "planes-2": ("ranking, linear query of 2 planes", 16),
+    "bias": ("ranking, linear query, 120 bits + bias", 16),
+    "bias-heads": ("the same, weights per KV head", 16),
+    "bias-64": ("ranking, linear query, 56 bits + bias", 8),
 }
 TITLES = {"smollm2-135m": "SmolLM2-135M-Instruct, layers 2 to 29", "gemma-3-270m": "Gemma-3-270M, layers 5, 11 and 17"}
 
@@ -105,18 +106,22 @@ def compositions(model: str, budget: float, folder: Path) -> str:
 
 
 def picture(path: Path, models: Sequence[str], folder: Path) -> None:
-    """Mass against bytes of a key's code, a panel for each model."""
-    figure = require("matplotlib.figure", "demo", "--plot").Figure(figsize=(5 * len(models), 4), layout="constrained")
-    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
-        for row in read("encoders", model, folder):
-            name = recipe_of(row["contender"])
-            if name in ENCODERS:
-                label, size = ENCODERS[name]
-                axes.scatter(size, row["figures"]["ranked_mass"]["mean"], label=label)
-        axes.legend(fontsize=6)
-        axes.set(title=TITLES[model], xlabel="bytes of a key's code", ylabel="mass / exact top-k's, 5% of the keys")
-        axes.set_xscale("log", base=2)
+    """What each encoder keeps and finds, a panel for each model."""
+    figure = require("matplotlib.figure", "demo", "--plot").Figure(figsize=(11, 4.6), layout="constrained")
+    for axes, model in zip(figure.subplots(1, len(models), sharey=True, squeeze=False)[0], models, strict=True):
+        rows = {recipe_of(row["contender"]): row["figures"] for row in read("encoders", model, folder)}
+        shown = [name for name in reversed(ENCODERS) if name in rows]
+        for figure_name, label, marker in (
+            ("ranked_mass", "mass / exact top-k's", "o"),
+            ("ranked_recall", "recall", "s"),
+        ):
+            axes.plot([rows[name][figure_name]["mean"] for name in shown], range(len(shown)), marker, label=label)
+        axes.set_yticks(
+            range(len(shown)), [f"{ENCODERS[name][0]} ({ENCODERS[name][1]} B)" for name in shown], fontsize=8
+        )
+        axes.set(title=TITLES[model], xlabel="at 5% of the keys", xlim=(0, 1))
         axes.grid(alpha=0.3)
+    axes.legend(loc="lower left", fontsize=8)
     with replacing(path) as scratch:
         figure.savefig(scratch, dpi=130)
 

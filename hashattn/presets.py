@@ -84,20 +84,20 @@ def dashkv_symmetric(
 
 def dashkv_fast(
     *, bits: int = 128, query_bits: int = 2, share: float = 0.05, sinks: int = 4, recent: int = 64,
-    combine: str = "sum", encoder: Encoder | None = None, dense_layers: tuple[int, ...] = (0, 1), engine: str = "auto",
+    per: str = "query_head", combine: str = "sum", encoder: Encoder | None = None,
+    dense_layers: tuple[int, ...] = (0, 1), engine: str = "auto",
 ) -> HashAttention:  # fmt: skip
-    """What of DASH-KV decodes fastest (after arXiv 2604.19351): asymmetric hashes, one choice per KV head.
+    """What we would ship of DASH-KV (after arXiv 2604.19351): its asymmetric hashes, exact attention to what they find.
 
-    Choosing per query head, as published, gathers G times as many keys, and a consensus needs every distance. Here a
-    group's distances are summed, which takes fewer scans than it has heads, so that a query of 2 bit planes, which
-    finds more of the keys that matter, costs little. The query's map is linear; selected keys are attended to exactly.
-    Fitted encoders with a bias in their codes (pretrained="smollm2-135m-fast" of the demo's model) find more still with
-    one plane.
+    On real models (docs/results.md) consensus and momentum gain little and the middle tier loses, so that none of them
+    is here. The query's map is linear, and a query of 2 bit planes finds more at the same bytes a key. Each query head
+    chooses for itself, as published: per="kv_head" reads fewer keys and is faster still, but loses what only one
+    head of a group looks for.
     """
     return HashAttention(
         encoder=encoder or AsymmetricHash(bits, query_hidden=(), query_bits=query_bits),
         index=FlatHamming(),
-        selector=Sink(sinks) | Recent(recent) | TopK(share=share, per="kv_head", combine=combine),
+        selector=Sink(sinks) | Recent(recent) | TopK(share=share, per=per, combine=combine),
         attend=ExactAttend(),
         engine=engine,
         dense_layers=dense_layers,

@@ -113,9 +113,9 @@ def test_what_comes_with_the_library_is_whole_and_says_how_it_was_fitted(name):
     fast = name.endswith("-fast")
     attn = HashAttention.from_preset("dashkv_fast" if fast else "dashkv", pretrained=name)
     assert attn.encoder.layers == loaded.encoder.layers
-    assert attn.encoder.biased == fast
+    assert attn.encoder.query_bits == (2 if fast else 1)
 
 
 def test_all_of_it_is_small():
-    assert {"smollm2-135m-fast"} <= shipped().keys()
+    assert set(shipped()) == {f"{model}{kind}" for model in ("smollm2-135m", "gemma-3-270m") for kind in ("", "-fast")}
     assert sum(p.stat().st_size for folder in shipped().values() for p in folder.iterdir()) <= 12e6
