@@ -1,0 +1,43 @@
+"""docs/results.md shows what the results files hold, and nothing else."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SPEC = importlib.util.spec_from_file_location("learned_tables", ROOT / "benchmarks/learned_tables.py")
+learned_tables = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(learned_tables)
+DOCS = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+
+
+def test_the_docs_end_with_the_tables_of_the_results_files():
+    tables = learned_tables.sections(learned_tables.RESULTS)
+    assert DOCS.endswith(f"\n{tables}\n")
+    for title in learned_tables.TITLES.values():
+        assert f"## {title}" in tables
+    assert tables.count("### ") == 6
+
+
+def test_figures_in_the_text_are_in_the_tables():
+    text, _, tables = DOCS.partition(f"\n## {learned_tables.TITLES['smollm2-135m']}")
+    said = text.partition("## What they say")[2]
+    papers = {".861", ".683", ".089"}
+    for figure in set(re.findall(r"(?<![\d.])\.\d{3}", said)) - papers:
+        rounded = [f"{float(cell):.3f}" for cell in re.findall(r"-?\d\.\d{3,4}", tables)]
+        differences = {".002"}  # between two rows
+        assert f"0{figure}" in [r.lstrip("-") for r in rounded] or figure in differences, figure
+
+
+@pytest.mark.parametrize("kind", ["encoders", "compositions"])
+@pytest.mark.parametrize("model", learned_tables.TITLES)
+def test_results_say_how_they_were_made(kind, model):
+    found = json.loads((learned_tables.RESULTS / f"{kind}_{model}.json").read_text())
+    assert found["command"].startswith("python benchmarks/learned.py")
+    assert found["device"] and found["date"] and found["versions"]["torch"]
+    for row in found["rows"]:
+        assert "/" not in row["contender"]
+        assert all(figure["n"] >= 6 for figure in row["figures"].values())
