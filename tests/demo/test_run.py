@@ -24,14 +24,14 @@ def test_the_demo_finds_the_fact_and_shows_what_it_did(tmp_path, capsys):
     assert hashed["correct"]
     assert stock["keys_read"] == own["keys_read"] == 1.0
     assert 0.2 < hashed["keys_read"] < 0.27  # 20% in 28 of 30 layers
-    assert hashed["bytes_per_step"] < 0.35 * stock["bytes_per_step"]
+    assert hashed["bytes_per_step"] < 0.7 * stock["bytes_per_step"]  # 0.66: each of three heads chooses its 20%
     assert hashed["code_bytes"] > 0
     for words in ("tokens per second", "times as fast", "1.00", "cpu: engine", "^ the fact"):
         assert words in shown
     assert len(result["reads"]) == 30
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert result["note"] is None  # its encoders are fitted
-    assert "bias_bits=8" in result["composition"]
+    assert "query_bits=2" in result["composition"]
 
 
 @pytest.mark.parametrize(
