@@ -10,7 +10,7 @@ from hashattn.calibration import Calibration
 from hashattn.decoder import Decoder
 from hashattn.encoders import ITQ, AsymmetricHash, Centring, Encoder, Identity, PerLayer, SimHash, SymmetricHash
 from hashattn.facts import ModelFacts
-from hashattn.index import FlatDot, FlatHamming, Index
+from hashattn.index import FaissBinary, FlatDot, FlatHamming, Index
 from hashattn.presets import PRESETS
 from hashattn.saving import Pretrained, from_pretrained, save_pretrained, shipped
 from hashattn.selectors import Consensus, LocalTopK, Momentum, Recent, Selector, Sink, Threshold, Tiers, TopK
@@ -30,6 +30,7 @@ __all__ = [
     "DenseAttend",
     "Encoder",
     "ExactAttend",
+    "FaissBinary",
     "FlatDot",
     "FlatHamming",
     "HashAttention",

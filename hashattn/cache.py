@@ -323,9 +323,17 @@ class KVCache:
                 raise TypeError("this composition has no index, so there are no distances")
             return index.distances(store, query, biased=biased, engine=engine)
 
+        def find(k: int) -> tuple[Tensor, Tensor]:
+            assert index is not None and store is not None and query is not None
+            return index.search(store, query, k, spans)
+
+        searches = query is not None and index is not None and not index.scans
         codes = store.codes if store is not None and index is not None and index.flat_codes and len(store) else None
         device = self._keys.storage.device
-        return View(spans, q_heads, self.kv_heads, len(self), scan, device, query, codes, engine, biased=biased)
+        return View(
+            spans, q_heads, self.kv_heads, len(self), scan, device, query, codes, engine, biased=biased,
+            find=find if searches else None,
+        )  # fmt: skip
 
     def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The ANN view: the k nearest keys of encoded queries, among all keys of their row.
@@ -348,9 +356,13 @@ class KVCache:
             short = [b for b, r in enumerate(self.ready) if not r]
             raise ValueError(f"rows {short} hold fewer than {self.warmup} keys, from which their centre is made")
         view = self.view(query, query.shape[1], self.spans(query.shape[2], causal=False))
-        ids = view.search(k)
-        ids = F.pad(ids, (0, min(k, len(self)) - ids.shape[-1]), value=-1)  # the longest row may be shorter than N
-        return ids, view.raw.gather(-1, ids.clamp(min=0).long())
+        if view.find is not None:
+            ids, distances = view.find(min(k, view.longest))
+        else:
+            ids = view.search(k)
+            distances = view.raw.gather(-1, ids.clamp(min=0).long())
+        empty = 0, min(k, len(self)) - ids.shape[-1]  # the longest row may be shorter than N
+        return F.pad(ids, empty, value=-1), F.pad(distances, empty)
 
     def gather(self, what: str, ids: Tensor) -> Tensor:
         """Rows of "keys", "values", "codes" or "norms" at columns ids [B, H, T, K]: [B, H, T, K, X].

@@ -38,6 +38,10 @@ def check_composition(attn: HashAttention) -> None:
             f"index {index!r} cannot hold what encoder {encoder!r} makes ({encoder.code} codes); "
             f"index={_FITS[encoder.code]} would fit it, or {_accepted(index)} the index"
         )
+    if encoder is not None and index is not None:
+        reason = index.why_not(encoder.bits, encoder.query_bits, encoder.biased)
+        if reason is not None:
+            raise ValueError(f"index {index!r} cannot hold what encoder {encoder!r} makes: {reason}")
     if selector is None:
         if attend.needs_selection:
             raise ValueError(
@@ -50,6 +54,11 @@ def check_composition(attn: HashAttention) -> None:
         raise ValueError(
             f"selector {selector!r} ranks keys by distance, which needs an encoder and an index; "
             "encoder=SimHash(bits=128), index=FlatHamming() would fit"
+        )
+    if index is not None and selector.ranked and selector.needs_distances and not index.scans:
+        raise ValueError(
+            f"selector {selector!r} asks for the distance to every key, but index {index!r} only searches; "
+            'a selector such as TopK(share=0.05, per="query_head") or index=FlatHamming() would fit'
         )
     if attend.code is not None and encoder is not None and encoder.biased:
         raise ValueError(

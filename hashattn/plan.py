@@ -130,7 +130,7 @@ def _stages(
                 if device == "cuda" and unfused is not None:
                     why = f'engine="triton" cannot take it: {unfused}'
         return (("attend", "full attention (PyTorch SDPA, grouped heads)", why),)
-    binary = attn.encoder is not None and attn.encoder.code == "binary"
+    binary = attn.index is not None and attn.index.flat_codes
     fast = engine == "cpu" and binary
     scan = "FAISS's scan (numpy without FAISS)" if fast else "PyTorch, plain operations" if binary else "PyTorch matmul"
     slow = ""
@@ -139,9 +139,11 @@ def _stages(
         if device != "cpu":
             slow = 'engine="triton" is faster' if unfused is None else f'engine="triton" cannot: {unfused}'
     elif not binary and attn.encoder is not None:
-        slow = "scores of floats: the reference serves them"
+        slow = "the reference serves it"
     elif attn.selector is not None and attn.selector.matrices:
         slow = "a matrix of all distances is made"
+    if attn.index is not None and attn.index.remark():
+        scan, slow = "its own search", attn.index.remark()
     if engine == "triton":
         return _fused_stages(attn)
     rows = []
@@ -151,7 +153,8 @@ def _stages(
             ("scan", f"{_name(attn.index)}: {scan}", slow),
         ]
     select = "numpy or PyTorch" if fast else "PyTorch top-k"
-    rows.append(("select", f"{_name(attn.selector)}: {select}", "exact, ties to the most recent key"))
+    exact = "exact, ties to the most recent key" if attn.index is None or attn.index.scans else "of what was found"
+    rows.append(("select", f"{_name(attn.selector)}: {select}", exact))
     rows.append(("attend", f"{_name(attn.attend)}: gather and softmax in PyTorch", ""))
     return tuple(rows)
 

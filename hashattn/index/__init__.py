@@ -1,7 +1,8 @@
 """Indexes: where codes are kept and how they are scanned."""
 
 from hashattn.index.base import Index, Store
+from hashattn.index.faiss_binary import FaissBinary
 from hashattn.index.flat_dot import FlatDot
 from hashattn.index.flat_hamming import FlatHamming
 
-__all__ = ["FlatDot", "FlatHamming", "Index", "Store"]
+__all__ = ["FaissBinary", "FlatDot", "FlatHamming", "Index", "Store"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -45,15 +46,21 @@ class Store:
         self._codes.select(rows)
 
 
+Spans = Sequence[Sequence[Sequence[int]]]  # [B][T], (first, end): the columns that each query sees
+
+
 class Index(ABC):
     """A description of an index: frozen, comparable, without data. A KVCache asks it for a store.
 
     Attributes:
         flat_codes: whether it ranks by the Hamming distance to every packed code, so that an engine may scan and
             search the codes in one pass.
+        scans: whether it gives the distance to every key. An index that does not only searches, and serves selectors
+            that ask for no more.
     """
 
     flat_codes: bool = False
+    scans: bool = True
 
     @abstractmethod
     def accepts(self, code: str) -> bool:
@@ -63,9 +70,34 @@ class Index(ABC):
     def new_store(self, capacity: int | None = None) -> Store:
         """An empty store; with a capacity it is allocated once."""
 
-    @abstractmethod
+    def why_not(self, bits: int, query_bits: int, biased: bool) -> str | None:
+        """Why it cannot hold codes of an encoder with these properties, and what would fit; None if it can."""
+        return None
+
+    def remark(self) -> str:
+        """What a query plan says of it beside its name."""
+        return ""
+
     def distances(self, store: Store, query: Tensor, *, biased: bool = False, engine: str = "reference") -> Tensor:
         """Distances of queries to every key of the store, [B, Hq, T, N]; smaller is nearer.
 
         biased: whether the last byte of a code is a number to add; see :func:`hashattn.ops.hamming.distances`.
+
+        Raises:
+            TypeError: the index only searches.
         """
+        raise TypeError(f"index {self!r} gives no distance to every key: it only searches")
+
+    def search(self, store: Store, query: Tensor, k: int, spans: Spans) -> tuple[Tensor, Tensor]:
+        """The nearest keys that the index finds for each query, among the columns that it sees.
+
+        Args:
+            spans: [B][T], (first, end); a row's queries see the same first column.
+
+        Returns:
+            ids int32 [B, Hq, T, k], nearest first, -1 in empty slots; distances int32 of the same shape.
+
+        Raises:
+            TypeError: the index scans.
+        """
+        raise TypeError(f"index {self!r} has no search of its own: it gives the distance to every key")
