@@ -8,9 +8,9 @@ from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
 from hashattn.calibration import Calibration
 from hashattn.decoder import Decoder
-from hashattn.encoders import ITQ, AsymmetricHash, Centring, Encoder, Identity, PerLayer, SimHash, SymmetricHash
+from hashattn.encoders import ITQ, PQ, AsymmetricHash, Centring, Encoder, Identity, PerLayer, SimHash, SymmetricHash
 from hashattn.facts import ModelFacts
-from hashattn.index import FaissBinary, FlatDot, FlatHamming, Index
+from hashattn.index import FaissBinary, FlatDot, FlatHamming, FlatPQ, Index
 from hashattn.presets import PRESETS
 from hashattn.saving import Pretrained, from_pretrained, save_pretrained, shipped
 from hashattn.selectors import Consensus, LocalTopK, Momentum, Recent, Selector, Sink, Threshold, Tiers, TopK
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ITQ",
+    "PQ",
     "PRESETS",
     "AsymmetricHash",
     "Attend",
@@ -33,6 +34,7 @@ __all__ = [
     "FaissBinary",
     "FlatDot",
     "FlatHamming",
+    "FlatPQ",
     "HashAttention",
     "Identity",
     "Index",

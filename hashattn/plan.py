@@ -92,7 +92,7 @@ def explain(
     kv_bytes = 2 * batch * kv_heads * keys * row
     code_bytes = code_row = 0
     if attn.encoder is not None:
-        code_row = 8 * -(-attn.encoder.bits // 64) if attn.encoder.code == "binary" else row
+        code_row = _code_row(attn.encoder, row)
         code_bytes = batch * attn.encoder.code_heads(kv_heads) * keys * code_row
     if attn.attend.needs_norms:
         code_bytes += 2 * batch * kv_heads * keys
@@ -110,6 +110,13 @@ def explain(
     return Plan(
         engine, stages, kv_bytes, scan_bytes, attend_bytes, code_bytes, kv_bytes, least, provenance(kind, shape)
     )
+
+
+def _code_row(encoder: Encoder, row: int) -> int:
+    """Bytes of a key's code, where a key has `row`."""
+    if encoder.code == "binary":
+        return 8 * -(-encoder.bits // 64)
+    return getattr(encoder, "code_bytes", row)
 
 
 def _crossover(least: int | None) -> str:

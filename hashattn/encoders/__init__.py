@@ -6,7 +6,8 @@ from hashattn.encoders.centring import Centring
 from hashattn.encoders.identity import Identity
 from hashattn.encoders.itq import ITQ
 from hashattn.encoders.per_layer import PerLayer
+from hashattn.encoders.pq import PQ
 from hashattn.encoders.simhash import SimHash
 from hashattn.encoders.symmetric import SymmetricHash
 
-__all__ = ["ITQ", "AsymmetricHash", "Centring", "Encoder", "Identity", "PerLayer", "SimHash", "SymmetricHash"]
+__all__ = ["ITQ", "PQ", "AsymmetricHash", "Centring", "Encoder", "Identity", "PerLayer", "SimHash", "SymmetricHash"]

@@ -18,7 +18,8 @@ class Encoder(ABC):
     """Turns post-RoPE keys and queries into what an index stores and scores.
 
     Attributes:
-        code: "binary" (packed sign bits) or "vector" (floats); an index says which it accepts.
+        code: "binary" (packed sign bits), "pq" (numbers of centroids) or "vector" (floats); an index says which it
+            accepts.
         bits: length of a binary code; 0 for vectors.
         query_bits: bit planes of a query.
         biased: whether the last byte of a key's code is a number that is added to its distance.

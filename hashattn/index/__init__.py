@@ -4,5 +4,6 @@ from hashattn.index.base import Index, Store
 from hashattn.index.faiss_binary import FaissBinary
 from hashattn.index.flat_dot import FlatDot
 from hashattn.index.flat_hamming import FlatHamming
+from hashattn.index.flat_pq import FlatPQ
 
-__all__ = ["FaissBinary", "FlatDot", "FlatHamming", "Index", "Store"]
+__all__ = ["FaissBinary", "FlatDot", "FlatHamming", "FlatPQ", "Index", "Store"]

@@ -64,7 +64,7 @@ class Index(ABC):
 
     @abstractmethod
     def accepts(self, code: str) -> bool:
-        """Whether it can hold what an encoder makes: "binary" (packed sign bits) or "vector" (floats)."""
+        """Whether it can hold what an encoder makes: "binary" (packed sign bits), "pq" or "vector" (floats)."""
 
     @abstractmethod
     def new_store(self, capacity: int | None = None) -> Store:
