@@ -10,7 +10,7 @@ from hashattn.calibration import Calibration
 from hashattn.decoder import Decoder
 from hashattn.encoders import ITQ, PQ, AsymmetricHash, Centring, Encoder, Identity, PerLayer, SimHash, SymmetricHash
 from hashattn.facts import ModelFacts
-from hashattn.index import FaissBinary, FlatDot, FlatHamming, FlatPQ, Index
+from hashattn.index import FaissBinary, FlatDot, FlatHamming, FlatPQ, Index, Pages
 from hashattn.presets import PRESETS
 from hashattn.saving import Pretrained, from_pretrained, save_pretrained, shipped
 from hashattn.selectors import Consensus, LocalTopK, Momentum, Recent, Selector, Sink, Threshold, Tiers, TopK
@@ -44,6 +44,7 @@ __all__ = [
     "ModelFacts",
     "Momentum",
     "Output",
+    "Pages",
     "PerLayer",
     "PerLayerAttend",
     "Pretrained",

@@ -274,6 +274,7 @@ class KVCache:
         """Encode the keys that are not yet encoded, unless every row is short."""
         if self.encoder is None or self._store is None:
             return
+        self._store.align(self._starts)
         if self._fits != self.encoder.fits:  # fitted meanwhile: everything is encoded anew
             self._fits, self._centre, self._ready = self.encoder.fits, None, [self.warmup == 0] * self.batch
             self._store.truncate(0)
@@ -388,7 +389,8 @@ class KVCache:
         self._check_filled()
         state: dict[str, Any] = {"keys": self.keys.clone(), "values": self.values.clone(), "start": self.start}
         if self.encoded and self._store is not None:
-            state["codes"] = self._store.codes.clone()
+            if self._store.per_key:
+                state["codes"] = self._store.codes.clone()
             state["ready"] = torch.tensor(self._ready)
             if self.with_norms:
                 state["norms"] = self._norms.view.clone()
@@ -404,10 +406,11 @@ class KVCache:
         )  # fmt: skip
         other.append(state["keys"], state["values"])
         other._starts = other._check_start(state["start"], None)
-        if "codes" in state:
-            other._check_codes(state)
-            assert other._store is not None
-            other._store.add(state["codes"])
+        if "ready" in state:
+            if "codes" in state:
+                other._check_codes(state)
+                assert other._store is not None
+                other._store.add(state["codes"])
             other._ready = state["ready"].tolist()
             other._centre = state["centre"].clone() if "centre" in state else None
             if other.with_norms:

@@ -90,10 +90,12 @@ def explain(
     engine = resolve(attn, kind, keys, least, unfused)
     row = head_dim * dtype.itemsize
     kv_bytes = 2 * batch * kv_heads * keys * row
-    code_bytes = code_row = 0
+    code_bytes = code_row = codes = 0
     if attn.encoder is not None:
+        assert attn.index is not None
         code_row = _code_row(attn.encoder, row)
-        code_bytes = batch * attn.encoder.code_heads(kv_heads) * keys * code_row
+        codes = batch * attn.encoder.code_heads(kv_heads) * keys
+        code_bytes = round(codes * attn.index.key_bytes(code_row))
     if attn.attend.needs_norms:
         code_bytes += 2 * batch * kv_heads * keys
     scan_bytes, attend_bytes = 0, kv_bytes
@@ -105,7 +107,8 @@ def explain(
         else:
             attend_bytes = batch * heads * kept * 2 * row
         if attn.selector.ranked and attn.encoder is not None:
-            scan_bytes = batch * attn.encoder.code_heads(kv_heads) * keys * code_row
+            assert attn.index is not None
+            scan_bytes = round(codes * attn.index.read_bytes(code_row))
     stages = _stages(attn, engine, kind, least, unfused)
     return Plan(
         engine, stages, kv_bytes, scan_bytes, attend_bytes, code_bytes, kv_bytes, least, provenance(kind, shape)

@@ -5,5 +5,6 @@ from hashattn.index.faiss_binary import FaissBinary
 from hashattn.index.flat_dot import FlatDot
 from hashattn.index.flat_hamming import FlatHamming
 from hashattn.index.flat_pq import FlatPQ
+from hashattn.index.pages import Pages
 
-__all__ = ["FaissBinary", "FlatDot", "FlatHamming", "FlatPQ", "Index", "Store"]
+__all__ = ["FaissBinary", "FlatDot", "FlatHamming", "FlatPQ", "Index", "Pages", "Store"]

@@ -11,7 +11,15 @@ from hashattn.buffer import TokenBuffer
 
 
 class Store:
-    """Codes of a cache's keys, [B, H, N, X], appended, cropped and reordered by the KVCache that owns it."""
+    """Codes of a cache's keys, [B, H, N, X], appended, cropped and reordered by the KVCache that owns it.
+
+    A store that keeps more, or something else, extends these methods.
+
+    Attributes:
+        per_key: whether codes are those of the keys, one by one. A cache saves them then; it makes others anew.
+    """
+
+    per_key: bool = True
 
     def __init__(self, capacity: int | None = None) -> None:
         self._codes = TokenBuffer(capacity)
@@ -29,6 +37,9 @@ class Store:
         """Bytes allocated for codes."""
         return self._codes.nbytes
 
+    def align(self, starts: list[int]) -> None:
+        """Told before keys are added where each row begins: its first visible column."""
+
     def add(self, codes: Tensor) -> None:
         """Append the codes of new keys, [B, H, n, X]."""
         self._codes.append(codes)
@@ -38,7 +49,7 @@ class Store:
         self._codes.adopt(length)
 
     def truncate(self, length: int) -> None:
-        """Keep the first `length` keys."""
+        """Keep the first `length` keys, or fewer: the cache adds again what is missing."""
         self._codes.truncate(length)
 
     def select_rows(self, rows: Tensor) -> None:
@@ -73,6 +84,14 @@ class Index(ABC):
     def why_not(self, bits: int, query_bits: int, biased: bool) -> str | None:
         """Why it cannot hold codes of an encoder with these properties, and what would fit; None if it can."""
         return None
+
+    def key_bytes(self, row: int) -> float:
+        """Bytes kept for a key, whose code has `row`."""
+        return row
+
+    def read_bytes(self, row: int) -> float:
+        """Bytes that a query reads for a key, whose code has `row`, at most."""
+        return row
 
     def remark(self) -> str:
         """What a query plan says of it beside its name."""

@@ -113,6 +113,9 @@ class FaissBinary(Index):
         hashed = sizes[0] * sizes[-1] if len(sizes) > 1 else sizes[0]
         return f"its tables take {hashed} bits, codes have {bits}; a smaller {_WORKS}" if hashed > bits else None
 
+    def key_bytes(self, row: int) -> float:
+        return 2 * row  # without lists and graphs
+
     def remark(self) -> str:
         crop = "crop native" if self.crops else "crop rebuilt from the codes"
         fit = f", fitted to the first {self.needed} keys of a row, flat until then" if self.needed else ""
