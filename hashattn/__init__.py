@@ -8,9 +8,20 @@ from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
 from hashattn.calibration import Calibration
 from hashattn.decoder import Decoder
-from hashattn.encoders import ITQ, PQ, AsymmetricHash, Centring, Encoder, Identity, PerLayer, SimHash, SymmetricHash
+from hashattn.encoders import (
+    ITQ,
+    PQ,
+    AsymmetricHash,
+    Centring,
+    Encoder,
+    HeavyChannels,
+    Identity,
+    PerLayer,
+    SimHash,
+    SymmetricHash,
+)
 from hashattn.facts import ModelFacts
-from hashattn.index import FaissBinary, FlatDot, FlatHamming, FlatPQ, Index, Pages
+from hashattn.index import Channels, FaissBinary, FlatDot, FlatHamming, FlatPQ, Index, Pages
 from hashattn.presets import PRESETS
 from hashattn.saving import Pretrained, from_pretrained, save_pretrained, shipped
 from hashattn.selectors import Consensus, LocalTopK, Momentum, Recent, Selector, Sink, Threshold, Tiers, TopK
@@ -26,6 +37,7 @@ __all__ = [
     "Attend",
     "Calibration",
     "Centring",
+    "Channels",
     "Consensus",
     "Decoder",
     "DenseAttend",
@@ -36,6 +48,7 @@ __all__ = [
     "FlatHamming",
     "FlatPQ",
     "HashAttention",
+    "HeavyChannels",
     "Identity",
     "Index",
     "KVCache",

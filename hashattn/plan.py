@@ -93,7 +93,7 @@ def explain(
     code_bytes = code_row = codes = 0
     if attn.encoder is not None:
         assert attn.index is not None
-        code_row = _code_row(attn.encoder, row)
+        code_row = attn.encoder.code_bytes(head_dim, dtype.itemsize)
         codes = batch * attn.encoder.code_heads(kv_heads) * keys
         code_bytes = round(codes * attn.index.key_bytes(code_row))
     if attn.attend.needs_norms:
@@ -113,13 +113,6 @@ def explain(
     return Plan(
         engine, stages, kv_bytes, scan_bytes, attend_bytes, code_bytes, kv_bytes, least, provenance(kind, shape)
     )
-
-
-def _code_row(encoder: Encoder, row: int) -> int:
-    """Bytes of a key's code, where a key has `row`."""
-    if encoder.code == "binary":
-        return 8 * -(-encoder.bits // 64)
-    return getattr(encoder, "code_bytes", row)
 
 
 def _crossover(least: int | None) -> str:

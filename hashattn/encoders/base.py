@@ -42,6 +42,10 @@ class Encoder(ABC):
     def encode_query(self, q: Tensor) -> Tensor:
         """Queries [B, Hq, T, D] as their index scores them: int64 [B, Hq, T, W], or planes [B, Hq, T, b, W]."""
 
+    def code_bytes(self, head_dim: int, itemsize: int) -> int:
+        """Bytes of a key's code, for keys of head_dim numbers of itemsize bytes."""
+        return 8 * -(-self.bits // 64) if self.code == "binary" else head_dim * itemsize
+
     def code_heads(self, kv_heads: int) -> int:
         """Heads of the key codes for a model of this many KV heads."""
         return kv_heads

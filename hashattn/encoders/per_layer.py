@@ -61,6 +61,9 @@ class PerLayer(nn.Module, Encoder):
     def biased(self) -> bool:  # type: ignore[override]
         return self._first.biased
 
+    def code_bytes(self, head_dim: int, itemsize: int) -> int:
+        return self._first.code_bytes(head_dim, itemsize)
+
     def code_heads(self, kv_heads: int) -> int:
         return self._first.code_heads(kv_heads)
 

@@ -48,9 +48,7 @@ class PQ(nn.Module, Encoder):
     def fitted(self) -> bool:
         return self.codebooks.numel() > 0
 
-    @property
-    def code_bytes(self) -> int:
-        """Bytes of a key's code."""
+    def code_bytes(self, head_dim: int, itemsize: int) -> int:
         return self.subquantisers
 
     def fit(self, q: Tensor | None, k: Tensor) -> PQ:
