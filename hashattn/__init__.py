@@ -21,7 +21,7 @@ from hashattn.encoders import (
     SymmetricHash,
 )
 from hashattn.facts import ModelFacts
-from hashattn.index import Channels, FaissBinary, FlatDot, FlatHamming, FlatPQ, Index, Pages
+from hashattn.index import Channels, FaissBinary, FlatDot, FlatHamming, FlatPQ, Index, MultiProbe, Pages
 from hashattn.presets import PRESETS
 from hashattn.saving import Pretrained, from_pretrained, save_pretrained, shipped
 from hashattn.selectors import Consensus, LocalTopK, Momentum, Recent, Selector, Sink, Threshold, Tiers, TopK
@@ -56,6 +56,7 @@ __all__ = [
     "MixedPrecision",
     "ModelFacts",
     "Momentum",
+    "MultiProbe",
     "Output",
     "Pages",
     "PerLayer",
