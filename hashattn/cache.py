@@ -329,7 +329,8 @@ class KVCache:
             return index.search(store, query, k, spans)
 
         searches = query is not None and index is not None and not index.scans
-        codes = store.codes if store is not None and index is not None and index.flat_codes and len(store) else None
+        binary = index is not None and (index.flat_codes or searches)
+        codes = store.codes if store is not None and binary and len(store) else None
         device = self._keys.storage.device
         return View(
             spans, q_heads, self.kv_heads, len(self), scan, device, query, codes, engine, biased=biased,

@@ -58,7 +58,7 @@ def check_composition(attn: HashAttention) -> None:
     if index is not None and selector.ranked and selector.needs_distances and not index.scans:
         raise ValueError(
             f"selector {selector!r} asks for the distance to every key, but index {index!r} only searches; "
-            'a selector such as TopK(share=0.05, per="query_head") or index=FlatHamming() would fit'
+            "a selector such as TopK(share=0.05) or index=FlatHamming() would fit"
         )
     if attend.code is not None and encoder is not None and encoder.biased:
         raise ValueError(

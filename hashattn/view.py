@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hashattn.budget import Budget
-from hashattn.ops.nearest import nearest, nearest_visible
+from hashattn.ops.nearest import nearest, nearest_of_pool, nearest_visible
 from hashattn.ops.nearest.cpu import Table
 from hashattn.ops.search import search
 
@@ -27,14 +27,16 @@ class View:
         scan: returns the raw distances, [B, Hq, T, N].
         device: where the tensors are.
         query: what the encoder made of the queries; None if nothing is ranked.
-        codes: packed codes int64 [B, heads, N, W] of a flat index, which an engine may scan and search in one pass.
+        codes: packed codes int64 [B, heads, N, W]: of a flat index, which an engine may scan and search in one pass, or
+            of one that only searches.
         engine: "reference" or "cpu".
         sinks: this many first visible keys are ranked before every distance.
         recents: this many last visible keys too.
         biased: whether the last byte of a code is a number that is added to its distance.
         calibrated: distances that replace the raw ones, [B, H, T, N].
         kept: bool [B, H, T, N], keys that may be selected; None means all visible ones.
-        find: returns ids and raw distances of the k nearest keys, [B, Hq, T, k], where the index only searches.
+        find: returns ids and raw distances of the k nearest keys, [B, Hq, T, k], where the index only searches. Then
+            there are no distances, and neither calibrations nor a radius.
     """
 
     spans: Table
@@ -116,7 +118,7 @@ class View:
     def search(self, k: int) -> Tensor:
         """The k nearest visible keys, forced ones first, ties to the most recent: int32 [B, heads, T, K], -1 empty."""
         if self.find is not None:
-            return self._found(min(k, self.longest))
+            return self._found(min(k, self.longest), shared=False)
         distances = self.distances()
         if self.engine == "cpu" and not distances.is_floating_point():
             counts = [[[min(k, self.longest)] for _ in row] for row in self.spans]
@@ -139,8 +141,10 @@ class View:
             int32 [B, heads, T, K], in no promised order within a budget's keys, -1 in empty slots.
         """
         if self.engine != "cpu" or self.find is not None:
-            view = self._within(shared, radius)
-            ids = view.search(self.slots(budgets[-1]))
+            if self.find is not None:
+                ids = self._found(self.slots(budgets[-1]), shared)
+            else:
+                ids = self._within(shared, radius).search(self.slots(budgets[-1]))
             slot = torch.arange(ids.shape[-1], device=ids.device)
             return ids.masked_fill(slot >= self.wanted(budgets[-1])[:, None, :, None], -1)
         forced = self.sinks + self.recents
@@ -162,10 +166,16 @@ class View:
             view.distances(), counts, self.spans, sinks=self.sinks, recents=self.recents, kept=view.kept
         )
 
-    def _found(self, k: int) -> Tensor:
-        """What the index finds, behind the forced keys: of its k nearest, enough are not forced."""
+    def _found(self, k: int, shared: bool) -> Tensor:
+        """What the index finds, behind the forced keys: of its k nearest, enough are not forced.
+
+        A group's heads share the nearest, by the sum of their distances, of the keys that any of them finds.
+        """
         assert self.find is not None
         ids = self.find(k)[0]
+        if shared:
+            assert self.query is not None and self.codes is not None
+            ids = nearest_of_pool(ids, self.query, self.codes, k)
         if not self.sinks and not self.recents:
             return ids
         first, end = (x.unsqueeze(1) for x in (self.visible[..., :1], self.visible[..., 1:]))  # [B, 1, T, 1]

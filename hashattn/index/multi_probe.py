@@ -119,7 +119,8 @@ class MultiProbe(Index):
     def buckets(self, planes: Tensor) -> Tensor:
         """The buckets that queries int64 [Q, b, W] probe, best first: int64 [Q, L, P]."""
         length = self.tables * self.bits
-        levels = sum(unpack_bits(planes[:, j], length).long() << j for j in range(planes.shape[1]))
+        weights = 1 << torch.arange(planes.shape[1], device=planes.device).unsqueeze(1)
+        levels = (unpack_bits(planes, length) * weights).sum(1)  # [Q, L * K]
         half = 1 << (planes.shape[1] - 1)
         positive = levels >= half
         margins = torch.where(positive, levels - half, half - 1 - levels) * 2 + 1  # of a half-step

@@ -17,7 +17,7 @@ class Selector(ABC):
         ranked: whether it ranks keys by distance, and so needs an encoder and an index.
         matrices: passes over a matrix of all distances that it makes beyond a search, about.
         needs_weights: whether it looks at the softmax weights of the layer before (momentum).
-        needs_distances: whether it asks for the distance to every key, which an index that only searches has not.
+        needs_distances: whether it asks for the distance to every key, which an index that only searches lacks.
     """
 
     ranked: bool = True

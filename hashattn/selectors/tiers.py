@@ -44,7 +44,7 @@ class Tiers(Selector):
 
     @property
     def needs_distances(self) -> bool:  # type: ignore[override]
-        return self.shared
+        return self.shared and self.combine != "sum"
 
     def budget(self, visible: int) -> int:
         return Budget(share=self.t2).count(visible)

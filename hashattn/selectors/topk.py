@@ -43,7 +43,7 @@ class TopK(Selector):
 
     @property
     def needs_distances(self) -> bool:  # type: ignore[override]
-        return self.shared
+        return self.shared and self.combine != "sum"
 
     def budget(self, visible: int) -> int:
         return Budget(self.k, self.share).count(visible)

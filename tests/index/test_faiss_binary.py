@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashattn import FaissBinary, FlatHamming, HashAttention, Recent, SimHash, Sink, Threshold, Tiers, TopK
+from hashattn import FaissBinary, FlatHamming, HashAttention, MultiProbe, Recent, SimHash, Sink, Threshold, Tiers, TopK
 from hashattn.index.faiss_binary import load_faiss
 from tests.structured import (
     cones,
@@ -190,7 +190,9 @@ def test_bad_parts_are_refused_when_they_are_built():
     raises_naming(ValueError, "device", "tpu")(lambda: FaissBinary(device="tpu"))
     raises_naming(ValueError, "BHash2x65", "130", "128")(lambda: compose("BHash2x65"))
     raises_naming(ValueError, "query_bits=1", "BHNSW16")(lambda: compose("BHNSW16", encoder=SimHash(query_bits=4)))
-    raises_naming(ValueError, "TopK", "BHNSW16", "query_head")(lambda: compose("BHNSW16", TopK(k=3, per="kv_head")))
+    raises_naming(ValueError, "TopK", "BHNSW16", "FlatHamming()")(
+        lambda: compose("BHNSW16", TopK(k=3, per="kv_head", combine="vote"))
+    )
     raises_naming(ValueError, "Threshold", "only searches")(lambda: compose("BIVF4", Threshold(5)))
     raises_naming(ValueError, "BIVF64", "2496", "1000", "BIVF25")(
         lambda: compose("BIVF64").new_cache(1, 1, 16, capacity=1000)
@@ -229,3 +231,35 @@ def test_plans_say_what_is_native():
 def test_the_text_of_an_index_makes_it_again(index):
     assert eval(repr(index)) == index
     assert np.isscalar(index.needed)
+
+
+@pytest.mark.parametrize("query_bits", [1, 4])
+@pytest.mark.parametrize("selector", [TopK(k=20, per="kv_head"), Sink(2) | Recent(5) | Tiers(0.1, 0.3, per="kv_head")])
+def test_a_group_shares_the_nearest_of_what_its_heads_find(selector, query_bits):
+    encoder = SimHash(96, query_bits=query_bits, centring=None)
+    everything = MultiProbe(2, 3, 8)  # all buckets: every key is found
+    attn = HashAttention(encoder, everything, selector, engine="reference")
+    q, k, v = qkv(11, 2, 2, 3, tokens=3, keys=90)
+    start = torch.tensor([0, 13])
+    wide = attn.replace(selector=TopK(k=90, per="kv_head"))
+    flat = wide.replace(index=FlatHamming())
+    assert (wide(q, k, v, start=start) - flat(q, k, v, start=start)).abs().max() <= tolerance(
+        q, k, v, visible_mask(3, 90, [0, 13])
+    )
+    cache = attn.new_cache(2, 2, 16)
+    cache.append(k, v, start=start)
+    chosen = attn.run(q, cache)[1]
+    query = encoder.encode_query(q)
+    view = cache.view(query, 6, cache.spans(3))
+    pool = selected(view.find(chosen.ids.shape[-1])[0], 90, 6).unflatten(1, (2, 3)).any(2)
+    total = FlatHamming().distances(cache._store, query).unflatten(1, (2, 3)).sum(2)
+    own = selected(chosen.ids, 90, 2)
+    if isinstance(selector, TopK):
+        rank = (total.long() * 90 + 89 - torch.arange(90)).masked_fill(~pool, 10**9)
+        wanted = torch.zeros_like(own).scatter_(-1, rank.argsort(-1)[..., :20], True)
+        assert torch.equal(own, wanted)
+    else:
+        assert torch.equal(chosen.tier.bool() & (chosen.ids < 0), torch.zeros_like(chosen.ids, dtype=torch.bool))
+        forced = replace(view, sinks=2, recents=5).forced
+        assert own[forced.expand_as(own)].all()
+        assert not (own & ~pool & ~forced).any()

@@ -175,8 +175,8 @@ def test_bad_input_is_refused():
         raises_naming(ValueError, *wrong)(lambda w=wrong: MultiProbe(**w))
     attn = compose(tables=4, bits=8)
     raises_naming(ValueError, "MultiProbe", "130", "96", "tables=9")(lambda: attn.replace(index=MultiProbe(13, 10)))
-    raises_naming(ValueError, "TopK", "MultiProbe", "query_head")(
-        lambda: attn.replace(selector=TopK(k=3, per="kv_head"))
+    raises_naming(ValueError, "TopK", "MultiProbe", "FlatHamming()")(
+        lambda: attn.replace(selector=TopK(k=3, per="kv_head", combine="vote"))
     )
     q, k, v = qkv(6)
     cache = attn.new_cache(1, 2, 16)
