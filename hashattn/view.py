@@ -175,7 +175,7 @@ class View:
         ids = self.find(k)[0]
         if shared:
             assert self.query is not None and self.codes is not None
-            ids = nearest_of_pool(ids, self.query, self.codes, k)
+            ids = nearest_of_pool(ids, self.query, self.codes, self.kv_heads, k)
         if not self.sinks and not self.recents:
             return ids
         first, end = (x.unsqueeze(1) for x in (self.visible[..., :1], self.visible[..., 1:]))  # [B, 1, T, 1]

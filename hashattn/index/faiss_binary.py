@@ -16,6 +16,7 @@ from hashattn.index.base import Index, Spans, Store
 from hashattn.index.faiss_store import FaissStore
 from hashattn.ops.hamming.cpu import faiss as installed_faiss
 
+_TEMPORARY = 64 << 20  # bytes of a GPU
 GPU_LIMIT = 2048  # the largest k of FAISS's search on a GPU
 _KNOWN = re.compile(r"BFlat|BIVF[1-9]\d*(_HNSW[1-9]\d*)?|BHNSW[1-9]\d*|BHash[1-9]\d*(x[1-9]\d*)?")
 _WORKS = '"BFlat", "BIVF64", "BHNSW32", "BHash16" and "BHash4x16" would work'
@@ -44,7 +45,8 @@ class FaissBinary(Index):
         nprobe: cells that a query of "BIVF*" looks at; None for FAISS's 1.
         ef_search: candidates that a query of "BHNSW*" keeps (k if that is more); None for FAISS's 16.
         nflip: bits that a query of "BHash*" flips; None for FAISS's 0.
-        device: "cpu", or "cuda" for GpuIndexBinaryFlat: "BFlat" only, k at most 2048, ties as FAISS has them.
+        device: "cpu", or "cuda" for GpuIndexBinaryFlat: "BFlat" only, k at most 2048, ties as FAISS has them;
+            queries and results pass through the host.
 
     Raises:
         ValueError: an unknown factory string, a parameter that it does not take, or a GPU that is not there.
@@ -133,6 +135,9 @@ class FaissBinary(Index):
                 f'a capacity of {self.needed}, factory="BIVF{max(1, capacity // 39)}" or "BFlat" would work'
             )
         resources = load_faiss().StandardGpuResources() if self.device == "cuda" else None
+        if resources is not None:  # there is one for each layer, and the default is more than a gigabyte
+            resources.setTempMemory(_TEMPORARY)
+            resources.setPinnedMemory(0)
         return FaissStore(partial(self._make, resources), self.needed, self.crops, capacity)
 
     def _make(self, resources: Any, bits: int, fitted: bool) -> Any:
