@@ -135,10 +135,10 @@ def _stages(
         return (("attend", "full attention (PyTorch SDPA, grouped heads)", why),)
     binary = attn.index is not None and attn.index.flat_codes
     fast = engine == "cpu" and binary
-    scan = "FAISS's scan (numpy without FAISS)" if fast else "PyTorch, plain operations" if binary else "PyTorch matmul"
+    scan = "FAISS's scan (numpy without FAISS)" if fast else "PyTorch, plain operations" if binary else "PyTorch"
     slow = ""
     if engine == "reference":
-        slow = 'engine="cpu" scans faster here'
+        slow = 'engine="cpu" scans faster here' if binary else ""
         if device != "cpu":
             slow = 'engine="triton" is faster' if unfused is None else f'engine="triton" cannot: {unfused}'
     elif not binary and attn.encoder is not None:
