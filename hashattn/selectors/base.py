@@ -5,12 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
 from hashattn.ops.decode.rule import Rule
 from hashattn.types import Selection, Step
-from hashattn.view import View
+from hashattn.view import View, forced_ids
 
 
 class Selector(ABC):
@@ -20,9 +17,11 @@ class Selector(ABC):
         ranked: whether it ranks keys by distance, and so needs an encoder and an index.
         matrices: passes over a matrix of all distances that it makes beyond a search, about.
         needs_weights: whether it looks at the softmax weights of the layer before (momentum).
+        needs_distances: whether it asks for the distance to every key, which an index that only searches lacks.
     """
 
     ranked: bool = True
+    needs_distances: bool = True
     matrices: int = 0
     needs_weights: bool = False
 
@@ -67,6 +66,7 @@ class Forced(Selector):
         return 0
 
     ranked = False
+    needs_distances = False
 
     @property
     def shared(self) -> bool:
@@ -77,17 +77,6 @@ class Forced(Selector):
 
     def select(self, view: View, step: Step) -> Selection:
         return Selection(forced_ids(view, self.sinks, self.recents))
-
-
-def forced_ids(view: View, sinks: int, recents: int) -> Tensor:
-    """Columns of the first and last visible keys, int32 [B, Hkv, T, sinks + recents], none twice, -1 empty."""
-    first, end = view.visible[..., :1], view.visible[..., 1:]  # [B, T, 1]
-    head = first + torch.arange(min(sinks, view.longest), device=first.device)
-    tail = end - 1 - torch.arange(min(recents, view.longest), device=first.device)
-    head = head.masked_fill(head >= end, -1)
-    tail = tail.masked_fill(tail < first + head.shape[-1], -1)
-    ids = torch.cat([head, tail], dim=-1).to(torch.int32)
-    return ids.unsqueeze(1).expand(-1, view.kv_heads, -1, -1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -122,6 +111,10 @@ class Joined(Selector):
     @property
     def needs_weights(self) -> bool:  # type: ignore[override]
         return self.ranked_part is not None and self.ranked_part.needs_weights
+
+    @property
+    def needs_distances(self) -> bool:  # type: ignore[override]
+        return self.ranked_part is not None and self.ranked_part.needs_distances
 
     @property
     def shared(self) -> bool:
