@@ -8,7 +8,17 @@ from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
 from hashattn.calibration import Calibration
 from hashattn.decoder import Decoder
-from hashattn.encoders import ITQ, AsymmetricHash, Centring, Encoder, Identity, PerLayer, SimHash, SymmetricHash
+from hashattn.encoders import (
+    ITQ,
+    PCA,
+    AsymmetricHash,
+    Centring,
+    Encoder,
+    Identity,
+    PerLayer,
+    SimHash,
+    SymmetricHash,
+)
 from hashattn.facts import ModelFacts
 from hashattn.index import FlatDot, FlatHamming, Index
 from hashattn.presets import PRESETS
@@ -20,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ITQ",
+    "PCA",
     "PRESETS",
     "AsymmetricHash",
     "Attend",

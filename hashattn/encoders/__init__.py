@@ -5,8 +5,19 @@ from hashattn.encoders.base import Encoder
 from hashattn.encoders.centring import Centring
 from hashattn.encoders.identity import Identity
 from hashattn.encoders.itq import ITQ
+from hashattn.encoders.pca import PCA
 from hashattn.encoders.per_layer import PerLayer
 from hashattn.encoders.simhash import SimHash
 from hashattn.encoders.symmetric import SymmetricHash
 
-__all__ = ["ITQ", "AsymmetricHash", "Centring", "Encoder", "Identity", "PerLayer", "SimHash", "SymmetricHash"]
+__all__ = [
+    "ITQ",
+    "PCA",
+    "AsymmetricHash",
+    "Centring",
+    "Encoder",
+    "Identity",
+    "PerLayer",
+    "SimHash",
+    "SymmetricHash",
+]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hashattn.encoders.centring import Centring
 from hashattn.ops.decode import Map
-from hashattn.ops.hamming import query_planes
+from hashattn.ops.hamming import query_planes, words
 
 __all__ = ["Encoder", "check_bits", "key_bits", "query_planes", "subtract"]
 
@@ -18,9 +18,11 @@ class Encoder(ABC):
     """Turns post-RoPE keys and queries into what an index stores and scores.
 
     Attributes:
-        code: "binary" (packed sign bits) or "vector" (floats); an index says which it accepts.
+        code: "binary" (packed sign bits), "pq" (numbers of centroids) or "vector" (floats); an index says which it
+            accepts.
         bits: length of a binary code; 0 for vectors.
         query_bits: bit planes of a query.
+        angular: whether the Hamming distance of binary codes estimates the angle between a query and a centred key.
         biased: whether the last byte of a key's code is a number that is added to its distance.
         fits: how often it was fitted or loaded; caches encode anew when it changes.
         centring: if given, the cache freezes such a centre per row and KV head and hands it to encode_key.
@@ -29,6 +31,7 @@ class Encoder(ABC):
     code: str = "binary"
     bits: int = 0
     query_bits: int = 1
+    angular: bool = True
     biased: bool = False
     centring: Centring | None = None
     fits: int = 0
@@ -44,6 +47,10 @@ class Encoder(ABC):
     def code_heads(self, kv_heads: int) -> int:
         """Heads of the key codes for a model of this many KV heads."""
         return kv_heads
+
+    def key_bytes(self, head_dim: int, itemsize: int) -> int:
+        """Bytes of one key's code, for keys of so many numbers of so many bytes."""
+        return 8 * words(self.bits) if self.code == "binary" else head_dim * itemsize
 
     def widths(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """Widths of the hidden layers of the queries' and the keys' map, () where it is linear.
