@@ -16,11 +16,12 @@ from hashattn.encoders import (
     Encoder,
     Identity,
     PerLayer,
+    RaBitQ,
     SimHash,
     SymmetricHash,
 )
 from hashattn.facts import ModelFacts
-from hashattn.index import FlatDot, FlatHamming, Index
+from hashattn.index import FlatDot, FlatHamming, FlatRaBitQ, Index
 from hashattn.presets import PRESETS
 from hashattn.saving import Pretrained, from_pretrained, save_pretrained, shipped
 from hashattn.selectors import Consensus, LocalTopK, Momentum, Recent, Selector, Sink, Threshold, Tiers, TopK
@@ -43,6 +44,7 @@ __all__ = [
     "ExactAttend",
     "FlatDot",
     "FlatHamming",
+    "FlatRaBitQ",
     "HashAttention",
     "Identity",
     "Index",
@@ -55,6 +57,7 @@ __all__ = [
     "PerLayer",
     "PerLayerAttend",
     "Pretrained",
+    "RaBitQ",
     "Recent",
     "Selection",
     "Selector",

@@ -7,6 +7,7 @@ from hashattn.encoders.identity import Identity
 from hashattn.encoders.itq import ITQ
 from hashattn.encoders.pca import PCA
 from hashattn.encoders.per_layer import PerLayer
+from hashattn.encoders.rabitq import RaBitQ
 from hashattn.encoders.simhash import SimHash
 from hashattn.encoders.symmetric import SymmetricHash
 
@@ -18,6 +19,7 @@ __all__ = [
     "Encoder",
     "Identity",
     "PerLayer",
+    "RaBitQ",
     "SimHash",
     "SymmetricHash",
 ]

@@ -3,5 +3,6 @@
 from hashattn.index.base import Index, Store
 from hashattn.index.flat_dot import FlatDot
 from hashattn.index.flat_hamming import FlatHamming
+from hashattn.index.flat_rabitq import FlatRaBitQ
 
-__all__ = ["FlatDot", "FlatHamming", "Index", "Store"]
+__all__ = ["FlatDot", "FlatHamming", "FlatRaBitQ", "Index", "Store"]
