@@ -10,6 +10,7 @@ from hashattn.calibration import Calibration
 from hashattn.decoder import Decoder
 from hashattn.encoders import (
     ITQ,
+    L2ALSH,
     PCA,
     AsymmetricHash,
     Centring,
@@ -18,6 +19,7 @@ from hashattn.encoders import (
     PerLayer,
     RaBitQ,
     SimHash,
+    SimpleLSH,
     SymmetricHash,
 )
 from hashattn.facts import ModelFacts
@@ -31,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ITQ",
+    "L2ALSH",
     "PCA",
     "PRESETS",
     "AsymmetricHash",
@@ -62,6 +65,7 @@ __all__ = [
     "Selection",
     "Selector",
     "SimHash",
+    "SimpleLSH",
     "Sink",
     "Step",
     "SymmetricHash",

@@ -1,5 +1,6 @@
 """Encoders: how keys and queries become codes."""
 
+from hashattn.encoders.alsh import L2ALSH, SimpleLSH
 from hashattn.encoders.asymmetric import AsymmetricHash
 from hashattn.encoders.base import Encoder
 from hashattn.encoders.centring import Centring
@@ -13,6 +14,7 @@ from hashattn.encoders.symmetric import SymmetricHash
 
 __all__ = [
     "ITQ",
+    "L2ALSH",
     "PCA",
     "AsymmetricHash",
     "Centring",
@@ -21,5 +23,6 @@ __all__ = [
     "PerLayer",
     "RaBitQ",
     "SimHash",
+    "SimpleLSH",
     "SymmetricHash",
 ]
