@@ -14,6 +14,7 @@ from hashattn.encoders import (
     PCA,
     AsymmetricHash,
     Centring,
+    CrossPolytope,
     Encoder,
     Identity,
     PerLayer,
@@ -23,7 +24,7 @@ from hashattn.encoders import (
     SymmetricHash,
 )
 from hashattn.facts import ModelFacts
-from hashattn.index import FlatDot, FlatHamming, FlatRaBitQ, Index
+from hashattn.index import FlatBuckets, FlatDot, FlatHamming, FlatRaBitQ, Index
 from hashattn.presets import PRESETS
 from hashattn.saving import Pretrained, from_pretrained, save_pretrained, shipped
 from hashattn.selectors import Consensus, LocalTopK, Momentum, Recent, Selector, Sink, Threshold, Tiers, TopK
@@ -41,10 +42,12 @@ __all__ = [
     "Calibration",
     "Centring",
     "Consensus",
+    "CrossPolytope",
     "Decoder",
     "DenseAttend",
     "Encoder",
     "ExactAttend",
+    "FlatBuckets",
     "FlatDot",
     "FlatHamming",
     "FlatRaBitQ",

@@ -4,6 +4,7 @@ from hashattn.encoders.alsh import L2ALSH, SimpleLSH
 from hashattn.encoders.asymmetric import AsymmetricHash
 from hashattn.encoders.base import Encoder
 from hashattn.encoders.centring import Centring
+from hashattn.encoders.cross_polytope import CrossPolytope
 from hashattn.encoders.identity import Identity
 from hashattn.encoders.itq import ITQ
 from hashattn.encoders.pca import PCA
@@ -18,6 +19,7 @@ __all__ = [
     "PCA",
     "AsymmetricHash",
     "Centring",
+    "CrossPolytope",
     "Encoder",
     "Identity",
     "PerLayer",
