@@ -21,6 +21,7 @@ from hashattn.encoders import (
     RaBitQ,
     SimHash,
     SimpleLSH,
+    SpectralHash,
     SymmetricHash,
 )
 from hashattn.facts import ModelFacts
@@ -70,6 +71,7 @@ __all__ = [
     "SimHash",
     "SimpleLSH",
     "Sink",
+    "SpectralHash",
     "Step",
     "SymmetricHash",
     "Threshold",

@@ -11,6 +11,7 @@ from hashattn.encoders.pca import PCA
 from hashattn.encoders.per_layer import PerLayer
 from hashattn.encoders.rabitq import RaBitQ
 from hashattn.encoders.simhash import SimHash
+from hashattn.encoders.spectral import SpectralHash
 from hashattn.encoders.symmetric import SymmetricHash
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "RaBitQ",
     "SimHash",
     "SimpleLSH",
+    "SpectralHash",
     "SymmetricHash",
 ]
