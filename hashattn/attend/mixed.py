@@ -119,6 +119,8 @@ class MixedPrecision(nn.Module, Attend):
         """
         if encoder.code != "binary":
             raise ValueError(f"encoder must make binary codes, got {encoder!r}")
+        if not encoder.angular:
+            raise ValueError(f"encoder must make codes whose distances tell angles, as SimHash's do, got {encoder!r}")
         centring, mean = encoder.centring, getattr(encoder, "mean", None)
         centre = torch.zeros_like(k[:, :, 0]).float()
         if isinstance(mean, Tensor) and mean.numel():

@@ -33,7 +33,7 @@ class CrossPolytope(Encoder):
 
     Args:
         rounds: how many rotations, 1 to 128.
-        buckets: of a round: even, 2 to 256 and at most 2 * head_dim.
+        buckets: of a round: even, 2 to 256 and at most 2 * head_dim. They take a byte however many they are.
         centring: the frozen centre that is subtracted from a row's keys; None subtracts nothing.
         seed: of the rotations, which all layers and heads share.
     """
@@ -41,7 +41,7 @@ class CrossPolytope(Encoder):
     code = "buckets"
 
     rounds: int = 16
-    buckets: int = 16
+    buckets: int = 64
     centring: Centring | None = field(default_factory=Centring)
     seed: int = 0
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hashattn import L2ALSH, SimpleLSH
+from hashattn import L2ALSH, MixedPrecision, SimpleLSH
 from hashattn.ops import hamming
 from tests.structured import cones, qkv, raises_naming, recall
 
@@ -50,6 +50,10 @@ def test_their_codes_tell_no_angles_and_no_engine_multiplies_with_their_maps():
         assert not encoder.angular
         assert encoder.widths() is None
         assert encoder.centring is None
+        q, k, _ = qkv(2)
+        raises_naming(ValueError, "angles", "SimHash")(
+            lambda encoder=encoder, q=q, k=k: MixedPrecision().fit(q, k, encoder.fit(None, k))
+        )
 
 
 @pytest.mark.parametrize(

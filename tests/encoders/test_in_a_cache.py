@@ -133,6 +133,17 @@ def test_a_budget_of_everything_is_full_attention(name):
 
 
 @parts
+@pytest.mark.parametrize("per", ["query_head", "kv_head"])
+def test_engines_select_the_same_keys(name, per):
+    q, k, v = qkv(7, 2, kv_heads=2, group=2, tokens=3, keys=90)
+    attn = composed(name, k, Sink(2) | Recent(4) | TopK(k=20, per=per))
+    cache = attn.new_cache(2, 2, 16)
+    cache.append(k, v, start=torch.tensor([0, 11]))
+    found = [attn.replace(engine=engine).run(q, cache)[1].ids for engine in ("reference", "cpu")]
+    assert torch.equal(*(ids.sort(-1).values for ids in found))
+
+
+@parts
 def test_a_saved_cache_comes_back(name):
     q, k, v = qkv(5, keys=70)
     attn = composed(name, k)
