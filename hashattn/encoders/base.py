@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hashattn.encoders.centring import Centring
 from hashattn.ops.decode import Map
-from hashattn.ops.hamming import query_planes, words
+from hashattn.ops.hamming import query_planes
 
 __all__ = ["Encoder", "check_bits", "key_bits", "query_planes", "subtract"]
 
@@ -44,13 +44,13 @@ class Encoder(ABC):
     def encode_query(self, q: Tensor) -> Tensor:
         """Queries [B, Hq, T, D] as their index scores them: int64 [B, Hq, T, W], or planes [B, Hq, T, b, W]."""
 
+    def code_bytes(self, head_dim: int, itemsize: int) -> int:
+        """Bytes of a key's code, for keys of head_dim numbers of itemsize bytes."""
+        return 8 * -(-self.bits // 64) if self.code == "binary" else head_dim * itemsize
+
     def code_heads(self, kv_heads: int) -> int:
         """Heads of the key codes for a model of this many KV heads."""
         return kv_heads
-
-    def key_bytes(self, head_dim: int, itemsize: int) -> int:
-        """Bytes of one key's code, for keys of so many numbers of so many bytes."""
-        return 8 * words(self.bits) if self.code == "binary" else head_dim * itemsize
 
     def widths(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """Widths of the hidden layers of the queries' and the keys' map, () where it is linear.

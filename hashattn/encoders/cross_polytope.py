@@ -55,7 +55,7 @@ class CrossPolytope(Encoder):
         if self.buckets > 2 * head_dim:
             raise ValueError(f"buckets must be at most 2 * head_dim = {2 * head_dim}, got {self.buckets}")
 
-    def key_bytes(self, head_dim: int, itemsize: int) -> int:
+    def code_bytes(self, head_dim: int, itemsize: int) -> int:
         return 8 * -(-self.rounds // 8)
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:

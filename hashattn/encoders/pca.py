@@ -46,7 +46,7 @@ class PCA(FittedEncoder):
         self._check_components(head_dim)
         super().check_model(q_heads, kv_heads, head_dim)
 
-    def key_bytes(self, head_dim: int, itemsize: int) -> int:
+    def code_bytes(self, head_dim: int, itemsize: int) -> int:
         return self.components * itemsize
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:

@@ -58,15 +58,15 @@ class PerLayer(nn.Module, Encoder):
         return self._first.code
 
     @property
-    def biased(self) -> bool:  # type: ignore[override]
-        return self._first.biased
-
-    @property
     def angular(self) -> bool:  # type: ignore[override]
         return self._first.angular
 
-    def key_bytes(self, head_dim: int, itemsize: int) -> int:
-        return self._first.key_bytes(head_dim, itemsize)
+    @property
+    def biased(self) -> bool:  # type: ignore[override]
+        return self._first.biased
+
+    def code_bytes(self, head_dim: int, itemsize: int) -> int:
+        return self._first.code_bytes(head_dim, itemsize)
 
     def code_heads(self, kv_heads: int) -> int:
         return self._first.code_heads(kv_heads)

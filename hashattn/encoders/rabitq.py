@@ -46,7 +46,7 @@ class RaBitQ(Encoder):
         if self.bits and self.bits < head_dim:
             raise ValueError(f"bits must be at least head_dim = {head_dim}, or 0 for just as many, got {self.bits}")
 
-    def key_bytes(self, head_dim: int, itemsize: int) -> int:
+    def code_bytes(self, head_dim: int, itemsize: int) -> int:
         return 8 * (words(self.bits or head_dim) + 1)
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:

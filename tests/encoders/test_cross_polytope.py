@@ -17,7 +17,7 @@ def test_buckets_are_the_argmax_of_the_rotated_vector_and_its_negative(seed, sha
     encoder = CrossPolytope(rounds, buckets, seed=seed)
     codes = encoder.encode_key(k, centre)
     assert codes.shape == (2, shape[0], keys, -(-rounds // 8))
-    assert encoder.key_bytes(dim, 2) == 8 * codes.shape[-1]
+    assert encoder.code_bytes(dim, 2) == 8 * codes.shape[-1]
     found = codes.view(torch.uint8)
     assert (found[..., rounds:] == 0).all()
     x = (k - centre.unsqueeze(2)).double()

@@ -64,7 +64,7 @@ def test_heads_of_every_size_in_either_dtype(name, dim):
     assert out.out.dtype == dtype
     assert selection.ids.shape == (2, 6, 2, 24)
     width = cache.codes.shape[-1] * cache.codes.element_size()
-    assert width == attn.encoder.key_bytes(dim, k.element_size())
+    assert width == attn.encoder.code_bytes(dim, k.element_size())
     keep = selected(selection.ids, 200, 6)
     assert (out.out.double() - attention64(q, k, v, keep)[0]).abs().max() <= tolerance(q, k, v, keep)
 
@@ -167,7 +167,7 @@ def test_it_describes_itself(name):
         assert torch.equal(layers.layer(3)(q, k, v), attn(q, k, v))
         assert layers.encoder.code == attn.encoder.code
         assert layers.encoder.angular == attn.encoder.angular
-        assert layers.encoder.key_bytes(16, 4) == attn.encoder.key_bytes(16, 4)
+        assert layers.encoder.code_bytes(16, 4) == attn.encoder.code_bytes(16, 4)
     else:
         assert eval(repr(attn.encoder), {**vars(hashattn)}) == attn.encoder
         assert eval(repr(attn), {**vars(hashattn)}) == attn

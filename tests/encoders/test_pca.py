@@ -34,7 +34,7 @@ def test_codes_keep_the_dtype_of_the_keys_and_say_their_size():
     codes = PCA(4).fit(None, k).encode_key(k.bfloat16())
     assert codes.dtype == torch.bfloat16
     assert codes.shape == (1, 2, 70, 4)
-    assert PCA(4).key_bytes(16, 2) == 8
+    assert PCA(4).code_bytes(16, 2) == 8
 
 
 def test_more_components_find_more():

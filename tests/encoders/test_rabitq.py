@@ -52,7 +52,7 @@ def test_codes_hold_the_norm_and_alignment_of_centred_keys(seed, shape, keys, di
     encoder = RaBitQ(bits)
     codes = encoder.encode_key(k, centre)
     assert codes.shape == (2, shape[0], keys, -(-(bits or dim) // 64) + 1)
-    assert encoder.key_bytes(dim, 4) == 8 * codes.shape[-1]
+    assert encoder.code_bytes(dim, 4) == 8 * codes.shape[-1]
     norm, alignment = codes[..., -1:].view(torch.float32).unbind(-1)
     assert torch.allclose(norm, (k - centre.unsqueeze(2)).norm(dim=-1), rtol=1e-5)
     assert (alignment > 0).all()

@@ -142,7 +142,7 @@ class Cost:
         itemsize = kv.storage("keys").element_size()
         key_bytes, code_bytes = kv.head_dim * itemsize, 0
         if kv.encoder is not None:
-            row = kv.encoder.key_bytes(kv.head_dim, itemsize)
+            row = kv.encoder.code_bytes(kv.head_dim, itemsize)
             code_bytes = row * kv.encoder.code_heads(kv.kv_heads) // kv.kv_heads
         codes = kv.code_nbytes
         return cls(q_heads, kv.kv_heads, key_bytes, code_bytes, codes, kv.nbytes - codes)
