@@ -58,10 +58,6 @@ class PerLayer(nn.Module, Encoder):
         return self._first.code
 
     @property
-    def angular(self) -> bool:  # type: ignore[override]
-        return self._first.angular
-
-    @property
     def biased(self) -> bool:  # type: ignore[override]
         return self._first.biased
 
@@ -73,6 +69,10 @@ class PerLayer(nn.Module, Encoder):
 
     def widths(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         return self._first.widths()
+
+    @property
+    def angular(self) -> bool:  # type: ignore[override]
+        return self._first.angular
 
     def layer(self, i: int) -> Encoder:
         if str(i) not in self.encoders:
