@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from functools import lru_cache
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class ALSH(FittedEncoder, ABC):
         check_bits(bits, query_bits)
         self.bits, self.query_bits, self.seed = bits, query_bits, seed
 
-    def fit(self, q: Tensor | None, k: Tensor) -> ALSH:
+    def fit(self, q: Tensor | None, k: Tensor) -> Self:
         """Measure the key norms of keys [B, Hkv, N, D]; queries play no part. Returns itself.
 
         Raises:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hashattn.index.base import Index, Store
 from hashattn.ops.hamming import words
 
-_BLOCK = 16_384  # keys whose signs are unpacked at a time: D floats each
+_BLOCK = 4096  # keys whose signs are unpacked at a time, D floats each: they stay in a cache
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class FlatRaBitQ(Index):
 
 def signs(codes: Tensor, dim: int) -> Tensor:
     """Packed signs int64 [..., W] as float32 -1 and 1, [..., dim]."""
-    octets = codes.contiguous().view(torch.uint8).unsqueeze(-1)
-    bits = (octets >> torch.arange(8, dtype=torch.uint8, device=codes.device)) & 1
-    return bits.flatten(-2)[..., :dim].float() * 2 - 1
+    shifts = torch.arange(8, device=codes.device)
+    table = ((torch.arange(256, device=codes.device).unsqueeze(1) >> shifts) & 1).float() * 2 - 1  # a byte's signs
+    octets = codes.contiguous().view(torch.uint8)
+    return table.index_select(0, octets.flatten().int()).view(*octets.shape[:-1], -1)[..., :dim]

@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hashattn import FlatRaBitQ, RaBitQ
+from hashattn.index.flat_rabitq import signs
+from hashattn.ops import hamming
 from tests.structured import generator, heads, odd_lengths, qkv, raises_naming, seeds
 
 
@@ -66,6 +68,11 @@ def test_a_key_equal_to_the_centre_estimates_zero():
     assert (norm[..., 1] == 0).all()
     assert (found[..., 1] == 0).all()
     assert found.isfinite().all()
+
+
+def test_signs_are_those_of_the_packed_bits():
+    x = torch.randn(2, 3, 5, 130, generator=generator(2))
+    assert torch.equal(signs(hamming.pack_bits(x >= 0), 130), torch.where(x >= 0, 1.0, -1.0))
 
 
 def test_long_contexts_are_scanned_in_blocks(monkeypatch):
