@@ -10,18 +10,35 @@ from hashattn.calibration import Calibration
 from hashattn.decoder import Decoder
 from hashattn.encoders import (
     ITQ,
+    L2ALSH,
+    PCA,
     PQ,
     AsymmetricHash,
     Centring,
+    CrossPolytope,
     Encoder,
     HeavyChannels,
     Identity,
     PerLayer,
+    RaBitQ,
     SimHash,
+    SimpleLSH,
+    SpectralHash,
     SymmetricHash,
 )
 from hashattn.facts import ModelFacts
-from hashattn.index import Channels, FaissBinary, FlatDot, FlatHamming, FlatPQ, Index, MultiProbe, Pages
+from hashattn.index import (
+    Channels,
+    FaissBinary,
+    FlatBuckets,
+    FlatDot,
+    FlatHamming,
+    FlatPQ,
+    FlatRaBitQ,
+    Index,
+    MultiProbe,
+    Pages,
+)
 from hashattn.presets import PRESETS
 from hashattn.saving import Pretrained, from_pretrained, save_pretrained, shipped
 from hashattn.selectors import Consensus, LocalTopK, Momentum, Recent, Selector, Sink, Threshold, Tiers, TopK
@@ -31,6 +48,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ITQ",
+    "L2ALSH",
+    "PCA",
     "PQ",
     "PRESETS",
     "AsymmetricHash",
@@ -39,14 +58,17 @@ __all__ = [
     "Centring",
     "Channels",
     "Consensus",
+    "CrossPolytope",
     "Decoder",
     "DenseAttend",
     "Encoder",
     "ExactAttend",
     "FaissBinary",
+    "FlatBuckets",
     "FlatDot",
     "FlatHamming",
     "FlatPQ",
+    "FlatRaBitQ",
     "HashAttention",
     "HeavyChannels",
     "Identity",
@@ -62,11 +84,14 @@ __all__ = [
     "PerLayer",
     "PerLayerAttend",
     "Pretrained",
+    "RaBitQ",
     "Recent",
     "Selection",
     "Selector",
     "SimHash",
+    "SimpleLSH",
     "Sink",
+    "SpectralHash",
     "Step",
     "SymmetricHash",
     "Threshold",

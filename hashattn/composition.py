@@ -13,8 +13,20 @@ if TYPE_CHECKING:
     from hashattn.attention import HashAttention
 
 ENGINES = ("auto", "dense", "reference", "cpu", "triton")
-_FITS = {"binary": "FlatHamming()", "pq": "FlatPQ()", "vector": "FlatDot()"}
-_MAKES = {"binary": "a binary encoder such as SimHash(bits=128)", "pq": "PQ(16)", "vector": "Identity()"}
+_FITS = {
+    "binary": "FlatHamming()",
+    "buckets": "FlatBuckets()",
+    "pq": "FlatPQ()",
+    "rabitq": "FlatRaBitQ()",
+    "vector": "FlatDot()",
+}
+_MAKES = {
+    "binary": "a binary encoder such as SimHash(bits=128)",
+    "buckets": "CrossPolytope()",
+    "pq": "PQ(16)",
+    "rabitq": "RaBitQ()",
+    "vector": "Identity()",
+}
 
 
 def check_composition(attn: HashAttention) -> None:
@@ -64,6 +76,11 @@ def check_composition(attn: HashAttention) -> None:
         raise ValueError(
             f"attend {attend!r} takes codes for angles, but a byte of those of {encoder!r} is a bias; "
             "bias_bits=0 or attend=ExactAttend() would fit"
+        )
+    if attend.code is not None and encoder is not None and not encoder.angular:
+        raise ValueError(
+            f"attend {attend!r} takes codes for angles, which those of {encoder!r} do not tell; "
+            "encoder=SimHash(bits=128) or attend=ExactAttend() would fit"
         )
     if attend.code is not None and (encoder is None or encoder.code != attend.code):
         raise ValueError(

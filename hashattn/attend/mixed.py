@@ -131,6 +131,8 @@ class MixedPrecision(nn.Module, Attend):
         """
         if encoder.code != "binary":
             raise ValueError(f"encoder must make binary codes, got {encoder!r}")
+        if not encoder.angular:
+            raise ValueError(f"encoder must make codes whose distances tell angles, as SimHash's do, got {encoder!r}")
         if not 0 < critical < share <= 1:
             raise ValueError(f"critical and share must be 0 < critical < share <= 1, got {critical} and {share}")
         batch = nearest_of(q, k, encoder, positions, critical, share, q.shape[-1] ** -0.5 if scale is None else scale)

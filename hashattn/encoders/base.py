@@ -22,6 +22,7 @@ class Encoder(ABC):
             accepts.
         bits: length of a binary code; 0 for vectors.
         query_bits: bit planes of a query.
+        angular: whether the Hamming distance of binary codes estimates the angle between a query and a centred key.
         biased: whether the last byte of a key's code is a number that is added to its distance.
         fits: how often it was fitted or loaded; caches encode anew when it changes.
         centring: if given, the cache freezes such a centre per row and KV head and hands it to encode_key.
@@ -30,6 +31,7 @@ class Encoder(ABC):
     code: str = "binary"
     bits: int = 0
     query_bits: int = 1
+    angular: bool = True
     biased: bool = False
     centring: Centring | None = None
     fits: int = 0

@@ -70,6 +70,10 @@ class PerLayer(nn.Module, Encoder):
     def widths(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         return self._first.widths()
 
+    @property
+    def angular(self) -> bool:  # type: ignore[override]
+        return self._first.angular
+
     def layer(self, i: int) -> Encoder:
         if str(i) not in self.encoders:
             held = f"{len(self.encoders)}, of layers {', '.join(self.encoders)}"

@@ -139,9 +139,10 @@ class Cost:
     @classmethod
     def of(cls, kv: KVCache, q_heads: int) -> Cost:
         """For queries of so many heads."""
-        key_bytes, code_bytes = kv.head_dim * kv.storage("keys").element_size(), 0
+        itemsize = kv.storage("keys").element_size()
+        key_bytes, code_bytes = kv.head_dim * itemsize, 0
         if kv.encoder is not None:
-            row = 8 * -(-kv.bits // 64) if kv.encoder.code == "binary" else key_bytes
+            row = kv.encoder.code_bytes(kv.head_dim, itemsize)
             code_bytes = row * kv.encoder.code_heads(kv.kv_heads) // kv.kv_heads
         codes = kv.code_nbytes
         return cls(q_heads, kv.kv_heads, key_bytes, code_bytes, codes, kv.nbytes - codes)

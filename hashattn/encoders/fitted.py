@@ -1,0 +1,78 @@
+"""FittedEncoder: what encoders share whose fit() makes one set of buffers a KV head, in closed form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hashattn.encoders.base import Encoder
+
+
+class FittedEncoder(nn.Module, Encoder):
+    """Buffers [Hkv, ...] that are empty until fit() or load_state_dict() fills them.
+
+    Args:
+        buffers: their names. The first one's second axis, if it has one, is D.
+    """
+
+    def __init__(self, *buffers: str) -> None:
+        super().__init__()
+        self._names = buffers
+        for name in buffers:
+            self.register_buffer(name, torch.empty(0))
+
+    @property
+    def fitted(self) -> bool:
+        """Whether fit() ran or fitted buffers were loaded."""
+        return self._first.numel() > 0
+
+    @property
+    def _first(self) -> Tensor:
+        first: Tensor = getattr(self, self._names[0])
+        return first
+
+    def check_model(self, q_heads: int, kv_heads: int, head_dim: int) -> None:
+        held = self._first.shape[:2]
+        if self.fitted and held != (kv_heads, head_dim)[: len(held)]:
+            dim = f" of head_dim {held[1]}" if len(held) > 1 else ""
+            raise ValueError(
+                f"this {type(self).__name__} was fitted to {held[0]} KV heads{dim}, but was given {kv_heads} of "
+                f"head_dim {head_dim}"
+            )
+
+    def _pooled(self, k: Tensor, fewest: int) -> Tensor:
+        """Keys [B, Hkv, N, D] of all rows, float64 [Hkv, B*N, D] on the CPU; ValueError if they are too few."""
+        keys = k.detach().double().transpose(0, 1).flatten(1, 2).cpu()
+        if keys.shape[1] < fewest:
+            raise ValueError(
+                f"k must hold at least {fewest} keys a head to fit {type(self).__name__} at head_dim {k.shape[-1]}, "
+                f"got {keys.shape[1]}"
+            )
+        if not keys.isfinite().all():
+            raise ValueError("k must be finite: leave padding out")
+        return keys
+
+    def _fill(self, device: torch.device, **buffers: Tensor) -> None:
+        """Set all buffers at once, as float32 on this device."""
+        for name, value in buffers.items():
+            setattr(self, name, value.float().contiguous().to(device))
+        self.fits += 1
+
+    def _by_head(self, q: Tensor, projection: Tensor) -> Tensor:
+        """Queries [B, Hq, T, D] times the matrix [Hkv, D, X] of their KV head: float32 [B, Hq, T, X]."""
+        grouped = q.float().reshape(q.shape[0], len(projection), -1, q.shape[-1])  # [B, Hkv, G*T, D]
+        return (grouped @ projection).view(*q.shape[:3], projection.shape[-1])
+
+    def _check_fitted(self) -> None:
+        if not self.fitted:
+            name = type(self).__name__
+            raise RuntimeError(
+                f"this {name} is not fitted: call fit(q, k) with keys of the model, or load its state_dict"
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        for name in self._names:  # their shapes are known only once fitted
+            if prefix + name in state_dict:
+                setattr(self, name, torch.empty_like(state_dict[prefix + name], device=self._first.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.fits += 1
