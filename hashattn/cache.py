@@ -498,9 +498,10 @@ class KVCache:
 
 
 def alike(codes: Tensor, probe: Tensor) -> bool:
-    """Whether codes are the same but for bits whose projection lies within rounding of zero."""
+    """Whether codes are the same but for rounding: of floats, and of bits whose projection lies near zero."""
     if codes.is_floating_point():
-        return torch.equal(codes, probe)
+        largest = probe.abs().amax(-1, keepdim=True)  # of a product's terms, about
+        return bool(((codes - probe).abs() <= 16 * torch.finfo(codes.dtype).eps * largest).all())
     if codes.dtype == torch.uint8:  # numbers of centroids, of which some are as near as others
         return bool((codes == probe).float().mean() >= 0.9)
     return bool(popcount(codes ^ probe).float().mean() <= 3.2)  # of 64; another encoder differs in half of the bits
