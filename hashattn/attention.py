@@ -171,7 +171,7 @@ class HashAttention:
         if engine == "triton" and fewest >= warmup and not need_weights and not needs_grad(q, self.attend):
             return fused.step(self, q, cache, scale, causal)
         query = self.encoder.encode_query(q) if self.encoder is not None else None
-        view = cache.view(query, q.shape[1], cache.spans(tokens, causal), engine=engine)
+        view = cache.view(query, q.shape[1], cache.spans(tokens, causal), engine=engine, q=q, scale=scale)
         selection = self.selector.select(view, step or Step())
         if fewest < warmup:
             selection = keep_short(selection, view.visible, warmup)

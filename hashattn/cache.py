@@ -13,6 +13,7 @@ from hashattn.buffer import TokenBuffer
 from hashattn.device_state import DeviceState
 from hashattn.encoders.base import Encoder
 from hashattn.index.base import Index
+from hashattn.ops.attend import logits as exact_logits
 from hashattn.ops.attend import row_numbers
 from hashattn.ops.decode.estimate import key_norms
 from hashattn.ops.decode.scratch import Scratch
@@ -312,8 +313,15 @@ class KVCache:
         columns = torch.arange(len(self), device=visible.device)
         return ((columns >= visible[..., :1]) & (columns < visible[..., 1:])).unsqueeze(1)
 
-    def view(self, query: Tensor | None, q_heads: int, spans: Table, *, engine: str = "reference") -> View:
-        """What a selector sees, for encoded queries and the columns visible to them; see :meth:`spans`."""
+    def view(
+        self, query: Tensor | None, q_heads: int, spans: Table, *, engine: str = "reference", q: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> View:  # fmt: skip
+        """What a selector sees, for encoded queries and the columns visible to them; see :meth:`spans`.
+
+        Args:
+            q: the queries themselves, for selectors that ask for exact logits, which are scaled by `scale`.
+        """
         self.encode()
         index, store = self.index, self._store
         biased = self.encoder is not None and self.encoder.biased
@@ -323,9 +331,16 @@ class KVCache:
                 raise TypeError("this composition has no index, so there are no distances")
             return index.distances(store, query, biased=biased, engine=engine)
 
+        def logits(ids: Tensor) -> Tensor:
+            assert q is not None
+            return exact_logits(q.detach(), self._keys.storage, ids, scale, engine=engine)
+
         codes = store.codes if store is not None and index is not None and index.flat_codes and len(store) else None
         device = self._keys.storage.device
-        return View(spans, q_heads, self.kv_heads, len(self), scan, device, query, codes, engine, biased=biased)
+        return View(
+            spans, q_heads, self.kv_heads, len(self), scan, device, query, codes, engine, biased=biased,
+            logits=None if q is None else logits,
+        )  # fmt: skip
 
     def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The ANN view: the k nearest keys of encoded queries, among all keys of their row.

@@ -34,6 +34,8 @@ class View:
         biased: whether the last byte of a code is a number that is added to its distance.
         calibrated: distances that replace the raw ones, [B, H, T, N].
         kept: bool [B, H, T, N], keys that may be selected; None means all visible ones.
+        logits: exact logits of the keys at ids int32 [B, H, T, K] (H = Hq or Hkv): float32 [B, H, T, Hq / H, K], of no
+            meaning in empty slots. It reads these keys; None where the view was made without the queries.
     """
 
     spans: Table
@@ -50,6 +52,7 @@ class View:
     biased: bool = False
     calibrated: Tensor | None = None
     kept: Tensor | None = None
+    logits: Callable[[Tensor], Tensor] | None = None
 
     @cached_property
     def raw(self) -> Tensor:
