@@ -13,7 +13,19 @@ from hashattn.facts import ModelFacts
 from hashattn.index import FlatDot, FlatHamming, Index
 from hashattn.presets import PRESETS
 from hashattn.saving import Pretrained, from_pretrained, save_pretrained, shipped
-from hashattn.selectors import Consensus, LocalTopK, Momentum, Recent, Selector, Sink, Threshold, Tiers, TopK
+from hashattn.selectors import (
+    Consensus,
+    LocalTopK,
+    LogitMap,
+    Momentum,
+    Recent,
+    Selector,
+    Sink,
+    Threshold,
+    Tiers,
+    TopK,
+    TopP,
+)
 from hashattn.types import Output, Selection, Step
 
 __version__ = "0.1.0"
@@ -37,6 +49,7 @@ __all__ = [
     "Index",
     "KVCache",
     "LocalTopK",
+    "LogitMap",
     "MixedPrecision",
     "ModelFacts",
     "Momentum",
@@ -54,6 +67,7 @@ __all__ = [
     "Threshold",
     "Tiers",
     "TopK",
+    "TopP",
     "from_pretrained",
     "merge",
     "save_pretrained",

@@ -90,6 +90,12 @@ def forced_ids(view: View, sinks: int, recents: int) -> Tensor:
     return ids.unsqueeze(1).expand(-1, view.kv_heads, -1, -1).contiguous()
 
 
+def forced_slots(view: View, ids: Tensor) -> Tensor:
+    """bool as ids [B, H, T, K]: which slots hold one of the view's forced keys."""
+    first, end = (x[:, None, :, None] for x in view.visible.unbind(-1))  # [B, 1, T, 1]
+    return (ids >= 0) & ((ids < first + view.sinks) | (ids >= end - view.recents))
+
+
 @dataclass(frozen=True)
 class Joined(Selector):
     """Forced parts and at most one ranked selector, written `Sink(4) | Recent(64) | TopK(share=0.05)`.
