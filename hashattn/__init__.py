@@ -3,7 +3,7 @@
 Keys are encoded and indexed once, each query searches them, and the softmax runs over what was found.
 """
 
-from hashattn.attend import Attend, DenseAttend, ExactAttend, MixedPrecision, PerLayerAttend, merge
+from hashattn.attend import Attend, DenseAttend, ExactAttend, MixedPrecision, PerLayerAttend, SampledAttend, merge
 from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
 from hashattn.calibration import Calibration
@@ -14,10 +14,12 @@ from hashattn.index import FlatDot, FlatHamming, Index
 from hashattn.presets import PRESETS
 from hashattn.saving import Pretrained, from_pretrained, save_pretrained, shipped
 from hashattn.selectors import (
+    CollisionSample,
     Consensus,
     LocalTopK,
     LogitMap,
     Momentum,
+    RandomTail,
     Recent,
     Selector,
     Sink,
@@ -37,6 +39,7 @@ __all__ = [
     "Attend",
     "Calibration",
     "Centring",
+    "CollisionSample",
     "Consensus",
     "Decoder",
     "DenseAttend",
@@ -57,7 +60,9 @@ __all__ = [
     "PerLayer",
     "PerLayerAttend",
     "Pretrained",
+    "RandomTail",
     "Recent",
+    "SampledAttend",
     "Selection",
     "Selector",
     "SimHash",

@@ -263,4 +263,5 @@ def keep_short(selection: Selection, visible: Tensor, warmup: int) -> Selection:
 
     ids = widen(selection.ids, -1, everything.unsqueeze(1))
     assert ids is not None
-    return Selection(ids, widen(selection.tier, 0, 0), widen(selection.log_weights, 0, 0))  # any slot may be critical
+    tier, log_weights = widen(selection.tier, 0, 0), widen(selection.log_weights, 0, 0)
+    return Selection(ids, tier, log_weights, collisions=selection.collisions)  # any slot may be critical

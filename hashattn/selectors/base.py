@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,11 @@ from torch import Tensor
 from hashattn.ops.decode.rule import Rule
 from hashattn.types import Selection, Step
 from hashattn.view import View
+
+if TYPE_CHECKING:
+    from hashattn.attend import Attend
+    from hashattn.encoders import Encoder
+    from hashattn.index import Index
 
 
 class Selector(ABC):
@@ -20,11 +26,13 @@ class Selector(ABC):
         ranked: whether it ranks keys by distance, and so needs an encoder and an index.
         matrices: passes over a matrix of all distances that it makes beyond a search, about.
         needs_weights: whether it looks at the softmax weights of the layer before (momentum).
+        samples: whether some of its keys stand for others.
     """
 
     ranked: bool = True
     matrices: int = 0
     needs_weights: bool = False
+    samples: bool = False
 
     @property
     def shared(self) -> bool:
@@ -42,6 +50,11 @@ class Selector(ABC):
     def critical(self, visible: int) -> int:
         """How many of these get exact logits, at most."""
         return self.budget(visible)
+
+    def refuses(self, encoder: Encoder, index: Index, attend: Attend) -> str | None:
+        """Why it cannot work with these parts, and what would fit, as the end of a sentence; None if it can."""
+        inner = getattr(self, "inner", None)
+        return inner.refuses(encoder, index, attend) if isinstance(inner, Selector) else None
 
     def rule(self, group: int) -> Rule | None:
         """What it asks of a fused decode step, for `group` query heads a KV head; None if a Rule cannot say it."""
@@ -148,6 +161,9 @@ class Joined(Selector):
     def critical(self, visible: int) -> int:
         forced = min(visible, self.sinks + self.recents)
         return forced if self.ranked_part is None else max(forced, self.ranked_part.critical(visible))
+
+    def refuses(self, encoder: Encoder, index: Index, attend: Attend) -> str | None:
+        return self.ranked_part.refuses(encoder, index, attend) if self.ranked_part is not None else None
 
     def rule(self, group: int) -> Rule | None:
         ranked = self.ranked_part.rule(group) if self.ranked_part is not None else None

@@ -13,9 +13,9 @@ from hashattn.view import View
 
 
 def check_inner(name: str, inner: Selector) -> None:
-    """Raise TypeError unless this is a ranked selector without weights."""
-    if not isinstance(inner, Selector) or not inner.ranked:
-        raise TypeError(f"inner must be a ranked selector such as TopK, got {inner!r}")
+    """Raise TypeError unless this is a ranked selector without weights whose keys stand for themselves."""
+    if not isinstance(inner, Selector) or not inner.ranked or inner.samples:
+        raise TypeError(f"inner must be a ranked selector such as TopK that samples nothing, got {inner!r}")
     if isinstance(inner, nn.Module):
         raise TypeError(f"inner must be a selector without weights; {type(inner).__name__}({name}(...)) would do")
 
