@@ -8,6 +8,8 @@ from hashattn.selectors.local import LocalTopK
 from hashattn.selectors.logit_map import LogitMap
 from hashattn.selectors.momentum import Momentum
 from hashattn.selectors.random_tail import RandomTail
+from hashattn.selectors.refine import Refine
+from hashattn.selectors.reuse import Reuse
 from hashattn.selectors.threshold import Threshold
 from hashattn.selectors.tiers import Tiers
 from hashattn.selectors.top_p import TopP
@@ -22,6 +24,8 @@ __all__ = [
     "Momentum",
     "RandomTail",
     "Recent",
+    "Refine",
+    "Reuse",
     "Selector",
     "Sink",
     "Threshold",
