@@ -21,6 +21,7 @@ from hashattn.ops.hamming import popcount
 from hashattn.ops.nearest.cpu import Table
 from hashattn.shapes import check_kv
 from hashattn.view import View
+from hashattn.votes import Votes
 
 
 class KVCache:
@@ -57,6 +58,7 @@ class KVCache:
         self._centre: Tensor | None = None
         self._fits = encoder.fits if encoder is not None else 0
         self.admitted: tuple[object, int | None, str | None] | None = None  # HashAttention's: the last call checked
+        self.votes = Votes(capacity)
         self.on_device = DeviceState(scratch if scratch is not None else Scratch())
 
     # ---- what is in it
@@ -155,9 +157,9 @@ class KVCache:
 
     @property
     def code_nbytes(self) -> int:
-        """Bytes allocated for codes, norms and centres."""
+        """Bytes allocated for codes, norms, centres and votes."""
         centre = 0 if self._centre is None else self._centre.numel() * self._centre.element_size()
-        return (self._store.nbytes if self._store is not None else 0) + self._norms.nbytes + centre
+        return (self._store.nbytes if self._store is not None else 0) + self._norms.nbytes + centre + self.votes.nbytes
 
     @property
     def nbytes(self) -> int:
@@ -226,7 +228,7 @@ class KVCache:
         """Keep the first `length` columns. Rows left with too few keys for their centre lose it."""
         if not 0 <= length <= len(self):
             raise ValueError(f"length must be from 0 to {len(self)}, got {length}")
-        for buffer in (self._keys, self._values, self._norms):
+        for buffer in (self._keys, self._values, self._norms, self.votes):
             buffer.truncate(length)
         if self._store is not None:
             self._store.truncate(length)
@@ -242,7 +244,7 @@ class KVCache:
         picked: list[int] = rows.tolist()
         if not self._keys.empty:
             rows = rows.to(self._keys.storage.device)
-        for buffer in (self._keys, self._values, self._norms):
+        for buffer in (self._keys, self._values, self._norms, self.votes):
             buffer.select(rows)
         if self._store is not None:
             self._store.select_rows(rows)
@@ -339,7 +341,7 @@ class KVCache:
         device = self._keys.storage.device
         return View(
             spans, q_heads, self.kv_heads, len(self), scan, device, query, codes, engine, biased=biased,
-            logits=None if q is None else logits,
+            logits=None if q is None else logits, votes=self.votes,
         )  # fmt: skip
 
     def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -397,6 +399,8 @@ class KVCache:
                 state["norms"] = self._norms.view.clone()
             if self._centre is not None:
                 state["centre"] = self._centre.clone()
+        if len(self.votes):
+            state["votes"], state["votes_most"] = self.votes.of(len(self.votes), self.keys), self.votes.most
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -415,6 +419,8 @@ class KVCache:
             other._centre = state["centre"].clone() if "centre" in state else None
             if other.with_norms:
                 other._norms.append(state["norms"])
+        if "votes" in state:
+            other.votes.set(state["votes"], state["votes_most"])
         self.__dict__.update(other.__dict__)
 
     def _check_codes(self, state: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from hashattn.budget import Budget
 from hashattn.ops.nearest import nearest, nearest_visible
 from hashattn.ops.nearest.cpu import Table
 from hashattn.ops.search import search
+from hashattn.votes import Votes
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,7 @@ class View:
         kept: bool [B, H, T, N], keys that may be selected; None means all visible ones.
         logits: exact logits of the keys at ids int32 [B, H, T, K] (H = Hq or Hkv): float32 [B, H, T, Hq / H, K], of no
             meaning in empty slots. It reads these keys; None where the view was made without the queries.
+        votes: of past queries, for selectors that look back; None where nobody votes.
     """
 
     spans: Table
@@ -53,6 +55,7 @@ class View:
     calibrated: Tensor | None = None
     kept: Tensor | None = None
     logits: Callable[[Tensor], Tensor] | None = None
+    votes: Votes | None = None
 
     @cached_property
     def raw(self) -> Tensor:
@@ -105,6 +108,17 @@ class View:
         columns = torch.arange(self.keys, device=self.device)
         first, end = self.visible[..., :1], self.visible[..., 1:]
         return ((columns < first + self.sinks) | (columns >= end - self.recents)).unsqueeze(1) & self.seen
+
+    @property
+    def voted(self) -> Tensor | None:
+        """The votes, float32 [B, Hkv, N], zero for new keys; None if there are none yet."""
+        return self.votes.of(self.keys, self.nothing) if self.votes is not None and len(self.votes) else None
+
+    @property
+    def nothing(self) -> Tensor:
+        """Distances for those who rank nothing: zeros, int32 [B, Hkv, T, N]."""
+        shape = len(self.spans), self.kv_heads, len(self.spans[0]), self.keys
+        return torch.zeros((), dtype=torch.int32, device=self.device).expand(shape)
 
     def wanted(self, budget: Budget) -> Tensor:
         """Keys that each query keeps under a budget, at least its forced ones: int64 [B, T]."""
