@@ -16,9 +16,11 @@ from hashattn.saving import Pretrained, from_pretrained, save_pretrained, shippe
 from hashattn.selectors import (
     CollisionSample,
     Consensus,
+    HeavyHitters,
     LocalTopK,
     LogitMap,
     Momentum,
+    ObservationWindow,
     RandomTail,
     Recent,
     Refine,
@@ -29,6 +31,7 @@ from hashattn.selectors import (
     Tiers,
     TopK,
     TopP,
+    pyramid,
 )
 from hashattn.types import Output, Selection, Step
 
@@ -50,6 +53,7 @@ __all__ = [
     "FlatDot",
     "FlatHamming",
     "HashAttention",
+    "HeavyHitters",
     "Identity",
     "Index",
     "KVCache",
@@ -58,6 +62,7 @@ __all__ = [
     "MixedPrecision",
     "ModelFacts",
     "Momentum",
+    "ObservationWindow",
     "Output",
     "PerLayer",
     "PerLayerAttend",
@@ -79,6 +84,7 @@ __all__ = [
     "TopP",
     "from_pretrained",
     "merge",
+    "pyramid",
     "save_pretrained",
     "shipped",
 ]

@@ -4,9 +4,11 @@ from hashattn.selectors.base import Joined, Selector
 from hashattn.selectors.collision_sample import CollisionSample
 from hashattn.selectors.consensus import Consensus
 from hashattn.selectors.forced import Recent, Sink
+from hashattn.selectors.heavy_hitters import HeavyHitters
 from hashattn.selectors.local import LocalTopK
 from hashattn.selectors.logit_map import LogitMap
 from hashattn.selectors.momentum import Momentum
+from hashattn.selectors.observation_window import ObservationWindow, pyramid
 from hashattn.selectors.random_tail import RandomTail
 from hashattn.selectors.refine import Refine
 from hashattn.selectors.reuse import Reuse
@@ -18,10 +20,12 @@ from hashattn.selectors.topk import TopK
 __all__ = [
     "CollisionSample",
     "Consensus",
+    "HeavyHitters",
     "Joined",
     "LocalTopK",
     "LogitMap",
     "Momentum",
+    "ObservationWindow",
     "RandomTail",
     "Recent",
     "Refine",
@@ -32,4 +36,5 @@ __all__ = [
     "Tiers",
     "TopK",
     "TopP",
+    "pyramid",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 from hashattn.ops.decode.rule import Rule
 from hashattn.types import Selection, Step
 from hashattn.view import View
+from hashattn.votes import Votes
 
 if TYPE_CHECKING:
     from hashattn.attend import Attend
@@ -27,12 +28,14 @@ class Selector(ABC):
         matrices: passes over a matrix of all distances that it makes beyond a search, about.
         needs_weights: whether it looks at the softmax weights of the layer before (momentum).
         samples: whether some of its keys stand for others.
+        observes: whether it learns from the softmax weights of the calls before, its own and dense ones.
     """
 
     ranked: bool = True
     matrices: int = 0
     needs_weights: bool = False
     samples: bool = False
+    observes: bool = False
 
     @property
     def shared(self) -> bool:
@@ -50,6 +53,22 @@ class Selector(ABC):
     def critical(self, visible: int) -> int:
         """How many of these get exact logits, at most."""
         return self.budget(visible)
+
+    def watched(self, tokens: int) -> int:
+        """Of how many of a call's last queries it wants the softmax weights, if it observes."""
+        return 0
+
+    def observe(  # noqa: B027 (most look at nothing)
+        self, votes: Votes, sums: Tensor, selection: Selection | None, view: View, step: Step
+    ) -> None:
+        """Take note of a call.
+
+        Args:
+            votes: the cache's, to be replaced.
+            sums: the softmax weights of the watched queries, summed over a KV head's queries: float32 [B, Hkv, N].
+            selection: what was kept; None where the call ran dense.
+            view: of the call.
+        """
 
     def refuses(self, encoder: Encoder, index: Index, attend: Attend) -> str | None:
         """Why it cannot work with these parts, and what would fit, as the end of a sentence; None if it can."""
@@ -132,7 +151,15 @@ class Joined(Selector):
 
     @property
     def ranked(self) -> bool:  # type: ignore[override]
-        return self.ranked_part is not None
+        return self.ranked_part is not None and self.ranked_part.ranked
+
+    @property
+    def samples(self) -> bool:  # type: ignore[override]
+        return self.ranked_part is not None and self.ranked_part.samples
+
+    @property
+    def observes(self) -> bool:  # type: ignore[override]
+        return self.ranked_part is not None and self.ranked_part.observes
 
     @property
     def matrices(self) -> int:  # type: ignore[override]
@@ -161,6 +188,13 @@ class Joined(Selector):
     def critical(self, visible: int) -> int:
         forced = min(visible, self.sinks + self.recents)
         return forced if self.ranked_part is None else max(forced, self.ranked_part.critical(visible))
+
+    def watched(self, tokens: int) -> int:
+        return self.ranked_part.watched(tokens) if self.ranked_part is not None else 0
+
+    def observe(self, votes: Votes, sums: Tensor, selection: Selection | None, view: View, step: Step) -> None:
+        if self.ranked_part is not None:
+            self.ranked_part.observe(votes, sums, selection, view, step)
 
     def refuses(self, encoder: Encoder, index: Index, attend: Attend) -> str | None:
         return self.ranked_part.refuses(encoder, index, attend) if self.ranked_part is not None else None
