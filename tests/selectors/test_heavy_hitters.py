@@ -75,7 +75,7 @@ def evicting(q, k, v, start, selector, steps, sinks=0):
 
 
 @pytest.mark.parametrize("engine", ["reference", "cpu"])
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=5)
 @given(
     seed=seeds, shape=heads, sinks=st.sampled_from([0, 2]), chunks=st.sampled_from([(40,), (10, 1, 29), (20, 20)]),
     selector=st.sampled_from([HeavyHitters(k=8), HeavyHitters(k=9, recent=0.3), HeavyHitters(share=0.2)]),
@@ -124,7 +124,7 @@ def test_votes_follow_crops_reordered_rows_and_copies():
     assert len(twin.votes) == 0
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=6)
 @given(seed=seeds, shape=heads, keys=st.sampled_from([1, 64, 65]), tokens=st.sampled_from([1, 3]))
 def test_a_budget_of_everything_and_keys_that_nobody_voted_on_are_dense_attention(seed, shape, keys, tokens):
     q, k, v = qkv(seed, 2, *shape, min(tokens, keys), keys)
@@ -153,7 +153,7 @@ def test_queries_of_one_call_see_no_later_keys_and_agree_on_the_votes_before():
     assert ((cache.votes.of(43, cache.keys) > -torch.inf).sum(-1) >= 12).all()
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=5)
 @given(seed=seeds)
 def test_a_larger_budget_keeps_more_attention(seed):
     q, k, v = qkv(seed, tokens=41, keys=41)

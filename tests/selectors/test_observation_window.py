@@ -50,7 +50,7 @@ def kept_by_hand(q, k, start, budget, window, pool):
 
 
 @pytest.mark.parametrize("engine", ["reference", "cpu"])
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=6)
 @given(
     seed=seeds, shape=heads, keys=st.sampled_from([8, 9, 64, 65]), budget=st.sampled_from([{"k": 12}, {"share": 0.3}]),
     sinks=st.booleans(),
@@ -78,7 +78,7 @@ def test_the_last_queries_choose_and_the_choice_stays(engine, seed, shape, keys,
         assert (output.out - attention64(*now, keep)[0]).abs().max() <= tolerance(*now, keep)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=5)
 @given(seed=seeds, shape=heads, keys=st.sampled_from([1, 64, 65]))
 def test_a_budget_of_everything_and_keys_that_nobody_voted_on_are_dense_attention(seed, shape, keys):
     q, k, v = qkv(seed, 2, *shape, keys, keys)
@@ -93,7 +93,7 @@ def test_a_budget_of_everything_and_keys_that_nobody_voted_on_are_dense_attentio
     assert (out - sdpa(last, k, v, keep)).abs().max() <= 2 * tolerance(last, k, v, keep)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=5)
 @given(seed=seeds)
 def test_a_larger_budget_keeps_what_a_smaller_one_keeps(seed):
     q, k, v = qkv(seed, tokens=64, keys=64)

@@ -41,7 +41,7 @@ inners = st.sampled_from([TopK(k=5), TopK(share=0.2), TopK(share=0.2, per="kv_he
 
 
 @pytest.mark.parametrize("engine", ["reference", "cpu"])
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(
     seed=seeds, inner=inners, shape=heads, keys=odd_lengths, k=st.sampled_from([1, 7, 200]),
     causal=st.booleans(), forced=st.booleans(),
@@ -68,7 +68,7 @@ def test_the_sample_is_of_the_visible_keys_that_inner_leaves(engine, seed, inner
     assert torch.allclose(stood_for, rest.float(), rtol=1e-5)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(seed=seeds, shape=heads, keys=odd_lengths, attend=st.sampled_from([ExactAttend(), SampledAttend()]))
 def test_a_sample_of_all_is_dense_attention(seed, shape, keys, attend):
     q, k, v = qkv(seed, 2, *shape, min(2, keys), keys)
@@ -79,7 +79,7 @@ def test_a_sample_of_all_is_dense_attention(seed, shape, keys, attend):
     assert (out - sdpa(q, k, v, keep)).abs().max() <= 2 * tolerance(q, k, v, keep)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(seed=seeds, keys=odd_lengths)
 def test_a_step_draws_the_same_again_and_a_larger_sample_holds_a_smaller_one(seed, keys):
     view = make_view(tied_distances(seed, 1, 4, 1, keys), 2)

@@ -49,7 +49,7 @@ def group_scores(q, k, candidates, per, group):
 
 
 @pytest.mark.parametrize("engine", ["reference", "cpu"])
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(
     seed=seeds, budget=budgets, shape=heads, keys=odd_lengths, factor=st.sampled_from([1, 2, 5]),
     per=st.sampled_from(["query_head", "kv_head"]), forced=st.booleans(), tokens=st.sampled_from([1, 3]),
@@ -75,7 +75,7 @@ def test_the_best_candidates_by_exact_logits_are_kept(engine, seed, budget, shap
     assert (worst >= best_left - 1e-5).all()  # float32 logits of a few units
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=12)
 @given(
     seed=seeds, budget=budgets, shape=heads, keys=odd_lengths, per=st.sampled_from(["query_head", "kv_head"]),
     forced=st.booleans(), engine=st.sampled_from(["reference", "cpu"]),
@@ -107,7 +107,7 @@ def test_ties_alone_are_ranked_again(seed, budget, shape, keys, per, forced, eng
     assert (worst >= best_left - 1e-5).all()
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=6)
 @given(seed=seeds, shape=heads, keys=odd_lengths, ties=st.booleans(), per=st.sampled_from(["query_head", "kv_head"]))
 def test_a_budget_of_everything_is_dense_attention(seed, shape, keys, ties, per):
     q, k, v = qkv(seed, 2, *shape, min(3, keys), keys)
@@ -117,7 +117,7 @@ def test_a_budget_of_everything_is_dense_attention(seed, shape, keys, ties, per)
     assert (out - sdpa(q, k, v, keep)).abs().max() <= 2 * tolerance(q, k, v, keep)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=6)
 @given(seed=seeds, keys=odd_lengths)
 def test_refining_everything_is_exact_top_k(seed, keys):
     q, k, v = qkv(seed, keys=keys)

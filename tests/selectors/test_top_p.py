@@ -47,7 +47,7 @@ def chosen(selector, q, k, v, start=None, engine="reference", encoder=PLAIN, ind
 
 
 @pytest.mark.parametrize("engine", ["reference", "cpu"])
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(
     seed=seeds, shape=heads, keys=odd_lengths, tokens=st.sampled_from([1, 3]), p=st.sampled_from([0.2, 0.85, 0.99]),
     share=st.sampled_from([0.3, 1.0]), per=st.sampled_from(["query_head", "kv_head"]), forced=st.booleans(),
@@ -90,7 +90,7 @@ def test_the_fewest_candidates_that_reach_p_are_kept(engine, seed, shape, keys, 
     assert (kept <= candidates).all()
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=6)
 @given(seed=seeds, keys=odd_lengths, per=st.sampled_from(["query_head", "kv_head"]))
 def test_a_larger_p_keeps_what_a_smaller_one_keeps_and_all_of_it_is_the_candidates(seed, keys, per):
     q, k, v = qkv(seed, keys=keys)
@@ -101,7 +101,7 @@ def test_a_larger_p_keeps_what_a_smaller_one_keeps_and_all_of_it_is_the_candidat
     assert torch.equal(masks[-1], chosen(inner, q, k, v)[0])
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=6)
 @given(seed=seeds, shape=heads, keys=odd_lengths, p=st.sampled_from([0.9, 1.0]))
 def test_the_output_misses_no_more_than_p_leaves(seed, shape, keys, p):
     q, k, v = qkv(seed, 1, *shape, 1, keys)
@@ -112,7 +112,7 @@ def test_the_output_misses_no_more_than_p_leaves(seed, shape, keys, p):
     assert ((out - exact).abs() <= 2 * (1 - p) * largest + tolerance(q, k, v, keep)).all()
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=6)
 @given(seed=seeds, keys=odd_lengths)
 def test_permuting_the_keys_permutes_the_selection(seed, keys):
     q, k, v = qkv(seed, keys=keys)
