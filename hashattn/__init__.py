@@ -8,9 +8,20 @@ from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
 from hashattn.calibration import Calibration
 from hashattn.decoder import Decoder
-from hashattn.encoders import ITQ, AsymmetricHash, Centring, Encoder, Identity, PerLayer, SimHash, SymmetricHash
+from hashattn.encoders import (
+    ITQ,
+    PQ,
+    AsymmetricHash,
+    Centring,
+    Encoder,
+    HeavyChannels,
+    Identity,
+    PerLayer,
+    SimHash,
+    SymmetricHash,
+)
 from hashattn.facts import ModelFacts
-from hashattn.index import FlatDot, FlatHamming, Index
+from hashattn.index import Channels, FaissBinary, FlatDot, FlatHamming, FlatPQ, Index, MultiProbe, Pages
 from hashattn.presets import PRESETS
 from hashattn.saving import Pretrained, from_pretrained, save_pretrained, shipped
 from hashattn.selectors import (
@@ -39,20 +50,25 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ITQ",
+    "PQ",
     "PRESETS",
     "AsymmetricHash",
     "Attend",
     "Calibration",
     "Centring",
+    "Channels",
     "CollisionSample",
     "Consensus",
     "Decoder",
     "DenseAttend",
     "Encoder",
     "ExactAttend",
+    "FaissBinary",
     "FlatDot",
     "FlatHamming",
+    "FlatPQ",
     "HashAttention",
+    "HeavyChannels",
     "HeavyHitters",
     "Identity",
     "Index",
@@ -62,8 +78,10 @@ __all__ = [
     "MixedPrecision",
     "ModelFacts",
     "Momentum",
+    "MultiProbe",
     "ObservationWindow",
     "Output",
+    "Pages",
     "PerLayer",
     "PerLayerAttend",
     "Pretrained",

@@ -277,6 +277,7 @@ class KVCache:
         """Encode the keys that are not yet encoded, unless every row is short."""
         if self.encoder is None or self._store is None:
             return
+        self._store.align(self._starts)
         if self._fits != self.encoder.fits:  # fitted meanwhile: everything is encoded anew
             self._fits, self._centre, self._ready = self.encoder.fits, None, [self.warmup == 0] * self.batch
             self._store.truncate(0)
@@ -337,11 +338,17 @@ class KVCache:
             assert q is not None
             return exact_logits(q.detach(), self._keys.storage, ids, scale, engine=engine)
 
-        codes = store.codes if store is not None and index is not None and index.flat_codes and len(store) else None
+        def find(k: int) -> tuple[Tensor, Tensor]:
+            assert index is not None and store is not None and query is not None
+            return index.search(store, query, k, spans)
+
+        searches = query is not None and index is not None and not index.scans
+        binary = index is not None and (index.flat_codes or searches)
+        codes = store.codes if store is not None and binary and len(store) else None
         device = self._keys.storage.device
         return View(
             spans, q_heads, self.kv_heads, len(self), scan, device, query, codes, engine, biased=biased,
-            logits=None if q is None else logits, votes=self.votes,
+            find=find if searches else None, logits=None if q is None else logits, votes=self.votes,
         )  # fmt: skip
 
     def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -365,9 +372,13 @@ class KVCache:
             short = [b for b, r in enumerate(self.ready) if not r]
             raise ValueError(f"rows {short} hold fewer than {self.warmup} keys, from which their centre is made")
         view = self.view(query, query.shape[1], self.spans(query.shape[2], causal=False))
-        ids = view.search(k)
-        ids = F.pad(ids, (0, min(k, len(self)) - ids.shape[-1]), value=-1)  # the longest row may be shorter than N
-        return ids, view.raw.gather(-1, ids.clamp(min=0).long())
+        if view.find is not None:
+            ids, distances = view.find(min(k, view.longest))
+        else:
+            ids = view.search(k)
+            distances = view.raw.gather(-1, ids.clamp(min=0).long())
+        empty = 0, min(k, len(self)) - ids.shape[-1]  # the longest row may be shorter than N
+        return F.pad(ids, empty, value=-1), F.pad(distances, empty)
 
     def gather(self, what: str, ids: Tensor) -> Tensor:
         """Rows of "keys", "values", "codes" or "norms" at columns ids [B, H, T, K]: [B, H, T, K, X].
@@ -393,7 +404,8 @@ class KVCache:
         self._check_filled()
         state: dict[str, Any] = {"keys": self.keys.clone(), "values": self.values.clone(), "start": self.start}
         if self.encoded and self._store is not None:
-            state["codes"] = self._store.codes.clone()
+            if self._store.per_key:
+                state["codes"] = self._store.codes.clone()
             state["ready"] = torch.tensor(self._ready)
             if self.with_norms:
                 state["norms"] = self._norms.view.clone()
@@ -411,10 +423,11 @@ class KVCache:
         )  # fmt: skip
         other.append(state["keys"], state["values"])
         other._starts = other._check_start(state["start"], None)
-        if "codes" in state:
-            other._check_codes(state)
-            assert other._store is not None
-            other._store.add(state["codes"])
+        if "ready" in state:
+            if "codes" in state:
+                other._check_codes(state)
+                assert other._store is not None
+                other._store.add(state["codes"])
             other._ready = state["ready"].tolist()
             other._centre = state["centre"].clone() if "centre" in state else None
             if other.with_norms:
@@ -506,4 +519,6 @@ def alike(codes: Tensor, probe: Tensor) -> bool:
     """Whether codes are the same but for bits whose projection lies within rounding of zero."""
     if codes.is_floating_point():
         return torch.equal(codes, probe)
+    if codes.dtype == torch.uint8:  # numbers of centroids, of which some are as near as others
+        return bool((codes == probe).float().mean() >= 0.9)
     return bool(popcount(codes ^ probe).float().mean() <= 3.2)  # of 64; another encoder differs in half of the bits

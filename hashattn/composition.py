@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from hashattn.attention import HashAttention
 
 ENGINES = ("auto", "dense", "reference", "cpu", "triton")
-_FITS = {"binary": "FlatHamming()", "vector": "FlatDot()"}
-_MAKES = {"binary": "a binary encoder such as SimHash(bits=128)", "vector": "Identity()"}
+_FITS = {"binary": "FlatHamming()", "pq": "FlatPQ()", "vector": "FlatDot()"}
+_MAKES = {"binary": "a binary encoder such as SimHash(bits=128)", "pq": "PQ(16)", "vector": "Identity()"}
 
 
 def check_composition(attn: HashAttention) -> None:
@@ -31,13 +31,17 @@ def check_composition(attn: HashAttention) -> None:
     encoder, index, selector, attend = attn.encoder, attn.index, attn.selector, attn.attend
     if (encoder is None) != (index is None):
         present, missing = ("encoder", "an index") if index is None else ("index", "an encoder")
-        fit = f"index={_FITS[encoder.code]}" if encoder is not None else _accepted(index)
+        fit = f"index={_holds(encoder.code)}" if encoder is not None else _accepted(index)
         raise ValueError(f"{present} {getattr(attn, present)!r} needs {missing} to go with it; {fit} would fit")
     if encoder is not None and index is not None and not index.accepts(encoder.code):
         raise ValueError(
             f"index {index!r} cannot hold what encoder {encoder!r} makes ({encoder.code} codes); "
-            f"index={_FITS[encoder.code]} would fit it, or {_accepted(index)} the index"
+            f"index={_holds(encoder.code)} would fit it, or {_accepted(index)} the index"
         )
+    if encoder is not None and index is not None:
+        reason = index.why_not(encoder.bits, encoder.query_bits, encoder.biased)
+        if reason is not None:
+            raise ValueError(f"index {index!r} cannot hold what encoder {encoder!r} makes: {reason}")
     if selector is None:
         if attend.needs_selection:
             raise ValueError(
@@ -51,6 +55,11 @@ def check_composition(attn: HashAttention) -> None:
             f"selector {selector!r} ranks keys by distance, which needs an encoder and an index; "
             "encoder=SimHash(bits=128), index=FlatHamming() would fit"
         )
+    if index is not None and selector.ranked and selector.needs_distances and not index.scans:
+        raise ValueError(
+            f"selector {selector!r} asks for the distance to every key, but index {index!r} only searches; "
+            "a selector such as TopK(share=0.05) or index=FlatHamming() would fit"
+        )
     if attend.code is not None and encoder is not None and encoder.biased:
         raise ValueError(
             f"attend {attend!r} takes codes for angles, but a byte of those of {encoder!r} is a bias; "
@@ -63,6 +72,10 @@ def check_composition(attn: HashAttention) -> None:
         )
     if encoder is not None and index is not None and (reason := selector.refuses(encoder, index, attend)):
         raise ValueError(f"selector {selector!r} {reason}")
+
+
+def _holds(code: str) -> str:
+    return _FITS.get(code, f"one that accepts {code!r} codes")
 
 
 def _accepted(index: Index | None) -> str:

@@ -73,8 +73,8 @@ def crossover(attn: HashAttention, device: str, shape: Shape, threads: int | Non
     if device == "cuda":
         found = this_gpu()
         return None if found is None else found[1].keys(shape.key_bytes)
-    if attn.encoder is not None and attn.encoder.code != "binary":
-        return None  # scores of floats read as much as dense attention does
+    if attn.encoder is not None and not (attn.index is not None and attn.index.flat_codes):
+        return None  # of the others no cost is known; scores of floats read as much as dense attention does
     low, high = 1, _LARGEST
     if not pays(attn, shape, high, threads):
         return None

@@ -90,10 +90,12 @@ def explain(
     engine = resolve(attn, kind, keys, least, unfused)
     row = head_dim * dtype.itemsize
     kv_bytes = 2 * batch * kv_heads * keys * row
-    code_bytes = code_row = 0
+    code_bytes = code_row = codes = 0
     if attn.encoder is not None:
-        code_row = 8 * -(-attn.encoder.bits // 64) if attn.encoder.code == "binary" else row
-        code_bytes = batch * attn.encoder.code_heads(kv_heads) * keys * code_row
+        assert attn.index is not None
+        code_row = attn.encoder.code_bytes(head_dim, dtype.itemsize)
+        codes = batch * attn.encoder.code_heads(kv_heads) * keys
+        code_bytes = round(codes * attn.index.key_bytes(code_row))
     if attn.attend.needs_norms:
         code_bytes += 2 * batch * kv_heads * keys
     scan_bytes, attend_bytes = 0, kv_bytes
@@ -105,7 +107,8 @@ def explain(
         else:
             attend_bytes = batch * heads * kept * 2 * row
         if attn.selector.ranked and attn.encoder is not None:
-            scan_bytes = batch * attn.encoder.code_heads(kv_heads) * keys * code_row
+            assert attn.index is not None
+            scan_bytes = round(codes * attn.index.read_bytes(code_row))
     stages = _stages(attn, engine, kind, least, unfused)
     return Plan(
         engine, stages, kv_bytes, scan_bytes, attend_bytes, code_bytes, kv_bytes, least, provenance(kind, shape)
@@ -130,7 +133,7 @@ def _stages(
                 if device == "cuda" and unfused is not None:
                     why = f'engine="triton" cannot take it: {unfused}'
         return (("attend", "full attention (PyTorch SDPA, grouped heads)", why),)
-    binary = attn.encoder is not None and attn.encoder.code == "binary"
+    binary = attn.index is not None and attn.index.flat_codes
     fast = engine == "cpu" and binary
     scan = "FAISS's scan (numpy without FAISS)" if fast else "PyTorch, plain operations" if binary else "PyTorch matmul"
     slow = ""
@@ -139,9 +142,11 @@ def _stages(
         if device != "cpu":
             slow = 'engine="triton" is faster' if unfused is None else f'engine="triton" cannot: {unfused}'
     elif not binary and attn.encoder is not None:
-        slow = "scores of floats: the reference serves them"
+        slow = "the reference serves it"
     elif attn.selector is not None and attn.selector.matrices:
         slow = "a matrix of all distances is made"
+    if attn.index is not None and attn.index.remark():
+        scan, slow = "its own search", attn.index.remark()
     if engine == "triton":
         return _fused_stages(attn)
     rows = []
@@ -151,7 +156,8 @@ def _stages(
             ("scan", f"{_name(attn.index)}: {scan}", slow),
         ]
     select = "numpy or PyTorch" if fast else "PyTorch top-k"
-    rows.append(("select", f"{_name(attn.selector)}: {select}", "exact, ties to the most recent key"))
+    exact = "exact, ties to the most recent key" if attn.index is None or attn.index.scans else "of what was found"
+    rows.append(("select", f"{_name(attn.selector)}: {select}", exact))
     rows.append(("attend", f"{_name(attn.attend)}: gather and softmax in PyTorch", ""))
     return tuple(rows)
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hashattn.encoders import ITQ, AsymmetricHash, Encoder, SymmetricHash
+from hashattn.encoders import ITQ, PQ, AsymmetricHash, Encoder, HeavyChannels, SymmetricHash
 from hashattn.facts import ModelFacts
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 GROUP = "hashattn.encoders"  # entry points: third parties' encoder classes by name
-_OWN: dict[str, type[Encoder]] = {c.__name__: c for c in (AsymmetricHash, SymmetricHash, ITQ)}
+_OWN: dict[str, type[Encoder]] = {c.__name__: c for c in (AsymmetricHash, SymmetricHash, ITQ, PQ, HeavyChannels)}
 
 
 def encoder_class(name: str) -> type[Encoder]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hashattn.budget import Budget
-from hashattn.ops.nearest import nearest, nearest_visible
+from hashattn.ops.nearest import nearest, nearest_of_pool, nearest_visible
 from hashattn.ops.nearest.cpu import Table
 from hashattn.ops.search import search
 from hashattn.votes import Votes
@@ -28,7 +28,8 @@ class View:
         scan: returns the raw distances, [B, Hq, T, N].
         device: where the tensors are.
         query: what the encoder made of the queries; None if nothing is ranked.
-        codes: packed codes int64 [B, heads, N, W] of a flat index, which an engine may scan and search in one pass.
+        codes: packed codes int64 [B, heads, N, W]: of a flat index, which an engine may scan and search in one pass, or
+            of one that only searches.
         engine: "reference" or "cpu".
         sinks: this many first visible keys are ranked before every distance.
         recents: this many last visible keys too.
@@ -38,6 +39,8 @@ class View:
         logits: exact logits of the keys at ids int32 [B, H, T, K] (H = Hq or Hkv): float32 [B, H, T, Hq / H, K], of no
             meaning in empty slots. It reads these keys; None where the view was made without the queries.
         votes: of past queries, for selectors that look back; None where nobody votes.
+        find: returns ids and raw distances of the k nearest keys, [B, Hq, T, k], where the index only searches. Then
+            there are no distances, and neither calibrations nor a radius.
     """
 
     spans: Table
@@ -56,6 +59,7 @@ class View:
     kept: Tensor | None = None
     logits: Callable[[Tensor], Tensor] | None = None
     votes: Votes | None = None
+    find: Callable[[int], tuple[Tensor, Tensor]] | None = None
 
     @cached_property
     def raw(self) -> Tensor:
@@ -73,7 +77,7 @@ class View:
 
     def calibrate(self, distances: Tensor, kept: Tensor | None = None) -> View:
         """The same view with other distances (and, if given, fewer keys to choose from). Raw ones stay as they are."""
-        view = replace(self, calibrated=distances, kept=kept if kept is not None else self.kept)
+        view = replace(self, calibrated=distances, kept=kept if kept is not None else self.kept, find=None)
         for name in ("raw", "visible", "counts", "seen", "forced"):  # computed once
             if name in self.__dict__:
                 view.__dict__[name] = self.__dict__[name]
@@ -130,6 +134,8 @@ class View:
 
     def search(self, k: int) -> Tensor:
         """The k nearest visible keys, forced ones first, ties to the most recent: int32 [B, heads, T, K], -1 empty."""
+        if self.find is not None:
+            return self._found(min(k, self.longest), shared=False)
         distances = self.distances()
         if self.engine == "cpu" and not distances.is_floating_point():
             counts = [[[min(k, self.longest)] for _ in row] for row in self.spans]
@@ -151,9 +157,11 @@ class View:
         Returns:
             int32 [B, heads, T, K], in no promised order within a budget's keys, -1 in empty slots.
         """
-        if self.engine != "cpu":
-            view = self._within(shared, radius)
-            ids = view.search(self.slots(budgets[-1]))
+        if self.engine != "cpu" or self.find is not None:
+            if self.find is not None:
+                ids = self._found(self.slots(budgets[-1]), shared)
+            else:
+                ids = self._within(shared, radius).search(self.slots(budgets[-1]))
             slot = torch.arange(ids.shape[-1], device=ids.device)
             return ids.masked_fill(slot >= self.wanted(budgets[-1])[:, None, :, None], -1)
         forced = self.sinks + self.recents
@@ -175,6 +183,24 @@ class View:
             view.distances(), counts, self.spans, sinks=self.sinks, recents=self.recents, kept=view.kept
         )
 
+    def _found(self, k: int, shared: bool) -> Tensor:
+        """What the index finds, behind the forced keys: of its k nearest, enough are not forced.
+
+        A group's heads share the nearest, by the sum of their distances, of the keys that any of them finds.
+        """
+        assert self.find is not None
+        ids = self.find(k)[0]
+        if shared:
+            assert self.query is not None and self.codes is not None
+            ids = nearest_of_pool(ids, self.query, self.codes, self.kv_heads, k)
+        if not self.sinks and not self.recents:
+            return ids
+        first, end = (x.unsqueeze(1) for x in (self.visible[..., :1], self.visible[..., 1:]))  # [B, 1, T, 1]
+        ids = ids.masked_fill((ids < first + self.sinks) | (ids >= end - self.recents), -1)
+        forced = forced_ids(self, self.sinks, self.recents).repeat_interleave(ids.shape[1] // self.kv_heads, 1)
+        ids = torch.cat([forced, ids], -1)
+        return ids.gather(-1, (ids < 0).to(torch.int8).argsort(dim=-1, stable=True)[..., :k])
+
     def _within(self, shared: bool, radius: int | None) -> View:
         """The view whose own distances are what a call of nearest() ranks."""
         view = self
@@ -189,3 +215,14 @@ class View:
             near = view.distances() <= radius
             view = view.calibrate(view.distances(), near if view.kept is None else near & view.kept)
         return view
+
+
+def forced_ids(view: View, sinks: int, recents: int) -> Tensor:
+    """Columns of the first and last visible keys, int32 [B, Hkv, T, sinks + recents], none twice, -1 empty."""
+    first, end = view.visible[..., :1], view.visible[..., 1:]  # [B, T, 1]
+    head = first + torch.arange(min(sinks, view.longest), device=first.device)
+    tail = end - 1 - torch.arange(min(recents, view.longest), device=first.device)
+    head = head.masked_fill(head >= end, -1)
+    tail = tail.masked_fill(tail < first + head.shape[-1], -1)
+    ids = torch.cat([head, tail], dim=-1).to(torch.int32)
+    return ids.unsqueeze(1).expand(-1, view.kv_heads, -1, -1).contiguous()

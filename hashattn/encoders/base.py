@@ -18,7 +18,8 @@ class Encoder(ABC):
     """Turns post-RoPE keys and queries into what an index stores and scores.
 
     Attributes:
-        code: "binary" (packed sign bits) or "vector" (floats); an index says which it accepts.
+        code: "binary" (packed sign bits), "pq" (numbers of centroids) or "vector" (floats); an index says which it
+            accepts.
         bits: length of a binary code; 0 for vectors.
         query_bits: bit planes of a query.
         biased: whether the last byte of a key's code is a number that is added to its distance.
@@ -40,6 +41,10 @@ class Encoder(ABC):
     @abstractmethod
     def encode_query(self, q: Tensor) -> Tensor:
         """Queries [B, Hq, T, D] as their index scores them: int64 [B, Hq, T, W], or planes [B, Hq, T, b, W]."""
+
+    def code_bytes(self, head_dim: int, itemsize: int) -> int:
+        """Bytes of a key's code, for keys of head_dim numbers of itemsize bytes."""
+        return 8 * -(-self.bits // 64) if self.code == "binary" else head_dim * itemsize
 
     def code_heads(self, kv_heads: int) -> int:
         """Heads of the key codes for a model of this many KV heads."""

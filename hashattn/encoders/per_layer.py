@@ -38,6 +38,8 @@ class PerLayer(nn.Module, Encoder):
             raise ValueError(f"encoders must share one code length, got {sorted(lengths)} bits")
         if len({e.biased for e in numbered.values() if isinstance(e, Encoder)}) > 1:
             raise ValueError("encoders must all have a bias in their codes, or none")
+        if len({e.code for e in numbered.values() if isinstance(e, Encoder)}) > 1:
+            raise ValueError("encoders must all make one kind of code")
         self.encoders = nn.ModuleDict({str(i): numbered[i] for i in sorted(numbered)})
         self.facts = facts
         self.bits, self.query_bits = lengths.pop(), self._first.query_bits
@@ -52,8 +54,15 @@ class PerLayer(nn.Module, Encoder):
         return self.layer(self.layers[0])
 
     @property
+    def code(self) -> str:  # type: ignore[override]
+        return self._first.code
+
+    @property
     def biased(self) -> bool:  # type: ignore[override]
         return self._first.biased
+
+    def code_bytes(self, head_dim: int, itemsize: int) -> int:
+        return self._first.code_bytes(head_dim, itemsize)
 
     def code_heads(self, kv_heads: int) -> int:
         return self._first.code_heads(kv_heads)

@@ -6,12 +6,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from hashattn.ops.decode.rule import Rule
 from hashattn.types import Selection, Step
-from hashattn.view import View
+from hashattn.view import View, forced_ids
 from hashattn.votes import Votes
 
 if TYPE_CHECKING:
@@ -29,9 +28,11 @@ class Selector(ABC):
         needs_weights: whether it looks at the softmax weights of the layer before (momentum).
         samples: whether some of its keys stand for others.
         observes: whether it learns from the softmax weights of the calls before, its own and dense ones.
+        needs_distances: whether it asks for the distance to every key, which an index that only searches lacks.
     """
 
     ranked: bool = True
+    needs_distances: bool = True
     matrices: int = 0
     needs_weights: bool = False
     samples: bool = False
@@ -99,6 +100,7 @@ class Forced(Selector):
         return 0
 
     ranked = False
+    needs_distances = False
 
     @property
     def shared(self) -> bool:
@@ -109,17 +111,6 @@ class Forced(Selector):
 
     def select(self, view: View, step: Step) -> Selection:
         return Selection(forced_ids(view, self.sinks, self.recents))
-
-
-def forced_ids(view: View, sinks: int, recents: int) -> Tensor:
-    """Columns of the first and last visible keys, int32 [B, Hkv, T, sinks + recents], none twice, -1 empty."""
-    first, end = view.visible[..., :1], view.visible[..., 1:]  # [B, T, 1]
-    head = first + torch.arange(min(sinks, view.longest), device=first.device)
-    tail = end - 1 - torch.arange(min(recents, view.longest), device=first.device)
-    head = head.masked_fill(head >= end, -1)
-    tail = tail.masked_fill(tail < first + head.shape[-1], -1)
-    ids = torch.cat([head, tail], dim=-1).to(torch.int32)
-    return ids.unsqueeze(1).expand(-1, view.kv_heads, -1, -1).contiguous()
 
 
 def forced_slots(view: View, ids: Tensor) -> Tensor:
@@ -168,6 +159,10 @@ class Joined(Selector):
     @property
     def needs_weights(self) -> bool:  # type: ignore[override]
         return self.ranked_part is not None and self.ranked_part.needs_weights
+
+    @property
+    def needs_distances(self) -> bool:  # type: ignore[override]
+        return self.ranked_part is not None and self.ranked_part.needs_distances
 
     @property
     def shared(self) -> bool:

@@ -37,6 +37,7 @@ class HeavyHitters(Selector):
     recent: float = 0.5
 
     ranked = False
+    needs_distances = False
     observes = True
     shared = True
 

@@ -40,6 +40,7 @@ class ObservationWindow(Selector):
     pool: int = 5
 
     ranked = False
+    needs_distances = False
     observes = True
     shared = True
 

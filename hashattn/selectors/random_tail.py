@@ -57,6 +57,10 @@ class RandomTail(Selector):
         return 2 + self.inner.matrices
 
     @property
+    def needs_distances(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_distances
+
+    @property
     def shared(self) -> bool:
         return self.inner.shared
 

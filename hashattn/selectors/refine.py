@@ -50,6 +50,10 @@ class Refine(Selector):
         return self.inner.matrices + self.ties
 
     @property
+    def needs_distances(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_distances or self.ties
+
+    @property
     def shared(self) -> bool:
         return self.inner.shared
 

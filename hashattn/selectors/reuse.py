@@ -42,6 +42,10 @@ class Reuse(Selector):
         return self.inner.matrices
 
     @property
+    def needs_distances(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_distances
+
+    @property
     def shared(self) -> bool:
         return self.inner.shared
 

@@ -42,6 +42,10 @@ class Tiers(Selector):
     def shared(self) -> bool:
         return self.per == "kv_head"
 
+    @property
+    def needs_distances(self) -> bool:  # type: ignore[override]
+        return self.shared and self.combine != "sum"
+
     def budget(self, visible: int) -> int:
         return Budget(share=self.t2).count(visible)
 

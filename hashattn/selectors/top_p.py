@@ -47,6 +47,10 @@ class TopP(Selector):
         return self.inner.matrices + (self.logits is not None)
 
     @property
+    def needs_distances(self) -> bool:  # type: ignore[override]
+        return self.inner.needs_distances or self.logits is not None
+
+    @property
     def shared(self) -> bool:
         return self.inner.shared
 

@@ -41,6 +41,10 @@ class TopK(Selector):
     def shared(self) -> bool:
         return self.per == "kv_head"
 
+    @property
+    def needs_distances(self) -> bool:  # type: ignore[override]
+        return self.shared and self.combine != "sum"
+
     def budget(self, visible: int) -> int:
         return Budget(self.k, self.share).count(visible)
 

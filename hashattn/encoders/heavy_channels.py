@@ -1,0 +1,95 @@
+"""HeavyChannels: the few channels that decide most products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hashattn.encoders.base import Encoder
+
+_LEVELS = 7  # of 4 bits to either side of zero
+
+
+class HeavyChannels(nn.Module, Encoder):
+    """Fixed channels of large products, fitted a KV head: the labels of Double Sparsity (Yang et al. 2024, 2408.07092).
+
+    fit() ranks channels by the mean of |q_c k_c| over pairs of queries and keys. A code is a vector of those channels
+    of a key, for FlatDot.
+
+    Args:
+        channels: how many of head_dim; the paper takes a sixteenth to an eighth.
+        label_bits: 4 rounds each label to 15 levels, with a scale a key, as the paper stores them; None does not. It
+            is the rounding only: labels stay in the keys' dtype and take no less memory.
+    """
+
+    code = "vector"
+
+    def __init__(self, channels: int = 16, *, label_bits: int | None = 4) -> None:
+        super().__init__()
+        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
+            raise ValueError(f"channels must be an int of at least 1, got {channels!r}")
+        if label_bits not in (None, 4):
+            raise ValueError(f"label_bits must be 4 or None, got {label_bits!r}")
+        self.channels, self.label_bits = channels, label_bits
+        self.heavy: Tensor
+        self.register_buffer("heavy", torch.empty(0, dtype=torch.int64))  # [Hkv, r], ascending
+
+    @property
+    def fitted(self) -> bool:
+        return self.heavy.numel() > 0
+
+    def code_bytes(self, head_dim: int, itemsize: int) -> int:
+        return self.channels * itemsize
+
+    def fit(self, q: Tensor, k: Tensor) -> HeavyChannels:
+        """Fit to queries [B, Hq, T, D] and keys [B, Hkv, N, D]. Returns itself.
+
+        Raises:
+            ValueError: more channels than head_dim, or query heads that are no multiple of the KV heads.
+        """
+        kv_heads, dim = k.shape[1], k.shape[-1]
+        if self.channels > dim:
+            raise ValueError(f"channels must be at most head_dim = {dim}, got {self.channels}")
+        if q.shape[1] % kv_heads or q.shape[-1] != dim:
+            raise ValueError(
+                f"q must have a multiple of {kv_heads} heads of head_dim {dim}, as k has, got {[*q.shape]}"
+            )
+        asked = q.detach().double().abs().mean((0, 2)).view(kv_heads, -1, dim).mean(1)
+        weight = asked * k.detach().double().abs().mean((0, 2))
+        self.heavy = weight.topk(self.channels, dim=-1).indices.sort(-1).values
+        self.fits += 1
+        return self
+
+    def check_model(self, q_heads: int, kv_heads: int, head_dim: int) -> None:
+        if self.fitted and (len(self.heavy) != kv_heads or int(self.heavy.max()) >= head_dim):
+            raise ValueError(
+                f"these HeavyChannels were fitted to {len(self.heavy)} KV heads and channels up to "
+                f"{int(self.heavy.max())}, but were given {kv_heads} heads of head_dim {head_dim}"
+            )
+
+    def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
+        """Labels [B, Hkv, N, r], in the keys' dtype."""
+        labels = self._taken(k)
+        if self.label_bits is None:
+            return labels
+        size = labels.float().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / _LEVELS
+        return ((labels.float() / size).round() * size).to(labels.dtype)
+
+    def encode_query(self, q: Tensor) -> Tensor:
+        """The same channels of queries, [B, Hq, T, r]."""
+        return self._taken(q)
+
+    def _taken(self, x: Tensor) -> Tensor:
+        if not self.fitted:
+            raise RuntimeError("these HeavyChannels are not fitted: call fit(q, k), or load their state_dict")
+        channels = self.heavy.repeat_interleave(x.shape[1] // len(self.heavy), 0)
+        return x.gather(-1, channels[None, :, None].expand(len(x), -1, x.shape[2], -1))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        if prefix + "heavy" in state_dict:  # its shape is known only once fitted
+            self.heavy = torch.empty_like(state_dict[prefix + "heavy"], device=self.heavy.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.fits += 1
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, label_bits={self.label_bits}, fitted={self.fitted}"

@@ -1,0 +1,118 @@
+"""Pages: bounds of whole pages of keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hashattn.index.base import Index, Store
+
+UNIT = 1024  # of a product, in what distances are counted
+_MOST = 1 << 17  # no bound is larger, so that sums over a group fit an int32
+
+
+@dataclass(frozen=True)
+class Pages(Index):
+    """Upper bounds from the extremes of each channel in pages of keys: Quest (Tang et al. 2024, arXiv 2406.10774, 3.2).
+
+    No key k of a page has a product q.k above sum_c max(q_c low_c, q_c high_c). The distance of a key is the negated
+    bound of its page, in whole units of 1/1024 rounded down: int32, so that keys of one page tie, and a budget that
+    ends within a page keeps its most recent keys. (Quest keeps whole pages.) Pages begin at a row's first visible key.
+    The queries of a block (T > 1) see bounds of all its keys.
+
+    Takes vectors and keeps two for each page, 2 D / page numbers a key.
+
+    Args:
+        page: keys of a page; the paper takes 16.
+    """
+
+    page: int = 16
+
+    def __post_init__(self) -> None:
+        if isinstance(self.page, bool) or not isinstance(self.page, int) or self.page < 1:
+            raise ValueError(f"page must be an int of at least 1, got {self.page!r}")
+
+    def accepts(self, code: str) -> bool:
+        return code == "vector"
+
+    def new_store(self, capacity: int | None = None) -> Store:
+        return PageStore(self.page, capacity)
+
+    def key_bytes(self, row: int) -> float:
+        return 2 * row / self.page
+
+    def read_bytes(self, row: int) -> float:
+        return 2 * row / self.page
+
+    def distances(self, store: Store, query: Tensor, *, biased: bool = False, engine: str = "reference") -> Tensor:
+        """int32 [B, Hq, T, N] from queries [B, Hq, T, D]."""
+        assert isinstance(store, PageStore)
+        bounds = store.codes  # [B, H, P, 2 D]: the least of k and of -k
+        grouped = query.float().reshape(len(query), bounds.shape[1], -1, query.shape[-1])  # [B, H, G*T, D]
+        sides = torch.cat([(-grouped).clamp(min=0), grouped.clamp(min=0)], -1)
+        distance = sides @ bounds.float().transpose(-1, -2)  # [B, H, G*T, P], -bound
+        units = (distance.clamp(-_MOST, _MOST) * UNIT).floor().to(torch.int32)
+        pages = store.pages()[:, None, None].expand(*units.shape[:3], -1)
+        return units.gather(-1, pages).view(*query.shape[:3], len(store))
+
+
+class PageStore(Store):
+    """The least value of k and of -k in each channel of each page, [B, H, P, 2 D], in the keys' dtype.
+
+    It holds no keys: a crop within a page forgets the page, and the cache gives its keys anew.
+    """
+
+    per_key = False
+
+    def __init__(self, page: int, capacity: int | None = None) -> None:
+        super().__init__(None if capacity is None else -(-capacity // page))
+        self._page, self._length = page, 0
+        self._reach = 0  # no page knows of a key from this column on: rows that begin elsewhere are cropped elsewhere
+        self._starts: list[int] = []
+
+    def __len__(self) -> int:
+        return self._length
+
+    def align(self, starts: list[int]) -> None:
+        if starts != self._starts:
+            self._starts = list(starts)
+            self.truncate(0)
+
+    def pages(self) -> Tensor:
+        """The page of each column, int64 [B, N]; 0 in the padding."""
+        return self._page_of(0, self._length, self._codes.storage.device).clamp(min=0)
+
+    def add(self, codes: Tensor) -> None:
+        batch, heads, new, dim = codes.shape
+        if len(self._starts) != batch:
+            self._starts = [0] * batch
+        end, far = self._length + new, torch.finfo(codes.dtype).max
+        missing = -(-end // self._page) - self._codes.length
+        if missing > 0:
+            self._codes.append(codes.new_full((batch, heads, missing, 2 * dim), far))
+        pages = self._page_of(self._length, end, codes.device)
+        both = torch.cat([codes, -codes], -1).masked_fill((pages < 0)[:, None, :, None], far)
+        at = pages.clamp(min=0)[:, None, :, None].expand_as(both)
+        self.codes.scatter_reduce_(2, at, both, "amin")
+        self._length = self._reach = end
+
+    def truncate(self, length: int) -> None:
+        """Forget the keys after the first `length`, and those before them in their page."""
+        if length >= self._reach:
+            return
+        self._reach, self._length = length, min(length, self._length)
+        for row, start in enumerate(self._starts):
+            whole = max(0, length - start) // self._page
+            self._length = min(self._length, start + whole * self._page)
+            self.codes[row, :, whole:] = torch.finfo(self.codes.dtype).max
+        self._codes.truncate(-(-self._length // self._page))
+
+    def select_rows(self, rows: Tensor) -> None:
+        super().select_rows(rows)
+        self._starts = [self._starts[row] for row in rows.tolist()] if self._starts else []
+
+    def _page_of(self, first: int, end: int, device: torch.device) -> Tensor:
+        starts = torch.tensor(self._starts, device=device).unsqueeze(1)
+        return (torch.arange(first, end, device=device) - starts).div(self._page, rounding_mode="floor")
