@@ -55,6 +55,11 @@ class Selector(ABC):
         """How many of these get exact logits, at most."""
         return self.budget(visible)
 
+    def looked_at(self, visible: int) -> int:
+        """Keys that it reads itself, at most, beside the index: for query plans."""
+        inner = getattr(self, "inner", None)
+        return inner.looked_at(visible) if isinstance(inner, Selector) else 0
+
     def watched(self, tokens: int) -> int:
         """Of how many of a call's last queries it wants the softmax weights, if it observes."""
         return 0
@@ -183,6 +188,9 @@ class Joined(Selector):
     def critical(self, visible: int) -> int:
         forced = min(visible, self.sinks + self.recents)
         return forced if self.ranked_part is None else max(forced, self.ranked_part.critical(visible))
+
+    def looked_at(self, visible: int) -> int:
+        return self.ranked_part.looked_at(visible) if self.ranked_part is not None else 0
 
     def watched(self, tokens: int) -> int:
         return self.ranked_part.watched(tokens) if self.ranked_part is not None else 0

@@ -60,6 +60,9 @@ class Refine(Selector):
     def budget(self, visible: int) -> int:
         return self.inner.budget(visible)
 
+    def looked_at(self, visible: int) -> int:
+        return min(visible, self.factor * self.budget(visible))
+
     def select(self, view: View, step: Step) -> Selection:
         k, share = self.inner.k, self.inner.share
         wider = replace(

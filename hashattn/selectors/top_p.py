@@ -60,6 +60,9 @@ class TopP(Selector):
     def critical(self, visible: int) -> int:
         return self.inner.critical(visible)
 
+    def looked_at(self, visible: int) -> int:
+        return self.inner.budget(visible) if self.logits is None and self.p < 1 else 0
+
     def select(self, view: View, step: Step) -> Selection:
         found = self.inner.select(view, step)
         if self.p == 1:

@@ -144,6 +144,10 @@ def test_it_costs_what_inner_costs():
     assert (refine.budget(100), refine.critical(100), refine.shared) == (10, 10, True)
     assert eval(repr(refine)) == refine
     assert refine.rule(1) is None
+    assert (refine.looked_at(100), Refine(TopK(k=50), 3).looked_at(100)) == (40, 100)
+    shape = {"q_heads": 4, "kv_heads": 2, "head_dim": 16, "keys": 1000}
+    plans = [HashAttention(SHORT, FlatHamming(), s, engine="cpu").explain(**shape) for s in (refine.inner, refine)]
+    assert plans[1].scan_bytes - plans[0].scan_bytes == 2 * 400 * 16 * 2  # KV heads, candidates, bfloat16 keys
     view = make_view(tied_distances(0, 1, 2, 1, 65), 2)
     raises_naming(TypeError, "without the queries")(lambda: refine.select(view, Step()))
 
