@@ -69,7 +69,7 @@ def test_an_encoder_of_another_kind_is_refused(folders):
 
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - {*SYMMETRIC, *ASYMMETRIC}))
 def test_presets_that_learn_nothing_refuse_fitted_encoders(folders, name):
-    raises_naming(ValueError, repr(name), "no learned encoder")(
+    raises_naming(ValueError, repr(name), "no encoder with weights")(
         lambda: HashAttention.from_preset(name, pretrained=folders / "asymmetric")
     )
 

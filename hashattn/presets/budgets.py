@@ -26,7 +26,7 @@ def h2o(*, share: float = 0.2, engine: str = "auto") -> HashAttention:
 
 
 def snapkv(*, k: int = 1024, window: int = 64, pool: int = 5, engine: str = "auto") -> HashAttention:
-    """SnapKV, "LLM Knows What You are Looking for Before Generation" (arXiv 2404.14469): the prompt's last queries vote.
+    """SnapKV, "LLM Knows What You are Looking for Before Generation" (arXiv 2404.14469): the last queries vote.
 
     Selection is restricted and keys are kept: the outputs are those of eviction, and no memory is saved.
     """
@@ -69,7 +69,7 @@ def vattention(
     *, bits: int = 128, query_bits: int = 4, share: float = 0.05, tail: float = 0.05, sinks: int = 4, recent: int = 64,
     dense_layers: tuple[int, ...] = (0, 1), engine: str = "auto",
 ) -> HashAttention:  # fmt: skip
-    """vAttention, "Verified Sparse Attention" (arXiv 2510.05688): top keys, and a random sample that stands for the rest.
+    """vAttention, "Verified Sparse Attention" (arXiv 2510.05688): top keys, and a sample that stands for the rest.
 
     The top keys come from SimHash here; the paper takes any base. The size of the sample is given, where the paper
     sizes it for an error (epsilon, delta) by a pilot sample; SampledAttend(errors=True) tells the standard error.

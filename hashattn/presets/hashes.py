@@ -133,7 +133,7 @@ def alsh(
     one that was fitted to count as that long. ``replace(encoder=L2ALSH(bits))`` is the older lift.
     """
     return HashAttention(
-        encoder=SimpleLSH(bits, query_bits),
+        encoder=SimpleLSH(bits, query_bits=query_bits),
         index=FlatHamming(),
         selector=Sink(sinks) | Recent(recent) | TopK(share=share),
         attend=ExactAttend(),
