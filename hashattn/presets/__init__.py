@@ -117,7 +117,7 @@ def budget_options(
     Raises:
         ValueError: an unknown preset, a budget out of (0, 1], or a preset without one.
     """
-    build(name)
+    attn = build(name)
     if budget is None:
         return {}
     if not 0 < budget <= 1:
@@ -132,7 +132,7 @@ def budget_options(
     keys = math.ceil(budget * tokens)
     if "k" in options:  # beside the forced keys
         return {"k": max(1, keys - options.get("sinks", 0) - options.get("recent", 0))}
-    if "recent" in options:
+    if "recent" in options and attn.selector is not None and not attn.selector.ranked:
         return {"recent": max(1, keys - options["sinks"])}
     raise ValueError(f"preset {name!r} takes no budget: what it reads is not a share that can be given")
 
