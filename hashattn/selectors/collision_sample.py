@@ -55,8 +55,13 @@ class CollisionSample(Selector):
         return visible
 
     def refuses(self, encoder: Encoder, index: Index, attend: Attend) -> str | None:
-        if encoder.code != "binary" or encoder.query_bits != 1 or encoder.biased or not index.flat_codes:
-            return "compares codes of one plane bit by bit; encoder=SimHash(orthogonal=False) and FlatHamming() fit"
+        if (
+            encoder.code != "binary"
+            or encoder.query_bits != 1
+            or encoder.biased
+            or not (encoder.angular and index.flat_codes)
+        ):
+            return "compares codes of one plane, whose bits tell angles, bit by bit; encoder=SimHash(orthogonal=False) and FlatHamming() fit"
         if encoder.bits != self.code_bits:
             return (
                 f"makes {self.tables} tables of {self.bits} bits from codes of {self.code_bits} bits, not "
