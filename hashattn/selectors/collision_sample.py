@@ -61,7 +61,10 @@ class CollisionSample(Selector):
             or encoder.biased
             or not (encoder.angular and index.flat_codes)
         ):
-            return "compares codes of one plane, whose bits tell angles, bit by bit; encoder=SimHash(orthogonal=False) and FlatHamming() fit"
+            return (
+                "compares codes of one plane, whose bits tell angles, bit by bit; encoder=SimHash(orthogonal=False) and "
+                "FlatHamming() fit"
+            )
         if encoder.bits != self.code_bits:
             return (
                 f"makes {self.tables} tables of {self.bits} bits from codes of {self.code_bits} bits, not "
