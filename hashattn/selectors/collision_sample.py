@@ -62,8 +62,8 @@ class CollisionSample(Selector):
             or not (encoder.angular and index.flat_codes)
         ):
             return (
-                "compares codes of one plane, whose bits tell angles, bit by bit; encoder=SimHash(orthogonal=False) and "
-                "FlatHamming() fit"
+                "compares codes of one plane, whose bits tell angles, bit by bit; encoder=SimHash(orthogonal=False) "
+                "and FlatHamming() fit"
             )
         if encoder.bits != self.code_bits:
             return (
