@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hashattn.buffer import TokenBuffer
+from hashattn.cached_codes import check_codes
 from hashattn.device_state import DeviceState
 from hashattn.encoders.base import Encoder
 from hashattn.index.base import Index
@@ -17,7 +18,6 @@ from hashattn.ops.attend import logits as exact_logits
 from hashattn.ops.attend import row_numbers
 from hashattn.ops.decode.estimate import key_norms
 from hashattn.ops.decode.scratch import Scratch
-from hashattn.ops.hamming import popcount
 from hashattn.ops.nearest.cpu import Table
 from hashattn.shapes import check_kv
 from hashattn.view import View
@@ -425,7 +425,7 @@ class KVCache:
         other._starts = other._check_start(state["start"], None)
         if "ready" in state:
             if "codes" in state:
-                other._check_codes(state)
+                check_codes(state, other.encoder if other._store is not None else None, other.with_norms)
                 assert other._store is not None
                 other._store.add(state["codes"])
             other._ready = state["ready"].tolist()
@@ -435,24 +435,6 @@ class KVCache:
         if "votes" in state:
             other.votes.set(state["votes"], state["votes_most"])
         self.__dict__.update(other.__dict__)
-
-    def _check_codes(self, state: dict[str, Any]) -> None:
-        if self.encoder is None or self._store is None:
-            raise ValueError("state holds codes, but this composition has no index")
-        if self.with_norms != ("norms" in state):
-            raise ValueError(f"state {'lacks' if self.with_norms else 'holds'} norms: it is of another composition")
-        centre = state.get("centre")
-        codes = state["codes"]
-        probe = self.encoder.encode_key(state["keys"][:, :, : min(64, codes.shape[2])], centre)  # some keys may wait
-        if (*codes.shape[:2], codes.shape[3]) != (*probe.shape[:2], probe.shape[3]) or codes.dtype != probe.dtype:
-            raise ValueError(
-                f"codes {(*codes.shape,)} {codes.dtype} are not of this composition, which makes "
-                f"{(*probe.shape[:2], codes.shape[2], probe.shape[3])} {probe.dtype}"
-            )
-        if not alike(codes[:, :, : probe.shape[2]], probe):
-            raise ValueError(
-                "codes are not what this composition's encoder makes of the keys: another seed, fit or kind"
-            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         twin = copy.copy(self)
@@ -513,13 +495,3 @@ class KVCache:
             if self._store is not None:
                 self._store.truncate(0)
                 self._norms.truncate(0)
-
-
-def alike(codes: Tensor, probe: Tensor) -> bool:
-    """Whether codes are the same but for rounding: of floats, and of bits whose projection lies near zero."""
-    if codes.is_floating_point():
-        largest = probe.abs().amax(-1, keepdim=True)  # of a product's terms, about
-        return bool(((codes - probe).abs() <= 16 * torch.finfo(codes.dtype).eps * largest).all())
-    if codes.dtype == torch.uint8:  # numbers of centroids, of which some are as near as others
-        return bool((codes == probe).float().mean() >= 0.9)
-    return bool(popcount(codes ^ probe).float().mean() <= 3.2)  # of 64; another encoder differs in half of the bits
