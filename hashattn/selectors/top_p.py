@@ -68,11 +68,16 @@ class TopP(Selector):
         if self.p == 1:
             return found
         logits = exact_logits(view, found.ids) if self.logits is None else self.logits(own_distances(view, found.ids))
-        keep = smallest_set(logits.masked_fill(found.ids.unsqueeze(3) < 0, -torch.inf), self.p).any(3)
+        keep = smallest_set(logits.masked_fill(found.ids.unsqueeze(3) < 0, -torch.inf), self.p, found.ids).any(3)
         return only(found, (keep | forced_slots(view, found.ids)) & (found.ids >= 0))
 
 
-def smallest_set(logits: Tensor, p: float) -> Tensor:
-    """bool as logits [..., K]: the fewest of each row whose softmax reaches p, at least one."""
-    weights, order = torch.softmax(logits, -1).sort(dim=-1, descending=True)
-    return torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, order, weights.cumsum(-1) - weights < p)
+def smallest_set(logits: Tensor, p: float, ids: Tensor) -> Tensor:
+    """bool as logits [B, H, T, G, K] at ids [B, H, T, K]: the fewest of each row whose softmax reaches p, at least one.
+
+    Of equal logits, which a map of distances makes, the most recent key comes first.
+    """
+    latest = ids.argsort(dim=-1, descending=True).unsqueeze(3).expand_as(logits)
+    weights, order = torch.softmax(logits, -1).gather(-1, latest).sort(dim=-1, descending=True, stable=True)
+    near = weights.cumsum(-1) - weights < p
+    return torch.zeros_like(near).scatter_(-1, latest.gather(-1, order), near)
