@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hashattn.attention import HashAttention
@@ -12,13 +12,17 @@ from hashattn.testing.inputs import Shape, inputs
 from hashattn.testing.promise import promise
 
 
-def check_preset(preset: Callable[..., HashAttention], *, shape: Shape | None = None, **options: Any) -> HashAttention:
+def check_preset(
+    preset: Callable[..., HashAttention], *, fitting: Mapping[str, Any] | None = None, shape: Shape | None = None,
+    **options: Any,
+) -> HashAttention:  # fmt: skip
     """It is a documented function of keyword arguments that makes a composition, which keeps the promises of all.
 
     An encoder that learns is fitted to random keys first, where it is not fitted.
 
     Args:
-        preset: the function; from_preset() finds it by its name once its package has an entry point.
+        preset: the function.
+        fitting: options of fit(), such as steps=2.
         shape: of the inputs.
         options: for the preset, as small as the inputs are.
 
@@ -39,6 +43,6 @@ def check_preset(preset: Callable[..., HashAttention], *, shape: Shape | None = 
     encoder: Any = attn.encoder
     if encoder is not None and hasattr(encoder, "fit") and not encoder.fitted:
         data = inputs(shape, attn, tokens=64, seed=1)
-        encoder.fit(data.q, data.k)
+        encoder.fit(data.q, data.k, **(fitting or {}))
     check_attention(attn, shape=shape, part=preset)
     return attn

@@ -2,8 +2,9 @@
 
 import pytest
 
-from hashattn import Attend, Encoder, Index, MixedPrecision, PerLayer, PerLayerAttend, Selector
-from hashattn.testing import check_attend, check_encoder, check_index, check_selector
+from hashattn import PRESETS, Attend, Encoder, Index, MixedPrecision, PerLayer, PerLayerAttend, Selector
+from hashattn.encoders.learned import LearnedHash
+from hashattn.testing import check_attend, check_encoder, check_index, check_preset, check_selector
 from tests.contract.parts import ATTENDS, ENCODERS, INDEXES, SELECTORS, covered, exported
 
 
@@ -35,6 +36,13 @@ def test_selectors(name):
 def test_attends(name):
     make, options = ATTENDS[name]
     check_attend(make(), **options)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name):
+    learned = isinstance(PRESETS[name]().encoder, LearnedHash)
+    smaller = {"cells": 4} if name == "faiss_ivf" else {}  # it is fitted to 39 keys a cell
+    check_preset(PRESETS[name], fitting={"steps": 2} if learned else {}, **smaller)
 
 
 def test_what_holds_a_part_for_each_layer_hands_it_out():
