@@ -13,7 +13,7 @@ from hashattn.bench.report import check_folder, environment
 from hashattn.evaluation import command as evaluation
 from hashattn.files import replacing
 from hashattn.learning import capture_command, fit_command
-from hashattn.presets import PRESETS
+from hashattn.presets import PRESETS, preset
 
 EXPECTED = (ValueError, TypeError, ImportError, OSError, RuntimeError)
 
@@ -117,7 +117,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _explain(arguments: argparse.Namespace) -> int:
     attn = HashAttention.from_preset(arguments.preset)
-    print(f"{arguments.preset}: {(PRESETS[arguments.preset].__doc__ or '').splitlines()[0]}\n")
+    print(f"{arguments.preset}: {(preset(arguments.preset).__doc__ or '').splitlines()[0]}\n")
     print(
         attn.explain(
             batch=arguments.batch, q_heads=arguments.q_heads, kv_heads=arguments.kv_heads,

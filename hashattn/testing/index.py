@@ -123,7 +123,7 @@ def _check_life(attn: HashAttention, data: Inputs) -> None:
     """Search of caches that were changed, where attention is not compared because an index only searches."""
     keys, query, index = data.k.shape[2], attn.encoder.encode_query(data.q), attn.index  # type: ignore[union-attr]
     chunked, cropped, turned = (empty(attn, data) for _ in range(3))
-    for cache, parts in ((chunked, (70, 1, keys - 71)), (cropped, (keys,)), (turned, (keys,))):
+    for cache, parts in ((chunked, (keys - 20, 1, 19)), (cropped, (keys,)), (turned, (keys,))):
         first = 0
         for i, size in enumerate(parts):
             part = slice(first, first + size)
