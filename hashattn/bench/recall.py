@@ -12,7 +12,7 @@ import torch
 
 from hashattn.bench import recall_steps as steps
 from hashattn.bench.recall_data import SYNTHETIC, Layer, layers_of
-from hashattn.bench.recall_entries import Entry, Memo, entries, parse_index, shipped_for
+from hashattn.bench.recall_entries import Entry, Memo, entries, shipped_for
 from hashattn.bench.report import say
 from hashattn.extras import require
 from hashattn.threads import thread_count
@@ -73,8 +73,7 @@ def run(settings: Settings | None = None) -> dict[str, Any]:
         RuntimeError: an engine that does not do what the reference does.
     """
     settings = settings or Settings()
-    index = parse_index(settings.index) if settings.index is not None else None
-    listed, notes = entries(settings.presets, settings.budget, index)
+    listed, notes = entries(settings.presets, settings.budget, settings.index)
     threads, before = thread_count(settings.threads), torch.get_num_threads()
     tqdm = require("tqdm", "hf", "hashattn bench --recall").tqdm
     rows: list[dict[str, Any]] = []

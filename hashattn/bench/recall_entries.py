@@ -23,14 +23,21 @@ Memo = dict[tuple[Any, ...], Encoder]
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the table: a preset, at a budget if it takes one, with another index if there is one."""
+    """One line of the table: a preset, at a budget if it takes one, with another index if there is one.
+
+    Attributes:
+        contender: the preset.
+        index: in place of its own, if there is one.
+        written: what to call the index.
+    """
 
     contender: Contender
     index: Index | None = None
+    written: str = ""
 
     @property
     def label(self) -> str:
-        return self.contender.label if self.index is None else f"{self.contender.label}, {self.index!r}"
+        return self.contender.label if self.index is None else f"{self.contender.label} + {self.written}"
 
     def composition(self, tokens: int, seed: int = 0) -> HashAttention:
         """As it is before fitting.
@@ -76,17 +83,19 @@ class Entry:
 
 
 def entries(
-    presets: Sequence[str] | None, budget: float | None, index: Index | None = None
+    presets: Sequence[str] | None, budget: float | None, index: str | None = None
 ) -> tuple[list[Entry], list[str]]:
     """Every preset at this budget where it takes one, and once more with the index where it fits; and remarks.
 
     Args:
         presets: as :func:`hashattn.evaluation.contenders.parse` takes them; all of PRESETS by default.
         budget: share of the keys; None is each preset's own.
+        index: as parse_index() takes it.
 
     Raises:
         ValueError, TypeError: what presets refuse; an index that no preset takes.
     """
+    other = parse_index(index) if index is not None else None
     found: list[Entry] = []
     remarks: list[str] = []
     for text in presets or PRESETS:
@@ -100,16 +109,15 @@ def entries(
             own = None  # it has none
         plain = Entry(Contender(text, name, options, own))
         found.append(plain)
-        if index is not None:
-            other = Entry(plain.contender, index)
+        if other is not None and index is not None and plain.composition(4096).encoder is not None:
+            swapped = Entry(plain.contender, other, index)
             try:
-                if plain.composition(4096).encoder is not None:
-                    other.composition(4096)
-                    found.append(other)
+                swapped.composition(4096)
+                found.append(swapped)
             except ValueError as error:
                 remarks.append(f"{text}: {error}")
     if index is not None and not any(entry.index for entry in found):
-        raise ValueError(f"--index {index!r} fits none of the presets: {'; '.join(remarks) or 'they have no index'}")
+        raise ValueError(f"--index {index} fits none of the presets: {'; '.join(remarks) or 'they have no index'}")
     return found, remarks
 
 

@@ -21,9 +21,10 @@ NOTE = (
     "recall, / exact: against as many exact top keys: the share found, and the mass kept over theirs. error: of the\n"
     "output, against float64. B a key: codes beside a key and head. scan, read: bytes read to rank, and in all, over\n"
     "what dense attention reads (bfloat16). us: median of a decode step of a layer on the CPU, its key encoded;\n"
-    "dense: the fastest full attention, right after. best: of those that search, none keeps more of exact top-k's mass\n"
-    "with as few bytes a key (B), bytes read (R), microseconds (T)."
+    "dense: the fastest full attention, right after. best: of those that search, none keeps more of exact top-k's\n"
+    "mass with as few bytes a key (B), bytes read (R), microseconds (T)."
 )
+_LEAST = 1e-3  # of a picture's missed mass
 COSTS = {"B": "key_bytes", "R": "read_bytes", "T": "us"}
 
 
@@ -58,7 +59,7 @@ def cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def on_front(row: Row, rows: Sequence[Row], cost: str) -> bool:
-    """Whether, among rows that search, none keeps more mass (over exact top-k's) at no more cost, or as much at less."""
+    """Whether none of the rows that search keeps more of exact top-k's mass at no more cost, or as much at less."""
     if row["engine"] == "dense":
         return False
     mine = row["relative_mass"], -row[cost]
@@ -70,36 +71,39 @@ def on_front(row: Row, rows: Sequence[Row], cost: str) -> bool:
 
 
 def save_plot(rows: Sequence[Row], path: Path) -> None:
-    """Mass kept against bytes a key, bytes read and microseconds, a line of panels for each data set, with the fronts.
+    """Mass missed against bytes a key, bytes read and microseconds, a line of panels for each data set, with the fronts.
 
     Raises:
         ImportError: matplotlib is missing.
     """
     names = [*dict.fromkeys(row["data"] for row in rows)]
     module = require("matplotlib.figure", "demo", "--plot")
-    figure = module.Figure(figsize=(18, 6.5 * len(names)), layout="constrained")
+    figure = module.Figure(figsize=(17, 6 * len(names)), layout="constrained")
     labels = {"key_bytes": "bytes of codes a key", "read_bytes": "bytes read a step / dense", "us": "us a step"}
-    for line, data in zip(figure.subplots(len(names), 3, squeeze=False), names, strict=True):
+    for line, data in zip(figure.subplots(len(names), 3, squeeze=False, sharey="row"), names, strict=True):
         chosen = sorted_rows(rows, data)
         for axes, cost in zip(line, COSTS.values(), strict=True):
             _panel(axes, chosen, cost)
-            axes.set(xlabel=labels[cost], ylabel="attention mass / exact top-k's", title=data)
+            axes.set(xlabel=labels[cost], title=data)
+        line[0].set(yscale="log", ylabel="attention mass that is missed, of exact top-k's")
+        line[0].invert_yaxis()  # up is better
+        line[-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8, handlelength=1)
     with replacing(path) as scratch:
         figure.savefig(scratch, dpi=110)
 
 
 def _panel(axes: Any, rows: Sequence[Row], cost: str) -> None:
-    scale = rows[0]["dense_bytes"] if cost == "read_bytes" else 1
-    for row in rows:
+    """Rows in the order of the table, by their number there; red are those on the front."""
+    scale, front = rows[0]["dense_bytes"] if cost == "read_bytes" else 1, []
+    for i, row in enumerate(rows, 1):
+        point = row[cost] / scale, max(_LEAST, 1 - row["relative_mass"])
         best = on_front(row, rows, cost)
-        axes.plot(row[cost] / scale, row["relative_mass"], "o" if best else "x", color="C3" if best else "C0")
-        axes.annotate(
-            row["preset"], (row[cost] / scale, row["relative_mass"]), xytext=(4, 3), textcoords="offset points",
-            fontsize=7, fontweight="bold" if best else "normal",
-        )  # fmt: skip
-    front = sorted((row[cost] / scale, row["relative_mass"]) for row in rows if on_front(row, rows, cost))
+        front += [point] * best
+        colour = "C3" if best else "C0"
+        axes.plot(*point, "o" if best else "x", color=colour, label=f"{i} {row['preset']}")
+        axes.annotate(str(i), point, xytext=(3, 3), textcoords="offset points", fontsize=8, color=colour)
     if front:
-        axes.step(*zip(*front, strict=True), where="post", color="C3", alpha=0.5)
+        axes.step(*zip(*sorted(front), strict=True), where="post", color="C3", alpha=0.5)
     if cost == "key_bytes":
         axes.set_xscale("symlog", linthresh=1)  # some keep nothing
     else:
