@@ -71,7 +71,7 @@ def on_front(row: Row, rows: Sequence[Row], cost: str) -> bool:
 
 
 def save_plot(rows: Sequence[Row], path: Path) -> None:
-    """Mass missed against bytes a key, bytes read and microseconds, a line of panels for each data set, with the fronts.
+    """Mass missed against bytes a key, bytes read and microseconds, with the fronts: three panels for each data set.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -87,7 +87,7 @@ def save_plot(rows: Sequence[Row], path: Path) -> None:
             axes.set(xlabel=labels[cost], title=data)
         line[0].set(yscale="log", ylabel="attention mass that is missed, of exact top-k's")
         line[0].invert_yaxis()  # up is better
-        line[-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8, handlelength=1)
+        line[-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8, title="red here: best by us")
     with replacing(path) as scratch:
         figure.savefig(scratch, dpi=110)
 
