@@ -3,7 +3,7 @@
 Keys are encoded and indexed once, each query searches them, and the softmax runs over what was found.
 """
 
-from hashattn.attend import Attend, DenseAttend, ExactAttend, MixedPrecision, PerLayerAttend, merge
+from hashattn.attend import Attend, DenseAttend, ExactAttend, MixedPrecision, PerLayerAttend, SampledAttend, merge
 from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
 from hashattn.calibration import Calibration
@@ -41,7 +41,26 @@ from hashattn.index import (
 )
 from hashattn.presets import PRESETS
 from hashattn.saving import Pretrained, from_pretrained, save_pretrained, shipped
-from hashattn.selectors import Consensus, LocalTopK, Momentum, Recent, Selector, Sink, Threshold, Tiers, TopK
+from hashattn.selectors import (
+    CollisionSample,
+    Consensus,
+    HeavyHitters,
+    LocalTopK,
+    LogitMap,
+    Momentum,
+    ObservationWindow,
+    RandomTail,
+    Recent,
+    Refine,
+    Reuse,
+    Selector,
+    Sink,
+    Threshold,
+    Tiers,
+    TopK,
+    TopP,
+    pyramid,
+)
 from hashattn.types import Output, Selection, Step
 
 __version__ = "0.1.0"
@@ -57,6 +76,7 @@ __all__ = [
     "Calibration",
     "Centring",
     "Channels",
+    "CollisionSample",
     "Consensus",
     "CrossPolytope",
     "Decoder",
@@ -71,21 +91,28 @@ __all__ = [
     "FlatRaBitQ",
     "HashAttention",
     "HeavyChannels",
+    "HeavyHitters",
     "Identity",
     "Index",
     "KVCache",
     "LocalTopK",
+    "LogitMap",
     "MixedPrecision",
     "ModelFacts",
     "Momentum",
     "MultiProbe",
+    "ObservationWindow",
     "Output",
     "Pages",
     "PerLayer",
     "PerLayerAttend",
     "Pretrained",
     "RaBitQ",
+    "RandomTail",
     "Recent",
+    "Refine",
+    "Reuse",
+    "SampledAttend",
     "Selection",
     "Selector",
     "SimHash",
@@ -97,8 +124,10 @@ __all__ = [
     "Threshold",
     "Tiers",
     "TopK",
+    "TopP",
     "from_pretrained",
     "merge",
+    "pyramid",
     "save_pretrained",
     "shipped",
 ]

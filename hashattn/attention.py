@@ -23,6 +23,7 @@ from hashattn.plan import Plan, explain
 from hashattn.selectors import Selector
 from hashattn.shapes import check_finite, check_float, check_kv, check_q
 from hashattn.types import Output, Selection, Step
+from hashattn.votes import dense_votes, selected_votes
 
 if TYPE_CHECKING:
     from hashattn.integrations.transformers import Handle
@@ -164,6 +165,7 @@ class HashAttention:
         tokens = q.shape[2]
         warmup = cache.warmup if self.encoder is not None else 0  # what ranks nothing needs no centre
         if engine == "dense" or cache.longest == 0 or (warmup and not any(cache.ready)):
+            self.observe(q, cache, scale=scale, causal=causal, step=step)
             seen = cache.seen(tokens, causal)
             return dense(q, cache.keys, cache.values, seen, scale, need_lse=need_lse, need_weights=need_weights), None
         assert self.selector is not None
@@ -171,12 +173,36 @@ class HashAttention:
         if engine == "triton" and fewest >= warmup and not need_weights and not needs_grad(q, self.attend):
             return fused.step(self, q, cache, scale, causal)
         query = self.encoder.encode_query(q) if self.encoder is not None else None
-        view = cache.view(query, q.shape[1], cache.spans(tokens, causal), engine=engine)
+        view = cache.view(query, q.shape[1], cache.spans(tokens, causal), engine=engine, q=q, scale=scale)
         selection = self.selector.select(view, step or Step())
         if fewest < warmup:
             selection = keep_short(selection, view.visible, warmup)
+        watched = self.selector.watched(tokens)
+        need_weights = need_weights or watched > 0
         output = self.attend.attend(q, cache, selection, scale, view=view, need_lse=need_lse, need_weights=need_weights)
+        if watched:
+            assert output.weights is not None
+            weights = output.weights[:, :, -watched:]
+            sums = selected_votes(selection.ids[:, :, -watched:], weights, len(cache))
+            self.selector.observe(cache.votes, sums, selection, view, step or Step())
         return output, selection
+
+    def observe(
+        self, q: Tensor, cache: KVCache, *, scale: float | None = None, causal: bool = True, step: Step | None = None
+    ) -> None:  # fmt: skip
+        """Show the selector what full attention of these queries, the cache's last positions, attends to.
+
+        run() does so by itself; who attends elsewhere, as in a prefill, calls it. Most selectors look at nothing.
+        """
+        if self.selector is None or not self.selector.observes:
+            return
+        tokens = self.selector.watched(q.shape[2])
+        if not tokens or cache.longest == 0:
+            return
+        view = cache.view(None, q.shape[1], cache.spans(tokens, causal))
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        sums = dense_votes(q[:, :, -tokens:].detach(), cache.keys, cache.seen(tokens, causal), scale)
+        self.selector.observe(cache.votes, sums, None, view, step or Step())
 
     def engine_for(self, q: Tensor, cache: KVCache) -> str:
         """The engine that serves these queries on this cache: "dense", "reference", "cpu" or "triton".
@@ -263,4 +289,5 @@ def keep_short(selection: Selection, visible: Tensor, warmup: int) -> Selection:
 
     ids = widen(selection.ids, -1, everything.unsqueeze(1))
     assert ids is not None
-    return Selection(ids, widen(selection.tier, 0, 0), widen(selection.log_weights, 0, 0))  # any slot may be critical
+    tier, log_weights = widen(selection.tier, 0, 0), widen(selection.log_weights, 0, 0)
+    return Selection(ids, tier, log_weights, collisions=selection.collisions)  # any slot may be critical

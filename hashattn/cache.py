@@ -10,16 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hashattn.buffer import TokenBuffer
+from hashattn.cached_codes import check_codes
 from hashattn.device_state import DeviceState
 from hashattn.encoders.base import Encoder
 from hashattn.index.base import Index
+from hashattn.ops.attend import logits as exact_logits
 from hashattn.ops.attend import row_numbers
 from hashattn.ops.decode.estimate import key_norms
 from hashattn.ops.decode.scratch import Scratch
-from hashattn.ops.hamming import popcount
 from hashattn.ops.nearest.cpu import Table
 from hashattn.shapes import check_kv
 from hashattn.view import View
+from hashattn.votes import Votes
 
 
 class KVCache:
@@ -56,6 +58,7 @@ class KVCache:
         self._centre: Tensor | None = None
         self._fits = encoder.fits if encoder is not None else 0
         self.admitted: tuple[object, int | None, str | None] | None = None  # HashAttention's: the last call checked
+        self.votes = Votes(capacity)
         self.on_device = DeviceState(scratch if scratch is not None else Scratch())
 
     # ---- what is in it
@@ -154,9 +157,9 @@ class KVCache:
 
     @property
     def code_nbytes(self) -> int:
-        """Bytes allocated for codes, norms and centres."""
+        """Bytes allocated for codes, norms, centres and votes."""
         centre = 0 if self._centre is None else self._centre.numel() * self._centre.element_size()
-        return (self._store.nbytes if self._store is not None else 0) + self._norms.nbytes + centre
+        return (self._store.nbytes if self._store is not None else 0) + self._norms.nbytes + centre + self.votes.nbytes
 
     @property
     def nbytes(self) -> int:
@@ -225,7 +228,7 @@ class KVCache:
         """Keep the first `length` columns. Rows left with too few keys for their centre lose it."""
         if not 0 <= length <= len(self):
             raise ValueError(f"length must be from 0 to {len(self)}, got {length}")
-        for buffer in (self._keys, self._values, self._norms):
+        for buffer in (self._keys, self._values, self._norms, self.votes):
             buffer.truncate(length)
         if self._store is not None:
             self._store.truncate(length)
@@ -241,7 +244,7 @@ class KVCache:
         picked: list[int] = rows.tolist()
         if not self._keys.empty:
             rows = rows.to(self._keys.storage.device)
-        for buffer in (self._keys, self._values, self._norms):
+        for buffer in (self._keys, self._values, self._norms, self.votes):
             buffer.select(rows)
         if self._store is not None:
             self._store.select_rows(rows)
@@ -313,8 +316,15 @@ class KVCache:
         columns = torch.arange(len(self), device=visible.device)
         return ((columns >= visible[..., :1]) & (columns < visible[..., 1:])).unsqueeze(1)
 
-    def view(self, query: Tensor | None, q_heads: int, spans: Table, *, engine: str = "reference") -> View:
-        """What a selector sees, for encoded queries and the columns visible to them; see :meth:`spans`."""
+    def view(
+        self, query: Tensor | None, q_heads: int, spans: Table, *, engine: str = "reference", q: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> View:  # fmt: skip
+        """What a selector sees, for encoded queries and the columns visible to them; see :meth:`spans`.
+
+        Args:
+            q: the queries themselves, for selectors that ask for exact logits, which are scaled by `scale`.
+        """
         self.encode()
         index, store = self.index, self._store
         biased = self.encoder is not None and self.encoder.biased
@@ -323,6 +333,10 @@ class KVCache:
             if index is None or store is None or query is None:
                 raise TypeError("this composition has no index, so there are no distances")
             return index.distances(store, query, biased=biased, engine=engine)
+
+        def logits(ids: Tensor) -> Tensor:
+            assert q is not None
+            return exact_logits(q.detach(), self._keys.storage, ids, scale, engine=engine)
 
         def find(k: int) -> tuple[Tensor, Tensor]:
             assert index is not None and store is not None and query is not None
@@ -334,7 +348,7 @@ class KVCache:
         device = self._keys.storage.device
         return View(
             spans, q_heads, self.kv_heads, len(self), scan, device, query, codes, engine, biased=biased,
-            find=find if searches else None,
+            find=find if searches else None, logits=None if q is None else logits, votes=self.votes,
         )  # fmt: skip
 
     def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -397,6 +411,8 @@ class KVCache:
                 state["norms"] = self._norms.view.clone()
             if self._centre is not None:
                 state["centre"] = self._centre.clone()
+        if len(self.votes):
+            state["votes"], state["votes_most"] = self.votes.of(len(self.votes), self.keys), self.votes.most
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -409,32 +425,16 @@ class KVCache:
         other._starts = other._check_start(state["start"], None)
         if "ready" in state:
             if "codes" in state:
-                other._check_codes(state)
+                check_codes(state, other.encoder if other._store is not None else None, other.with_norms)
                 assert other._store is not None
                 other._store.add(state["codes"])
             other._ready = state["ready"].tolist()
             other._centre = state["centre"].clone() if "centre" in state else None
             if other.with_norms:
                 other._norms.append(state["norms"])
+        if "votes" in state:
+            other.votes.set(state["votes"], state["votes_most"])
         self.__dict__.update(other.__dict__)
-
-    def _check_codes(self, state: dict[str, Any]) -> None:
-        if self.encoder is None or self._store is None:
-            raise ValueError("state holds codes, but this composition has no index")
-        if self.with_norms != ("norms" in state):
-            raise ValueError(f"state {'lacks' if self.with_norms else 'holds'} norms: it is of another composition")
-        centre = state.get("centre")
-        codes = state["codes"]
-        probe = self.encoder.encode_key(state["keys"][:, :, : min(64, codes.shape[2])], centre)  # some keys may wait
-        if (*codes.shape[:2], codes.shape[3]) != (*probe.shape[:2], probe.shape[3]) or codes.dtype != probe.dtype:
-            raise ValueError(
-                f"codes {(*codes.shape,)} {codes.dtype} are not of this composition, which makes "
-                f"{(*probe.shape[:2], codes.shape[2], probe.shape[3])} {probe.dtype}"
-            )
-        if not alike(codes[:, :, : probe.shape[2]], probe):
-            raise ValueError(
-                "codes are not what this composition's encoder makes of the keys: another seed, fit or kind"
-            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         twin = copy.copy(self)
@@ -495,13 +495,3 @@ class KVCache:
             if self._store is not None:
                 self._store.truncate(0)
                 self._norms.truncate(0)
-
-
-def alike(codes: Tensor, probe: Tensor) -> bool:
-    """Whether codes are the same but for rounding: of floats, and of bits whose projection lies near zero."""
-    if codes.is_floating_point():
-        largest = probe.abs().amax(-1, keepdim=True)  # of a product's terms, about
-        return bool(((codes - probe).abs() <= 16 * torch.finfo(codes.dtype).eps * largest).all())
-    if codes.dtype == torch.uint8:  # numbers of centroids, of which some are as near as others
-        return bool((codes == probe).float().mean() >= 0.9)
-    return bool(popcount(codes ^ probe).float().mean() <= 3.2)  # of 64; another encoder differs in half of the bits

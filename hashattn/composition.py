@@ -87,6 +87,8 @@ def check_composition(attn: HashAttention) -> None:
             f"attend {attend!r} reads {attend.code} codes, which encoder {encoder!r} does not make; "
             f"{_MAKES[attend.code]} or attend=ExactAttend() would fit"
         )
+    if encoder is not None and index is not None and (reason := selector.refuses(encoder, index, attend)):
+        raise ValueError(f"selector {selector!r} {reason}")
 
 
 def _holds(code: str) -> str:

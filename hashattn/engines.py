@@ -116,6 +116,7 @@ def step_microseconds(attn: HashAttention, shape: Shape, keys: int, threads: int
     heads, times = choices(selector, shape.q_heads, shape.kv_heads)
     kept = min(keys, times * selector.budget(keys))
     gathered = shape.batch * heads * kept * 2 * shape.head_dim * (_ESTIMATE if attn.attend.needs_norms else 1)
+    gathered += shape.batch * heads * min(keys, times * selector.looked_at(keys)) * shape.head_dim
     scans = passes = 0.0
     if selector.ranked and attn.encoder is not None:
         group = shape.q_heads // shape.kv_heads

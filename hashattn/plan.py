@@ -25,7 +25,7 @@ class Plan:
         engine: "dense", "reference", "cpu" or "triton".
         stages: (stage, part and engine, remark) for encode, scan, select and attend.
         dense_bytes: read by full attention.
-        scan_bytes: read to rank the keys.
+        scan_bytes: read to rank the keys: codes, and the keys that a selector looks at itself.
         attend_bytes: read of selected keys and values, at most (heads of a group may share some).
         code_bytes: memory of codes and norms.
         kv_bytes: memory of keys and values.
@@ -109,6 +109,7 @@ def explain(
         if attn.selector.ranked and attn.encoder is not None:
             assert attn.index is not None
             scan_bytes = round(codes * attn.index.read_bytes(code_row))
+        scan_bytes += batch * heads * min(keys, times * attn.selector.looked_at(keys)) * row
     stages = _stages(attn, engine, kind, least, unfused)
     return Plan(
         engine, stages, kv_bytes, scan_bytes, attend_bytes, code_bytes, kv_bytes, least, provenance(kind, shape)

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from hashattn.attention import HashAttention
-from hashattn.encoders.learned import LearnedHash
 from hashattn.saving import Pretrained, from_pretrained
 
 
@@ -25,8 +26,8 @@ def fitted(
     Raises:
         ValueError: a preset that learns nothing, encoders of another kind, or an option that contradicts them.
     """
-    if not isinstance(attn.encoder, LearnedHash):
-        raise ValueError(f"preset {name!r} has no learned encoder, so pretrained={source!r} cannot serve it")
+    if not isinstance(attn.encoder, nn.Module):
+        raise ValueError(f"preset {name!r} has no encoder with weights, so pretrained={source!r} cannot serve it")
     if options.get("encoder") is not None:
         raise ValueError("encoder and pretrained both name the encoder: leave one of them out")
     loaded = source if isinstance(source, Pretrained) else from_pretrained(source)
@@ -38,7 +39,7 @@ def fitted(
                 f"{type(loaded.encoder.layer(i)).__name__} (layer {i})"
             )
     for option in ("bits", "query_bits", "heads"):
-        if option in options and options[option] != getattr(first, option):
+        if option in options and hasattr(first, option) and options[option] != getattr(first, option):
             raise ValueError(
                 f"{option}={options[option]!r} contradicts pretrained={_named(source)}, which was fitted with "
                 f"{option}={getattr(first, option)!r}: leave it out"

@@ -13,6 +13,7 @@ from hashattn.budget import Budget
 from hashattn.ops.nearest import nearest, nearest_of_pool, nearest_visible
 from hashattn.ops.nearest.cpu import Table
 from hashattn.ops.search import search
+from hashattn.votes import Votes
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,9 @@ class View:
         biased: whether the last byte of a code is a number that is added to its distance.
         calibrated: distances that replace the raw ones, [B, H, T, N].
         kept: bool [B, H, T, N], keys that may be selected; None means all visible ones.
+        logits: exact logits of the keys at ids int32 [B, H, T, K] (H = Hq or Hkv): float32 [B, H, T, Hq / H, K], of no
+            meaning in empty slots. It reads these keys; None where the view was made without the queries.
+        votes: of past queries, for selectors that look back; None where nobody votes.
         find: returns ids and raw distances of the k nearest keys, [B, Hq, T, k], where the index only searches. Then
             there are no distances, and neither calibrations nor a radius.
     """
@@ -53,6 +57,8 @@ class View:
     biased: bool = False
     calibrated: Tensor | None = None
     kept: Tensor | None = None
+    logits: Callable[[Tensor], Tensor] | None = None
+    votes: Votes | None = None
     find: Callable[[int], tuple[Tensor, Tensor]] | None = None
 
     @cached_property
@@ -71,7 +77,7 @@ class View:
 
     def calibrate(self, distances: Tensor, kept: Tensor | None = None) -> View:
         """The same view with other distances (and, if given, fewer keys to choose from). Raw ones stay as they are."""
-        view = replace(self, calibrated=distances, kept=kept if kept is not None else self.kept)
+        view = replace(self, calibrated=distances, kept=kept if kept is not None else self.kept, find=None)
         for name in ("raw", "visible", "counts", "seen", "forced"):  # computed once
             if name in self.__dict__:
                 view.__dict__[name] = self.__dict__[name]
@@ -106,6 +112,17 @@ class View:
         columns = torch.arange(self.keys, device=self.device)
         first, end = self.visible[..., :1], self.visible[..., 1:]
         return ((columns < first + self.sinks) | (columns >= end - self.recents)).unsqueeze(1) & self.seen
+
+    @property
+    def voted(self) -> Tensor | None:
+        """The votes, float32 [B, Hkv, N], zero for new keys; None if there are none yet."""
+        return self.votes.of(self.keys, self.nothing) if self.votes is not None and len(self.votes) else None
+
+    @property
+    def nothing(self) -> Tensor:
+        """Distances for those who rank nothing: zeros, int32 [B, Hkv, T, N]."""
+        shape = len(self.spans), self.kv_heads, len(self.spans[0]), self.keys
+        return torch.zeros((), dtype=torch.int32, device=self.device).expand(shape)
 
     def wanted(self, budget: Budget) -> Tensor:
         """Keys that each query keeps under a budget, at least its forced ones: int64 [B, T]."""

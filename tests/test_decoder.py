@@ -18,6 +18,7 @@ from hashattn import (
     Tiers,
     TopK,
 )
+from hashattn.attend.mixed import CodeResidual
 from hashattn.ops import decode
 from tests.ops.decode.encoding import same_norms
 from tests.structured import qkv
@@ -165,7 +166,7 @@ def test_norms_stay_right_where_they_are_not_needed(change):
 def test_a_fitted_residual_is_refused():
     attn = FUSED["tiers"].replace(attend=MixedPrecision(hidden=4))
     q, k, v, cache = filled(attn)
-    attn.attend.fit(q, k, attn.encoder, steps=1)
+    attn.attend.residual = CodeResidual(attn.encoder.bits, 4)
     with pytest.raises(ValueError, match="or MixedPrecision without a residual"):
         attn.decoder(cache)(q, k[:, :, :1], v[:, :, :1])
     assert len(cache) == 600

@@ -1,18 +1,27 @@
 import pytest
 import torch
+from torch import nn
 
 from hashattn import PRESETS, AsymmetricHash, HashAttention, SymmetricHash
-from hashattn.presets import options_of
-from tests.structured import attention64, poison, qkv, raises_naming, tolerance, visible_mask
+from hashattn.encoders.learned import LearnedHash
+from hashattn.presets import budget_options, options_of
+from tests.structured import attention64, cones, poison, qkv, raises_naming, tolerance, visible_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:this .* is not fitted:UserWarning")
 names = pytest.mark.parametrize("name", PRESETS)
+# they wait for no centre: even a short row is searched
+SEARCH_AT_ONCE = ("itq", "spectral", "alsh", "pqcache", "quest", "loki", "sparq", "double_sparsity", "twilight")
 
 
 def forced(name: str, engine: str, **options: object) -> HashAttention:
+    """The preset with an engine; what cannot encode before it is fitted is fitted to cones."""
     if "engine" in options_of(name):
         options["engine"] = engine
-    return HashAttention.from_preset(name, **options)
+    attn = HashAttention.from_preset(name, **options)
+    if not isinstance(attn.encoder, nn.Module) or isinstance(attn.encoder, LearnedHash):
+        return attn
+    data = cones(7)
+    return attn.replace(encoder=attn.encoder.fit(data.q, data.k))
 
 
 @names
@@ -39,7 +48,7 @@ def test_rows_alone_and_in_a_padded_batch_agree(name, engine):
     assert (together[:1] - attn(q[:1], k[:1], v[:1])).abs().max() <= tol
 
 
-@names
+@pytest.mark.parametrize("name", [n for n in PRESETS if n not in SEARCH_AT_ONCE])
 @pytest.mark.parametrize("keys", [1, 30, 258])
 def test_short_rows_attend_densely_and_exactly(name, keys):
     q, k, v = qkv(1, keys=keys, tokens=min(3, keys), dim=32)
@@ -106,3 +115,29 @@ def test_every_option_of_a_wrapping_preset_can_be_given():
 def test_messages_read_as_sentences():
     message = raises_naming(ValueError)(lambda: HashAttention.from_preset("zzzzzzzz"))
     assert "'zzzzzzzz' There" not in message
+
+
+def test_every_budget_reaches_its_preset():
+    for name in PRESETS:
+        if name in ("full", "magicpig"):
+            raises_naming(ValueError, repr(name), "budget")(lambda n=name: budget_options(n, 0.1, 1000))
+            continue
+        attn = HashAttention.from_preset(name, **budget_options(name, 0.1, 10_000))
+        most = 2000 if name == "pyramidkv" else 1000  # its lowest layer keeps more, its highest less
+        assert 1000 <= attn.selector.budget(10_000) <= most, name
+
+
+def test_installed_packages_add_presets(tmp_path, monkeypatch):
+    (tmp_path / "theirs.py").write_text(
+        "from hashattn import ExactAttend, FlatHamming, HashAttention, SimHash, TopK\n"
+        "def theirs(*, bits=64, share=0.1):\n"
+        "    return HashAttention(SimHash(bits), FlatHamming(), TopK(share=share), ExactAttend())\n"
+    )
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[hashattn.presets]\ntheirs = theirs:theirs\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert HashAttention.from_preset("theirs", bits=128).encoder.bits == 128
+    raises_naming(TypeError, "'theirs'", "'bit'", "'bits'")(lambda: HashAttention.from_preset("theirs", bit=128))
+    raises_naming(ValueError, "'their'", "'theirs'")(lambda: HashAttention.from_preset("their"))

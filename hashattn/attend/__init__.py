@@ -6,5 +6,6 @@ from hashattn.attend.exact import ExactAttend
 from hashattn.attend.merge import merge
 from hashattn.attend.mixed import MixedPrecision
 from hashattn.attend.per_layer import PerLayerAttend
+from hashattn.attend.sampled import SampledAttend
 
-__all__ = ["Attend", "DenseAttend", "ExactAttend", "MixedPrecision", "PerLayerAttend", "merge"]
+__all__ = ["Attend", "DenseAttend", "ExactAttend", "MixedPrecision", "PerLayerAttend", "SampledAttend", "merge"]

@@ -40,11 +40,13 @@ class Attend(ABC):
         needs_selection: whether it reads a selection at all.
         needs_norms: whether the cache has to keep |k - centre| (2 bytes a key).
         code: the kind of code it reads ("binary"), or None if it reads keys and values only.
+        weighs_samples: whether it weighs keys that were found by collisions (Selection.collisions).
     """
 
     needs_selection: bool = True
     needs_norms: bool = False
     code: str | None = None
+    weighs_samples: bool = False
 
     @abstractmethod
     def attend(

@@ -71,12 +71,12 @@ class Encoder(ABC):
         """Raise ValueError if heads of this number and size cannot be encoded."""
 
 
-def check_bits(bits: int, query_bits: int = 1) -> None:
-    """Raise unless 8 <= bits <= 1024 and query_bits is 1, 2, 4 or 8."""
+def check_bits(bits: int, query_bits: int = 1, most: int = 1024) -> None:
+    """Raise unless 8 <= bits <= most and query_bits is 1, 2, 4 or 8."""
     if not isinstance(bits, int) or isinstance(bits, bool):
-        raise TypeError(f"bits must be an int from 8 to 1024, got {bits!r}")
-    if not 8 <= bits <= 1024:
-        raise ValueError(f"bits must be from 8 to 1024, got {bits}")
+        raise TypeError(f"bits must be an int from 8 to {most}, got {bits!r}")
+    if not 8 <= bits <= most:
+        raise ValueError(f"bits must be from 8 to {most}, got {bits}")
     if query_bits not in (1, 2, 4, 8):
         raise ValueError(f"query_bits must be 1, 2, 4 or 8, got {query_bits!r}")
 

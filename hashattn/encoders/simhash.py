@@ -30,36 +30,47 @@ def orthogonal_planes(dim: int, bits: int, seed: int, device: torch.device) -> T
     return torch.cat(blocks, dim=1)[:, :bits].float().to(device)
 
 
+@lru_cache(maxsize=64)
+def independent_planes(dim: int, bits: int, seed: int, device: torch.device) -> Tensor:
+    """float32 [dim, bits]: independent Gaussian directions (Charikar 2002); do not write to it."""
+    return torch.randn(dim, bits, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
 @dataclass(frozen=True)
 class SimHash(Encoder):
     """Signs of random projections of centred keys (Charikar 2002): two codes differ in a bit with probability angle/pi.
 
     Args:
-        bits: length of a code, 8 to 1024.
+        bits: length of a code, 8 to 4096; more than 1024 are for many hash tables.
         query_bits: 1 scores sign bits; 2, 4 or 8 score a query of that many bit planes against the 1-bit keys.
         centring: the frozen centre that is subtracted from a row's keys; None subtracts nothing, and no row is too
             short to be searched.
         seed: of the projections, which all layers and heads share.
+        orthogonal: take the directions in orthogonal blocks, which estimates angles better; False takes independent
+            ones, whose bits agree independently, as the theory of hash tables asks.
     """
 
     bits: int = 128
     query_bits: int = 1
     centring: Centring | None = field(default_factory=Centring)
     seed: int = 0
+    orthogonal: bool = True
 
     def __post_init__(self) -> None:
-        check_bits(self.bits, self.query_bits)
+        check_bits(self.bits, self.query_bits, most=4096)
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
-        return key_bits(subtract(k, centre) @ orthogonal_planes(k.shape[-1], self.bits, self.seed, k.device))
+        return key_bits(subtract(k, centre) @ self._planes(k.shape[-1], k.device))
 
     def widths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (), ()
 
     def maps(self, head_dim: int, device: torch.device) -> tuple[Map, Map]:
-        planes = Map(orthogonal_planes(head_dim, self.bits, self.seed, device).contiguous())
+        planes = Map(self._planes(head_dim, device).contiguous())
         return planes, planes
 
     def encode_query(self, q: Tensor) -> Tensor:
-        projection = q.float() @ orthogonal_planes(q.shape[-1], self.bits, self.seed, q.device)
-        return query_planes(projection, self.query_bits)
+        return query_planes(q.float() @ self._planes(q.shape[-1], q.device), self.query_bits)
+
+    def _planes(self, dim: int, device: torch.device) -> Tensor:
+        return (orthogonal_planes if self.orthogonal else independent_planes)(dim, self.bits, self.seed, device)

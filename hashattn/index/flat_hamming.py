@@ -12,7 +12,7 @@ from hashattn.ops import hamming
 
 @dataclass(frozen=True)
 class FlatHamming(Index):
-    """Exhaustive Hamming scan over packed int64 words: 8 * ceil(bits / 64) bytes a key, 8 to 1024 bits.
+    """Exhaustive Hamming scan over packed int64 words: 8 * ceil(bits / 64) bytes a key, 8 to 4096 bits.
 
     Distances are integers: the Hamming distance for a query of one bit plane, the 2^j-weighted sum of the planes'
     Hamming distances for a query of several. The scan is linear in the number of keys at every token.

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from hashattn.ops.decode.rule import Rule
 from hashattn.types import Selection, Step
 from hashattn.view import View, forced_ids
+from hashattn.votes import Votes
+
+if TYPE_CHECKING:
+    from hashattn.attend import Attend
+    from hashattn.encoders import Encoder
+    from hashattn.index import Index
 
 
 class Selector(ABC):
@@ -17,6 +26,8 @@ class Selector(ABC):
         ranked: whether it ranks keys by distance, and so needs an encoder and an index.
         matrices: passes over a matrix of all distances that it makes beyond a search, about.
         needs_weights: whether it looks at the softmax weights of the layer before (momentum).
+        samples: whether some of its keys stand for others.
+        observes: whether it learns from the softmax weights of the calls before, its own and dense ones.
         needs_distances: whether it asks for the distance to every key, which an index that only searches lacks.
     """
 
@@ -24,6 +35,8 @@ class Selector(ABC):
     needs_distances: bool = True
     matrices: int = 0
     needs_weights: bool = False
+    samples: bool = False
+    observes: bool = False
 
     @property
     def shared(self) -> bool:
@@ -41,6 +54,32 @@ class Selector(ABC):
     def critical(self, visible: int) -> int:
         """How many of these get exact logits, at most."""
         return self.budget(visible)
+
+    def looked_at(self, visible: int) -> int:
+        """Keys that it reads itself, at most, beside the index: for query plans."""
+        inner = getattr(self, "inner", None)
+        return inner.looked_at(visible) if isinstance(inner, Selector) else 0
+
+    def watched(self, tokens: int) -> int:
+        """Of how many of a call's last queries it wants the softmax weights, if it observes."""
+        return 0
+
+    def observe(  # noqa: B027 (most look at nothing)
+        self, votes: Votes, sums: Tensor, selection: Selection | None, view: View, step: Step
+    ) -> None:
+        """Take note of a call.
+
+        Args:
+            votes: the cache's, to be replaced.
+            sums: the softmax weights of the watched queries, summed over a KV head's queries: float32 [B, Hkv, N].
+            selection: what was kept; None where the call ran dense.
+            view: of the call.
+        """
+
+    def refuses(self, encoder: Encoder, index: Index, attend: Attend) -> str | None:
+        """Why it cannot work with these parts, and what would fit, as the end of a sentence; None if it can."""
+        inner = getattr(self, "inner", None)
+        return inner.refuses(encoder, index, attend) if isinstance(inner, Selector) else None
 
     def rule(self, group: int) -> Rule | None:
         """What it asks of a fused decode step, for `group` query heads a KV head; None if a Rule cannot say it."""
@@ -79,6 +118,12 @@ class Forced(Selector):
         return Selection(forced_ids(view, self.sinks, self.recents))
 
 
+def forced_slots(view: View, ids: Tensor) -> Tensor:
+    """bool as ids [B, H, T, K]: which slots hold one of the view's forced keys."""
+    first, end = (x[:, None, :, None] for x in view.visible.unbind(-1))  # [B, 1, T, 1]
+    return (ids >= 0) & ((ids < first + view.sinks) | (ids >= end - view.recents))
+
+
 @dataclass(frozen=True)
 class Joined(Selector):
     """Forced parts and at most one ranked selector, written `Sink(4) | Recent(64) | TopK(share=0.05)`.
@@ -102,7 +147,15 @@ class Joined(Selector):
 
     @property
     def ranked(self) -> bool:  # type: ignore[override]
-        return self.ranked_part is not None
+        return self.ranked_part is not None and self.ranked_part.ranked
+
+    @property
+    def samples(self) -> bool:  # type: ignore[override]
+        return self.ranked_part is not None and self.ranked_part.samples
+
+    @property
+    def observes(self) -> bool:  # type: ignore[override]
+        return self.ranked_part is not None and self.ranked_part.observes
 
     @property
     def matrices(self) -> int:  # type: ignore[override]
@@ -135,6 +188,19 @@ class Joined(Selector):
     def critical(self, visible: int) -> int:
         forced = min(visible, self.sinks + self.recents)
         return forced if self.ranked_part is None else max(forced, self.ranked_part.critical(visible))
+
+    def looked_at(self, visible: int) -> int:
+        return self.ranked_part.looked_at(visible) if self.ranked_part is not None else 0
+
+    def watched(self, tokens: int) -> int:
+        return self.ranked_part.watched(tokens) if self.ranked_part is not None else 0
+
+    def observe(self, votes: Votes, sums: Tensor, selection: Selection | None, view: View, step: Step) -> None:
+        if self.ranked_part is not None:
+            self.ranked_part.observe(votes, sums, selection, view, step)
+
+    def refuses(self, encoder: Encoder, index: Index, attend: Attend) -> str | None:
+        return self.ranked_part.refuses(encoder, index, attend) if self.ranked_part is not None else None
 
     def rule(self, group: int) -> Rule | None:
         ranked = self.ranked_part.rule(group) if self.ranked_part is not None else None

@@ -24,7 +24,7 @@ from hashattn import (
     SpectralHash,
     TopK,
 )
-from hashattn.cache import alike
+from hashattn.cached_codes import alike
 from tests.structured import attention64, cones, poison, qkv, selected, tolerance, visible_mask
 
 SMALL = Centring(0.5, 16)

@@ -19,6 +19,7 @@ from hashattn import (
     from_pretrained,
     save_pretrained,
 )
+from hashattn.index.flat_pq import UNIT
 from tests.structured import cones, heads, odd_lengths, qkv, raises_naming, seeds
 
 EPS = torch.finfo(torch.float32).eps
@@ -40,11 +41,12 @@ def test_the_error_of_a_distance_is_bounded_by_the_quantisation_error(shared, se
     assert codes.shape == (2, shape[0], keys, m)
     store = FlatPQ().new_store()
     store.add(codes)
-    found = FlatPQ().distances(store, pq.encode_query(q)).double()
+    found = FlatPQ().distances(store, pq.encode_query(q)).double() / UNIT
     wide = k.double().repeat_interleave(shape[1], 1)
     lost = (k.double() - pq.decode(codes)).norm(dim=-1).repeat_interleave(shape[1], 1).unsqueeze(2)
     size = q.double().norm(dim=-1, keepdim=True)
     rounding = 16 * EPS * size * (wide.norm(dim=-1).unsqueeze(2) + lost)  # of float32 sums of D = 16 products
+    rounding = rounding + m / 2 / UNIT  # and of a table's entry to whole units
     assert ((found + q.double() @ wide.transpose(-1, -2)).abs() <= size * lost + rounding).all()
 
 

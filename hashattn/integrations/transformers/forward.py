@@ -126,6 +126,8 @@ class Forward:
             if kv is not None and key.shape[2] > len(kv):  # a static cache hands out its free columns as well
                 key, value = kv.keys, kv.values
                 mask = mask if mask is None else mask[..., : len(kv)]
+            if kv is not None:
+                self._observe(call.number, query, kv, mask, scaling)
             if kv is None and tokens == 1:
                 record.engine, record.why = "dense", str(reason)
             if kv is None or tokens > 1 or (mask is not None and mask.dtype != torch.bool):
@@ -268,6 +270,19 @@ class Forward:
         if self._searching(number, query).engine_for(query, kv) == "dense":
             return "auto: dense is faster" if served.attn.engine == "auto" else "engine is dense"
         return None
+
+    def _observe(
+        self, number: int, query: Tensor, kv: KVCache, mask: Tensor | None, scaling: float | None
+    ) -> None:  # fmt: skip
+        """Show a dense call to a selector that looks back."""
+        attn = self._searching(number, query)
+        if attn.selector is None or not attn.selector.observes:
+            return
+        starts, reason = self.starts_of(mask, kv.batch, len(kv), query.shape[2])
+        if reason is None:
+            if starts != kv._starts:
+                kv.set_start(torch.tensor(starts))
+            attn.observe(query, kv, scale=scaling, step=Step(number))
 
     def _searching(self, number: int, query: Tensor) -> HashAttention:
         """The composition of a layer that is not dense by choice."""

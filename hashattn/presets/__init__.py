@@ -1,0 +1,142 @@
+"""Presets: published methods as compositions, one short function each.
+
+Defaults are the published values; what a paper leaves to calibration is an argument. Where readings of a paper
+differ, the docstring says so. Installed packages add presets of their own in the entry point group
+``hashattn.presets``: functions with keyword options that return a HashAttention.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from hashattn.attention import HashAttention
+from hashattn.presets.budgets import full, h2o, oracle_topk, pyramidkv, snapkv, streaming, twilight, vattention
+from hashattn.presets.dashkv import (
+    dashkv,
+    dashkv_consensus,
+    dashkv_fast,
+    dashkv_hash_only,
+    dashkv_momentum,
+    dashkv_symmetric,
+)
+from hashattn.presets.hashes import (
+    alsh,
+    hashattention,
+    hata,
+    itq,
+    magicpig,
+    reformer,
+    simhash_topk,
+    spectral,
+    spotlight,
+)
+from hashattn.presets.scores import (
+    double_sparsity,
+    faiss_hnsw,
+    faiss_ivf,
+    loki,
+    pqcache,
+    quest,
+    rabitq,
+    sparq,
+)
+from hashattn.pretrained import fitted
+from hashattn.saving import Pretrained
+
+__all__ = ["GROUP", "PRESETS", "budget_options", "build", "options_of", "preset"]
+
+GROUP = "hashattn.presets"
+Preset = Callable[..., HashAttention]
+
+PRESETS: dict[str, Preset] = {
+    each.__name__: each
+    for each in (
+        dashkv, dashkv_hash_only, dashkv_consensus, dashkv_momentum, dashkv_symmetric, dashkv_fast, hata, hashattention,
+        spotlight, simhash_topk, itq, spectral, alsh, reformer, magicpig, pqcache, rabitq, quest, loki, sparq,
+        double_sparsity, faiss_hnsw, faiss_ivf, twilight, vattention, streaming, h2o, snapkv, pyramidkv, oracle_topk,
+        full,
+    )
+}  # fmt: skip
+
+
+def preset(name: str) -> Preset:
+    """The function of this name: one of the library's own, else an installed package's.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    others = {point.name: point for point in entry_points(group=GROUP)}
+    if name in others:
+        found: Preset = others[name].load()
+        return found
+    known = (*PRESETS, *others)
+    raise ValueError(f"unknown preset {name!r}{_nearest(name, known)}; the presets are {', '.join(known)}")
+
+
+def build(name: str, *, pretrained: str | Path | Pretrained | None = None, **options: Any) -> HashAttention:
+    """The preset of this name, with fitted encoders if asked for; see :meth:`HashAttention.from_preset`."""
+    known = options_of(name)
+    for option in options:
+        if option not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+            raise TypeError(
+                f"preset {name!r} takes no option {option!r}{_nearest(option, (*known, 'pretrained'))}; {takes}"
+            )
+    attn = preset(name)(**options)
+    return attn if pretrained is None else fitted(name, attn, pretrained, options)
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """The options of a preset and their defaults (the published hyperparameters).
+
+    Raises:
+        ValueError: an unknown preset.
+    """
+    return {p.name: p.default for p in inspect.signature(preset(name)).parameters.values()}
+
+
+def budget_options(
+    name: str, budget: float | None, tokens: int, given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The options that give a preset this share of `tokens` keys, forced ones included; none for None.
+
+    Args:
+        name: of the preset.
+        budget: above 0 and at most 1.
+        tokens: keys, for presets that count them.
+        given: options that the preset will get as well.
+
+    Raises:
+        ValueError: an unknown preset, a budget out of (0, 1], or a preset without one.
+    """
+    attn = build(name)
+    if budget is None:
+        return {}
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget must be a share above 0 and at most 1, got {budget}")
+    options = {**options_of(name), **(given or {})}
+    if "t2" in options:
+        return {"t1": budget / 2, "t2": budget}
+    if "tail" in options:
+        return {"share": budget / 2, "tail": budget / 2}
+    if "share" in options:
+        return {"share": budget}
+    keys = math.ceil(budget * tokens)
+    if "k" in options:  # beside the forced keys
+        return {"k": max(1, keys - options.get("sinks", 0) - options.get("recent", 0))}
+    if "recent" in options and attn.selector is not None and not attn.selector.ranked:
+        return {"recent": max(1, keys - options["sinks"])}
+    raise ValueError(f"preset {name!r} takes no budget: what it reads is not a share that can be given")
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.4)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,146 @@
+"""Methods that estimate inner products or bounds of them, and FAISS's indexes."""
+
+from __future__ import annotations
+
+from hashattn.attend import ExactAttend
+from hashattn.attention import HashAttention
+from hashattn.encoders import PCA, PQ, HeavyChannels, Identity, RaBitQ, SimHash
+from hashattn.index import Channels, FaissBinary, FlatDot, FlatPQ, FlatRaBitQ, Pages
+from hashattn.selectors import Recent, Sink, TopK
+
+
+def pqcache(
+    *, subquantisers: int = 2, sub_bits: int = 6, share: float = 0.2, sinks: int = 32, recent: int = 32,
+    dense_layers: tuple[int, ...] = (), engine: str = "auto",
+) -> HashAttention:  # fmt: skip
+    """PQCache (arXiv 2407.12820): product quantisation of the keys, inner products from lookup tables.
+
+    The paper clusters at each prefill; here codebooks are fitted beforehand, and serve every text. A code takes a byte
+    a sub-quantiser, whatever sub_bits.
+    """
+    return HashAttention(
+        encoder=PQ(subquantisers, sub_bits=sub_bits),
+        index=FlatPQ(),
+        selector=Sink(sinks) | Recent(recent) | TopK(share=share),
+        attend=ExactAttend(),
+        engine=engine,
+        dense_layers=dense_layers,
+    )
+
+
+def quest(
+    *, page: int = 16, share: float = 0.05, dense_layers: tuple[int, ...] = (0, 1), engine: str = "auto"
+) -> HashAttention:
+    """Quest, "Query-Aware Sparsity" (arXiv 2406.10774): pages by the largest inner product they can hold.
+
+    Pages of 16 keys, layers 0 and 1 dense. Budgets count keys here, so that the last page may be kept in part.
+    """
+    return HashAttention(
+        encoder=Identity(),
+        index=Pages(page),
+        selector=TopK(share=share),
+        attend=ExactAttend(),
+        engine=engine,
+        dense_layers=dense_layers,
+    )
+
+
+def rabitq(
+    *, bits: int = 0, share: float = 0.05, sinks: int = 4, recent: int = 64, dense_layers: tuple[int, ...] = (0, 1),
+    engine: str = "auto",
+) -> HashAttention:  # fmt: skip
+    """RaBitQ (Gao & Long, SIGMOD 2024, arXiv 2405.12497): a rotation, a sign a dimension, an unbiased estimate.
+
+    The centre is the row's frozen one instead of a cluster's, and queries stay in float. bits=0 is one a dimension.
+    """
+    return HashAttention(
+        encoder=RaBitQ(bits),
+        index=FlatRaBitQ(),
+        selector=Sink(sinks) | Recent(recent) | TopK(share=share),
+        attend=ExactAttend(),
+        engine=engine,
+        dense_layers=dense_layers,
+    )
+
+
+def loki(
+    *, components: int = 32, share: float = 0.25, dense_layers: tuple[int, ...] = (), engine: str = "auto"
+) -> HashAttention:
+    """Loki, "Low-rank Keys for Efficient Sparse Attention" (arXiv 2406.02542): a quarter of the principal components.
+
+    32 of head_dim 128, the best quarter of the keys. The components are stored beside the keys, where the paper stores
+    rotated keys instead.
+    """
+    return HashAttention(
+        encoder=PCA(components),
+        index=FlatDot(),
+        selector=TopK(share=share),
+        attend=ExactAttend(),
+        engine=engine,
+        dense_layers=dense_layers,
+    )
+
+
+def sparq(
+    *, channels: int = 32, k: int = 128, recent: int = 64, dense_layers: tuple[int, ...] = (), engine: str = "auto"
+) -> HashAttention:
+    """SparQ Attention (arXiv 2312.04985): the query's largest channels alone score the keys; the top 128 exactly.
+
+    Without the paper's mean-value term. Keys are multiplied in whole here: the selection is SparQ's, and no bytes are
+    saved.
+    """
+    return HashAttention(
+        encoder=Identity(),
+        index=Channels(channels),
+        selector=Recent(recent) | TopK(k=recent + k, per="kv_head"),
+        attend=ExactAttend(),
+        engine=engine,
+        dense_layers=dense_layers,
+    )
+
+
+def double_sparsity(
+    *, channels: int = 16, share: float = 1 / 16, dense_layers: tuple[int, ...] = (0, 1), engine: str = "auto"
+) -> HashAttention:
+    """Double Sparsity (arXiv 2408.07092): a few heavy channels, found beforehand and rounded to 4 bits, score the keys.
+
+    A sixteenth of the keys; layers 0 and 1 dense. Labels are rounded to 4 bits and stored in the keys' dtype.
+    """
+    return HashAttention(
+        encoder=HeavyChannels(channels),
+        index=FlatDot(),
+        selector=TopK(share=share, per="kv_head"),
+        attend=ExactAttend(),
+        engine=engine,
+        dense_layers=dense_layers,
+    )
+
+
+def faiss_hnsw(
+    *, bits: int = 128, links: int = 32, ef_search: int = 128, share: float = 0.05, sinks: int = 4, recent: int = 64,
+    dense_layers: tuple[int, ...] = (0, 1), engine: str = "auto",
+) -> HashAttention:  # fmt: skip
+    """FAISS's graph over binary codes (Malkov & Yashunin, arXiv 1603.09320): SimHash codes in BHNSW32."""
+    return HashAttention(
+        encoder=SimHash(bits),
+        index=FaissBinary(f"BHNSW{links}", ef_search=ef_search),
+        selector=Sink(sinks) | Recent(recent) | TopK(share=share),
+        attend=ExactAttend(),
+        engine=engine,
+        dense_layers=dense_layers,
+    )
+
+
+def faiss_ivf(
+    *, bits: int = 128, cells: int = 64, nprobe: int = 8, share: float = 0.05, sinks: int = 4, recent: int = 64,
+    dense_layers: tuple[int, ...] = (0, 1), engine: str = "auto",
+) -> HashAttention:  # fmt: skip
+    """FAISS's inverted file over binary codes: SimHash codes in BIVF64, of which 8 cells are searched."""
+    return HashAttention(
+        encoder=SimHash(bits),
+        index=FaissBinary(f"BIVF{cells}", nprobe=nprobe),
+        selector=Sink(sinks) | Recent(recent) | TopK(share=share),
+        attend=ExactAttend(),
+        engine=engine,
+        dense_layers=dense_layers,
+    )
