@@ -27,7 +27,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     bench: argparse.ArgumentParser = commands.add_parser(
         "bench", help="time a decode step against the fastest dense attention",
         description="One decode step of one layer, checked against the reference first, then timed against the fastest "
-        "dense attention in the same run; or, with --e2e, of a whole model. Random keys: cost, not quality. Without "
+        "dense attention in the same run; or, with --e2e, of a whole model; with --recall, what presets keep of attention. Random keys: cost, not quality. Without "
         "--shape and --keys it takes minutes.",
     )  # fmt: skip
     bench.add_argument(

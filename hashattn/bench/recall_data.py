@@ -12,7 +12,7 @@ from hashattn.workload.model import load
 from hashattn.workload.texts import read_text, windows
 
 SYNTHETIC = "synthetic"
-HEADS, DIM = (9, 3), 64  # of the synthetic layer, SmolLM2's
+HEADS, DIM, NUMBER = (9, 3), 64, 15  # of the synthetic layer: as if it were SmolLM2's in the middle
 _SPREAD = (0.1, 0.38, 0.41, 0.66, 0.93)  # which of a model's layers: two of them neighbours, for momentum
 _FIT_QUERIES = 1024
 
@@ -67,7 +67,7 @@ def synthetic(
     """
     q, k, v = _cones(keys, queries, heads, dim, 2 * seed)
     fit_q, fit_k, _ = _cones(keys, queries, heads, dim, 2 * seed + 1)
-    return Layer(0, q, k, v, fit_q[:, :, -queries:], fit_k, dim**-0.5)
+    return Layer(NUMBER, q, k, v, fit_q[:, :, -queries:], fit_k, dim**-0.5)
 
 
 def _cones(keys: int, queries: int, heads: tuple[int, int], dim: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

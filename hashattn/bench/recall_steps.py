@@ -74,7 +74,7 @@ def decode(attn: HashAttention, layer: Layer, tokens: int, before: Sequence[Step
         RuntimeError: in the last step the engine keeps other keys than the reference, or attends to them wrongly.
     """
     keys, first = layer.k.shape[2], layer.k.shape[2] - tokens
-    cache = attn.new_cache(1, layer.k.shape[1], layer.k.shape[3], capacity=keys)
+    cache = attn.new_cache(1, layer.k.shape[1], layer.k.shape[3])
     cache.append(layer.k[:, :, :first], layer.v[:, :, :first])
     looks_back = bool(getattr(attn.selector, "observes", False))
     if looks_back:  # it is shown what full attention attends to

@@ -64,7 +64,7 @@ def test_the_command_compares_writes_and_draws(tmp_path, capsys):
         assert 0 < row["us"] < float("inf")
         assert 0 < row["dense_us"] < float("inf")
         assert row["dense_bytes"] == 2 * 3 * KEYS * 64 * 2
-        assert [one["layer"] for one in row["layers"]] == [0]
+        assert [one["layer"] for one in row["layers"]] == [15]
         assert row["preset"] in printed
     assert (rows["simhash_topk"]["key_bytes"], rows["streaming"]["key_bytes"]) == (16, 0)
     assert rows["simhash_topk"]["keys_read"] == pytest.approx(0.15, abs=0.01)
@@ -114,7 +114,7 @@ def test_steps_keep_what_one_call_of_all_queries_keeps(layer, name):
     assert torch.equal(recall_steps.as_mask(selection, decoded.kept), decoded.kept)
     torch.testing.assert_close(output.out[0], decoded.out, atol=1e-5, rtol=1e-4)
     assert len(decoded.us) == len(decoded.after) == QUERIES
-    assert all(step.layer == 1 for step in decoded.after)
+    assert all(step.layer == 16 for step in decoded.after)
 
 
 def test_a_layer_goes_by_the_one_before(layer):
