@@ -27,8 +27,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
     bench: argparse.ArgumentParser = commands.add_parser(
         "bench", help="time a decode step against the fastest dense attention",
         description="One decode step of one layer, checked against the reference first, then timed against the fastest "
-        "dense attention in the same run; or, with --e2e, of a whole model; with --recall, what presets keep of attention. Random keys: cost, not quality. Without "
-        "--shape and --keys it takes minutes.",
+        "dense attention in the same run; or, with --e2e, of a whole model. Random keys: cost, not quality, but for "
+        "--recall. Without --shape and --keys it takes minutes.",
     )  # fmt: skip
     bench.add_argument(
         "--device", choices=("cpu", "cuda"), help="what to measure (default: cpu; cuda for --kinds, --e2e ...)"
@@ -43,7 +43,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         f"{_listed(f'{n}:{k}' for b, n, k in CUDA_KEYS if b == 1)} at batch 1, "
         f"{_listed(f'{n}:{k}' for b, n, k in CUDA_KEYS if b == 8)} at batch 8)",
     )  # fmt: skip
-    bench.add_argument("--bits", type=int, help="of the codes, 8 to 1024 (default: 128; cuda: 64, or 128, 256)")
+    bench.add_argument("--bits", type=int, help="of the codes, 8 to 4096 (default: 128; cuda: 64, or 128, 256)")
     bench.add_argument(
         "--per", nargs="+", choices=PER, help="who chooses keys: a group or each head (default: kv_head; cuda: both)"
     )

@@ -127,6 +127,15 @@ def test_a_layer_goes_by_the_one_before(layer):
     assert not recall_steps.decode(attn, layer, QUERIES).kept[..., 100:120].all()
 
 
+@pytest.mark.parametrize("attn", [preset("snapkv", k=128), preset("h2o", share=0.2)])
+def test_selectors_that_look_back_are_shown_the_prefill(layer, attn):
+    kept = recall_steps.decode(attn, layer, QUERIES).kept
+    first, last = kept[:, 0], kept[:, -1]
+    assert int(first.sum(-1).max()) <= 129  # those who saw nothing keep all
+    assert not (last & ~first)[:, : KEYS - QUERIES].any()  # what is left out stays out
+    assert last[:, -1].all()
+
+
 def test_nothing_is_reported_where_the_engine_keeps_other_keys(layer, monkeypatch):
     from hashattn import view
 
