@@ -94,15 +94,15 @@ def _cones(keys: int, queries: int, heads: tuple[int, int], dim: int, seed: int)
 def captured(model: str, keys: int, numbers: Sequence[int] | None, text: str | None, seed: int) -> list[Layer]:
     """Of a model that reads two places of a text, densely: one to fit to, one to judge on."""
     from hashattn.integrations.transformers import capture, support
+    from hashattn.integrations.transformers.capture import capturable
 
     network, tokenizer = load(model)
-    modules = support.attention_modules(network)
+    modules, whole = support.attention_modules(network), capturable(network, numbers)
     if numbers is None:
-        depth = len(modules) - 1
-        numbers = sorted({sorted(modules)[round(share * depth)] for share in _SPREAD})
+        whole = sorted({whole[round(share * (len(whole) - 1))] for share in _SPREAD})
     fit_ids, ids = windows(tokenizer, read_text(text), keys, 2, seed=seed)
-    fit = capture(network, fit_ids, layers=numbers, queries=_FIT_QUERIES)
-    found = capture(network, ids, layers=numbers)
+    fit = capture(network, fit_ids, layers=whole, queries=_FIT_QUERIES)
+    found = capture(network, ids, layers=whole)
     layers = []
     for number, c in found.items():
         scale = float(getattr(modules[number], "scaling", None) or c.q.shape[-1] ** -0.5)

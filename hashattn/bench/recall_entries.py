@@ -20,6 +20,8 @@ from hashattn.saving import Pretrained, from_pretrained, shipped
 
 Memo = dict[tuple[Any, ...], Encoder]
 
+SHIPPED = "shipped"  # with the library
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -75,7 +77,7 @@ class Entry:
                 options = {**self.contender.options, "pretrained": loaded}
                 whole = Contender(self.label, self.contender.preset, options, self.contender.budget)
                 bound = whole.composition(tokens).layer(layer.number)
-                return bound if self.index is None else bound.replace(index=self.index), loaded.facts.name
+                return bound if self.index is None else bound.replace(index=self.index), SHIPPED
         if (layer.number, key) not in memo:
             encoder.fit(layer.fit_q, layer.fit_k, steps=steps, scale=layer.scale)
             memo[layer.number, key] = encoder

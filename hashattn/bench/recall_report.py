@@ -18,6 +18,7 @@ HEAD = (
 )  # fmt: skip
 NOTE = (
     "Means over layers, queries and query heads; presets without a budget keep their own number of keys.\n"
+    "weights: of the encoder: shipped with the library, or fitted or trained here, on another text than is judged.\n"
     "recall, / exact: against as many exact top keys: the share found, and the mass kept over theirs. error: of the\n"
     "output, against float64. B a key: codes beside a key and head. scan, read: bytes read to rank, and in all, over\n"
     "what dense attention reads (bfloat16). us: median of a decode step of a layer on the CPU, its key encoded;\n"

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import string
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from hashattn import (
 )
 from hashattn.bench import recall, recall_steps
 from hashattn.bench.recall_data import captured, synthetic
-from hashattn.bench.recall_entries import arguments, entries, parse_index, shipped_for
+from hashattn.bench.recall_entries import SHIPPED, arguments, entries, parse_index, shipped_for
 from hashattn.bench.recall_report import on_front, save_plot, table
 from hashattn.cli import main
 from tests.evaluation.small import save
@@ -199,6 +200,14 @@ def test_encoders_of_the_library_serve_the_presets_that_would_train_the_same():
     held = {name: arguments(from_pretrained(name).encoder.layer(5)) for name in ("smollm2-135m", "smollm2-135m-fast")}
     assert held == {"smollm2-135m": dashkv, "smollm2-135m-fast": fast}
     assert dashkv != fast
+    entry, *_ = entries(["dashkv_fast"], 0.1)[0]
+    layer = replace(synthetic(KEYS, QUERIES), number=5)
+    attn, weights = entry.fitted(layer, shipped_for("smollm2-135m"), {}, steps=1, seed=0)
+    assert weights == SHIPPED
+    mine = from_pretrained("smollm2-135m-fast").encoder.layer(5).state_dict()
+    assert all(torch.equal(mine[name], weight) for name, weight in attn.encoder.state_dict().items())
+    decoded, _ = judged(attn.replace(engine="cpu"), layer)
+    assert decoded.kept.any()
     assert [len(shipped_for(name)) for name in ("smollm2-135m", "synthetic", "smollm2")] == [2, 0, 2]
 
 
@@ -225,6 +234,9 @@ def test_layers_of_a_model_and_texts_that_do_not_overlap(tmp_path):
         assert one.scale == pytest.approx(one.k.shape[3] ** -0.5)
     (chosen,) = captured(str(tmp_path / "model"), 400, [1], str(text), 0)
     assert torch.equal(chosen.q, layers[1].q)
+    raises_naming(ValueError, "layers", "[0, 1, 2]", "[7]")(
+        lambda: captured(str(tmp_path / "model"), 400, [7], str(text), 0)
+    )
 
 
 def test_synthetic_keys_are_repeatable_hold_planted_neighbours_and_share_a_mean(layer):
