@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import hashattn
@@ -64,10 +64,12 @@ class Entry:
             steps: of the training of learned ones.
         """
         tokens = layer.k.shape[2]
-        attn = self.composition(tokens, seed)
+        attn = self.composition(tokens, seed).layer(layer.number)
         encoder = attn.encoder
-        if not hasattr(encoder, "fit") or encoder is None or getattr(encoder, "fitted", False):
+        if encoder is None or not hasattr(encoder, "fit"):
             return attn, ""
+        if getattr(encoder, "fitted", False):
+            return attn, "given"
         if not isinstance(encoder, LearnedHash):
             encoder.fit(layer.fit_q, layer.fit_k)
             return attn, "fitted here"
@@ -75,9 +77,8 @@ class Entry:
         for loaded in pretrained:
             if layer.number in loaded.encoder.layers and arguments(loaded.encoder.layer(layer.number)) == key:
                 options = {**self.contender.options, "pretrained": loaded}
-                whole = Contender(self.label, self.contender.preset, options, self.contender.budget)
-                bound = whole.composition(tokens).layer(layer.number)
-                return bound if self.index is None else bound.replace(index=self.index), SHIPPED
+                whole = replace(self, contender=replace(self.contender, options=options))
+                return whole.composition(tokens).layer(layer.number), SHIPPED
         if (layer.number, key) not in memo:
             encoder.fit(layer.fit_q, layer.fit_k, steps=steps, scale=layer.scale)
             memo[layer.number, key] = encoder
