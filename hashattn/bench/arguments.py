@@ -12,11 +12,14 @@ from hashattn.bench.report import check_folder
 PER = ("query_head", "kv_head")
 TAKES = {  # what is measured, and its own arguments
     "--device cpu": ("shape", "keys", "rounds", "threads", "auto"),
+    "--recall": (
+        "data", "presets", "budget", "tokens", "queries", "layers", "index", "text", "train", "seed", "threads", "plot",
+    ),
     "--device cuda": ("shape", "keys", "rounds", "batch", "clustered", "plot"),
     "--device cuda --kinds": ("shape", "keys", "rounds", "batch"),
     "--device cuda --e2e": ("keys", "rounds", "batch", "preset", "no_compile"),
     "--device cuda --crossover": ("shape", "batch"),
-}
+}  # fmt: skip
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -24,8 +27,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
     bench: argparse.ArgumentParser = commands.add_parser(
         "bench", help="time a decode step against the fastest dense attention",
         description="One decode step of one layer, checked against the reference first, then timed against the fastest "
-        "dense attention in the same run; or, with --e2e, of a whole model. Random keys: cost, not quality. Without "
-        "--shape and --keys it takes minutes.",
+        "dense attention in the same run; or, with --e2e, of a whole model. Random keys: cost, not quality, but for "
+        "--recall. Without --shape and --keys it takes minutes.",
     )  # fmt: skip
     bench.add_argument(
         "--device", choices=("cpu", "cuda"), help="what to measure (default: cpu; cuda for --kinds, --e2e ...)"
@@ -40,16 +43,25 @@ def add(commands: Any) -> argparse.ArgumentParser:
         f"{_listed(f'{n}:{k}' for b, n, k in CUDA_KEYS if b == 1)} at batch 1, "
         f"{_listed(f'{n}:{k}' for b, n, k in CUDA_KEYS if b == 8)} at batch 8)",
     )  # fmt: skip
-    bench.add_argument("--bits", type=int, help="of the codes, 8 to 1024 (default: 128; cuda: 64, or 128, 256)")
+    bench.add_argument("--bits", type=int, help="of the codes, 8 to 4096 (default: 128; cuda: 64, or 128, 256)")
     bench.add_argument(
         "--per", nargs="+", choices=PER, help="who chooses keys: a group or each head (default: kv_head; cuda: both)"
     )
     bench.add_argument(
         "--rounds", type=int, metavar="R", help="turns, of which medians are taken (default: 9, 11, e2e 5)"
     )
+    bench.add_argument(
+        "--plot", metavar="FILE.png", help="with --device cuda or --recall: write a picture to this file"
+    )
     bench.add_argument("--out", metavar="FILE.json", help="write the results to this file")
     cpu = bench.add_argument_group("with --device cpu")
-    cpu.add_argument("--threads", nargs="+", type=int, metavar="T", help="threads of torch and the scan (default: 1)")
+    cpu.add_argument(
+        "--threads",
+        nargs="+",
+        type=int,
+        metavar="T",
+        help="threads of torch and the scan, also --recall's (default: 1)",
+    )
     cpu.add_argument(
         "--auto", action="store_true",
         help='only compare engine="auto" with dense attention, by default from 128 to 8,192 keys',
@@ -57,7 +69,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
     cuda = bench.add_argument_group("with --device cuda")
     cuda.add_argument("--batch", nargs="+", type=int, metavar="B", help="sequences (default: 1, with --keys)")
     cuda.add_argument("--clustered", action="store_true", help="all near keys in one sixty-fourth of the tokens")
-    cuda.add_argument("--plot", metavar="FILE.png", help="write a picture of latency against keys to this file")
     mode = cuda.add_mutually_exclusive_group()
     mode.add_argument(
         "--kinds", action="store_true",
@@ -73,10 +84,40 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "--crossover", action="store_true",
         help="from how many keys on a step is faster than dense attention instead, at batch 1 and 8",
     )  # fmt: skip
+    _add_recall(bench, mode)
     e2e = bench.add_argument_group("with --e2e")
     e2e.add_argument("--preset", metavar="NAME", help="measure this preset, with its own bits and budget")
     e2e.add_argument("--no-compile", action="store_true", help="leave the model's small operations to PyTorch")
     return bench
+
+
+def _add_recall(bench: argparse.ArgumentParser, mode: Any) -> None:
+    mode.add_argument(
+        "--recall", action="store_true",
+        help="what all presets keep of attention instead, against bytes a key and against microseconds, on the same "
+        "queries and keys; on a CPU",
+    )  # fmt: skip
+    recall = bench.add_argument_group("with --recall")
+    recall.add_argument(
+        "--data", nargs="+", metavar="NAME|DIR|GGUF",
+        help='"synthetic", or models, of which layers are captured (default: smollm2-135m synthetic)',
+    )  # fmt: skip
+    recall.add_argument("--presets", nargs="+", metavar="NAME[:OPTION=X,...]", help="which (default: all)")
+    recall.add_argument(
+        "--budget",
+        metavar="X|own",
+        help="share of the keys for presets that take one, or each one's own (default: 0.05)",
+    )
+    recall.add_argument("--tokens", type=int, metavar="N", help="keys (default: 4096)")
+    recall.add_argument("--queries", type=int, metavar="T", help="of the last positions, decoded (default: 32)")
+    recall.add_argument("--layers", type=int, nargs="+", metavar="I", help="of a model (default: five of them)")
+    recall.add_argument(
+        "--index", metavar="CALL",
+        help="""also each preset with this index, where it fits, such as 'FaissBinary("BHNSW32")'""",
+    )  # fmt: skip
+    recall.add_argument("--text", metavar="FILE", help="that a model reads (default: Shakespeare)")
+    recall.add_argument("--train", type=int, metavar="STEPS", help="of hashes that are learned here (default: 150)")
+    recall.add_argument("--seed", type=int, metavar="S", help="of what is drawn (default: 0)")
 
 
 def check(arguments: argparse.Namespace) -> str:
@@ -95,6 +136,10 @@ def check(arguments: argparse.Namespace) -> str:
         if getattr(arguments, name):
             places = ", ".join(mode for mode, names in TAKES.items() if name in names)
             raise ValueError(f"--{name.replace('_', '-')} goes with {places}, not with {measured}")
+    if arguments.recall:
+        for name in ("shape", "keys", "bits", "per", "rounds"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name} does not go with --recall, whose presets and data have their own")
     if arguments.preset and (arguments.bits is not None or arguments.per):
         raise ValueError(f"--preset {arguments.preset} has its own bits and way to choose: leave --bits and --per out")
     if arguments.crossover and len(arguments.shape or ()) > 1:
@@ -110,6 +155,10 @@ def mode_of(arguments: argparse.Namespace) -> str:
     Raises:
         ValueError: --device cpu with what a GPU is needed for.
     """
+    if arguments.recall:
+        if arguments.device == "cuda":
+            raise ValueError("--recall goes with --device cpu, not with --device cuda")
+        return "--recall"
     mode = next((f" --{name}" for name in ("kinds", "e2e", "crossover") if getattr(arguments, name)), "")
     if mode and arguments.device == "cpu":
         raise ValueError(f"{mode.strip()} goes with --device cuda, not with --device cpu")

@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Check the arguments, measure, print the table and write the files; returns the exit status."""
     runs = {
         "--device cpu": _cpu, "--device cuda": _cuda, "--device cuda --kinds": _kinds,
-        "--device cuda --e2e": _e2e, "--device cuda --crossover": _crossover,
+        "--device cuda --e2e": _e2e, "--device cuda --crossover": _crossover, "--recall": _recall,
     }  # fmt: skip
     return runs[options.check(arguments)](arguments)
 
@@ -100,6 +100,29 @@ def _crossover(arguments: argparse.Namespace) -> int:
     _finish(arguments, crossover_report.table(result["rows"]), crossover_report.NOTE, result)
     gpu = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     print(crossover_report.entry(*gpu, result["bytes"], arguments.out or "a run without --out"))
+    return 0
+
+
+def _recall(arguments: argparse.Namespace) -> int:
+    from hashattn.bench import recall, recall_report
+
+    if arguments.plot:
+        require("matplotlib.figure", "demo", "--plot")
+    if len(arguments.threads or ()) > 1:
+        raise ValueError("--threads takes one number with --recall")
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name in ("data", "presets", "tokens", "queries", "layers", "index", "text", "train", "seed")
+        if (value := getattr(arguments, name)) is not None
+    }
+    if arguments.budget is not None:
+        given["budget"] = recall.budget_of(arguments.budget)
+    if arguments.threads:
+        given["threads"] = arguments.threads[0]
+    result = recall.run(recall.Settings(**given))
+    _finish(arguments, recall_report.table(result["rows"]), recall_report.NOTE, result, device="cpu")
+    if arguments.plot:
+        recall_report.save_plot(result["rows"], Path(arguments.plot))
     return 0
 
 

@@ -101,7 +101,7 @@ def test_the_default_cases_are_well_formed():
         (["--keys", "600"], ["--keys", "'600'", "4096:256"]),
         (["--keys", "600:601"], ["--keys", "600:601"]),
         (["--rounds", "0"], ["--rounds", "0"]),
-        (["--bits", "7"], ["bits", "7", "8 to 1024"]),
+        (["--bits", "7"], ["bits", "7", "8 to 4096"]),
         (["--out", "/no/such/folder/x.json"], ["--out", "/no/such/folder"]),
     ],
 )
