@@ -1,0 +1,24 @@
+"""docs/recall.md shows what benchmarks/results/recall.json holds."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+from hashattn import PRESETS
+
+ROOT = Path(__file__).parents[2]
+SPEC = importlib.util.spec_from_file_location("recall_tables", ROOT / "benchmarks/recall_tables.py")
+recall_tables = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(recall_tables)
+
+
+def test_the_docs_end_with_the_tables_of_the_results_file():
+    tables = recall_tables.sections(recall_tables.read([recall_tables.RESULTS]))
+    assert (ROOT / "docs/recall.md").read_text(encoding="utf-8").endswith(f"\n{tables}\n")
+
+
+def test_every_preset_was_measured_on_both_data_sets():
+    found = json.loads(recall_tables.RESULTS.read_text(encoding="utf-8"))
+    assert found["command"].startswith("hashattn bench --recall")
+    for data in found["settings"]["data"]:
+        assert {row["preset"] for row in found["rows"] if row["data"] == data} == set(PRESETS)
