@@ -12,13 +12,13 @@ from hashattn.bench.report import check_folder
 PER = ("query_head", "kv_head")
 TAKES = {  # what is measured, and its own arguments
     "--device cpu": ("shape", "keys", "rounds", "threads", "auto"),
-    "--recall": (
-        "data", "presets", "budget", "tokens", "queries", "layers", "index", "text", "train", "seed", "threads", "plot",
-    ),
     "--device cuda": ("shape", "keys", "rounds", "batch", "clustered", "plot"),
     "--device cuda --kinds": ("shape", "keys", "rounds", "batch"),
     "--device cuda --e2e": ("keys", "rounds", "batch", "preset", "no_compile"),
     "--device cuda --crossover": ("shape", "batch"),
+    "--recall": (
+        "data", "presets", "budget", "tokens", "queries", "layers", "index", "text", "train", "seed", "threads", "plot",
+    ),
 }  # fmt: skip
 
 

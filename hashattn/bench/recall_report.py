@@ -88,7 +88,9 @@ def save_plot(rows: Sequence[Row], path: Path) -> None:
             axes.set(xlabel=labels[cost], title=data)
         line[0].set(yscale="log", ylabel="attention mass that is missed, of exact top-k's")
         line[0].invert_yaxis()  # up is better
-        line[-1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8, title="red here: best by us")
+        line[-1].legend(
+            loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=7, labelspacing=0.2, title="red here: best by us"
+        )
     with replacing(path) as scratch:
         figure.savefig(scratch, dpi=110)
 
