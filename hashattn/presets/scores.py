@@ -29,16 +29,18 @@ def pqcache(
 
 
 def quest(
-    *, page: int = 16, share: float = 0.05, dense_layers: tuple[int, ...] = (0, 1), engine: str = "auto"
-) -> HashAttention:
+    *, page: int = 16, share: float = 0.05, sinks: int = 0, recent: int = 0, dense_layers: tuple[int, ...] = (0, 1),
+    engine: str = "auto",
+) -> HashAttention:  # fmt: skip
     """Quest, "Query-Aware Sparsity" (arXiv 2406.10774): pages by the largest inner product they can hold.
 
-    Pages of 16 keys, layers 0 and 1 dense. Budgets count keys here, so that the last page may be kept in part.
+    Pages of 16 keys, layers 0 and 1 dense. Budgets count keys here, so that the last page may be kept in part. The
+    paper forces no keys: sinks=4, recent=64 keep more where a first key holds much of the attention.
     """
     return HashAttention(
         encoder=Identity(),
         index=Pages(page),
-        selector=TopK(share=share),
+        selector=Sink(sinks) | Recent(recent) | TopK(share=share) if sinks or recent else TopK(share=share),
         attend=ExactAttend(),
         engine=engine,
         dense_layers=dense_layers,
