@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
+
 from hashattn.attend import ExactAttend
 from hashattn.attention import HashAttention
 from hashattn.encoders import PCA, PQ, HeavyChannels, Identity, RaBitQ, SimHash
 from hashattn.index import Channels, FaissBinary, FlatDot, FlatPQ, FlatRaBitQ, Pages
-from hashattn.selectors import Recent, Sink, TopK
+from hashattn.selectors import Recent, Selector, Sink, TopK
 
 
 def pqcache(
@@ -40,7 +43,7 @@ def quest(
     return HashAttention(
         encoder=Identity(),
         index=Pages(page),
-        selector=Sink(sinks) | Recent(recent) | TopK(share=share) if sinks or recent else TopK(share=share),
+        selector=_forcing(TopK(share=share), sinks, recent),
         attend=ExactAttend(),
         engine=engine,
         dense_layers=dense_layers,
@@ -146,3 +149,9 @@ def faiss_ivf(
         engine=engine,
         dense_layers=dense_layers,
     )
+
+
+def _forcing(ranked: Selector, sinks: int, recent: int) -> Selector:
+    """The selector with forced keys, of which there may be none."""
+    forced: list[Selector] = [part(keys) for part, keys in ((Sink, sinks), (Recent, recent)) if keys]
+    return reduce(or_, [*forced, ranked])
