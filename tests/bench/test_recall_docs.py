@@ -22,3 +22,15 @@ def test_every_preset_was_measured_on_both_data_sets():
     assert found["command"].startswith("hashattn bench --recall")
     for data in found["settings"]["data"]:
         assert {row["preset"] for row in found["rows"] if row["data"] == data} == set(PRESETS)
+
+
+def test_the_docs_show_what_peers_do_to_predictions():
+    found = json.loads((ROOT / "benchmarks/results/eval_peers_4k.json").read_text(encoding="utf-8"))
+    docs = (ROOT / "docs/recall.md").read_text(encoding="utf-8")
+    shown = 0
+    for row in found["rows"]:
+        if (above := row["figures"].get("ratio_above_exact")) is not None:
+            assert f"| {row['figures']['ratio']['mean']:.3f} ± " in docs
+            assert f"| {above['mean']:+.4f} ± {(above['high'] - above['low']) / 2:.4f} |" in docs
+            shown += 1
+    assert shown == 5
