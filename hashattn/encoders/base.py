@@ -60,8 +60,12 @@ class Encoder(ABC):
         return None
 
     def maps(self, head_dim: int, device: torch.device) -> tuple[Map, Map]:
-        """These maps, of queries and of keys, for kernels to multiply with; they share memory with the weights."""
-        raise NotImplementedError(f"{type(self).__name__} has no maps that all heads share")
+        """These maps, of queries and of keys, for kernels to multiply with; they share memory with the weights.
+
+        Raises:
+            TypeError: there are none (widths() is None).
+        """
+        raise TypeError(f"{type(self).__name__} has no maps that all heads share")
 
     def layer(self, i: int) -> Encoder:
         """The encoder of layer i of a model; encoders that serve every layer return themselves."""
