@@ -50,7 +50,7 @@ def test_a_fit_on_a_gpu_finds_what_one_on_the_cpu_finds(tmp_path):
             recalls[device, layer] = found[0]
         attn = HashAttention.from_preset("dashkv", pretrained=loaded, dense_layers=(0, 3), engine="reference")
         q, k = (x.unsqueeze(0).cuda() for x in (samples[0].q, samples[0].k))
-        assert attn.cuda().layer(4)(q.float(), k.float(), k.float()).isfinite().all()
+        assert attn.to("cuda").layer(4)(q.float(), k.float(), k.float()).isfinite().all()
     for layer in loaded.encoder.layers:  # draws differ, what is learned hardly
         assert recalls["cuda", layer] == pytest.approx(recalls["cpu", layer], abs=0.1)
 
