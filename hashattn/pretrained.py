@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ def fitted(
                 f"preset {name!r} takes {own.__name__}, but pretrained={_named(source)} holds "
                 f"{type(loaded.encoder.layer(i)).__name__} (layer {i})"
             )
-    for option in ("bits", "query_bits", "heads"):
-        if option in options and hasattr(first, option) and options[option] != getattr(first, option):
+    for option in sorted({*options} & {*inspect.signature(own).parameters} - {"seed"}):
+        if options[option] != getattr(first, option):
             raise ValueError(
                 f"{option}={options[option]!r} contradicts pretrained={_named(source)}, which was fitted with "
                 f"{option}={getattr(first, option)!r}: leave it out"

@@ -51,6 +51,19 @@ def encoder_class(name: str) -> type[Encoder]:
     return loaded
 
 
+def check_class(encoder: Encoder) -> None:
+    """Raise ValueError if the encoder's class could not be found again by its name."""
+    name = type(encoder).__name__
+    if encoder_class(name) is not type(encoder):
+        raise ValueError(f"encoder class {name!r} means another class when loaded: {encoder_class(name)!r}")
+
+
+def reseeded(encoder: Encoder, seed: int) -> Encoder:
+    """Another encoder with the same arguments, not fitted, that starts from this seed if it takes one."""
+    arguments = {name: getattr(encoder, name) for name in inspect.signature(type(encoder)).parameters}
+    return type(encoder)(**(arguments | ({"seed": seed} if "seed" in arguments else {})))
+
+
 def describe(encoder: Encoder) -> dict[str, Any]:
     """Its class and the arguments that make another like it. An encoder keeps each argument under its own name.
 
@@ -58,8 +71,7 @@ def describe(encoder: Encoder) -> dict[str, Any]:
         ValueError: it is not fitted, of a class that could not be found again, or an argument is no plain data.
     """
     name = type(encoder).__name__
-    if encoder_class(name) is not type(encoder):
-        raise ValueError(f"encoder class {name!r} means another class when loaded: {encoder_class(name)!r}")
+    check_class(encoder)
     if not getattr(encoder, "fitted", True):
         raise ValueError(f"this {name} is not fitted: there is nothing to save yet; call fit() first")
     arguments = {}

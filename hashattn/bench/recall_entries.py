@@ -13,9 +13,10 @@ from hashattn.attention import HashAttention
 from hashattn.bench.recall_data import Layer
 from hashattn.encoders.base import Encoder
 from hashattn.encoders.learned import LearnedHash
-from hashattn.evaluation.contenders import Contender, parse
+from hashattn.evaluation.contenders import Contender
 from hashattn.index import Index
 from hashattn.presets import PRESETS, budget_options
+from hashattn.presets.written import parse
 from hashattn.saving import Pretrained, from_pretrained, shipped
 
 Memo = dict[tuple[Any, ...], Encoder]
@@ -91,7 +92,7 @@ def entries(
     """Every preset at this budget where it takes one, and once more with the index where it fits; and remarks.
 
     Args:
-        presets: as :func:`hashattn.evaluation.contenders.parse` takes them; all of PRESETS by default.
+        presets: as :func:`hashattn.presets.written.parse` takes them; all of PRESETS by default.
         budget: share of the keys; None is each preset's own.
         index: as parse_index() takes it.
 

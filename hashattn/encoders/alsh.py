@@ -42,7 +42,7 @@ class ALSH(FittedEncoder, ABC):
 
     def _scaled(self, k: Tensor, centre: Tensor | None) -> Tensor:
         """Keys over M, float32 [B, Hkv, N, D], of norm at most 1."""
-        self._check_fitted()
+        self.check_fitted()
         x = subtract(k, centre) / self.limit[:, None, None].clamp(min=torch.finfo(torch.float32).tiny)
         return x / x.norm(dim=-1, keepdim=True).clamp(min=1)
 
@@ -67,7 +67,7 @@ class SimpleLSH(ALSH):
         return key_bits(torch.cat((x, lift), -1) @ self._planes(k))
 
     def encode_query(self, q: Tensor) -> Tensor:
-        self._check_fitted()
+        self.check_fitted()
         return query_planes(q.float() @ self._planes(q)[:-1], self.query_bits)
 
     def _planes(self, x: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class L2ALSH(ALSH):
         return self._hash(torch.cat([x, *(square ** (2**i) for i in range(self.powers))], -1))
 
     def encode_query(self, q: Tensor) -> Tensor:
-        self._check_fitted()
+        self.check_fitted()
         q = q.float()
         unit = q / q.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         return self._hash(torch.cat((unit, unit.new_full((*q.shape[:-1], self.powers), 0.5)), -1))

@@ -74,6 +74,14 @@ class Encoder(ABC):
     def check_model(self, q_heads: int, kv_heads: int, head_dim: int) -> None:  # noqa: B027 (nothing to check is fine)
         """Raise ValueError if heads of this number and size cannot be encoded."""
 
+    def check_fitted(self) -> None:
+        """Raise RuntimeError if it is not fitted; one that encodes all the same, and warns, lets that pass."""
+        if not getattr(self, "fitted", True):
+            raise RuntimeError(
+                f"this {type(self).__name__} is not fitted: call fit(q, k) with the model's keys, load its state_dict, "
+                "or give the preset pretrained=..., which `hashattn fit --preset` makes"
+            )
+
 
 def check_bits(bits: int, query_bits: int = 1, most: int = 1024) -> None:
     """Raise unless 8 <= bits <= most and query_bits is 1, 2, 4 or 8."""

@@ -63,13 +63,6 @@ class FittedEncoder(nn.Module, Encoder):
         grouped = q.float().reshape(q.shape[0], len(projection), -1, q.shape[-1])  # [B, Hkv, G*T, D]
         return (grouped @ projection).view(*q.shape[:3], projection.shape[-1])
 
-    def _check_fitted(self) -> None:
-        if not self.fitted:
-            name = type(self).__name__
-            raise RuntimeError(
-                f"this {name} is not fitted: call fit(q, k) with keys of the model, or load its state_dict"
-            )
-
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         for name in self._names:  # their shapes are known only once fitted
             if prefix + name in state_dict:

@@ -80,8 +80,7 @@ class HeavyChannels(nn.Module, Encoder):
         return self._taken(q)
 
     def _taken(self, x: Tensor) -> Tensor:
-        if not self.fitted:
-            raise RuntimeError("these HeavyChannels are not fitted: call fit(q, k), or load their state_dict")
+        self.check_fitted()
         channels = self.heavy.repeat_interleave(x.shape[1] // len(self.heavy), 0)
         return x.gather(-1, channels[None, :, None].expand(len(x), -1, x.shape[2], -1))
 

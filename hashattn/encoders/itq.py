@@ -62,11 +62,11 @@ class ITQ(FittedEncoder):
         return self
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
-        self._check_fitted()
+        self.check_fitted()
         return key_bits(subtract(k, self.mean.unsqueeze(0)) @ self.projection)
 
     def encode_query(self, q: Tensor) -> Tensor:
-        self._check_fitted()
+        self.check_fitted()
         return query_planes(self._by_head(q, self.projection), self.query_bits)
 
     def extra_repr(self) -> str:

@@ -178,6 +178,9 @@ class LearnedHash(nn.Module, Encoder):
         repeats = self.code_heads(k.shape[1]) // k.shape[1]
         return x if repeats == 1 else x.repeat_interleave(repeats, dim=1)
 
+    def check_fitted(self) -> None:
+        """Random planes serve until it is; encode_key() warns."""
+
     def maps(self, head_dim: int, device: torch.device) -> tuple[Map, Map]:
         if self.widths() is None:
             return super().maps(head_dim, device)

@@ -51,12 +51,12 @@ class PCA(FittedEncoder):
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         """Coordinates of keys [B, Hkv, N, D], in their dtype: [B, Hkv, N, components]."""
-        self._check_fitted()
+        self.check_fitted()
         return (k.float() @ self.projection).to(k.dtype)
 
     def encode_query(self, q: Tensor) -> Tensor:
         """Coordinates of queries [B, Hq, T, D]: float32 [B, Hq, T, components]."""
-        self._check_fitted()
+        self.check_fitted()
         return self._by_head(q, self.projection)
 
     def _check_components(self, head_dim: int) -> None:

@@ -97,7 +97,7 @@ class PQ(nn.Module, Encoder):
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         """Numbers of the nearest centroids, uint8 [B, Hkv, N, m]."""
-        self._check_fitted()
+        self.check_fitted()
         sizes = self.codebooks.square().sum(-1).unsqueeze(2)  # [H, m, 1, C]
         codes = []
         for block in k.split(_BLOCK, 2):
@@ -108,7 +108,7 @@ class PQ(nn.Module, Encoder):
 
     def encode_query(self, q: Tensor) -> Tensor:
         """Negated products with every centroid, float32 [B, Hq, T, m, 2^sub_bits]."""
-        self._check_fitted()
+        self.check_fitted()
         heads = len(self.codebooks)
         parts = q.float().reshape(q.shape[0], heads, -1, self.subquantisers, q.shape[-1] // self.subquantisers)
         tables = -(parts.transpose(2, 3) @ self.codebooks.transpose(-1, -2))  # [B, H, m, G*T, C]
@@ -116,7 +116,7 @@ class PQ(nn.Module, Encoder):
 
     def decode(self, codes: Tensor) -> Tensor:
         """The keys that codes [B, Hkv, N, m] stand for, float32 [B, Hkv, N, D]."""
-        self._check_fitted()
+        self.check_fitted()
         heads, m = torch.arange(codes.shape[1]) % len(self.codebooks), torch.arange(self.subquantisers)
         device = self.codebooks.device
         return self.codebooks[heads.to(device)[:, None, None], m.to(device), codes.long()].flatten(-2)
@@ -127,10 +127,6 @@ class PQ(nn.Module, Encoder):
                 f"subquantisers must divide head_dim, got {self.subquantisers} and {head_dim}; "
                 f"{next(m for m in range(self.subquantisers, 0, -1) if head_dim % m == 0)} would fit"
             )
-
-    def _check_fitted(self) -> None:
-        if not self.fitted:
-            raise RuntimeError("this PQ is not fitted: call fit(q, k) with keys of the model, or load its state_dict")
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         if prefix + "codebooks" in state_dict:  # their shape is known only once fitted

@@ -10,19 +10,21 @@ from torch import Tensor
 
 from hashattn.encoders.base import Encoder
 from hashattn.encoders.sample import Sample
-from hashattn.ops import hamming
+from hashattn.index import FlatHamming, Index
 from hashattn.ops.nearest import nearest
 
 
 @torch.no_grad()
 def recall_and_mass(
-    encoder: Encoder, samples: Sequence[Sample], *, budget: float = 0.05, k: int | None = None, queries: int = 64
-) -> tuple[float, float]:
+    encoder: Encoder, samples: Sequence[Sample], *, index: Index | None = None, budget: float = 0.05,
+    k: int | None = None, queries: int = 64,
+) -> tuple[float, float]:  # fmt: skip
     """How well the nearest keys by code stand for those with the largest logits.
 
     Args:
-        encoder: a binary one.
+        encoder: of the layer.
         samples: of one layer.
+        index: that ranks the codes; FlatHamming() by default.
         budget: share of the keys that a query sees, rounded up.
         k: a number of keys instead.
         queries: of each sample, evenly spaced over those in the second half of its keys; over all of them where there
@@ -33,18 +35,22 @@ def recall_and_mass(
         keys' mass; means over queries and heads, then over samples.
 
     Raises:
-        ValueError: no samples, or codes that are not binary.
+        ValueError: no samples, or codes that the index does not hold.
+        TypeError: an index that only searches.
     """
     if not samples:
         raise ValueError("samples must hold at least one, got none")
-    if encoder.code != "binary":
-        raise ValueError(f"encoder must make binary codes, got {encoder!r}")
-    found = [_judge(encoder, sample, budget, k, queries) for sample in samples]
+    index = index or FlatHamming()
+    if not index.accepts(encoder.code):
+        raise ValueError(f"encoder must make codes that {index!r} holds, got {encoder!r}, which makes {encoder.code!r}")
+    found = [_judge(encoder, index, sample, budget, k, queries) for sample in samples]
     recall, mass = (sum(values) / len(found) for values in zip(*found, strict=True))
     return recall, mass
 
 
-def _judge(encoder: Encoder, sample: Sample, budget: float, k: int | None, queries: int) -> tuple[float, float]:
+def _judge(
+    encoder: Encoder, index: Index, sample: Sample, budget: float, k: int | None, queries: int
+) -> tuple[float, float]:
     rows = spaced(sample.positions, sample.k.shape[1], queries)
     q, keys, positions = sample.q[:, rows].float(), sample.k.float(), sample.positions[rows]
     columns = torch.arange(keys.shape[1], device=keys.device)
@@ -54,8 +60,11 @@ def _judge(encoder: Encoder, sample: Sample, budget: float, k: int | None, queri
     logits = (q.reshape(len(keys), -1, q.shape[-1]) @ keys.transpose(-1, -2)).view(*q.shape[:2], -1)
     weights = (logits * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf).softmax(-1)
     engine = "cpu" if keys.device.type == "cpu" else "reference"
-    codes, query = encoder.encode_key(keys.unsqueeze(0), centre_of(encoder, keys)), encoder.encode_query(q.unsqueeze(0))
-    near = nearest(hamming.distances(query, codes, biased=encoder.biased, engine=engine)[0], max(counts), seen)
+    store = index.new_store()
+    store.add(encoder.encode_key(keys.unsqueeze(0), centre_of(encoder, keys)))
+    query = encoder.encode_query(q.unsqueeze(0))
+    distances = index.distances(store, query, biased=encoder.biased, engine=engine)[0]
+    near = nearest(distances, max(counts), seen)
     best = logits.masked_fill(~seen, -torch.inf).topk(max(counts), dim=-1).indices
     hits = _marked(near, kept, weights) & _marked(best, kept, weights)
     recall = hits.sum(-1) / kept.sum(-1)

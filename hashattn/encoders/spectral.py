@@ -62,11 +62,11 @@ class SpectralHash(FittedEncoder):
         return self
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
-        self._check_fitted()
+        self.check_fitted()
         return key_bits(torch.cos(subtract(k, self.mean.unsqueeze(0)) @ self.projection + self.phase.unsqueeze(1)))
 
     def encode_query(self, q: Tensor) -> Tensor:
-        self._check_fitted()
+        self.check_fitted()
         group = q.shape[1] // len(self.radius)
         radius, phase = (x.repeat_interleave(group, 0).unsqueeze(1) for x in (self.radius.unsqueeze(1), self.phase))
         q = q.float()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from hashattn.attention import HashAttention
 from hashattn.encoders.learned import LearnedHash
 from hashattn.presets import budget_options, options_of
+from hashattn.presets.written import parse
 from hashattn.saving import from_pretrained
 
 FULL, EXACT = "full attention", "oracle_topk"
@@ -59,29 +58,6 @@ class Contender:
         return self.label, self.budget, self.dense
 
 
-def parse(text: str) -> tuple[str, dict[str, Any]]:
-    """(preset, options) of "name" or "name:option=value,option=value".
-
-    Raises:
-        ValueError: text of another form, or an unknown preset.
-        TypeError: an option that the preset does not take.
-    """
-    name, _, rest = text.partition(":")
-    options: dict[str, Any] = {}
-    for part in re.split(r",(?=\w+=)", rest) if rest else ():
-        option, equals, value = part.partition("=")
-        if not equals or not option:
-            raise ValueError(f"preset {text!r}: options are written name:option=value,option=value, got {part!r}")
-        try:
-            options[option] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            options[option] = value
-    if "pretrained" in options:
-        options["pretrained"] = from_pretrained(options["pretrained"])  # once for all lengths
-    HashAttention.from_preset(name, **options)
-    return name, options
-
-
 def contenders(
     presets: Sequence[str], budgets: Sequence[float | None], dense: Sequence[str] = ("preset",),
     pretrained: str | None = None,
@@ -89,7 +65,7 @@ def contenders(
     """Every preset at every budget with every choice of dense layers, and exact top-k first, to compare with.
 
     Args:
-        presets: as :func:`parse` takes them.
+        presets: as :func:`hashattn.presets.written.parse` takes them.
         budgets: shares of the keys; None is each preset's own.
         dense: see :class:`Contender`.
         pretrained: fitted encoders for the presets that take some.

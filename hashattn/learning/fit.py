@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from hashattn import stored
-from hashattn.encoders import ITQ
+from hashattn.encoders import Encoder
 from hashattn.encoders import fitting as learned
 from hashattn.encoders.learned import LearnedHash
 from hashattn.encoders.recall import recall_and_mass
 from hashattn.encoders.sample import Sample
 from hashattn.extras import require
+from hashattn.index import Index
 from hashattn.learning.assemble import assemble
 from hashattn.learning.fit_folder import FitFolder
 from hashattn.learning.recipe import Recipe
@@ -49,7 +50,8 @@ def fit_layers(
         the folder for from_pretrained(); None while other processes are still at work on their layers.
 
     Raises:
-        ValueError: too few sequences, layers that were not captured, a folder that holds something else.
+        ValueError: too few sequences, layers that were not captured, a folder that holds something else; codes that
+            are no bits to calibrate.
         RuntimeError: a loss that is not finite; its layer is named, and its last good state kept.
     """
     recipe = recipe or Recipe()
@@ -59,19 +61,22 @@ def fit_layers(
     if not 0 <= rank < world:
         raise ValueError(f"rank must be from 0 to world - 1 = {world - 1}, got {rank}")
     kept = held_out(shards, recipe.held_out)
-    recipe.make(0, shards.facts.kv_heads).check_model(
-        shards.facts.q_heads, shards.facts.kv_heads, shards.facts.head_dim
-    )
+    encoder = recipe.make(0, shards.facts.kv_heads)
+    encoder.check_model(shards.facts.q_heads, shards.facts.kv_heads, shards.facts.head_dim)
+    if calibrate and encoder.code != "binary":
+        raise ValueError(f"calibrate=True is for codes of bits, which {encoder!r} does not make: leave it out")
     folder = FitFolder(out)
     described = shards.manifest.as_json()
     folder.claim(
         {"recipe": recipe.as_json(), "layers": chosen, **{n: described[n] for n in ("model", "sequences", "dtype")}}
     )
     own = [i for i in chosen[rank::world] if folder.record(i) is None]
-    with _Bar(recipe.steps * len(own), rank, progress) as bar:
+    steps = recipe.steps if isinstance(encoder, LearnedHash) else 1
+    with _Bar(len(own), steps, rank, progress) as bar:
         for layer in own:
             samples = [_on(sample, device) for sample in shards.layer(layer)]
             fit_layer(layer, samples, kept, recipe, folder, bar)
+            bar.finish()
     if any(folder.record(i) is None for i in chosen):
         return None
     return assemble(folder, shards, recipe, chosen, kept, calibrate=calibrate, device=device, progress=progress)
@@ -112,12 +117,14 @@ def fit_layer(
     """
     began, kept = time.perf_counter(), set(kept)
     own = [s for s in samples if s.name not in kept]
-    seen = Progress([s for s in samples if s.name in kept], recipe)
-    encoder = recipe.make(layer, samples[0].k.shape[0])
-    if isinstance(encoder, ITQ):
-        encoder.fit(None, torch.cat([s.k for s in own], dim=1).unsqueeze(0))
+    index = recipe.composition().index
+    assert index is not None
+    seen = Progress([s for s in samples if s.name in kept], recipe, index)
+    encoder: Any = recipe.make(layer, samples[0].k.shape[0])
+    if not isinstance(encoder, LearnedHash):
+        q, k = (torch.cat([getattr(s, name) for s in own], dim=1).unsqueeze(0) for name in "qk")
+        encoder.fit(q, k)
     else:
-        assert isinstance(encoder, LearnedHash)
         try:
             learned.fit(
                 encoder, own, loss=recipe.loss, steps=recipe.steps, queries=recipe.queries, lr=recipe.lr,
@@ -132,7 +139,7 @@ def fit_layer(
             raise RuntimeError(f"layer {layer}: {error}. Its last good state: {where}") from error
         seen.restore(encoder)
     stored.round_weights(encoder)  # from here on as it will be loaded
-    recall, mass = recall_and_mass(encoder, seen.samples, budget=recipe.budget)
+    recall, mass = seen.judge(encoder)
     record = {
         "layer": layer, **seen.as_json(), "recall": recall, "mass": mass,
         "seconds": round(time.perf_counter() - began, 2),
@@ -147,13 +154,18 @@ class Progress:
 
     samples: list[Sample]
     recipe: Recipe
+    index: Index
     looks: list[dict[str, float]] = field(default_factory=list)
     best: int = -1  # of the looks
     state: dict[str, Tensor] = field(default_factory=dict)
 
+    def judge(self, encoder: Encoder) -> tuple[float, float]:
+        """Recall and mass."""
+        return recall_and_mass(encoder, self.samples, index=self.index, budget=self.recipe.budget)
+
     def look(self, encoder: LearnedHash, step: int, loss: float, tell: Callable[[], None] | None) -> bool:
         """Measure, keep the state if it is the best; whether to stop."""
-        recall, mass = recall_and_mass(encoder, self.samples, budget=self.recipe.budget)
+        recall, mass = self.judge(encoder)
         self.looks.append({"step": step, "loss": loss, "recall": recall, "mass": mass})
         if self.best < 0 or recall > self.looks[self.best]["recall"]:
             self.best, self.state = len(self.looks) - 1, learned.state_of(encoder)
@@ -176,24 +188,28 @@ class Progress:
 class _Bar:
     """A progress bar over the steps of all layers, with what is seen on held-out sequences."""
 
-    def __init__(self, total: int, rank: int, shown: bool) -> None:
+    def __init__(self, layers: int, steps: int, rank: int, shown: bool) -> None:
         self.bar: Any = None
-        if shown and total:
-            self.bar = require("tqdm", "fit", "a progress bar").tqdm(total=total, unit="step", position=rank)
-        self.layer, self.before = -1, 0
+        if shown and layers:
+            tqdm = require("tqdm", "fit", "a progress bar").tqdm
+            self.bar = tqdm(total=layers * steps, unit="step" if steps > 1 else "layer", position=rank)
+        self.steps, self.before = steps, 0
 
     def __call__(self, layer: int, step: int, seen: Progress) -> None:
         if self.bar is None:
             return
-        if layer != self.layer:
-            self.layer, self.before = layer, self.bar.n
         look = seen.looks[-1]
         self.bar.set_description(f"layer {layer}", refresh=False)
         self.bar.set_postfix_str(
             f"loss {look['loss']:.3f}, held out: recall {look['recall']:.3f}, mass {look['mass']:.3f}", refresh=False
         )
-        whole = seen.recipe.patience and len(seen.looks) - 1 - seen.best >= seen.recipe.patience
-        self.bar.update(self.before + (seen.recipe.steps if whole else step) - self.bar.n)
+        self.bar.update(self.before + step - self.bar.n)
+
+    def finish(self) -> None:
+        """The layer is done, however many steps that took."""
+        self.before += self.steps
+        if self.bar is not None:
+            self.bar.update(self.before - self.bar.n)
 
     def __enter__(self) -> _Bar:
         return self

@@ -8,6 +8,7 @@ from typing import Any
 
 from hashattn.learning.fit_folder import FitFolder
 from hashattn.learning.recipe import ENCODERS, HEADS, Recipe
+from hashattn.presets.written import parse
 
 _NUMBERS = {  # name -> type, metavar, meaning
     "bits": (int, "N", "length of a code, 8 to 1024"),
@@ -37,6 +38,10 @@ def add(commands: Any) -> argparse.ArgumentParser:
     )  # fmt: skip
     fit.add_argument("shards", metavar="SHARDS", help="folder that hashattn capture filled")
     fit.add_argument("--out", metavar="DIR", required=True, help="new or empty folder, or one to resume")
+    fit.add_argument(
+        "--preset", metavar="NAME[:OPTION=X,...]",
+        help="fit the encoder of this preset, such as pqcache:subquantisers=16; its shape is then the preset's",
+    )  # fmt: skip
     fit.add_argument("--encoder", choices=ENCODERS, default=default.encoder, help="itq takes bits and query-bits only")
     fit.add_argument(
         "--query-hidden", nargs="+", metavar="N|none",
@@ -61,8 +66,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     """Check the arguments, fit, print a table; returns the exit status."""
     recipe = Recipe(
-        encoder=arguments.encoder, query_hidden=_widths(arguments.query_hidden), heads=arguments.heads,
-        loss=arguments.loss, **{name: getattr(arguments, name) for name in _NUMBERS},
+        preset=arguments.preset, encoder=arguments.encoder, query_hidden=_widths(arguments.query_hidden),
+        heads=arguments.heads, loss=arguments.loss, **{name: getattr(arguments, name) for name in _NUMBERS},
     )  # fmt: skip
     rank, world, local = (_environment(*named) for named in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
@@ -85,7 +90,9 @@ def run(arguments: argparse.Namespace) -> int:
     numbers = sorted(int(path.stem[6:]) for path in folder.path.glob("layer-*.json") if path.stem[6:].isdigit())
     print(table([record for i in numbers if (record := folder.record(i))]))
     print(f"\nrecall and mass (relative to exact top-k's) at {recipe.budget:.0%} of the keys, held-out sequences")
-    print(f'saved: HashAttention.from_preset("...", pretrained="{saved}")')
+    name, options = ("...", {}) if recipe.preset is None else parse(recipe.preset)
+    given = "".join(f", {option}={value!r}" for option, value in options.items())
+    print(f'saved: HashAttention.from_preset("{name}"{given}, pretrained="{saved}")')
     return 0
 
 

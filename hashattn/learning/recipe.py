@@ -6,12 +6,21 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
+from hashattn import stored
+from hashattn.attention import HashAttention
 from hashattn.budget import check_share
 from hashattn.encoders import ITQ, AsymmetricHash, Encoder, SymmetricHash
 from hashattn.encoders.losses import parse
+from hashattn.index import FlatHamming
+from hashattn.presets import build
+from hashattn.presets.written import parse as parse_preset
+from hashattn.selectors import TopK
 
 ENCODERS = ("asymmetric", "symmetric", "itq")
 HEADS = ("shared", "kv")
+SHAPE = ("encoder", "bits", "bias_bits", "query_hidden", "query_bits", "heads")  # what a preset says by itself
 SEEDS = 10_000  # layers have seeds of their own: two recipes that differ in their seed share none
 
 
@@ -20,6 +29,8 @@ class Recipe:
     """What is asked of a fit.
 
     Attributes:
+        preset: fit the encoder of this preset, written "name" or "name:option=value,..."; the six below are then left
+            out. None for an encoder by itself.
         encoder: "asymmetric", "symmetric" or "itq" (which takes only bits, query_bits, seed and budget).
         bits: length of a code.
         bias_bits: 8 gives the last byte of a code to a scalar of each key; 0 for none. Not for itq.
@@ -38,9 +49,11 @@ class Recipe:
         budget: share of the keys that recall and mass are taken at.
 
     Raises:
-        ValueError: a value that cannot be used, or that the encoder does not take.
+        ValueError: a value that cannot be used, or that the encoder does not take; a preset with nothing to fit.
+        TypeError: an option that the preset does not take.
     """
 
+    preset: str | None = None
     encoder: str = "asymmetric"
     bits: int = 128
     bias_bits: int = 0
@@ -79,7 +92,30 @@ class Recipe:
         check_share("budget", self.budget)
         if self.held_out == 1:
             raise ValueError("held_out=1 leaves nothing to fit to")
+        if self.preset is not None:
+            self._check_preset()
         self.make(0, 1)
+
+    def _check_preset(self) -> None:
+        given = [f.name for f in dataclasses.fields(self) if f.name in SHAPE and getattr(self, f.name) != f.default]
+        if given:
+            raise ValueError(
+                f"{given[0]}={getattr(self, given[0])!r}: preset={self.preset!r} says what its encoder is; give an "
+                "option of the preset instead, if it has one"
+            )
+        if "pretrained" in parse_preset(str(self.preset))[1]:
+            raise ValueError(f"preset={self.preset!r} is fitted already: leave pretrained out")
+        encoder = self.composition().encoder
+        if not isinstance(encoder, nn.Module) or not hasattr(encoder, "fit"):
+            raise ValueError(f"preset={self.preset!r} has nothing to fit: its encoder is {encoder!r}")
+        stored.check_class(encoder)
+
+    def composition(self) -> HashAttention:
+        """The preset's, or one that holds the encoder of layer 0 with the index for its codes."""
+        if self.preset is None:
+            return HashAttention(self.make(0, 1), FlatHamming(), TopK(share=self.budget))
+        name, options = parse_preset(self.preset)
+        return build(name, **options)
 
     def make(self, layer: int, kv_heads: int) -> Encoder:
         """A new encoder for a layer.
@@ -88,6 +124,10 @@ class Recipe:
             ValueError: what the encoder itself refuses.
         """
         seed, heads = self.seed * SEEDS + layer, kv_heads if self.heads == "kv" else None
+        if self.preset is not None:
+            encoder = self.composition().encoder
+            assert encoder is not None
+            return stored.reseeded(encoder, seed)
         if self.encoder == "itq":
             return ITQ(self.bits, query_bits=self.query_bits, seed=seed)
         if self.encoder == "symmetric":

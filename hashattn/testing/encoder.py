@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -103,6 +104,8 @@ def _check_weights(encoder: Encoder, data: Inputs) -> None:
     assert isinstance(twin, Encoder) and isinstance(twin, nn.Module)
     if not getattr(twin, "fitted", True):
         promise(_says_so(twin, data.k), encoder, "an unfitted encoder refuses keys with a RuntimeError, or warns")
+        refuses = _refuses(lambda: twin.encode_key(data.k))
+        promise(_refuses(twin.check_fitted) == refuses, encoder, "check_fitted() raises where encode_key() does")
     before = twin.fits
     twin.to(data.k.device).load_state_dict(encoder.state_dict(), strict=hasattr(twin, "fitted"))
     promise(twin.fits > before, encoder, "loading weights counts in `fits`, so that caches encode anew")
@@ -124,11 +127,15 @@ def _check_weights(encoder: Encoder, data: Inputs) -> None:
 def _says_so(encoder: Encoder, k: Tensor) -> bool:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        try:
-            encoder.encode_key(k)
-        except RuntimeError:
-            return True
-    return bool(told)
+        return _refuses(lambda: encoder.encode_key(k)) or bool(told)
+
+
+def _refuses(call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _check_same(encoder: Encoder, other: Encoder, data: Inputs, words: str) -> None:

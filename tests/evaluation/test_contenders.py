@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from hashattn import HashAttention
-from hashattn.evaluation.contenders import EXACT, Contender, contenders, parse
+from hashattn.evaluation.contenders import EXACT, Contender, contenders
 from hashattn.presets import budget_options
+from hashattn.presets.written import parse
 
 
 def test_a_preset_is_written_with_options():

@@ -137,7 +137,7 @@ def test_the_last_sequences_of_each_kind_are_held_out(tmp_path, kinds, share, na
 def test_a_layer_stops_early_and_keeps_its_best_state(shards, tmp_path, monkeypatch):
     recalls, states = iter([0.2, 0.5, 0.4, 0.5, 0.9]), []
 
-    def measured(encoder, samples, budget):
+    def measured(encoder, samples, index, budget):
         states.append(fitting.state_of(encoder))
         return next(recalls), 0.9
 

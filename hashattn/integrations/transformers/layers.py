@@ -39,6 +39,7 @@ def serve(composition: HashAttention, own: bool, module: nn.Module, number: int,
 
     Raises:
         ValueError: a part does not fit the layer's heads, or dense_layers names a layer that the model lacks.
+        RuntimeError: an encoder that cannot encode before it is fitted.
     """
     for i in composition.dense_layers:
         if not -depth <= i < depth:
@@ -55,6 +56,7 @@ def serve(composition: HashAttention, own: bool, module: nn.Module, number: int,
     attn = composition.layer(number)
     if attn.encoder is not None:
         attn.encoder.check_model(*support.heads(module))
+        attn.encoder.check_fitted()
     support.check_engine(attn, module)
     return Served(composition, own, attn)
 
