@@ -15,7 +15,7 @@ from hashattn.encoders.base import Encoder
 from hashattn.encoders.learned import LearnedHash
 from hashattn.evaluation.contenders import Contender
 from hashattn.index import Index
-from hashattn.presets import PRESETS, budget_options
+from hashattn.presets import PRESETS, budget_options, takes_budget
 from hashattn.presets.written import parse
 from hashattn.saving import Pretrained, from_pretrained, shipped
 
@@ -104,14 +104,8 @@ def entries(
     remarks: list[str] = []
     for text in presets or PRESETS:
         name, options = parse(text)
-        own = budget
-        try:
-            budget_options(name, budget, 4096, options)
-        except ValueError:
-            if budget is not None and not 0 < budget <= 1:
-                raise
-            own = None  # it has none
-        plain = Entry(Contender(text, name, options, own))
+        budget_options("oracle_topk", budget, 4096)  # refuses what is no share
+        plain = Entry(Contender(text, name, options, budget if takes_budget(name, options) else None))
         found.append(plain)
         if other is not None and index is not None and plain.composition(4096).encoder is not None:
             swapped = Entry(plain.contender, other, index)

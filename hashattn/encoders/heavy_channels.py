@@ -17,9 +17,10 @@ class HeavyChannels(nn.Module, Encoder):
     of a key, for FlatDot.
 
     Args:
-        channels: how many of head_dim; the paper takes a sixteenth to an eighth.
-        label_bits: 4 rounds each label to 15 levels, with a scale a key, as the paper stores them; None does not. It
-            is the rounding only: labels stay in the keys' dtype and take no less memory.
+        channels: how many of head_dim; the authors' code takes an eighth to a half.
+        label_bits: 4 rounds each label to 15 levels about zero, with a scale a key (the authors' 16 levels run from the
+            least label to the largest, and they round queries too); None does not. It is the rounding only: labels stay
+            in the keys' dtype and take no less memory.
     """
 
     code = "vector"

@@ -73,10 +73,10 @@ def ranking(
 
 
 def bce(batch: Batch, *, share: float = 0.02) -> Tensor:
-    """Weighted binary cross-entropy: is a key among the true top 2%? (HashAttention, arXiv 2412.14468).
+    """Weighted binary cross-entropy: is a key among the true top 2%? (after HashAttention, arXiv 2412.14468).
 
-    Both classes weigh the same. The student's scores are taken relative to their mean over the seen keys, so that no
-    threshold has to be learned.
+    Both classes weigh the same; the authors' code asks for the top 32 keys and weighs them 20 times. The student's
+    scores are taken relative to their mean over the seen keys, so that no threshold has to be learned.
     """
     best, count = batch.best(share)
     ranks = torch.arange(best.shape[-1], device=best.device)
@@ -94,7 +94,8 @@ def similarity(batch: Batch, *, share: float = 0.1, most: float = 20.0) -> Tenso
     """Similarity-weighted distance (HATA, arXiv 2506.02572): the top 10% are drawn near, the others pushed away.
 
     A key's weight falls from `most` to 1 over the true top `share` and is -1 beyond; the loss is the weighted mean of
-    the codes' distance, from 0 to 1, normalised by the weights.
+    the codes' distance, from 0 to 1, normalised by the weights. The authors' code adds the balance of bits, and that
+    the hash be near orthogonal.
     """
     best, count = batch.best(share)
     ranks = torch.arange(best.shape[-1], device=best.device)

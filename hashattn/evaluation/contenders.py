@@ -9,7 +9,7 @@ from typing import Any
 
 from hashattn.attention import HashAttention
 from hashattn.encoders.learned import LearnedHash
-from hashattn.presets import budget_options, options_of
+from hashattn.presets import budget_options, options_of, takes_budget
 from hashattn.presets.written import parse
 from hashattn.saving import from_pretrained
 
@@ -64,6 +64,8 @@ def contenders(
 ) -> list[Contender]:  # fmt: skip
     """Every preset at every budget with every choice of dense layers, and exact top-k first, to compare with.
 
+    A preset that takes no budget is there once, with its own.
+
     Args:
         presets: as :func:`hashattn.presets.written.parse` takes them.
         budgets: shares of the keys; None is each preset's own.
@@ -91,9 +93,9 @@ def contenders(
         for budget in budgets:
             found.append(Contender(EXACT, EXACT, {}, budget, each))
             found += [
-                Contender(text, name, options, budget, each)
+                Contender(text, name, options, budget if takes_budget(name, options) else None, each)
                 for text, name, options in parsed
-                if text not in (EXACT, "full")
+                if text not in (EXACT, "full") and (budget == budgets[0] or takes_budget(name, options))
             ]
     for contender in found:
         contender.composition(4096)  # refuses what cannot be

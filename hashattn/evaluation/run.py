@@ -250,6 +250,7 @@ def _above_exact(records: list[Record], name: str) -> list[Record]:
     """Add what each has above exact top-k of the same budget and dense layers, on the same window or question."""
     exact = {(r["budget"], r["dense"]): r["values"][name] for r in records if r["contender"] == EXACT}
     for record in records:
-        if record["contender"] not in (EXACT, FULL):
-            record["values"][f"{name}_above_exact"] = record["values"][name] - exact[record["budget"], record["dense"]]
+        beside = exact.get((record["budget"], record["dense"]))
+        if record["contender"] not in (EXACT, FULL) and beside is not None:  # None: a budget of its own
+            record["values"][f"{name}_above_exact"] = record["values"][name] - beside
     return records

@@ -65,10 +65,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the arguments, fit, print a table; returns the exit status."""
-    recipe = Recipe(
-        preset=arguments.preset, encoder=arguments.encoder, query_hidden=_widths(arguments.query_hidden),
-        heads=arguments.heads, loss=arguments.loss, **{name: getattr(arguments, name) for name in _NUMBERS},
-    )  # fmt: skip
+    recipe = recipe_of(arguments)
     rank, world, local = (_environment(*named) for named in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
     import torch
@@ -94,6 +91,14 @@ def run(arguments: argparse.Namespace) -> int:
     given = "".join(f", {option}={value!r}" for option, value in options.items())
     print(f'saved: HashAttention.from_preset("{name}"{given}, pretrained="{saved}")')
     return 0
+
+
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    """The recipe that the arguments ask for; ValueError or TypeError if there can be none."""
+    return Recipe(
+        preset=arguments.preset, encoder=arguments.encoder, query_hidden=_widths(arguments.query_hidden),
+        heads=arguments.heads, loss=arguments.loss, **{name: getattr(arguments, name) for name in _NUMBERS},
+    )  # fmt: skip
 
 
 def table(records: list[dict[str, Any]]) -> str:

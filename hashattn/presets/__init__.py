@@ -1,8 +1,9 @@
 """Presets: published methods as compositions, one short function each.
 
-Defaults are the published values; what a paper leaves to calibration is an argument. Where readings of a paper
-differ, the docstring says so. Installed packages add presets of their own in the entry point group
-``hashattn.presets``: functions with keyword options that return a HashAttention.
+Defaults are published values where the docstring does not say otherwise; what a paper leaves to calibration is an
+argument. Where readings of a paper differ, or a paper and its authors' code, the docstring says so. Installed packages
+add presets of their own in the entry point group ``hashattn.presets``: functions with keyword options that return a
+HashAttention.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from hashattn.presets.scores import (
 from hashattn.pretrained import fitted
 from hashattn.saving import Pretrained
 
-__all__ = ["GROUP", "PRESETS", "budget_options", "build", "options_of", "preset"]
+__all__ = ["GROUP", "PRESETS", "budget_options", "build", "options_of", "preset", "takes_budget"]
 
 GROUP = "hashattn.presets"
 Preset = Callable[..., HashAttention]
@@ -130,11 +131,23 @@ def budget_options(
     if "share" in options:
         return {"share": budget}
     keys = math.ceil(budget * tokens)
-    if "k" in options:  # beside the forced keys
-        return {"k": max(1, keys - options.get("sinks", 0) - options.get("recent", 0))}
+    if "k" in options:
+        selector = build(name, **{**(given or {}), "k": keys}).selector
+        assert selector is not None
+        return {"k": max(1, 2 * keys - selector.budget(tokens))}  # some count forced keys beside k, some within it
     if "recent" in options and attn.selector is not None and not attn.selector.ranked:
         return {"recent": max(1, keys - options["sinks"])}
     raise ValueError(f"preset {name!r} takes no budget: what it reads is not a share that can be given")
+
+
+def takes_budget(name: str, given: Mapping[str, Any] | None = None) -> bool:
+    """Whether a preset can be given a share of the keys; ValueError for an unknown one."""
+    options_of(name)
+    try:
+        budget_options(name, 0.5, 4096, given)
+    except ValueError:
+        return False
+    return True
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

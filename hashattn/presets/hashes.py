@@ -24,7 +24,8 @@ def hata(
     """HATA, "Trainable and Hardware-Efficient Hash-Aware Top-k Attention" (arXiv 2506.02572).
 
     One learned linear hash for queries and keys, 128 bits; Hamming distances summed over a KV head's queries; top 512
-    (short contexts) or 2048 (long ones) exactly; layers 0-1 dense.
+    (short contexts) or 2048 (long ones) exactly; layers 0-1 dense. The paper trains a hash for each KV head and does
+    not centre keys; here one serves all heads, on centred keys.
     """
     return HashAttention(
         encoder=SymmetricHash(bits),
@@ -43,7 +44,8 @@ def hashattention(
     """HashAttention, "Semantic Sparsity for Faster Inference" (arXiv 2412.14468).
 
     MLPs d-128-128-32 for queries and keys; 128 sinks and 128 recent keys beside the top-k. The paper trains a pair per
-    query head: heads=Hq does so (codes are then kept per query head), None shares one pair.
+    query head: heads=Hq does so (codes are then kept per query head), None shares one pair. The authors' code has SiLU
+    where this is a ReLU beside a linear skip, and does not centre keys.
     """
     return HashAttention(
         encoder=AsymmetricHash(bits, query_hidden=(128, 128), key_hidden=(128, 128), heads=heads),
@@ -57,10 +59,11 @@ def hashattention(
 def spotlight(
     *, bits: int = 128, share: float = 0.02, hidden: int = 128, dense_layers: tuple[int, ...] = (), engine: str = "auto"
 ) -> HashAttention:
-    """Spotlight Attention: MLP hashes fitted by Bradley-Terry ranking (the default loss); the nearest 2% exactly.
+    """Spotlight Attention (arXiv 2508.19740): MLP hashes fitted by ranking (the default loss); the nearest 2% exactly.
 
-    The paper shares one residual MLP between queries and keys; here each has one of its own beside a linear skip. The
-    width of the hidden layer is ours.
+    The authors' code for LLaMA has a residual MLP 128-128-128 with SiLU for each query head, shared by queries and
+    keys, and ranks the true top 2% above others; here each side has one of its own, a ReLU beside a linear skip, for
+    all heads, and the top 5% are ranked. Its evaluations leave layers 0 and 1 dense.
     """
     return HashAttention(
         encoder=AsymmetricHash(bits, query_hidden=(hidden,), key_hidden=(hidden,)),
@@ -167,8 +170,9 @@ def magicpig(
 ) -> HashAttention:  # fmt: skip
     """MagicPIG, "LSH Sampling for Efficient LLM Generation" (arXiv 2410.16179): L=150 tables of K=10 bits.
 
-    Keys that collide with the query in two tables are sampled and weighed by the probability of that. How many is up
-    to the data. Which layers the paper leaves dense depends on its model; here the first two are.
+    Keys that collide with the query in two tables are sampled and weighed by the probability of that. How many is up to
+    the data. The authors' code leaves layers 0 and 16 of 32 dense, centres keys on the mean of the prompt and attends
+    exactly to all that was generated; here layers 0 and 1, the mean of the first keys, and the last 64.
     """
     sample = CollisionSample(tables, bits)
     return HashAttention(

@@ -19,7 +19,8 @@ def pqcache(
     """PQCache (arXiv 2407.12820): product quantisation of the keys, inner products from lookup tables.
 
     The paper clusters at each prefill; here codebooks are fitted beforehand, and serve every text. A code takes a byte
-    a sub-quantiser, whatever sub_bits.
+    a sub-quantiser, whatever sub_bits. The authors' code gives half of the 20% to the most recent keys and lets a KV
+    head choose by its queries' summed softmax; here the last 32 are forced, and each query head chooses.
     """
     return HashAttention(
         encoder=PQ(subquantisers, sub_bits=sub_bits),
@@ -38,7 +39,8 @@ def quest(
     """Quest, "Query-Aware Sparsity" (arXiv 2406.10774): pages by the largest inner product they can hold.
 
     Pages of 16 keys, layers 0 and 1 dense. Budgets count keys here, so that the last page may be kept in part. The
-    paper forces no keys: sinks=4, recent=64 keep more where a first key holds much of the attention.
+    paper forces no keys: sinks=4, recent=64 keep more where a first key holds much of the attention. Its budgets are
+    512 to 4096 keys; the share is ours.
     """
     return HashAttention(
         encoder=Identity(),
@@ -87,17 +89,17 @@ def loki(
 
 
 def sparq(
-    *, channels: int = 32, k: int = 128, recent: int = 64, dense_layers: tuple[int, ...] = (), engine: str = "auto"
+    *, channels: int = 32, k: int = 128, recent: int = 32, dense_layers: tuple[int, ...] = (), engine: str = "auto"
 ) -> HashAttention:
     """SparQ Attention (arXiv 2312.04985): the query's largest channels alone score the keys; the top 128 exactly.
 
-    Without the paper's mean-value term. Keys are multiplied in whole here: the selection is SparQ's, and no bytes are
-    saved.
+    The last 32 are among these. Without the paper's mean-value term; a group's scores are summed as they are, where the
+    authors' code sums their softmax. Keys are multiplied in whole here: the selection is SparQ's, no bytes are saved.
     """
     return HashAttention(
         encoder=Identity(),
         index=Channels(channels),
-        selector=Recent(recent) | TopK(k=recent + k, per="kv_head"),
+        selector=Recent(recent) | TopK(k=k, per="kv_head"),
         attend=ExactAttend(),
         engine=engine,
         dense_layers=dense_layers,
@@ -109,7 +111,8 @@ def double_sparsity(
 ) -> HashAttention:
     """Double Sparsity (arXiv 2408.07092): a few heavy channels, found beforehand and rounded to 4 bits, score the keys.
 
-    A sixteenth of the keys; layers 0 and 1 dense. Labels are rounded to 4 bits and stored in the keys' dtype.
+    A sixteenth of the keys. Labels are rounded to 4 bits and stored in the keys' dtype. A KV head chooses channels and
+    keys; in the authors' code each query head does, and no layer is dense, where here 0 and 1 are.
     """
     return HashAttention(
         encoder=HeavyChannels(channels),

@@ -6,7 +6,7 @@ import pytest
 
 from hashattn import HashAttention
 from hashattn.evaluation.contenders import EXACT, Contender, contenders
-from hashattn.presets import budget_options
+from hashattn.presets import budget_options, takes_budget
 from hashattn.presets.written import parse
 
 
@@ -29,7 +29,7 @@ def test_exact_topk_comes_along_at_every_budget_and_choice_of_dense_layers():
 
 @pytest.mark.parametrize(
     ("preset", "keys"),
-    [("simhash_topk", 100), ("hata", 100), ("dashkv", 100), ("streaming", 100), ("hashattention", 257)],
+    [("simhash_topk", 100), ("hata", 100), ("dashkv", 100), ("streaming", 100), ("hashattention", 257), ("sparq", 100)],
 )
 def test_a_budget_is_the_number_of_keys_forced_ones_included(preset, keys):
     attn = HashAttention.from_preset(preset, **budget_options(preset, 0.05, 2000))
@@ -39,6 +39,14 @@ def test_a_budget_is_the_number_of_keys_forced_ones_included(preset, keys):
 def test_options_and_budgets_go_together():
     attn = Contender("x", "hashattention", {"sinks": 4, "recent": 16}, 0.05).composition(2000)
     assert attn.selector.budget(2000) == 100
+
+
+def test_a_preset_that_takes_no_budget_is_there_once_with_its_own():
+    found = contenders(["magicpig", "quest"], [0.05, 0.1], ["none"])
+    assert [(c.label, c.budget) for c in found] == [
+        (EXACT, 0.05), ("magicpig", None), ("quest", 0.05), (EXACT, 0.1), ("quest", 0.1),
+    ]  # fmt: skip
+    assert not takes_budget("magicpig") and takes_budget("quest")
 
 
 def test_the_seed_draws_other_hyperplanes():

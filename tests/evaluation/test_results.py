@@ -8,22 +8,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SPEC = importlib.util.spec_from_file_location("learned_tables", ROOT / "benchmarks/learned_tables.py")
-learned_tables = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(learned_tables)
+SPEC = importlib.util.spec_from_file_location("quality_tables", ROOT / "benchmarks/quality_tables.py")
+quality_tables = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(quality_tables)
 DOCS = (ROOT / "docs/results.md").read_text(encoding="utf-8")
 
 
 def test_the_docs_end_with_the_tables_of_the_results_files():
-    tables = learned_tables.sections(learned_tables.RESULTS)
+    tables = quality_tables.sections(quality_tables.RESULTS)
     assert DOCS.endswith(f"\n{tables}\n")
-    for title in learned_tables.TITLES.values():
+    for title in quality_tables.TITLES.values():
         assert f"## {title}" in tables
     assert tables.count("### ") == 6
 
 
 def test_figures_in_the_text_are_in_the_tables():
-    text, _, tables = DOCS.partition(f"\n## {learned_tables.TITLES['smollm2-135m']}")
+    text, _, tables = DOCS.partition(f"\n## {quality_tables.TITLES['smollm2-135m']}")
     said = text.partition("## What they say")[2]
     papers = {".861", ".683", ".089"}
     for figure in set(re.findall(r"(?<![\d.])\.\d{3}", said)) - papers:
@@ -33,10 +33,10 @@ def test_figures_in_the_text_are_in_the_tables():
 
 
 @pytest.mark.parametrize("kind", ["encoders", "compositions"])
-@pytest.mark.parametrize("model", learned_tables.TITLES)
+@pytest.mark.parametrize("model", quality_tables.TITLES)
 def test_results_say_how_they_were_made(kind, model):
-    found = json.loads((learned_tables.RESULTS / f"{kind}_{model}.json").read_text())
-    assert found["command"].startswith("python benchmarks/learned.py")
+    found = json.loads((quality_tables.RESULTS / f"{kind}_{model}.json").read_text())
+    assert found["command"].startswith("python benchmarks/quality.py")
     assert found["device"] and found["date"] and found["versions"]["torch"]
     for row in found["rows"]:
         assert "/" not in row["contender"]

@@ -160,6 +160,15 @@ def test_tables_name_everyone(records):
         assert words in shown
 
 
+def test_a_budget_of_its_own_is_beside_full_attention_alone(text):
+    settings = Settings(parts=("perplexity",), tokens=(400,), windows=1, sparse=12)
+    entries = contenders(["magicpig:sinks=2,recent=4"], [0.1], ["none"])
+    found = run(small_model(), small_tokenizer(), text, entries, settings)
+    values = next(r["values"] for r in found if r["contender"].startswith("magicpig"))
+    assert values["ratio"] > 0 and "ratio_above_exact" not in values
+    assert "| magicpig:sinks=2,recent=4 | own | none |" in markdown(summarise(found))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

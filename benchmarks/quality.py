@@ -1,10 +1,10 @@
 """Everything that docs/results.md shows of one model: captures it, fits each recipe to it, judges all of them.
 
-python benchmarks/learned.py --work DIR                                  SmolLM2-135M-Instruct
-python benchmarks/learned.py --work DIR --model gemma-3-270m --seeds 6   Gemma-3-270M
+python benchmarks/quality.py --work DIR                                  SmolLM2-135M-Instruct
+python benchmarks/quality.py --work DIR --model gemma-3-270m --seeds 6   Gemma-3-270M
 
 The same command goes on where it was stopped: `hashattn capture` and `hashattn fit` resume, and results that are there
-are not made again. Results go to benchmarks/results; `python benchmarks/learned_tables.py` makes tables of them.
+are not made again. Results go to benchmarks/results; `python benchmarks/quality_tables.py` makes tables of them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from hashattn.files import replacing
 
 RESULTS = Path(__file__).parent / "results"
 LINEAR = ["--query-hidden", "none"]
+FORCED = "sinks=4,recent=64"
 PAPER = ["--loss", "kl + 0.1 * balance + 0.1 * quantisation", "--temperature", "1"]
 RECIPES: dict[str, list[str]] = {
     "dashkv": [*PAPER, "--calibrate"],  # as readings of the paper give it
@@ -40,7 +41,17 @@ RECIPES: dict[str, list[str]] = {
     "bias": [*LINEAR, "--bias-bits", "8"],
     "bias-64": [*LINEAR, "--bias-bits", "8", "--bits", "64"],
     "bias-heads": [*LINEAR, "--bias-bits", "8", "--heads", "kv"],
-    "itq": ["--encoder", "itq"],
+    # The encoders of peers, by their own losses.
+    "hata": ["--preset", "hata", "--loss", "similarity + 0.1 * balance + 0.1 * decorrelation"],
+    "hashattention": ["--preset", "hashattention", "--loss", "bce"],
+    "spotlight": ["--preset", "spotlight"],
+    "itq": ["--preset", "itq:query_bits=8"],
+    "spectral": ["--preset", "spectral"],
+    "alsh": ["--preset", "alsh"],
+    "pqcache": ["--preset", "pqcache"],
+    "pq-16": ["--preset", "pqcache:subquantisers=16,sub_bits=8"],
+    "loki": ["--preset", "loki"],
+    "double_sparsity": ["--preset", "double_sparsity"],
 }
 LAYERS = {"smollm2-135m": [*range(2, 30)], "gemma-3-270m": [5, 11, 17]}  # what attends sparsely
 DENSE = {"smollm2-135m": "0,1", "gemma-3-270m": "none"}  # of the layers of full attention, alike for all presets
@@ -48,9 +59,15 @@ DENSE = {"smollm2-135m": "0,1", "gemma-3-270m": "none"}  # of the layers of full
 ENCODERS = [
     "simhash_topk",
     "simhash_topk:query_bits=4",
-    *(f"dashkv_hash_only:pretrained={{{name}}}" for name, options in RECIPES.items() if "--encoder" not in options),
+    *(
+        f"dashkv_hash_only:pretrained={{{name}}}"
+        for name, options in RECIPES.items()
+        if not {"--encoder", "--preset"} & {*options}
+    ),
     "hata:pretrained={symmetric}",
     "hata:pretrained={dashkv-symmetric}",
+    "itq:query_bits=8,pretrained={itq}",
+    "pqcache:subquantisers=16,sub_bits=8,pretrained={pq-16}",
 ]
 COMPOSITIONS = [
     "simhash_topk",
@@ -72,6 +89,33 @@ COMPOSITIONS = [
     "dashkv_fast:pretrained={bias},per=kv_head,combine=normalised",
     "streaming",
 ]
+# Peers, with 4 sinks and 64 recent keys in the budget if they force any, and as published beside where that matters.
+PEERS = [
+    "hata:pretrained={hata}",
+    f"hashattention:{FORCED},pretrained={{hashattention}}",
+    "spotlight:pretrained={spotlight}",
+    "itq:query_bits=8,pretrained={itq}",
+    "spectral:pretrained={spectral}",
+    "alsh:pretrained={alsh}",
+    "reformer",
+    "magicpig",
+    f"pqcache:{FORCED},pretrained={{pqcache}}",
+    f"pqcache:subquantisers=16,sub_bits=8,{FORCED},pretrained={{pq-16}}",
+    "rabitq",
+    f"quest:{FORCED}",
+    "quest",
+    "loki:pretrained={loki}",
+    "sparq",
+    "double_sparsity:pretrained={double_sparsity}",
+    "faiss_hnsw",
+    "faiss_ivf",
+    "twilight",
+    "vattention",
+    "h2o",
+    "snapkv",
+    "pyramidkv:layers={depth}",
+]
+DEPTH = {"smollm2-135m": "30", "gemma-3-270m": "18"}
 
 
 def run(*arguments: str) -> None:
@@ -106,12 +150,12 @@ def fit(shards: Path, out: Path, options: Sequence[str], processes: int) -> None
 
 def judge(
     out: Path, model: list[str], presets: Sequence[str], folders: dict[str, str], options: Sequence[str],
-    seeds: int, processes: int,
+    seeds: int, processes: int, depth: str = "",
 ) -> None:  # fmt: skip
     """`hashattn eval`, a process a seed, unless its results are there; of folders only the names are kept."""
     if out.exists():
         return
-    named = [preset.format(**folders) for preset in presets]
+    named = [preset.format(**folders, depth=depth) for preset in presets]
     command = [sys.executable, "-m", "hashattn.cli", "eval", *model, "--presets", *named, *options]
     with tempfile.TemporaryDirectory() as scratch:
         parts = [Path(scratch, f"{seed}.json") for seed in range(seeds)]
@@ -124,7 +168,7 @@ def judge(
         **{name: value for name, value in found[0].items() if name != "records"},  # of each window: many
         "settings": found[0]["settings"] | {"seeds": [*range(seeds)]},
         "notes": [*dict.fromkeys(note for result in found for note in result["notes"])],
-        "command": " ".join(["python benchmarks/learned.py", *model, "--seeds", str(seeds)]),
+        "command": " ".join(["python benchmarks/quality.py", *model, "--seeds", str(seeds)]),
         "rows": summarise(record for result in found for record in result["records"]),
     }
     with replacing(out) as path:
@@ -152,7 +196,9 @@ def study(
     judge(results / f"encoders_{name}.json", model, ENCODERS, folders, [*tensors, *apart], seeds, processes)
     whole = ["--rows", "perplexity", "retrieval", "--tokens", str(context), "--windows", "2", "--questions", "2",
              "--budget", "0.05", "0.1", "--dense-layers", DENSE[name]]  # fmt: skip
-    judge(results / f"compositions_{name}.json", model, COMPOSITIONS, folders, [*whole, *apart], seeds, processes)
+    for kind, presets in (("compositions", COMPOSITIONS), ("peers", PEERS)):
+        out = results / f"{kind}_{name}.json"
+        judge(out, model, presets, folders, [*whole, *apart], seeds, processes, DEPTH[name])
 
 
 def main() -> None:

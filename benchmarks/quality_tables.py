@@ -1,12 +1,13 @@
-"""Tables in Markdown, and a picture, of what benchmarks/learned.py has written to benchmarks/results.
+"""Tables in Markdown, and a picture, of what benchmarks/quality.py has written to benchmarks/results.
 
-python benchmarks/learned_tables.py [--plot FILE.png]
+python benchmarks/quality_tables.py [--plot FILE.png]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ ENCODERS = {
     "bias": ("ranking, linear query, 120 bits + bias", 16),
     "bias-heads": ("the same, weights per KV head", 16),
     "bias-64": ("ranking, linear query, 56 bits + bias", 8),
+    "itq": ("ITQ, query of 8 planes", 16),
+    "pq-16": ("PQ", 16),
 }
 TITLES = {"smollm2-135m": "SmolLM2-135M-Instruct, layers 2 to 29", "gemma-3-270m": "Gemma-3-270M, layers 5, 11 and 17"}
 
@@ -47,6 +50,11 @@ def read(kind: str, model: str, folder: Path) -> list[Row]:
 def recipe_of(contender: str) -> str:
     """Which of ENCODERS a contender is."""
     return contender.partition("pretrained=")[2].partition(",")[0] or contender
+
+
+def named(contender: str) -> str:
+    """Without the encoders that it takes, for a preset that takes its own."""
+    return re.sub(r"[:,]pretrained=[^,]*", "", contender)
 
 
 def mean(row: Row, name: str, digits: int = 3) -> str:
@@ -77,10 +85,10 @@ def encoders(model: str, folder: Path) -> str:
     return table(["encoder", "bytes a key", "mass / exact top-k's", "recall@5%", "recall@100", "drift"], shown)
 
 
-def compositions(model: str, budget: float, folder: Path) -> str:
-    """What presets do to a model's predictions and answers, at a budget."""
+def compositions(model: str, budget: float, folder: Path, kind: str = "compositions") -> str:
+    """What presets do to a model's predictions and answers, at a budget; `kind` "peers" for those of others."""
     found: dict[str, dict[str, Row]] = {}
-    for row in read("compositions", model, folder):
+    for row in read(kind, model, folder):
         if row["budget"] in (budget, None):
             place = row["part"] if row["part"] == "perplexity" else f"{row['task']} {row['protocol']}"
             found.setdefault(row["contender"], {})[place] = row
@@ -92,7 +100,7 @@ def compositions(model: str, budget: float, folder: Path) -> str:
             continue
         shown.append(
             [
-                contender.replace("pretrained=", ""),
+                contender.replace("pretrained=", "") if kind == "compositions" else named(contender),
                 mean(text, "ratio"),
                 mean(text, "ratio_above_exact", 4),
                 *(mean(sparse[task], "correct", 2) if task in sparse else "" for task in ("needle", "multikey")),
@@ -135,6 +143,9 @@ def sections(folder: Path) -> str:
         if read("compositions", model, folder):
             for budget in (0.05, 0.1):
                 parts += [f"### End to end, {budget:.0%} of the keys", compositions(model, budget, folder)]
+        if read("peers", model, folder):
+            for budget in (0.05, 0.1):
+                parts += [f"### Peers, {budget:.0%} of the keys", compositions(model, budget, folder, "peers")]
     return "\n\n".join(parts)
 
 
