@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from hashattn.cli import main as hashattn
 from hashattn.evaluation.report import summarise
 from hashattn.files import replacing
 
@@ -118,13 +117,6 @@ PEERS = [
 DEPTH = {"smollm2-135m": "30", "gemma-3-270m": "18"}
 
 
-def run(*arguments: str) -> None:
-    """A command of hashattn; ends this script where it fails."""
-    print("hashattn", *arguments, file=sys.stderr, flush=True)
-    if status := hashattn(arguments):
-        sys.exit(status)
-
-
 def together(commands: Sequence[Sequence[str]], processes: int, **variables: Sequence[str]) -> None:
     """Commands, so many at a time, each with its own value of the variables; ends this script where one fails.
 
@@ -183,8 +175,9 @@ def study(
     model = [] if name == "smollm2-135m" else ["--model", name]
     layers = [str(i) for i in LAYERS[name]]
     shards = work / "shards"
-    run("capture", *model, "--out", str(shards), "--from", "0.4", "--to", "0.7", "--tokens", str(tokens), "--sequences",
-        "6", "--retrieval", "6", "--layers", *layers, *device)  # fmt: skip
+    capture = ["capture", *model, "--out", str(shards), "--from", "0.4", "--to", "0.7", "--tokens", str(tokens),
+               "--sequences", "6", "--retrieval", "6", "--layers", *layers, *device]  # fmt: skip
+    together([[sys.executable, "-m", "hashattn.cli", *capture]], 1)  # a process that gives its memory back
     folders = {}
     for recipe, options in RECIPES.items():
         own = work / recipe
