@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hashattn.evaluation.benchmarks import Asked
 from hashattn.evaluation.contenders import FULL, Contender
-from hashattn.evaluation.continuation import prefill
+from hashattn.evaluation.continuation import looks_back, prefill
 from hashattn.extras import require
 from hashattn.workload.model import cache_argument
 from hashattn.workload.prompt import beginning, encode, frame
@@ -99,16 +99,19 @@ def _answer(
         pad_token_id=tokenizer.pad_token_id,
     )
 
-    def write() -> str:
-        given = {cache_argument(model): copy.deepcopy(cache), "attention_mask": torch.ones_like(ids)}
+    def write(cache: DynamicCache) -> str:
+        given = {cache_argument(model): cache, "attention_mask": torch.ones_like(ids)}
         out = model.generate(ids, generation_config=config, **given)  # type: ignore[operator]
         return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
     if entry is None:
-        return write(), {}
+        return write(copy.deepcopy(cache)), {}
     engine = "cpu" if model.device.type == "cpu" else "reference"
-    with entry.composition(ids.shape[1]).replace(engine=engine).attach(model) as handle:
-        answer, report = write(), handle.report()
+    attn = entry.composition(ids.shape[1]).replace(engine=engine)
+    with attn.attach(model) as handle:
+        own = prefill(model, ids[:, :-1]) if looks_back(attn) else copy.deepcopy(cache)
+        handle.reset_report()
+        answer, report = write(own), handle.report()
     return answer, {"keys_read": report.keys_read, "bytes_read": report.bytes_per_step}
 
 

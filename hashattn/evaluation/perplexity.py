@@ -25,7 +25,8 @@ def end_of_window(model: PreTrainedModel, ids: Tensor, sparse: int) -> Continuat
     if not 1 <= sparse < tokens - 1:
         raise ValueError(f"sparse must be from 1 to {tokens - 2} in windows of {tokens} tokens, got {sparse}")
     cut = tokens - sparse
-    return last(prefill(model, ids[:, : cut - 1]), ids[:, cut - 1 : -1], ids[:, cut:])
+    text = ids[:, : cut - 1]
+    return last(text, prefill(model, text), ids[:, cut - 1 : -1], ids[:, cut:])
 
 
 def whole_window(model: PreTrainedModel, ids: Tensor) -> Continuation:
@@ -36,4 +37,4 @@ def whole_window(model: PreTrainedModel, ids: Tensor) -> Continuation:
     most = max(1, ENTRIES // model.config.get_text_config(decoder=True).vocab_size)
     stride = -(-(ids.shape[1] - 1) // most)
     kept = torch.arange(stride - 1, ids.shape[1] - 1, stride)
-    return Continuation(None, ids[:, :-1], kept, ids[0, kept + 1])
+    return Continuation(None, None, ids[:, :-1], kept, ids[0, kept + 1])

@@ -27,6 +27,6 @@ def continuations(model: PreTrainedModel, question: Question) -> dict[str, Conti
     whole = prefill(model, ids[:, asked:-1], context)
     told = answer[:, :-1]
     return {
-        "dense question": last(whole, torch.cat([ids[:, -1:], told], 1), answer),
-        "sparse question": last(context, torch.cat([ids[:, asked:], told], 1), answer),
+        "dense question": last(ids[:, :-1], whole, torch.cat([ids[:, -1:], told], 1), answer),
+        "sparse question": last(ids[:, :asked], context, torch.cat([ids[:, asked:], told], 1), answer),
     }

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from hashattn import AsymmetricHash, PerLayer
+from hashattn import AsymmetricHash, HashAttention, HeavyHitters, ObservationWindow, PerLayer
 from hashattn.cli import main
 from hashattn.evaluation.contenders import EXACT, FULL, contenders
 from hashattn.evaluation.continuation import judge
@@ -89,6 +89,25 @@ def test_windows_are_judged_as_if_decoded():
     with torch.no_grad():
         full = F.cross_entropy(model(input_ids=ids[:, :-1]).logits[0], ids[0, 1:])
     assert judge(model, whole_window(model, ids)).nll == pytest.approx(float(full), abs=1e-5)
+
+
+@pytest.mark.parametrize("selector", [HeavyHitters(share=0.2), ObservationWindow(share=0.2, window=8)], ids=repr)
+def test_what_looks_back_is_there_during_the_prefill(selector):
+    model, ids = small_model(), torch.randint(3, 90, (1, 60), generator=torch.Generator().manual_seed(0))
+    window = end_of_window(model, ids, 20)
+    attn = HashAttention(selector=selector, engine="reference")
+    verdict = judge(model, window, attn)
+    cache, logits = DynamicCache(config=model.config), []
+    with attn.attach(model):
+        forward(model, ids[:, :39], cache)
+        for i in range(39, 59):
+            logits.append(forward(model, ids[:, i : i + 1], cache)[0, -1])
+    assert verdict.nll == pytest.approx(float(F.cross_entropy(torch.stack(logits), ids[0, 40:])), abs=1e-5)
+    assert 0.15 < verdict.reads["sparse_keys_read"] < 0.45  # ObservationWindow keeps what was generated as well
+    full = judge(model, window).nll
+    assert verdict.nll != pytest.approx(full, abs=1e-5)
+    whole = attn.replace(selector=HeavyHitters(share=1.0))
+    assert judge(model, window, whole).nll == pytest.approx(full, abs=1e-5)
 
 
 def test_a_window_shorter_than_its_end_is_refused():
