@@ -139,7 +139,10 @@ def _check(model: PreTrainedModel, entries: Sequence[Contender], settings: Setti
         raise ValueError(f"tokens must leave {longest - max(settings.tokens)} of the model's {limit} positions free, "
                          f"got {max(settings.tokens)}")  # fmt: skip
     for entry in entries:
-        with entry.composition(settings.tokens[0]).attach(model, simulate=True):
+        attn = entry.composition(settings.tokens[0])
+        if attn.index is not None:
+            attn.index.new_store(min(settings.tokens) - 1)  # refuses what cannot be fitted to so few keys
+        with attn.attach(model, simulate=True):
             pass
     if "tensors" in settings.parts and settings.layers is not None:
         from hashattn.integrations.transformers.capture import capturable

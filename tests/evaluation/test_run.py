@@ -110,6 +110,13 @@ def test_what_looks_back_is_there_during_the_prefill(selector):
     assert judge(model, window, whole).nll == pytest.approx(full, abs=1e-5)
 
 
+def test_an_index_that_cannot_be_fitted_to_so_few_keys_is_refused_before_anything_is_measured(text):
+    model, entries = small_model(), contenders(["faiss_ivf"], [0.1])
+    model.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+    with pytest.raises(ValueError, match="'BIVF64' is fitted to 2496 keys"):
+        run(model, small_tokenizer(), text, entries, TINY)
+
+
 def test_a_window_shorter_than_its_end_is_refused():
     with pytest.raises(ValueError, match="sparse must be from 1 to 18 in windows of 20 tokens, got 19"):
         end_of_window(small_model(), torch.ones(1, 20, dtype=torch.int64), 19)
