@@ -77,10 +77,11 @@ def contenders(
     """
     parsed = [(text, *parse(text)) for text in presets]
     if pretrained is not None:
-        takers = [options for _, name, options in parsed if learns(name)]
+        loaded = from_pretrained(pretrained)
+        kind = type(loaded.encoder.layer(loaded.encoder.layers[0]))
+        takers = [options for _, name, options in parsed if takes(name, kind)]
         if not takers:
             raise ValueError(f"encoder={pretrained!r} is taken by none of the presets {', '.join(presets)}")
-        loaded = from_pretrained(pretrained)
         for options in takers:
             options.setdefault("pretrained", loaded)
     for values in (presets, budgets, dense):
@@ -102,9 +103,10 @@ def contenders(
     return found
 
 
-def learns(preset: str) -> bool:
-    """Whether a preset has an encoder that is fitted."""
-    return isinstance(HashAttention.from_preset(preset).encoder, LearnedHash)
+def takes(preset: str, kind: type) -> bool:
+    """Whether a preset has an encoder of this kind, or one that learns, and then refuses other kinds by itself."""
+    own = type(HashAttention.from_preset(preset).encoder)
+    return own is kind or issubclass(own, LearnedHash)
 
 
 def dense_layers(text: str) -> tuple[int, ...]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from hashattn import HashAttention
+from hashattn import PCA, HashAttention, ModelFacts, PerLayer, save_pretrained
 from hashattn.evaluation.contenders import EXACT, Contender, contenders
 from hashattn.presets import budget_options, takes_budget
 from hashattn.presets.written import parse
@@ -49,6 +50,14 @@ def test_a_preset_that_takes_no_budget_is_there_once_with_its_own():
     assert not takes_budget("magicpig") and takes_budget("quest")
 
 
+def test_encoders_go_to_the_presets_that_have_such_ones(tmp_path):
+    k = torch.randn(1, 2, 60, 16, generator=torch.Generator().manual_seed(0))
+    facts = ModelFacts("tiny", "llama", 2, (0, 1), 4, 2, 16, None, 97)
+    save_pretrained(PerLayer({1: PCA(8).fit(None, k)}, facts), tmp_path / "saved")
+    found = contenders(["quest", "loki:components=8"], [0.1], ["preset"], str(tmp_path / "saved"))
+    assert [isinstance(c.composition(100).encoder, PerLayer) for c in found] == [False, False, True]
+
+
 def test_the_seed_draws_other_hyperplanes():
     contender = Contender("simhash_topk", "simhash_topk")
     assert contender.composition(100, seed=3) == contender.composition(100, seed=3)
@@ -64,7 +73,8 @@ def test_the_seed_draws_other_hyperplanes():
         ((["simhash_topk"], [1.5]), ValueError, "budget must be a share above 0 and at most 1, got 1.5"),
         ((["simhash_topk"] * 2, [0.1]), ValueError, "each once, got"),
         ((["simhash_topk"], [0.1], ["some"]), ValueError, 'must be "preset", "none" or numbers'),
-        ((["simhash_topk"], [0.1], ["preset"], "dir"), ValueError, "encoder='dir' is taken by none of the presets"),
+        ((["simhash_topk"], [0.1], ["preset"], "smollm2-135m"), ValueError, "'smollm2-135m' is taken by none of the"),
+        ((["hata"], [0.1], ["preset"], "smollm2-135m"), ValueError, "'hata' takes SymmetricHash"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(arguments, error, message):
