@@ -13,7 +13,7 @@ from torch import Tensor
 from hashattn.attention import HashAttention
 from hashattn.evaluation import perplexity, retrieval, tensors
 from hashattn.evaluation.contenders import EXACT, FULL, Contender
-from hashattn.evaluation.continuation import judge
+from hashattn.evaluation.continuation import judge, looks_back
 from hashattn.extras import require
 from hashattn.workload.retrieval import TASKS, Question
 from hashattn.workload.texts import Text, windows
@@ -219,6 +219,7 @@ def _tensors(model: PreTrainedModel, unit: Unit, entries: Judged, settings: Sett
     ids = tensors.continued(model, unit.ids, settings.decoded, unit.seed)
     captured = capture(model, ids.to(model.device), layers=settings.layers, queries=settings.queries)
     tick()
+    entries = [(entry, attn) for entry, attn in entries if not looks_back(attn)]  # the prompt's queries are not kept
     compositions = [(attn, entry.budget) for entry, attn in entries]
     found = tensors.judge_layers(model, captured, compositions, unit.tokens, tick)
     records = []

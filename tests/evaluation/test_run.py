@@ -161,6 +161,13 @@ def test_figures_follow_from_each_other(records):
             assert values["keys_read"] == pytest.approx((2 + values["sparse_keys_read"]) / 3)
 
 
+def test_layers_are_not_judged_for_what_looks_back(text):
+    settings = Settings(parts=("tensors", "perplexity"), tokens=(400,), windows=1, sparse=12, decoded=0, queries=4)
+    found = run(small_model(), small_tokenizer(), text, contenders(["h2o"], [0.1], ["none"]), settings)
+    assert {r["part"] for r in found if r["contender"] == "h2o"} == {"perplexity"}
+    assert {r["part"] for r in found if r["contender"] == EXACT} == {"tensors", "perplexity"}
+
+
 def test_dense_layers_are_left_out_of_recall(records):
     layers = {(r["contender"], r["dense"]): [*r["layers"]] for r in records if r["part"] == "tensors"}
     assert layers[EXACT, "preset"] == [2] and layers[EXACT, "none"] == [0, 1, 2]
