@@ -252,7 +252,7 @@ def test_the_command_writes_figures_tables_and_pictures(tmp_path, capsys):
         (["--json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
         (["--longbench", "/no/such/file"], "/no/such/file cannot be read"),
         (["--from", "0.9", "--to", "0.1"], "shares of a text must be"),
-        (["--encoder", "here", "--presets", "streaming"], "taken by none of the presets streaming"),
+        (["--encoder", "smollm2-135m", "--presets", "streaming"], "taken by none of the presets streaming"),
     ],
 )
 def test_bad_input_ends_the_command_before_a_model_is_loaded(arguments, message, capsys):
