@@ -4,6 +4,8 @@ import importlib.util
 import json
 from pathlib import Path
 
+import pytest
+
 from hashattn import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -24,8 +26,9 @@ def test_every_preset_was_measured_on_both_data_sets():
         assert {row["preset"] for row in found["rows"] if row["data"] == data} == set(PRESETS)
 
 
-def test_the_docs_show_what_peers_do_to_predictions():
-    found = json.loads((ROOT / "benchmarks/results/eval_peers_smollm2-135m.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(("name", "rows"), [("peers", 11), ("looking_back", 3)])
+def test_the_docs_show_what_peers_do_to_predictions(name, rows):
+    found = json.loads((ROOT / f"benchmarks/results/eval_{name}_smollm2-135m.json").read_text(encoding="utf-8"))
     docs = (ROOT / "docs/recall.md").read_text(encoding="utf-8")
     shown = 0
     for row in found["rows"]:
@@ -33,4 +36,4 @@ def test_the_docs_show_what_peers_do_to_predictions():
             assert f"| {row['figures']['ratio']['mean']:.3f} ± " in docs
             assert f"| {above['mean']:+.4f} ± {(above['high'] - above['low']) / 2:.4f} |" in docs
             shown += 1
-    assert shown == 11
+    assert shown == rows
