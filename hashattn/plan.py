@@ -166,7 +166,7 @@ def _stages(
 def _fused_stages(attn: HashAttention) -> tuple[tuple[str, str, str], ...]:
     rule = attn.selector.rule(1) if attn.selector is not None else None
     assert rule is not None
-    slower, language = why_triton(), kernels()
+    slower, language = why_triton(_gpu()), kernels(_gpu())
     if rule.critical is not None and attn.attend.needs_norms:
         slower, language = "estimates of medium keys are made there", "Triton"
     listed = "lists the keys near the last step's threshold"
@@ -187,7 +187,16 @@ def _encode_on_a_gpu(encoder: Encoder | None) -> tuple[str, str, str]:
     reason = why_not_encode(encoder.widths()) if encoder is not None else None
     if reason is not None:
         return "encode", f"{_name(encoder)}: PyTorch", reason
-    return "encode", f"{_name(encoder)}: {kernels()} in a decoder, else PyTorch", "a decoder appends in the same kernel"
+    return (
+        "encode",
+        f"{_name(encoder)}: {kernels(_gpu())} in a decoder, else PyTorch",
+        "a decoder appends in the same kernel",
+    )
+
+
+def _gpu() -> torch.device | None:
+    """The GPU that is there; a plan may be of one that is not."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
 def _name(part: object) -> str:

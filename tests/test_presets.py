@@ -5,6 +5,7 @@ from torch import nn
 from hashattn import PRESETS, AsymmetricHash, HashAttention, SymmetricHash
 from hashattn.encoders.learned import LearnedHash
 from hashattn.presets import budget_options, options_of
+from hashattn.stored import encoder_class
 from tests.structured import attention64, cones, poison, qkv, raises_naming, tolerance, visible_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:this .* is not fitted:UserWarning")
@@ -141,3 +142,35 @@ def test_installed_packages_add_presets(tmp_path, monkeypatch):
     assert HashAttention.from_preset("theirs", bits=128).encoder.bits == 128
     raises_naming(TypeError, "'theirs'", "'bit'", "'bits'")(lambda: HashAttention.from_preset("theirs", bit=128))
     raises_naming(ValueError, "'their'", "'theirs'")(lambda: HashAttention.from_preset("their"))
+
+
+def test_a_broken_preset_names_its_package_and_the_others_still_serve(tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text(
+        "from hashattn import HashAttention\n"
+        "number = 3\n"
+        "def none(): return None\n"
+        "def refuses(*, k=0): raise ValueError('k must be at least 1')\n"
+        "def fails(): return {}['missing']\n"
+        "def works(): return HashAttention.from_preset('streaming')\n"
+    )
+    (tmp_path / "unimportable.py").write_text("import nothing_of_this_name\n")
+    info = tmp_path / "broken_presets-2.5.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-presets\nVersion: 2.5\n")
+    points = {n: f"broken:{n}" for n in ("number", "none", "refuses", "fails", "works", "absent")}
+    points |= {"unimportable": "unimportable:any", "nowhere": "no_such_module:any"}
+    lines = "\n".join(f"{n} = {where}" for n, where in points.items())
+    (info / "entry_points.txt").write_text(
+        f"[hashattn.presets]\n{lines}\n[hashattn.encoders]\nTheirs = unimportable:E\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, error, words in (
+        ("unimportable", ImportError, ["nothing_of_this_name"]), ("nowhere", ImportError, ["no_such_module"]),
+        ("absent", ImportError, ["absent"]), ("number", TypeError, ["3", "no preset"]),
+        ("none", TypeError, ["None", "no HashAttention"]), ("refuses", ValueError, ["k must be at least 1"]),
+        ("fails", RuntimeError, ["KeyError", "missing"]),
+    ):  # fmt: skip
+        raises_naming(error, "broken-presets 2.5", repr(name), *words)(lambda n=name: HashAttention.from_preset(n))
+    assert HashAttention.from_preset("works").selector == HashAttention.from_preset("streaming").selector
+    raises_naming(ValueError, "'wrks'", "'works'", "unimportable")(lambda: HashAttention.from_preset("wrks"))
+    raises_naming(ImportError, "broken-presets 2.5", "'Theirs'")(lambda: encoder_class("Theirs"))

@@ -40,6 +40,9 @@ class ALSH(FittedEncoder, ABC):
         self._fill(k.device, limit=self._pooled(k, 1).norm(dim=-1).amax(1))
         return self
 
+    def shapes(self, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
+        return ((kv_heads,),)
+
     def _scaled(self, k: Tensor, centre: Tensor | None) -> Tensor:
         """Keys over M, float32 [B, Hkv, N, D], of norm at most 1."""
         self.check_fitted()
@@ -96,8 +99,8 @@ class L2ALSH(ALSH):
         self, bits: int = 128, *, powers: int = 3, norm: float = 0.83, width: float = 2.5, seed: int = 0
     ) -> None:
         super().__init__(bits, 1, seed)
-        if not isinstance(powers, int) or powers < 1:
-            raise ValueError(f"powers must be an int of at least 1, got {powers!r}")
+        if not isinstance(powers, int) or not 1 <= powers <= 32:
+            raise ValueError(f"powers must be an int from 1 to 32, got {powers!r}")
         if not (0 < norm < 1 and width > 0):
             raise ValueError(f"norm must be between 0 and 1 and width above 0, got {norm!r} and {width!r}")
         self.powers, self.norm, self.width = powers, norm, width

@@ -74,6 +74,9 @@ class Encoder(ABC):
     def check_model(self, q_heads: int, kv_heads: int, head_dim: int) -> None:  # noqa: B027 (nothing to check is fine)
         """Raise ValueError if heads of this number and size cannot be encoded."""
 
+    def prepare(self, kv_heads: int, head_dim: int, device: torch.device) -> None:  # noqa: B027 (most have none to make)
+        """Make room on a device for the weights that are only shaped by fit(), as loading fills them."""
+
     def check_fitted(self) -> None:
         """Raise RuntimeError if it is not fitted; one that encodes all the same, and warns, lets that pass."""
         if not getattr(self, "fitted", True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,14 @@ class FittedEncoder(nn.Module, Encoder):
         self._names = buffers
         for name in buffers:
             self.register_buffer(name, torch.empty(0))
+
+    @abstractmethod
+    def shapes(self, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
+        """Of the buffers, in their order, once it is fitted to such a model."""
+
+    def prepare(self, kv_heads: int, head_dim: int, device: torch.device) -> None:
+        for name, shape in zip(self._names, self.shapes(kv_heads, head_dim), strict=True):
+            setattr(self, name, torch.empty(shape, device=device))
 
     @property
     def fitted(self) -> bool:

@@ -61,11 +61,17 @@ class HeavyChannels(nn.Module, Encoder):
         self.fits += 1
         return self
 
+    def prepare(self, kv_heads: int, head_dim: int, device: torch.device) -> None:
+        self.heavy = torch.empty((kv_heads, self.channels), dtype=torch.int64, device=device)
+
     def check_model(self, q_heads: int, kv_heads: int, head_dim: int) -> None:
-        if self.fitted and (len(self.heavy) != kv_heads or int(self.heavy.max()) >= head_dim):
+        if not self.fitted:
+            return
+        least, most = (int(x) for x in self.heavy.aminmax())
+        if len(self.heavy) != kv_heads or not 0 <= least <= most < head_dim:
             raise ValueError(
-                f"these HeavyChannels were fitted to {len(self.heavy)} KV heads and channels up to "
-                f"{int(self.heavy.max())}, but were given {kv_heads} heads of head_dim {head_dim}"
+                f"these HeavyChannels were fitted to {len(self.heavy)} KV heads and channels {least} to {most}, but "
+                f"were given {kv_heads} heads of head_dim {head_dim}"
             )
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:

@@ -61,6 +61,9 @@ class ITQ(FittedEncoder):
         self._fill(k.device, projection=torch.stack(heads), mean=mean)
         return self
 
+    def shapes(self, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
+        return (kv_heads, head_dim, self.bits), (kv_heads, head_dim)
+
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         self.check_fitted()
         return key_bits(subtract(k, self.mean.unsqueeze(0)) @ self.projection)

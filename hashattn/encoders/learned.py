@@ -156,6 +156,10 @@ class LearnedHash(nn.Module, Encoder):
             self.key_bias = KeyBias(heads, planes.shape[1], self.seed + 2).to(planes.device)
         return self
 
+    def prepare(self, kv_heads: int, head_dim: int, device: torch.device) -> None:
+        self.build(head_dim, device).build_bias(self.code_heads(kv_heads))
+        self.mean = torch.empty((kv_heads, head_dim), device=device)
+
     def project_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         """Keys before the sign: float32 [B, code heads, N, bits - bias_bits]."""
         x = self.centred(k, centre)

@@ -42,6 +42,9 @@ class PCA(FittedEncoder):
         self._fill(k.device, projection=axes.flip(-1)[..., : self.components])
         return self
 
+    def shapes(self, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
+        return ((kv_heads, head_dim, self.components),)
+
     def check_model(self, q_heads: int, kv_heads: int, head_dim: int) -> None:
         self._check_components(head_dim)
         super().check_model(q_heads, kv_heads, head_dim)

@@ -79,6 +79,11 @@ class PQ(nn.Module, Encoder):
         self.fits += 1
         return self
 
+    def prepare(self, kv_heads: int, head_dim: int, device: torch.device) -> None:
+        self._check_dim(head_dim)
+        shape = 1 if self.shared else kv_heads, self.subquantisers, 1 << self.sub_bits, head_dim // self.subquantisers
+        self.codebooks = torch.empty(shape, device=device)
+
     def check_model(self, q_heads: int, kv_heads: int, head_dim: int) -> None:
         self._check_dim(head_dim)
         if not self.fitted:

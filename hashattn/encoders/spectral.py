@@ -61,6 +61,9 @@ class SpectralHash(FittedEncoder):
         )
         return self
 
+    def shapes(self, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
+        return (kv_heads, head_dim, self.bits), (kv_heads, head_dim), (kv_heads, self.bits), (kv_heads,)
+
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         self.check_fitted()
         return key_bits(torch.cos(subtract(k, self.mean.unsqueeze(0)) @ self.projection + self.phase.unsqueeze(1)))

@@ -11,7 +11,8 @@ from torch import nn
 
 from hashattn.calibration import Calibration
 from hashattn.encoders import PerLayer
-from hashattn.learning.fit_folder import FitFolder, write_json
+from hashattn.json_files import write_json
+from hashattn.learning.fit_folder import FitFolder
 from hashattn.learning.recipe import Recipe
 from hashattn.learning.shards import Shards
 from hashattn.saving import save_pretrained

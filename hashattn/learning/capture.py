@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hashattn import tensor_files
 from hashattn.extras import require
-from hashattn.learning.manifest import Manifest, Recording, claim
+from hashattn.files import locked
+from hashattn.learning.manifest import LOCK, Manifest, Recording, check_free, claim
 from hashattn.learning.plan import Plan, Prompt
-from hashattn.learning.shards import TOKENS, Shards, layer_filename, load, save
+from hashattn.learning.shards import TOKENS, Shards, layer_filename, save
 from hashattn.workload.texts import Text
 
 if TYPE_CHECKING:
@@ -45,7 +47,8 @@ def capture(
 
     Raises:
         ValueError: a text that is too short, a length beyond the model's context, a model or layer that cannot be
-            captured, another folder's contents; before anything is run. Values that the dtype cannot hold.
+            captured, another folder's contents, another process that captures into it; before anything is run.
+            Values that the dtype cannot hold.
     """
     from hashattn.integrations.transformers.capture import capturable
     from hashattn.integrations.transformers.facts import facts_of
@@ -57,15 +60,18 @@ def capture(
     manifest = Manifest(
         facts_of(model, name), tuple(layers), plan.dtype, tuple(p.recording for p in prompts), plan.arguments(texts)
     )
-    claim(manifest, out)
-    shards = Shards(Path(out), manifest)
     tqdm = require("tqdm", "hf", "capturing").tqdm
-    with tqdm(prompts, unit="sequence", file=sys.stderr, disable=not progress) as bar:
-        for prompt in bar:
-            bar.set_description(prompt.recording.name)
-            if shards.fault(prompt.recording):
-                _record(model, prompt, plan, shards)
-    return Shards.open(out)
+    check_free(out)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with locked(Path(out, LOCK), f"capturing into {str(out)!r}"):
+        claim(manifest, out)
+        shards = Shards(Path(out), manifest)
+        with tqdm(prompts, unit="sequence", file=sys.stderr, disable=not progress) as bar:
+            for prompt in bar:
+                bar.set_description(prompt.recording.name)
+                if shards.fault(prompt.recording):
+                    _record(model, prompt, plan, shards)
+        return Shards.open(out)
 
 
 class Recorder:
@@ -100,7 +106,7 @@ class Recorder:
         """Join the decoded tokens to what was written."""
         for layer, decoded in self.decoded.items():
             if self.steps[layer]:
-                first = load(self._path(layer))
+                first = tensor_files.read(self._path(layer))
                 q, k = (torch.cat([first[name], more], dim=1) for name, more in zip("qk", decoded, strict=True))
                 self._save(layer, q, k)
 

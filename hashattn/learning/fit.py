@@ -50,8 +50,8 @@ def fit_layers(
         the folder for from_pretrained(); None while other processes are still at work on their layers.
 
     Raises:
-        ValueError: too few sequences, layers that were not captured, a folder that holds something else; codes that
-            are no bits to calibrate.
+        ValueError: too few sequences, layers that were not captured, a folder that holds something else, or layers
+            that another process fits; codes that are no bits to calibrate.
         RuntimeError: a loss that is not finite; its layer is named, and its last good state kept.
     """
     recipe = recipe or Recipe()
@@ -72,7 +72,7 @@ def fit_layers(
     )
     own = [i for i in chosen[rank::world] if folder.record(i) is None]
     steps = recipe.steps if isinstance(encoder, LearnedHash) else 1
-    with _Bar(len(own), steps, rank, progress) as bar:
+    with folder.fitting(own), _Bar(len(own), steps, rank, progress) as bar:
         for layer in own:
             samples = [_on(sample, device) for sample in shards.layer(layer)]
             fit_layer(layer, samples, kept, recipe, folder, bar)
