@@ -132,7 +132,7 @@ def round_weights(part: nn.Module, dtype: str = "float16") -> None:
 def restore(description: Any, tensors: Weights, facts: ModelFacts) -> Encoder:
     """The encoder that describe() and tensors_of() were called with, tried on queries and keys of the model's shape.
 
-    It is made without memory, and given some when its weights turn out to be of the names and shapes that it asks for.
+    It is made on the meta device, and is given memory once its weights are of the names and shapes that it asks for.
 
     Args:
         description: its class and arguments.
@@ -148,9 +148,10 @@ def restore(description: Any, tensors: Weights, facts: ModelFacts) -> Encoder:
     made = encoder_class(description["class"])
     given = _arguments(made, description["arguments"])
     try:
-        with torch.device("meta"):
-            encoder: Any = made(**given)
-            encoder.prepare(facts.kv_heads, facts.head_dim, torch.device("meta"))
+        encoder = _blank(made, given, facts, "meta")
+        if made not in _OWN.values():  # a constructor of others may do more than make weights
+            compare(encoder, tensors.said)
+            encoder = _blank(made, given, facts, "cpu")
         fill(encoder, tensors)
         encoder.check_model(facts.q_heads, facts.kv_heads, facts.head_dim)
         encoder.encode_key(torch.zeros(1, facts.kv_heads, 1, facts.head_dim))
@@ -160,31 +161,48 @@ def restore(description: Any, tensors: Weights, facts: ModelFacts) -> Encoder:
     return encoder
 
 
-def fill(part: nn.Module, tensors: Weights) -> None:
-    """Load what tensors_of() gave into a part on the meta device; everything is computed in float32.
+def compare(part: nn.Module, said: Mapping[str, Stored]) -> None:
+    """Compare the weights of a part, which may be on the meta device, with what the header of a file says.
 
     Raises:
-        ValueError: missing or unknown names, other shapes or dtypes, values that are not finite.
+        ValueError: missing or unknown names, other shapes or dtypes.
     """
     wanted = {**dict(part.named_parameters()), **dict(part.named_buffers())}  # shared weights once, as they are stored
-    if wanted.keys() != tensors.said.keys():
-        found = ", ".join(sorted(tensors.said)) or "none"
+    if wanted.keys() != said.keys():
+        found = ", ".join(sorted(said)) or "none"
         raise ValueError(f"weights {', '.join(sorted(wanted))} were expected, got {found:.1000}")
-    for name, said in tensors.said.items():
+    for name, there in said.items():
         shape = tuple(wanted[name].shape)
-        if wanted[name].numel() and shape != said.shape:  # an empty buffer takes the shape it is given
-            raise ValueError(f"{name} is {[*said.shape]}, but {[*shape]} was expected")
-        if not math.prod(said.shape):
-            raise ValueError(f"{name} is {[*said.shape]}: there is nothing in it")
+        if wanted[name].numel() and shape != there.shape:  # an empty buffer takes the shape it is given
+            raise ValueError(f"{name} is {[*there.shape]}, but {[*shape]} was expected")
+        if not math.prod(there.shape):
+            raise ValueError(f"{name} is {[*there.shape]}: there is nothing in it")
         expected = [*NAMES.values()] if wanted[name].is_floating_point() else ["I64"]
-        if said.dtype not in expected:
-            raise ValueError(f"{name} is of {said.dtype}, but {' or '.join(expected)} was expected")
+        if there.dtype not in expected:
+            raise ValueError(f"{name} is of {there.dtype}, but {' or '.join(expected)} was expected")
+
+
+def fill(part: nn.Module, tensors: Weights) -> None:
+    """Load what tensors_of() gave; everything is computed in float32.
+
+    Raises:
+        ValueError: what compare() refuses, or values that are not finite.
+    """
+    compare(part, tensors.said)
     held = tensors.read()
     for name, tensor in held.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{name} holds values that are not finite")
     floats = {name: t.float() if t.is_floating_point() else t for name, t in held.items()}
     part.load_state_dict(floats, strict=False, assign=True)
+
+
+def _blank(made: type[Encoder], given: Mapping[str, Any], facts: ModelFacts, device: str) -> Any:
+    """An encoder that is not fitted, with room for what fit() makes."""
+    with torch.device(device):
+        encoder = made(**given)
+        encoder.prepare(facts.kv_heads, facts.head_dim, torch.device(device))
+    return encoder
 
 
 def _arguments(made: type[Encoder], described: Any) -> dict[str, Any]:

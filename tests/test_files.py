@@ -1,3 +1,6 @@
+import errno
+import fcntl
+import json
 import os
 import socket
 import subprocess
@@ -136,3 +139,26 @@ def test_what_is_kept_is_whole_or_not_there(tmp_path):
         keep(folder, "a", ".bin", b"content")
     path.chmod(0o666)  # others could have written it
     assert kept(folder, "a", ".bin") is None
+
+
+def test_where_there_are_no_locks_it_says_so_and_goes_on(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.warns(UserWarning, match="one process at a time"), locked(tmp_path / ".lock", "writing"):
+        pass
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_lock_that_is_let_go_in_between_is_taken_anew(tmp_path, monkeypatch):
+    path, flock = tmp_path / ".lock", fcntl.flock
+
+    def meanwhile(held, how):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        path.unlink()  # its holder ends after it was opened here
+        flock(held, how)
+
+    monkeypatch.setattr(fcntl, "flock", meanwhile)
+    with locked(path, "writing"):
+        assert json.loads(path.read_text())["process"] == os.getpid()

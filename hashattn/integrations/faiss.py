@@ -68,9 +68,10 @@ def import_codes(path: str | Path) -> Tensor:
         raise FileNotFoundError(f"{str(path)!r} is no file")
     _check_header(path)
     try:
-        index = faiss.downcast_IndexBinary(faiss.read_index_binary(str(path)))
+        owner = faiss.read_index_binary(str(path))
     except (RuntimeError, MemoryError) as error:
         raise ValueError(f"{str(path)!r} is no binary index of FAISS: {error}") from error
+    index = faiss.downcast_IndexBinary(owner)  # which keeps what it shows
     octets = faiss.vector_to_array(index.xb).reshape(index.ntotal, -1)
     return torch.from_numpy(octets).view(torch.int64)
 

@@ -102,7 +102,7 @@ def test_files_that_hold_nothing_are_refused(tmp_path):
 def test_odd_json_is_named_by_its_line(line, tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(RULER) + "\n" + line + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="x.jsonl, line 2: no JSON"):
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: no JSON"):
         read_ruler(path)
 
 

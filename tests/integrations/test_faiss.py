@@ -65,7 +65,7 @@ def test_other_files_are_refused(tmp_path):
 
 
 def test_damaged_files_are_refused_before_faiss_believes_them(tmp_path):
-    cache, _ = filled(SimHash(64))
+    cache, _ = filled(SimHash(64, centring=None))
     path = export_codes(cache, tmp_path / "codes")
     whole = path.read_bytes()
     assert import_codes(path).shape[1] == 1

@@ -18,11 +18,12 @@ def why_triton(device: torch.device | None = None) -> str | None:
     Args:
         device: None for any GPU.
     """
-    if device is None:
-        return compiler.why_not()
-    if torch.cuda.get_device_capability(device) < OLDEST:
+    if device is not None and torch.cuda.get_device_capability(device) < OLDEST:
         return "CUDA C++ is written for compute capability 8.0 and above"
-    return compiler.why_not(torch.cuda.current_device() if device.index is None else device.index)
+    reason = compiler.why_not()
+    if reason is None and device is not None and torch.cuda.is_available():  # else there is none to be tried
+        return compiler.why_not_on(torch.cuda.current_device() if device.index is None else device.index)
+    return reason
 
 
 def kernels(device: torch.device | None = None) -> str:

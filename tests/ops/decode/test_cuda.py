@@ -156,17 +156,18 @@ def nobody():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU of a compute capability, as far as why_not() asks; what it tried to load comes back."""
+    """A GPU of a compute capability, as far as why_not_on() asks; what it tried to load comes back."""
     tried = []
 
     def of(capability, loads=lambda code: None):
-        compiler.why_not.cache_clear()
+        compiler.why_not_on.cache_clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         monkeypatch.setattr(compiler, "_loaded", lambda code, name, device: tried.append((code, name)) or loads(code))
         return tried
 
     yield of
-    compiler.why_not.cache_clear()
+    compiler.why_not_on.cache_clear()
 
 
 def test_an_architecture_that_the_compiler_does_not_know_leaves_the_step_to_triton(gpu):

@@ -20,29 +20,31 @@ Defines = tuple[tuple[str, int], ...]
 
 
 @functools.cache
-def why_not(device: int | None = None) -> str | None:
-    """Why kernels cannot be compiled and loaded here, as the end of a sentence; None if they can.
-
-    Args:
-        device: the number of a GPU, which is tried with a kernel that does nothing; None tries none.
-    """
+def why_not() -> str | None:
+    """Why kernels cannot be compiled here, as the end of a sentence; None if they can."""
     try:
         from cuda.bindings import nvrtc
 
-        major, minor = _version(nvrtc)
-        if device is None:
-            return None
-        arch = _arch(device)
+        _version(nvrtc)
+    except ImportError:
+        return 'CUDA C++ needs cuda-bindings: pip install "hashattn[gpu]"'
+    except Exception as error:  # what is raised where the library is missing depends on the version
+        return f"CUDA C++ needs NVRTC, which does not load: {_first_line(error)}"
+    return None
+
+
+@functools.cache
+def why_not_on(device: int) -> str | None:
+    """The same of a GPU, which is tried with a kernel that does nothing; kernels can be compiled here."""
+    from cuda.bindings import nvrtc
+
+    try:
+        (major, minor), arch = _version(nvrtc), _arch(device)
         if arch not in _checked(nvrtc.nvrtcGetSupportedArchs()):
             return f"NVRTC {major}.{minor} does not know compute capability {arch // 10}.{arch % 10}"
         _loaded(_compiled(b'extern "C" __global__ void nothing() {}', "nothing", [], [], arch), "nothing", device)
-    except ImportError:
-        return 'CUDA C++ needs cuda-bindings: pip install "hashattn[gpu]"'
-    except Exception as error:  # what is raised where a library is missing or too old depends on the version
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        if device is None:
-            return f"CUDA C++ needs NVRTC, which does not load: {first}"
-        return f"CUDA C++ does not run on this GPU with this driver: {first}"
+    except Exception as error:  # of a driver that is too old, say
+        return f"CUDA C++ does not run on this GPU with this driver: {_first_line(error)}"
     return None
 
 
@@ -156,6 +158,10 @@ def _loaded(code: bytes, name: str, device: int) -> Any:
         torch.cuda.current_stream().synchronize()  # the device's context exists and is current
         module = _checked(driver.cuModuleLoadData(code))
     return _checked(driver.cuModuleGetFunction(module, name.encode()))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _arch(device: int) -> int:
