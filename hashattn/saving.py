@@ -116,6 +116,7 @@ def save_pretrained(
         "fitted_on": fitted_on, "dtype": dtype, "weights_sha256": sha256,
     }  # fmt: skip
     parse_json(json.dumps(config, allow_nan=False))  # what could not be read again is not written
+    ModelFacts.from_json(config["model"])
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK, f"saving encoders in {str(folder)!r}"):
         check_target(folder)  # as it is now
@@ -143,12 +144,14 @@ def from_pretrained(source: str | Path) -> Pretrained:
     folder = _folder(source)
     while True:
         config = _config(folder)
+        path = _weights(folder, config)
         try:
-            return _read(config, folder)
+            return _read(config, path)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{str(folder / CONFIG)!r} lacks a field, or it is of another type: {error}") from error
         except ValueError as error:
-            if _config(folder) == config:  # else it was saved anew in between
+            again = _config(folder)
+            if (again, _weights(folder, again)) == (config, path):  # else it was saved anew in between
                 raise ValueError(f"{str(folder / CONFIG)!r} cannot be used: {error}") from error
 
 
@@ -158,15 +161,13 @@ def shipped() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(home.glob(f"*/{CONFIG}"))}
 
 
-def _read(config: Mapping[str, Any], folder: Path) -> Pretrained:
+def _read(config: Mapping[str, Any], path: Path) -> Pretrained:
     for name, wanted in (("bit_order", BIT_ORDER), ("post_rope", True)):
         if config[name] != wanted or type(config[name]) is not type(wanted):
             raise ValueError(f"{name} is {config[name]!r:.100}, this version reads {wanted!r}")
     facts, noted, sha256 = ModelFacts.from_json(config["model"]), config["calibration"], config["weights_sha256"]
     if not isinstance(sha256, str):
         raise ValueError(f"weights_sha256 must be a string, got {sha256!r:.100}")
-    path = _staged(folder, sha256) if re.fullmatch("[0-9a-f]{64}", sha256) else folder / WEIGHTS
-    path = path if path.is_file() else folder / WEIGHTS  # the other one only where a save was stopped
     weights = _Loading(path, sha256)
     encoders: dict[int, Any] = {}
     for i, description in _by_layer("encoders", config["encoders"], facts):
@@ -300,6 +301,14 @@ def check_target(folder: Path) -> None:
         raise ValueError(
             f"folder={str(folder)!r} holds something else than fitted encoders ({visible[0]}, ...): name a new one"
         )
+
+
+def _weights(folder: Path, config: Mapping[str, Any]) -> Path:
+    """The file that config.json speaks of."""
+    sha256 = config.get("weights_sha256")
+    if isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) and _staged(folder, sha256).is_file():
+        return _staged(folder, sha256)  # a save was stopped, or is not done yet
+    return folder / WEIGHTS
 
 
 def _staged(folder: Path, sha256: str) -> Path:

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import struct
+import threading
 import time
 from hashlib import sha256
 from importlib.metadata import EntryPoint
@@ -465,3 +466,28 @@ def test_two_that_save_at_once_are_told(tmp_path):
     with locked(folder / saving.LOCK, "saving"):
         raises_naming(ValueError, str(folder), f"process {os.getpid()}")(lambda: saved(folder, part=ready()))
     assert from_pretrained(saved(folder, part=ready())).facts == FACTS
+
+
+def test_whoever_reads_while_others_save_gets_one_or_the_other(tmp_path):
+    folder, new = saved(tmp_path / "a", fitted_on="old", part=ready()), ready("symmetric")
+    kinds = {"old": AsymmetricHash, "new": SymmetricHash}
+    stop, found = threading.Event(), set()
+
+    def save():
+        while not stop.is_set():
+            saved(folder, fitted_on="new", part=new)
+            saved(folder, fitted_on="old", part=ready())
+
+    writer = threading.Thread(target=save)
+    writer.start()
+    try:
+        for read in range(200):
+            if read >= 15 and len(found) == 2:
+                break
+            loaded = from_pretrained(folder)
+            found.add(loaded.fitted_on)
+            assert isinstance(loaded.encoder.layer(1), kinds[loaded.fitted_on])
+    finally:
+        stop.set()
+        writer.join()
+    assert found == {"old", "new"}

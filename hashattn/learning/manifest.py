@@ -157,6 +157,7 @@ def claim(manifest: Manifest, folder: str | Path) -> None:
                 "same ones to resume it, or another folder"
             )
         return
+    Manifest.from_json(manifest.as_json())  # what could not be read again is refused now
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / FILENAME, manifest.as_json())
 
