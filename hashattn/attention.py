@@ -170,7 +170,8 @@ class HashAttention:
             return dense(q, cache.keys, cache.values, seen, scale, need_lse=need_lse, need_weights=need_weights), None
         assert self.selector is not None
         fewest = cache.shortest - (tokens - 1 if causal else 0)  # keys that the shortest-sighted query sees
-        if engine == "triton" and fewest >= warmup and not need_weights and not needs_grad(q, self.attend):
+        fits = engine == "triton" and fewest >= warmup and not need_weights
+        if fits and not (torch.is_grad_enabled() and needs_grad(q, cache.keys, cache.values, attend=self.attend)):
             return fused.step(self, q, cache, scale, causal)
         query = self.encoder.encode_query(q) if self.encoder is not None else None
         view = cache.view(query, q.shape[1], cache.spans(tokens, causal), engine=engine, q=q, scale=scale)
@@ -220,9 +221,9 @@ class HashAttention:
             shape = Shape(cache.batch, q.shape[1], cache.kv_heads, cache.head_dim, q.element_size())
             unfused = fused.why_not(
                 self, device=kind, dtype=q.dtype, q_heads=q.shape[1], kv_heads=cache.kv_heads,
-                head_dim=cache.head_dim, tokens=q.shape[2],
+                head_dim=cache.head_dim, tokens=q.shape[2], batch=cache.batch,
             )  # fmt: skip
-            least = crossover(self, kind, shape) if kind != "cuda" or unfused is None else None
+            least = crossover(self, q.device, shape) if kind != "cuda" or unfused is None else None
             cache.admitted = call, least, unfused  # the next call like it needs no second look
         return resolve(self, q.device.type, cache.longest, *cache.admitted[1:])
 
@@ -267,10 +268,10 @@ class HashAttention:
         return f"HashAttention({', '.join(shown)})"
 
 
-def needs_grad(q: Tensor, attend: Attend) -> bool:
-    """Whether a gradient is wanted, which only the reference gives."""
+def needs_grad(*tensors: Tensor, attend: Attend) -> bool:
+    """Whether a gradient of these or of an Attend's weights is wanted, which only the reference gives."""
     weights = attend.parameters() if isinstance(attend, nn.Module) else ()
-    return torch.is_grad_enabled() and (q.requires_grad or any(w.requires_grad for w in weights))
+    return any(x.requires_grad for x in (*tensors, *weights))
 
 
 def keep_short(selection: Selection, visible: Tensor, warmup: int) -> Selection:

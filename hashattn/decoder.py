@@ -92,7 +92,7 @@ class Decoder:
             return
         reason = fused.why_not(
             self.attn, device=self.keys.device.type, dtype=self.keys.dtype, q_heads=q_heads, kv_heads=cache.kv_heads,
-            head_dim=cache.head_dim, tokens=tokens,
+            head_dim=cache.head_dim, tokens=tokens, batch=cache.batch,
         )  # fmt: skip
         if reason is not None:
             raise ValueError(f'engine="triton" cannot take this step: {reason}')

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from hashattn.gpus import this_gpu
 from hashattn.threads import thread_count
 
@@ -62,16 +64,19 @@ def resolve(attn: HashAttention, device: str, visible: int, least: int | None, u
     return "triton" if device == "cuda" else "cpu"
 
 
-def crossover(attn: HashAttention, device: str, shape: Shape, threads: int | None = None) -> int | None:
-    """Visible keys from which engine="auto" searches on this kind of device; None if it never does.
+def crossover(
+    attn: HashAttention, device: str | torch.device, shape: Shape, threads: int | None = None
+) -> int | None:  # fmt: skip
+    """Visible keys from which engine="auto" searches on this device; None if it never does.
 
     On CUDA it holds for steps that engine="triton" serves, launched from Python (hashattn/gpus.py). Plain
     PyTorch did not win there at any length (benchmarks/results/decode_step_h200.json).
     """
-    if device not in ("cpu", "cuda") or not attn.attend.needs_selection or attn.selector is None:
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda") or not attn.attend.needs_selection or attn.selector is None:
         return None
-    if device == "cuda":
-        found = this_gpu()
+    if device.type == "cuda":
+        found = this_gpu(device)
         return None if found is None else found[1].keys(shape.key_bytes)
     if attn.encoder is not None and not (attn.index is not None and attn.index.flat_codes):
         return None  # of the others no cost is known; scores of floats read as much as dense attention does
@@ -87,14 +92,15 @@ def crossover(attn: HashAttention, device: str, shape: Shape, threads: int | Non
     return low
 
 
-def provenance(device: str, shape: Shape) -> str:
+def provenance(device: str | torch.device, shape: Shape) -> str:
     """Where :func:`crossover` has its figures from, and on a GPU from where on a captured step wins; "" if it has none.
 
     Whether a step is captured is for who captures it to say: "auto" cannot know.
     """
-    if device == "cpu":
+    device = torch.device(device)
+    if device.type == "cpu":
         return "benchmarks/results/bench_cpu*.json"
-    found = this_gpu() if device == "cuda" else None
+    found = this_gpu(device) if device.type == "cuda" else None
     if found is None:
         return ""
     name, gpu = found

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def why_not(
-    attn: HashAttention, *, device: str, dtype: torch.dtype, q_heads: int, kv_heads: int, head_dim: int, tokens: int = 1
+    attn: HashAttention, *, device: str, dtype: torch.dtype, q_heads: int, kv_heads: int, head_dim: int,
+    tokens: int = 1, batch: int = 1,
 ) -> str | None:  # fmt: skip
     """Why engine="triton" does not serve such a step, as the end of a sentence; None if it does."""
     encoder, index, selector = attn.encoder, attn.index, attn.selector
@@ -34,7 +35,7 @@ def why_not(
         return f'it serves TopK, LocalTopK, Threshold and Tiers (of a group, with combine="sum"), not {selector!r}'
     return decode.why_not(
         device=device, dtype=dtype, head_dim=head_dim, group=q_heads // kv_heads, tokens=tokens,
-        words=words(encoder.bits), planes=encoder.query_bits, rule=rule,
+        words=words(encoder.bits), planes=encoder.query_bits, rule=rule, batch=batch,
     )  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def prepare(attn: HashAttention, cache: KVCache, q_heads: int, tokens: int) -> P
     )  # fmt: skip
     state, device = cache.on_device, keys.device
     return Prepared(
-        rule, keys, values, codes, cache.storage("norms") if cache.with_norms else None,
+        sizes.rule, keys, values, codes, cache.storage("norms") if cache.with_norms else None,
         state.starts(cache._starts, device), state.bounds(sizes.state, device),
         state.scratch.workspace(sizes.workspace, device),
         attn.attend.fused_estimate(cache) if rule.critical is not None else None,

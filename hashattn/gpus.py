@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hashattn.ops.decode import why_not_nvidia
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -40,11 +42,18 @@ GPUS: dict[str, Gpu] = {  # by torch.cuda.get_device_name()
 }
 
 
-def this_gpu() -> tuple[str, Gpu] | None:
-    """The current GPU's entry and its name; else that of the same compute capability whose eager steps win last."""
-    if not torch.cuda.is_available():
+def this_gpu(device: torch.device | None = None) -> tuple[str, Gpu] | None:
+    """A GPU's entry and its name; else that of the same compute capability whose eager steps win last.
+
+    Args:
+        device: None for the current one.
+
+    Returns:
+        None for one that nothing is known of, and for one that is not NVIDIA's.
+    """
+    if not torch.cuda.is_available() or why_not_nvidia() is not None:
         return None
-    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     if name in GPUS:
         return name, GPUS[name]
     alike = [(other, gpu) for other, gpu in GPUS.items() if gpu.capability == capability]

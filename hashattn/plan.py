@@ -83,10 +83,12 @@ def explain(
     if q_heads % kv_heads:
         raise ValueError(f"q_heads must be a multiple of kv_heads, got {q_heads} and {kv_heads}")
     kind = torch.device(device).type
-    unfused = why_not(attn, device=kind, dtype=dtype, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim)
+    unfused = why_not(
+        attn, device=kind, dtype=dtype, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, batch=batch
+    )
     shape, least = Shape(batch, q_heads, kv_heads, head_dim, dtype.itemsize), None
     if kind != "cuda" or unfused is None:
-        least = crossover(attn, kind, shape)
+        least = crossover(attn, device, shape)
     engine = resolve(attn, kind, keys, least, unfused)
     row = head_dim * dtype.itemsize
     kv_bytes = 2 * batch * kv_heads * keys * row
@@ -112,7 +114,7 @@ def explain(
         scan_bytes += batch * heads * min(keys, times * attn.selector.looked_at(keys)) * row
     stages = _stages(attn, engine, kind, least, unfused)
     return Plan(
-        engine, stages, kv_bytes, scan_bytes, attend_bytes, code_bytes, kv_bytes, least, provenance(kind, shape)
+        engine, stages, kv_bytes, scan_bytes, attend_bytes, code_bytes, kv_bytes, least, provenance(device, shape)
     )
 
 

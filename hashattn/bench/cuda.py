@@ -25,11 +25,13 @@ from hashattn.bench.faiss_gpu import faiss_us
 from hashattn.bench.floors import Machine, floors
 from hashattn.bench.graphs import WARM_UP, measure_machine, take_turns
 from hashattn.extras import require
-from hashattn.ops.decode import Scratch
+from hashattn.ops.decode import Scratch, why_not_nvidia
 
 
 def need_gpu(what: str) -> None:
     """Raise RuntimeError unless there is a GPU."""
+    if torch.version.hip is not None:
+        raise RuntimeError(f"{what}: {why_not_nvidia()}; --device cpu measures the CPU")
     if not torch.cuda.is_available():
         raise RuntimeError(
             f"{what} needs an NVIDIA GPU, and torch {torch.__version__} sees none: run it where nvidia-smi "

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hashattn.ops.decode.device import on_its_device
+
 
 @triton.jit
 def place(rows, count, filled, T, room, code_room):
@@ -63,6 +65,7 @@ def append_rows(
         store_rows(norm, norms, head * code_room + column, fits, 1, 1)
 
 
+@on_its_device
 def append(
     k: Tensor, v: Tensor, codes: Tensor, keys: Tensor, values: Tensor, stored: Tensor, length: Tensor, arrived: Tensor,
     new_norms: Tensor | None = None, norms: Tensor | None = None,

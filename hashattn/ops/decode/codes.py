@@ -59,6 +59,12 @@ def distance(
 
 
 @triton.jit
+def program_row():
+    """The row of a program of a grid from :func:`hashattn.ops.decode.sizes.grid`."""
+    return tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+
+
+@triton.jit
 def span(starts, length, room, b, t, T, CAUSAL: tl.constexpr):
     """The columns (first, end) that query t of row b sees, none of them beyond the room."""
     first = tl.load(starts + b)

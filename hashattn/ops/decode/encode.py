@@ -9,11 +9,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hashattn.ops.decode.append import lengthen, load_rows, place, store_rows
+from hashattn.ops.decode.device import on_its_device, starts_early
 from hashattn.ops.decode.hidden import sum_hidden
 from hashattn.ops.decode.maps import Map
-from hashattn.ops.decode.matrix import load_block, load_columns, load_vectors, times
+from hashattn.ops.decode.matrix import load_block, load_columns, load_vectors, relu, times
 from hashattn.ops.decode.sizes import carve, hidden_parts
-from hashattn.ops.decode.triton import starts_early
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def load_hidden(sums, rows, count, HIDDEN: tl.constexpr, PARTS: tl.constexpr):
         h = tl.zeros(inside.shape, tl.float32)
         for part in tl.static_range(PARTS):
             h += tl.load(sums + (row + part * count) * HIDDEN + units, mask=inside, other=0.0)
-        h = tl.maximum(h, 0.0)
+        h = relu(h)
     return h
 
 
@@ -55,8 +55,8 @@ def project(x, h, weights, HIDDEN: tl.constexpr):
 def level_of(p, largest, PLANES: tl.constexpr):
     """Which of 2^PLANES levels, symmetric about zero, each value lies in."""
     HALF: tl.constexpr = 1 << (PLANES - 1)
-    steps = (tl.div_rn(tl.abs(p), tl.broadcast_to(largest, p.shape)) * HALF).to(tl.int32)
-    steps = tl.minimum(steps, HALF - 1)
+    steps = tl.div_rn(tl.abs(p), tl.broadcast_to(largest, p.shape)) * HALF
+    steps = tl.where(steps >= 1, tl.minimum(steps, HALF - 1), 0.0).to(tl.int32)  # none for NaN
     return tl.where(p >= 0, HALF + steps, HALF - 1 - steps)
 
 
@@ -90,9 +90,12 @@ def encode_queries(
     if PLANES == 1:
         tl.store(to, pack((p[0] >= 0) & (bits < BITS)), mask=rows < count)
     else:
-        largest = tl.zeros([TILE, 1], tl.float32) + 1e-30
+        largest = tl.zeros([TILE, 1], tl.float32) + 1.17549435e-38
         for w in tl.static_range(TOGETHER):
             largest = tl.maximum(largest, tl.max(tl.abs(p[w]), 1, keep_dims=True))
+        for w in tl.static_range(TOGETHER):  # which passes NaN over
+            broken = tl.max((p[w] != p[w]).to(tl.int32), 1, keep_dims=True)
+            largest = tl.where(broken != 0, float("nan"), largest)
         for w in tl.static_range(TOGETHER):
             level = level_of(p[w], largest, PLANES)
             for j in tl.static_range(PLANES):
@@ -164,6 +167,7 @@ def encode_rows(
         gdc_launch_dependents()
 
 
+@on_its_device
 def encode(
     q: Tensor, k: Tensor, v: Tensor, centre: Tensor, maps: tuple[Map, Map], query_bits: int, keys: Tensor,
     values: Tensor, codes: Tensor, length: Tensor, arrived: Tensor, workspace: Tensor, norms: Tensor | None = None,

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hashattn.ops.decode.maps import Map
-from hashattn.ops.decode.matrix import load_block, load_columns, load_vectors, times
+from hashattn.ops.decode.matrix import load_block, load_columns, load_vectors, relu, times
 from hashattn.ops.decode.sizes import blocking
 
 
@@ -45,7 +45,7 @@ def hidden_sums(
     written = rows[:, None] < count
     if LAST:
         columns = tl.arange(0, WIDTH)[None, :]
-        part = times(tl.maximum(units, 0.0), onward) + once
+        part = times(relu(units), onward) + once
         to = sums + (tl.program_id(1).to(tl.int64) * count + rows[:, None]) * LAST + columns
         tl.store(to, part, mask=written & (columns < LAST))
     else:

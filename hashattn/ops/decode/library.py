@@ -108,19 +108,38 @@ def filled(length: Tensor) -> Tensor:
     return now
 
 
-def _on_its_device(kernels: Callable[..., Result]) -> Callable[..., Result]:
-    """Launch them on the GPU of the first tensor, whichever is the current one."""
+def _not_differentiable(name: str, **places: int) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Refuse to run where the arguments in these places want a gradient, of which nothing would be left.
 
-    @functools.wraps(kernels)
-    def launch(first: Tensor, *others: Any) -> Result:
-        with torch.cuda.device(first.device):
-            return kernels(first, *others)
+    Args:
+        name: of the operator.
+    """
 
-    return launch
+    def refusing(run: Callable[..., Result]) -> Callable[..., Result]:
+        @functools.wraps(run)
+        def checked(*given: Any) -> Result:
+            if torch.is_grad_enabled():
+                wanted = [argument for argument, place in places.items() if given[place].requires_grad]
+                if wanted:
+                    raise RuntimeError(
+                        f"hashattn::{name} is not differentiable, and a gradient is wanted of {', '.join(wanted)}: "
+                        'call it under torch.no_grad(), or attend with engine="reference"'
+                    )
+            return run(*given)
+
+        return checked
+
+    return refusing
+
+
+_of_decode = _not_differentiable("decode", q=0, keys=2, values=3)
+_of_decode_tiers = _not_differentiable("decode_tiers", q=0, keys=2, values=3, a=10)
+_of_append = _not_differentiable("append", k=0, v=1, keys=3, values=4)
+_of_encode = _not_differentiable("encode", q=0, k=1, v=2, keys=8, values=9)
 
 
 @torch.library.impl(_OPS, "decode", "CUDA")
-@_on_its_device
+@_of_decode
 def _decode_cuda(
     q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
     bounds: Tensor, workspace: Tensor, scale: float, causal: bool, *rule: Any,
@@ -134,16 +153,16 @@ def _decode_cuda(
 
 
 @torch.library.impl(_OPS, "decode", "CPU")
+@_of_decode
 def _decode_cpu(
     q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
     bounds: Tensor, workspace: Tensor, scale: float, causal: bool, *rule: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    room, kept = min(keys.shape[2], codes.shape[2]), Rule(*rule)
+    sizes = Sizes.of(q, query, keys, codes, Rule(*rule))
     out, lse, ids = reference(
-        q, query, keys, values, codes, starts, length.clamp(max=room), kept, scale=scale, causal=causal
+        q, query, keys, values, codes, starts, length.clamp(max=sizes.limit), sizes.rule, scale=scale, causal=causal
     )
-    slots = Sizes.of(q, query, keys, codes, kept).slots
-    return *_as_kernels_do(out, lse, int(length) > room), _padded(ids, slots, -1)
+    return *_as_kernels_do(out, lse, int(length) > sizes.limit), _padded(ids, sizes.slots, -1)
 
 
 def _as_kernels_do(out: Tensor, lse: Tensor, outgrown: bool) -> tuple[Tensor, Tensor]:
@@ -156,6 +175,7 @@ def _padded(x: Tensor, slots: int, value: int) -> Tensor:
 
 
 @torch.library.register_fake("hashattn::decode", lib=_OPS)
+@_of_decode
 def _decode_fake(
     q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
     bounds: Tensor, workspace: Tensor, scale: float, causal: bool, *rule: Any,
@@ -166,7 +186,7 @@ def _decode_fake(
 
 
 @torch.library.impl(_OPS, "decode_tiers", "CUDA")
-@_on_its_device
+@_of_decode_tiers
 def _decode_tiers_cuda(
     q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
     bounds: Tensor, norms: Tensor, centre: Tensor, a: Tensor, bits: int, workspace: Tensor, scale: float,
@@ -181,21 +201,23 @@ def _decode_tiers_cuda(
 
 
 @torch.library.impl(_OPS, "decode_tiers", "CPU")
+@_of_decode_tiers
 def _decode_tiers_cpu(
     q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
     bounds: Tensor, norms: Tensor, centre: Tensor, a: Tensor, bits: int, workspace: Tensor, scale: float,
     causal: bool, *rule: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    room, kept = min(keys.shape[2], codes.shape[2]), Rule(*rule)
+    sizes = Sizes.of(q, query, keys, codes, Rule(*rule))
     out, lse, ids, tier = reference_tiers(
-        q, query, keys, values, codes, starts, length.clamp(max=room), Estimate(norms, centre, a, bits), kept,
-        scale=scale, causal=causal,
+        q, query, keys, values, codes, starts, length.clamp(max=sizes.limit), Estimate(norms, centre, a, bits),
+        sizes.rule, scale=scale, causal=causal,
     )  # fmt: skip
-    slots = Sizes.of(q, query, keys, codes, kept).slots
-    return *_as_kernels_do(out, lse, int(length) > room), _padded(ids, slots, -1), _padded(tier, slots, 0)
+    padded = _padded(ids, sizes.slots, -1), _padded(tier, sizes.slots, 0)
+    return *_as_kernels_do(out, lse, int(length) > sizes.limit), *padded
 
 
 @torch.library.register_fake("hashattn::decode_tiers", lib=_OPS)
+@_of_decode_tiers
 def _decode_tiers_fake(
     q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
     bounds: Tensor, norms: Tensor, centre: Tensor, a: Tensor, bits: int, workspace: Tensor, scale: float,
@@ -206,7 +228,7 @@ def _decode_tiers_fake(
 
 
 @torch.library.impl(_OPS, "append", "CUDA")
-@_on_its_device
+@_of_append
 def _append_cuda(
     k: Tensor, v: Tensor, codes: Tensor, keys: Tensor, values: Tensor, stored: Tensor, length: Tensor, arrived: Tensor,
     *norms: Tensor | None,
@@ -217,6 +239,7 @@ def _append_cuda(
 
 
 @torch.library.impl(_OPS, "append", "CPU")
+@_of_append
 def _append_cpu(
     k: Tensor, v: Tensor, codes: Tensor, keys: Tensor, values: Tensor, stored: Tensor, length: Tensor, arrived: Tensor,
     *norms: Tensor | None,
@@ -225,12 +248,13 @@ def _append_cpu(
 
 
 @torch.library.register_fake("hashattn::append", lib=_OPS)
+@_of_append
 def _append_fake(*given: Tensor | None) -> None:
     return None
 
 
 @torch.library.impl(_OPS, "encode", "CUDA")
-@_on_its_device
+@_of_encode
 def _encode_cuda(
     q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_map: list[Tensor], key_map: list[Tensor], unit: bool,
     query_bits: int, keys: Tensor, values: Tensor, codes: Tensor, length: Tensor, arrived: Tensor, workspace: Tensor,
@@ -243,6 +267,7 @@ def _encode_cuda(
 
 
 @torch.library.impl(_OPS, "encode", "CPU")
+@_of_encode
 def _encode_cpu(
     q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_map: list[Tensor], key_map: list[Tensor], unit: bool,
     query_bits: int, keys: Tensor, values: Tensor, codes: Tensor, length: Tensor, arrived: Tensor, workspace: Tensor,
@@ -253,6 +278,7 @@ def _encode_cpu(
 
 
 @torch.library.register_fake("hashattn::encode", lib=_OPS)
+@_of_encode
 def _encode_fake(
     q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_map: list[Tensor], key_map: list[Tensor], unit: bool,
     query_bits: int, keys: Tensor, values: Tensor, codes: Tensor, *_: Tensor | None,

@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hashattn.ops.decode.codes import RUN, distance, load_runs, span
+from hashattn.ops.decode.codes import RUN, distance, load_runs, program_row, span
 from hashattn.ops.decode.rows import combine, one_head, store_part
-from hashattn.ops.decode.sizes import ROWS, SPLIT, Sizes, carve
+from hashattn.ops.decode.sizes import ROWS, SPLIT, Sizes, carve, grid
 
 
 @triton.jit
@@ -43,25 +43,26 @@ def place_of(column, chunk, chunks):
 
 @triton.jit
 def search_splits(
-    query, codes, entries, starts, length, sinks, recents, room, chunks, splits, kv_heads, T, G: tl.constexpr,
+    query, codes, entries, starts, length, sinks, recents, limit, room, chunks, splits, kv_heads, T, G: tl.constexpr,
     WORDS: tl.constexpr, PLANES: tl.constexpr, BIASED: tl.constexpr, SPLIT: tl.constexpr, KEEP: tl.constexpr,
     BITS: tl.constexpr, CAUSAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks * splits, rows). Column n belongs to chunk n // RUN % chunks; a split is SPLIT columns of a chunk.
+    """Grid (chunks * splits, Hkv * G * T, B). Column n belongs to chunk n // RUN % chunks; a split is SPLIT columns of
+    a chunk.
 
     Args:
         query: int64 [B, Hq, T, PLANES, WORDS].
         codes: int64 [B, Hkv, room, WORDS].
         entries: int32 [rows, chunks, splits, KEEP], written: level << 16 | place in the split, in the order of places,
             then -1. A level is a distance + 1, and 0 for forced keys.
-        starts, length: int32 [B] and [1].
+        starts, length: int32 [B] and [1]; limit: columns that keys and codes have room for.
     """
     if PDL:
         gdc_wait()
     chunk, split = tl.program_id(0) // splits, tl.program_id(0) % splits
-    row = tl.program_id(1)
+    row = program_row()
     kv = row // (G * T)
-    first, end = span(starts, length, room, kv // kv_heads, row % T, T, CAUSAL)
+    first, end = span(starts, length, limit, kv // kv_heads, row % T, T, CAUSAL)
     low = split * SPLIT
     begin, stop = place_of(first, chunk, chunks) - low, place_of(end, chunk, chunks) - low
     wanted = tl.minimum(tl.maximum(tl.minimum(stop, SPLIT) - tl.maximum(begin, 0), 0), KEEP)
@@ -85,11 +86,11 @@ def search_splits(
 
 @triton.jit
 def attend_chunks(
-    q, keys, values, entries, starts, length, ids, parts, stats, arrived, out, lse, scale, room, chunks, splits,
-    T, G: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr, ENTRIES: tl.constexpr,
+    q, keys, values, entries, starts, length, ids, parts, stats, arrived, out, lse, scale, limit, room, chunks,
+    splits, T, G: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr, ENTRIES: tl.constexpr,
     SPLIT: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(chunks * KEEP / ROWS), rows).
+    """Grid (ceil(chunks * KEEP / ROWS), Hkv * G * T, B).
 
     Args:
         q, keys, values: [B, Hq, T, DIM], [B, Hkv, room, DIM].
@@ -99,7 +100,7 @@ def attend_chunks(
         out, lse: [B, Hq, T, DIM] and float32 [B, Hq, T], written.
     """
     s = tl.program_id(0)
-    row = tl.program_id(1)
+    row = program_row()
     slots = s * ROWS + tl.arange(0, ROWS)
     inside = slots < chunks * KEEP
     own_ids = ids + row.to(tl.int64) * chunks * KEEP
@@ -128,15 +129,14 @@ def attend_chunks(
         q + row.to(tl.int64) * DIM, k_at, v_at, columns, columns >= 0, scale, DIM, WIDTH
     )  # fmt: skip
     programs = tl.num_programs(0)
-    store_part(parts, stats, row * programs + s, peak, total, acc, WIDTH, 1, 1)
+    part = row.to(tl.int64) * programs
+    store_part(parts, stats, part + s, peak, total, acc, WIDTH, 1, 1)
     tl.debug_barrier()
     if PDL:
         gdc_launch_dependents()
     if tl.atomic_add(arrived + row, 1, sem="acq_rel") == programs - 1:
         tl.store(arrived + row, 0)
-        combine(
-            parts, stats, row * programs, programs, tl.load(length) > room, out, lse, row, T, DIM, WIDTH, 1, 1, 16
-        )  # fmt: skip
+        combine(parts, stats, part, programs, tl.load(length) > limit, out, lse, row, T, DIM, WIDTH, 1, 1, 16)
 
 
 def decode(
@@ -159,15 +159,15 @@ def decode(
         "G": sizes.group, "KEEP": keep, "BITS": level_bits(sizes.words, sizes.planes), "SPLIT": split, "PDL": early,
         **({"launch_pdl": True} if early else {}),
     }  # fmt: skip
-    search_splits[(chunks * splits, rows)](
-        query, codes, buffers["entries"], starts, length, rule.sinks, rule.recents, sizes.code_room, chunks, splits,
-        sizes.kv_heads, tokens, WORDS=sizes.words, PLANES=sizes.planes, BIASED=rule.biased, CAUSAL=causal,
-        num_warps=4, **common,
+    search_splits[grid(chunks * splits, rows, sizes.batch)](
+        query, codes, buffers["entries"], starts, length, rule.sinks, rule.recents, sizes.limit, sizes.code_room,
+        chunks, splits, sizes.kv_heads, tokens, WORDS=sizes.words, PLANES=sizes.planes, BIASED=rule.biased,
+        CAUSAL=causal, num_warps=4, **common,
     )  # fmt: skip
     if not scan_only:
-        attend_chunks[(programs, rows)](
+        attend_chunks[grid(programs, rows, sizes.batch)](
             q, keys, values, buffers["entries"], starts, length, ids, buffers["parts"], buffers["stats"], arrived, out,
-            lse, scale, sizes.room, chunks, splits, tokens, DIM=dim, WIDTH=width,
+            lse, scale, sizes.limit, sizes.room, chunks, splits, tokens, DIM=dim, WIDTH=width,
             ENTRIES=triton.next_power_of_2(splits * keep), ROWS=ROWS, num_warps=attend_warps(width, splits), **common,
         )  # fmt: skip
     return out, lse, ids.view(sizes.batch, -1, tokens, chunks * keep)

@@ -30,7 +30,7 @@ def load_vectors(x, centre, rows, count, T, DIM: tl.constexpr, PADDED: tl.conste
     inside = (row < count) & (dims < DIM)
     own = tl.load(x + row.to(tl.int64) * DIM + dims, mask=inside, other=0.0).to(tl.float32)
     if centre is not None:
-        own -= tl.load(centre + row // T * DIM + dims, mask=inside, other=0.0)
+        own -= tl.load(centre + (row // T).to(tl.int64) * DIM + dims, mask=inside, other=0.0)
     if UNIT:
         square = tl.sum(own * own, 1, keep_dims=True) / DIM
         own *= tl.rsqrt(tl.maximum(square, 1e-12))
@@ -48,3 +48,9 @@ def load_columns(vector, first, SIZE: tl.constexpr, WIDTH: tl.constexpr):
 def times(x, block):
     """Vectors [vectors, HEIGHT] times a block [1, HEIGHT, WIDTH]: [vectors, WIDTH]."""
     return tl.sum(x[:, :, None] * block, 1)
+
+
+@triton.jit
+def relu(x):
+    """x where it is above zero or NaN, zero elsewhere."""
+    return tl.where(x <= 0, 0.0, x)

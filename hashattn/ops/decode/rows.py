@@ -24,7 +24,7 @@ def estimate(
     q, step, centre, a, norms, codes, query, words_step, columns, medium, per_bit, G: tl.constexpr,
     PADDED: tl.constexpr, WORDS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Estimated q.k of G queries and the medium keys at columns, 0 for others: float32 [PADDED, ROWS]; see Estimate.
+    """Estimated q.k of G queries and the medium keys at columns: float32 [PADDED, ROWS]; see Estimate.
 
     Args:
         step, words_step: from a query to the next one, of q and of its signs at query.
@@ -44,8 +44,7 @@ def estimate(
     for g in tl.static_range(G):
         own = distance(x, query + g * words_step, 0, WORDS, 1, 1)
         differing += tl.where((heads == g)[:, None], own[None, :], 0)
-    found = offset[:, None] + size[:, None] * norm[None, :] * (1.0 - per_bit * differing.to(tl.float32))
-    return tl.where(medium[None, :], found, 0.0)
+    return offset[:, None] + size[:, None] * norm[None, :] * (1.0 - per_bit * differing.to(tl.float32))
 
 
 @triton.jit
@@ -54,16 +53,17 @@ def one_head(
 ):  # fmt: skip
     """A query's attention to a tile of keys, not yet divided: (peak [1], total [1], sum [WIDTH]), float32, base 2.
 
-    Keys that are filled and not exact are not read: theirs is the estimated q.k, which is 0 for the others.
+    Keys that are filled and not exact are not read: theirs is the estimated q.k. A maximum passes NaN over, which is
+    then in the total.
     """
     dims = tl.arange(0, WIDTH)
     k = load_rows(keys, columns, filled if exact is None else exact, DIM, WIDTH)
     v = load_rows(values, columns, filled, DIM, WIDTH)
-    row = tl.load(q + dims, mask=dims < DIM, other=0.0).to(tl.float32) * (scale * LOG2E)
+    row = tl.load(q + dims, mask=dims < DIM, other=0.0).to(tl.float32)
     x = tl.sum(k.to(tl.float32) * row[None, :], 1)
     if estimated is not None:
-        x += estimated * (scale * LOG2E)
-    x = tl.where(filled, x, float("-inf"))
+        x = tl.where(exact, x, estimated)
+    x = tl.where(filled, x * (scale * LOG2E), float("-inf"))
     peak = tl.max(x, 0)
     p = tl.exp2(x - tl.where(peak == float("-inf"), 0.0, peak))
     one = tl.zeros([1], tl.float32)
@@ -84,9 +84,8 @@ def group_of_heads(
     )
     x = tl.dot(rows, tl.trans(k), input_precision="ieee")
     if estimated is not None:
-        x += estimated
-    x *= scale * LOG2E
-    x = tl.where(filled[None, :], x, float("-inf"))
+        x = tl.where(exact[None, :], x, estimated)
+    x = tl.where(filled[None, :], x * (scale * LOG2E), float("-inf"))
     peak = tl.max(x, 1)
     p = tl.exp2(x - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
     return peak, tl.sum(p, 1), tl.dot(p.to(v.dtype), v, input_precision="ieee")
@@ -130,9 +129,9 @@ def combine(
         total += tl.sum(weight * tl.load(stats + one * 2 + 1, mask=mask, other=0.0), 0)
         own = tl.load(parts + one[:, :, None] * WIDTH + dims[None, None, :], mask=mask[:, :, None], other=0.0)
         acc += tl.sum(own * weight[:, :, None], 0)
-    result = tl.where(total[:, None] > 0, acc / tl.where(total > 0, total, 1.0)[:, None], 0.0)
+    result = tl.where(total[:, None] == 0, 0.0, acc / tl.where(total == 0, 1.0, total)[:, None])
     result = tl.where(spoilt, float("nan"), result)
-    row = row0 + heads * T
+    row = row0.to(tl.int64) + heads * T
     mask = (heads < HEADS)[:, None] & (dims < DIM)[None, :]
     tl.store(out + row[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty), mask=mask)
     tl.store(lse + row, (peak + tl.log2(total)) / LOG2E, mask=heads < HEADS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hashattn.ops.nearest.local import most_of_span
 
@@ -32,6 +32,13 @@ class Rule:
     critical: float | None = None
     chunks: int | None = None
     biased: bool = False
+
+    def within(self, room: int) -> Rule:
+        """The same in smaller numbers, for queries that see no more than so many keys."""
+        if max(self.sinks, self.recents, 0 if self.chunks is not None else self.k or 0) <= room:
+            return self
+        k = self.k if self.k is None or self.chunks is not None else min(self.k, room)
+        return replace(self, k=k, sinks=min(self.sinks, room), recents=min(self.recents, room))
 
     @property
     def per_chunk(self) -> int:

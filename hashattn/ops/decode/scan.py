@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hashattn.ops.decode.codes import LANE, RUN, list_near, load_runs, offsets, span
+from hashattn.ops.decode.codes import LANE, RUN, list_near, load_runs, offsets, program_row, span
 
 
 @triton.jit
@@ -22,11 +22,11 @@ def count_levels(lists, stride, lengths, t0, BINS: tl.constexpr, TILE: tl.conste
 
 @triton.jit
 def scan(
-    query, codes, bounds, candidates, counts, starts, length, sinks, recents, room, chunks, kv_heads, T,
+    query, codes, bounds, candidates, counts, starts, length, sinks, recents, limit, room, chunks, kv_heads, T,
     G: tl.constexpr, LANES: tl.constexpr, SUM: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr,
     CHUNK: tl.constexpr, BINS: tl.constexpr, BIASED: tl.constexpr, CAUSAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks, B * Hkv * T * G / SUM / LANES). A row is one choice: a head's, or a KV head's (SUM = G).
+    """Grid (chunks, Hkv * T * G / SUM / LANES, B). A row is one choice: a head's, or a KV head's (SUM = G).
 
     Args:
         query: int64 [B, Hq, T, PLANES, WORDS].
@@ -34,16 +34,17 @@ def scan(
         bounds: int32 [rows], sixteenths: no key farther than bounds // 16 is a candidate.
         candidates: int32 [rows, chunks, CHUNK], written: (bound - distance) << 16 | place in the chunk.
         counts: uint16 [rows, BINS, chunks], written: candidates with bound - distance >= BINS - 1 - bin.
-        starts, length: int32 [B] and [1].
+        starts, length: int32 [B] and [1]; limit: columns that keys and codes have room for.
     """
     if PDL:
         gdc_wait()
     chunk = tl.program_id(0)
     GROUPS: tl.constexpr = G // SUM // LANES
-    group = tl.program_id(1) % GROUPS
-    t = tl.program_id(1) // GROUPS % T
-    kv = tl.program_id(1) // GROUPS // T  # b * Hkv + KV head
-    first, end = span(starts, length, room, kv // kv_heads, t, T, CAUSAL)
+    at = program_row()
+    group = at % GROUPS
+    t = at // GROUPS % T
+    kv = at // GROUPS // T  # b * Hkv + KV head
+    first, end = span(starts, length, limit, kv // kv_heads, t, T, CAUSAL)
     row0 = (kv * (G // SUM) + group * LANES) * T + t  # of the first lane; the next lane's is T further
     low = chunk * CHUNK
     lengths = tl.zeros([], tl.int64)

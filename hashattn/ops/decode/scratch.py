@@ -1,4 +1,4 @@
-"""Scratch: device memory that decode steps write and read within themselves, shared by the layers of a model."""
+"""Scratch: device memory that decode steps write and read within themselves, shared by the layers of a cache."""
 
 from __future__ import annotations
 
@@ -7,33 +7,51 @@ import math
 import torch
 from torch import Tensor
 
+Key = tuple[str, torch.device, int]
+
 
 class Scratch:
-    """Buffers by name, allocated when first needed and again when a step needs more.
+    """Buffers by name and stream, allocated when first needed and again when a step needs more.
 
-    What was handed out stays allocated as long as this object lives, because a captured CUDA graph may point to it.
-    Steps of one Scratch must run on one stream: they overwrite each other's buffers.
+    What was outgrown is freed, unless it was handed out while a CUDA graph was captured, which may point to it. Who
+    captures later what was handed out before (a Decoder) keeps it. Steps on one stream overwrite each other's buffers.
     """
 
     def __init__(self) -> None:
-        self._held: dict[tuple[str, torch.device], list[Tensor]] = {}
+        self._held: dict[Key, Tensor] = {}
+        self._captured: dict[int, Tensor] = {}
 
     def borrow(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A buffer of this shape; its contents are whatever the last user left, zeros at first."""
-        numel = math.prod(shape)
-        held = self._held.setdefault((name, device), [])
-        if not held or held[-1].numel() < numel or held[-1].dtype != dtype:
-            held.append(torch.zeros(numel, dtype=dtype, device=device))
-        return held[-1][:numel].view(shape)
+        numel, key = math.prod(shape), (name, device, stream_of(device))
+        held = self._held.get(key)
+        if held is None or held.numel() < numel or held.dtype != dtype:
+            self._held.pop(key, None)
+            held = self._held[key] = torch.zeros(numel, dtype=dtype, device=device)
+        return self._handed_out(held)[:numel].view(shape)
 
     def workspace(self, nbytes: int, device: torch.device) -> Tensor:
         """At least so many bytes, uint8, for one step at a time."""
-        held = self._held.setdefault(("workspace", device), [])
-        if not held or held[-1].numel() < nbytes:
-            held.append(torch.empty(nbytes, dtype=torch.uint8, device=device))
-        return held[-1]
+        key = ("workspace", device, stream_of(device))
+        held = self._held.get(key)
+        if held is None or held.numel() < nbytes:
+            del held
+            self._held.pop(key, None)  # before there is another
+            held = self._held[key] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return self._handed_out(held)
+
+    def _handed_out(self, held: Tensor) -> Tensor:
+        if held.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._captured[held.data_ptr()] = held
+        return held
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(x.numel() * x.element_size() for held in self._held.values() for x in held)
+        held = {x.data_ptr(): x for x in self._held.values()} | self._captured
+        return sum(x.numel() * x.element_size() for x in held.values())
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream of a device, as a number; 0 where there are none."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

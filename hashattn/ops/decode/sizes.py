@@ -15,6 +15,8 @@ ROWS = 64  # keys of a program of the second
 SPLIT = 2048  # words of codes that a program of the first kernel of local.py compares, of one chunk
 LEVELS = 32  # of candidates, as in cuda/step.cuh
 MOST_SPLITS = 128  # of a chunk, that the second kernel of local.py merges
+MOST_COLUMNS = 1 << 28  # that kernels count in 32 bits, with words of their codes and what is added to them
+MOST_PROGRAMS = 65_535  # in the second and the third dimension of a grid
 _ALIGNED = 256  # bytes
 
 Buffers = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -26,6 +28,7 @@ class Sizes:
     """Of a step, from the shapes of what it is given: see :func:`hashattn.ops.decode.reference.decode`.
 
     Attributes:
+        rule: in numbers no larger than the room.
         hidden: widths of the hidden layers of the queries' and the keys' map, if the workspace serves them as well.
     """
 
@@ -42,7 +45,19 @@ class Sizes:
     hidden: Widths = ((), ())
 
     def __post_init__(self) -> None:
-        """Raise ValueError for more columns than so few chunks serve."""
+        """Raise ValueError for more than the kernels count, and for more columns than so few chunks serve."""
+        object.__setattr__(self, "rule", self.rule.within(self.code_room))
+        if max(self.room, self.code_room) > MOST_COLUMNS:
+            raise ValueError(
+                f"the cache has room for {max(self.room, self.code_room):,} columns, the kernels count up to "
+                f'{MOST_COLUMNS:,}: engine="reference" serves them'
+            )
+        for what, queries in (("sequences", self.batch), ("query heads", self.q_heads)):
+            if queries * self.tokens > MOST_PROGRAMS:
+                raise ValueError(
+                    f"{queries:,} {what} of {self.tokens} queries are more than the {MOST_PROGRAMS:,} that the kernels "
+                    "serve at a time: take fewer"
+                )
         if self.rule.chunks is not None and self.splits > MOST_SPLITS:
             most = MOST_SPLITS * (SPLIT // self.words) * self.rule.chunks
             raise ValueError(
@@ -56,6 +71,11 @@ class Sizes:
         batch, q_heads, tokens, dim = q.shape
         planes, words = query.shape[3:]
         return cls(batch, q_heads, keys.shape[1], tokens, dim, keys.shape[2], codes.shape[2], planes, words, rule)
+
+    @property
+    def limit(self) -> int:
+        """Columns that keys, values and codes have room for."""
+        return min(self.room, self.code_room)
 
     @property
     def group(self) -> int:
@@ -236,6 +256,11 @@ def blocking(count: int) -> tuple[int, int, int]:
     if count <= 64:
         return 4, 16, 4
     return (16, 16, 4) if count <= 512 else (8, 64, 8)
+
+
+def grid(programs: int, rows: int, batch: int) -> tuple[int, int, int]:
+    """Of a Triton kernel: so many programs for each row of each sequence; only the first dimension may be large."""
+    return programs, rows // batch, batch
 
 
 def carve(workspace: Tensor, buffers: Buffers) -> dict[str, Tensor]:

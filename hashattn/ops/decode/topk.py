@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hashattn.ops.decode.codes import FAR, RUN, distance, load_runs, offsets, read_bound, span
+from hashattn.ops.decode.codes import FAR, RUN, distance, load_runs, offsets, program_row, read_bound, span
 from hashattn.ops.decode.rows import combine, estimate, group_of_heads, one_head, store_part
 
 LOW = tl.constexpr(0xFFFFFFFF)
@@ -166,7 +166,7 @@ def attend_topk(
     ROWS: tl.constexpr, SHARE: tl.constexpr, RADIUS: tl.constexpr, TIERS: tl.constexpr, CAUSAL: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (slots / ROWS, rows). Ranks follow column order, so the result does not depend on the bounds.
+    """Grid (slots / ROWS, Hkv * T * G / SUM, B). Ranks follow column order: bounds change no result.
 
     Args:
         q, keys, values: [B, Hq, T, DIM], [B, Hkv, room, DIM]; see scan for query, codes, candidates and counts.
@@ -180,12 +180,13 @@ def attend_topk(
         per_bit: 2 / bits.
     """
     s = tl.program_id(0)
-    row = tl.program_id(1)
+    row = program_row()
     HEADS: tl.constexpr = G // SUM  # rows of a KV head
     t = row % T
     head = row // T  # of [B, Hkv * HEADS]
     kv = head // HEADS
-    first, end = span(starts, length, code_room, kv // kv_heads, t, T, CAUSAL)
+    limit = tl.minimum(room, code_room)
+    first, end = span(starts, length, limit, kv // kv_heads, t, T, CAUSAL)
     visible = end - first
     wanted = tl.minimum(k, visible)
     if SHARE:
@@ -248,7 +249,7 @@ def attend_topk(
         if TIERS:
             exact = filled & (tl.load(own_tier + ranks, mask=filled, other=0) == 0)
             estimated = estimate(
-                q_at, T * DIM, centre + kv * DIM, a, norms + kv.to(tl.int64) * norm_room, own_codes,
+                q_at, T * DIM, centre + kv.to(tl.int64) * DIM, a, norms + kv.to(tl.int64) * norm_room, own_codes,
                 query_at + (PLANES - 1) * WORDS, T * PLANES * WORDS, columns, filled & ~exact, per_bit, SUM, PADDED,
                 WORDS, DIM, WIDTH,
             )  # fmt: skip
@@ -260,7 +261,8 @@ def attend_topk(
             peak, total, acc = group_of_heads(
                 q_at, T * DIM, k_at, v_at, columns, filled, scale, SUM, PADDED, DIM, WIDTH, exact, estimated
             )
-        store_part(parts, stats, row * tl.cdiv(slots, ROWS) + s, peak, total, acc, WIDTH, SUM, PADDED)
+        part = row.to(tl.int64) * tl.cdiv(slots, ROWS)
+        store_part(parts, stats, part + s, peak, total, acc, WIDTH, SUM, PADDED)
         tl.debug_barrier()
         if PDL:
             gdc_launch_dependents()
@@ -268,6 +270,6 @@ def attend_topk(
             tl.store(arrived + row, 0)
             row0 = head * SUM * T + t
             combine(
-                parts, stats, row * tl.cdiv(slots, ROWS), programs, tl.load(length) > room, out, lse, row0, T, DIM,
-                WIDTH, SUM, PADDED_OUT, 16,
+                parts, stats, part, programs, tl.load(length) > limit, out, lse, row0, T, DIM, WIDTH, SUM, PADDED_OUT,
+                16,
             )  # fmt: skip

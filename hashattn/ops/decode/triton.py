@@ -10,13 +10,15 @@ import triton
 from torch import Tensor
 
 from hashattn.ops.decode import local
+from hashattn.ops.decode.device import capability, on_its_device, starts_early
 from hashattn.ops.decode.estimate import Estimate
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.scan import scan
-from hashattn.ops.decode.sizes import CHUNK, ROWS, Sizes, carve
+from hashattn.ops.decode.sizes import CHUNK, ROWS, Sizes, carve, grid
 from hashattn.ops.decode.topk import attend_topk
 
 
+@on_its_device
 def decode(
     q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
     bounds: Tensor, rule: Rule, workspace: Tensor, *, scale: float, causal: bool = True, scan_only: bool = False,
@@ -41,6 +43,7 @@ def decode(
     return out, lse, ids
 
 
+@on_its_device
 def decode_tiers(
     q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
     bounds: Tensor, estimate: Estimate, rule: Rule, workspace: Tensor, *, scale: float, causal: bool = True,
@@ -60,6 +63,7 @@ def _step(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Either of them: without an estimate all logits are exact, and no tiers are told apart."""
     sizes = Sizes.of(q, query, keys, codes, rule)
+    rule = sizes.rule
     group, summed, rows, chunks, slots = sizes.group, sizes.summed, sizes.rows, sizes.chunks, sizes.slots
     words, width, padded = sizes.words, triton.next_power_of_2(sizes.head_dim), triton.next_power_of_2(summed)
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -77,9 +81,10 @@ def _step(
         "BIASED": rule.biased,
         "CAUSAL": causal, "PDL": bool(early), **early,
     }  # fmt: skip
-    scan[(chunks, rows // lanes)](
+    scan[grid(chunks, rows // lanes, sizes.batch)](
         query, codes, far, buffers["candidates"], buffers["counts"], starts, length, rule.sinks, rule.recents,
-        sizes.code_room, chunks, sizes.kv_heads, sizes.tokens, LANES=lanes, num_warps=4, **common,
+        sizes.limit, sizes.code_room, chunks, sizes.kv_heads, sizes.tokens, LANES=lanes,
+        num_warps=scan_warps(sizes.words, sizes.planes, summed), **common,
     )  # fmt: skip
     shape = sizes.batch, -1, sizes.tokens, slots
     if scan_only:
@@ -87,7 +92,7 @@ def _step(
     medium: tuple[Tensor | float | None, ...] = (None, None, None, None, 0.0)
     if estimate is not None:
         medium = estimate.norms, estimate.centre, estimate.a, tier, 2 / estimate.bits
-    attend_topk[(slots // ROWS, rows)](
+    attend_topk[grid(slots // ROWS, rows, sizes.batch)](
         q, keys, values, query, codes, far, buffers["candidates"], buffers["counts"], starts, length,
         float_bits(rule.share or 0.0), ids, buffers["parts"], buffers["stats"], arrived, out, lse,
         float_bits(rule.critical or 0.0), *medium, scale, rule.k or 0, radius, rule.sinks, rule.recents,
@@ -96,7 +101,7 @@ def _step(
         PADDED=padded if summed == 1 else max(16, padded), PADDED_OUT=padded, DIM=sizes.head_dim, WIDTH=width,
         CHUNKS=triton.next_power_of_2(chunks), LEVELS=levels(sizes.farthest), ROWS=ROWS,
         SHARE=rule.share is not None, RADIUS=rule.radius is not None, TIERS=estimate is not None,
-        num_warps=attend_warps(width, levels(sizes.farthest)), **common,
+        **attend_options(width, levels(sizes.farthest), estimate is not None, capability(q.device)), **common,
     )  # fmt: skip
     return out, lse, ids.view(shape), None if tier is None else tier.view(shape)
 
@@ -111,11 +116,16 @@ def levels(farthest: int) -> int:
     return triton.next_power_of_2(farthest + 4)
 
 
-def attend_warps(width: int, levels: int) -> int:
-    """Warps of a program of the second kernel: two unless its registers would not suffice."""
-    return 2 if width <= 128 and levels <= 1024 else 4
+def scan_warps(words: int, planes: int, summed: int) -> int:
+    """Warps of a program of the first kernel: more where a key is compared with many words, all of them at once."""
+    return 4 if words * planes * summed <= 8 else 8
 
 
-def starts_early(device: torch.device) -> bool:
-    """Whether a kernel may start while the one before it ends (Hopper and later)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def attend_options(width: int, levels: int, tiers: bool, capability: tuple[int, int]) -> dict[str, int]:
+    """How the second kernel is compiled: for two warps unless their registers would not suffice.
+
+    With tiers, and on GPUs later than Hopper, a thread may have as many registers as it wants: the assembler else stops
+    at what lets six programs run on a multiprocessor, and spills the few that are left over.
+    """
+    options = {"num_warps": 2 if width <= 128 and levels <= 1024 else 8 if tiers and levels > 1024 else 4}
+    return options | ({"maxnreg": 255} if tiers or capability >= (10, 0) else {})

@@ -125,6 +125,16 @@ LOCAL_CASES: list[tuple[dict[str, Any], Rule]] = [
     ({"biased": True, "words": 2, "filled": 9000, "room": 9001}, Rule(k=64, chunks=2, biased=True)),
 ]
 
+BEYOND = [  # numbers beyond 32 bits, which mean everything
+    Rule(k=2**31 + 5), Rule(k=2**32 + 1), Rule(k=9, sinks=2**31 - 1, recents=2**31 - 1), Rule(k=9, recents=2**40),
+    Rule(share=0.1, sinks=2**31 + 7), Rule(k=2**63 - 1, sinks=2**31, recents=3, shared=True),
+]  # fmt: skip
+
+
+def shifted(x: Tensor) -> Tensor:
+    """The same numbers, contiguous, where they begin one element after a multiple of 16 bytes."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
 
 def norms_of(x: Inputs, bits: int) -> Estimate:
     """Norms of the keys about a random centre, NaN outside the filled columns; the room is another than the keys'."""

@@ -23,7 +23,7 @@ from hashattn.ops.decode.local import attend_warps as local_warps
 from hashattn.ops.decode.scan import scan
 from hashattn.ops.decode.sizes import blocking
 from hashattn.ops.decode.topk import attend_topk
-from hashattn.ops.decode.triton import CHUNK, ROWS, attend_warps, levels
+from hashattn.ops.decode.triton import CHUNK, ROWS, attend_options, levels, scan_warps
 
 POINTERS = {
     "query": "*i64", "codes": "*i64", "counts": "*u16", "parts": "*fp32", "stats": "*fp32",
@@ -34,7 +34,7 @@ POINTERS = {
 }  # fmt: skip
 NUMBERS = (
     "room", "code_room", "radius", "sinks", "recents", "margin", "chunks", "slots", "kv_heads", "queries", "new",
-    "count", "splits", "norm_room",
+    "count", "splits", "norm_room", "limit",
 )  # fmt: skip
 
 
@@ -49,7 +49,9 @@ def type_of(fn: Any, name: str, dtype: str) -> str:
     return "*" + dtype if name in ("q", "k", "v", "x", "keys", "values", "out") else POINTERS.get(name, "*i32")
 
 
-def compiled(fn: Any, constants: dict[str, Any], warps: int, arch: int, dtype: str) -> dict[str, Any]:
+def compiled(
+    fn: Any, constants: dict[str, Any], options: dict[str, int], arch: int, dtype: str
+) -> dict[str, Any]:  # fmt: skip
     """Stack bytes a thread (where registers would be spilled to), registers, and whether popc is there."""
     signature, aligned = {}, {}
     for i, name in enumerate(fn.arg_names):
@@ -57,7 +59,7 @@ def compiled(fn: Any, constants: dict[str, Any], warps: int, arch: int, dtype: s
         if signature[name].startswith("*") or name in ("room", "code_room"):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn, signature=signature, constexprs=constants, attrs=aligned)
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
@@ -85,6 +87,7 @@ def encode_constants(
 
 
 def main(arch: int) -> None:
+    """Those of a step; for A100s and H100s also those that encode and append."""
     common = {"T": 1, "CAUSAL": True, "PDL": arch >= 90, "CHUNK": CHUNK}
     unused = dict.fromkeys(("norms", "centre", "a", "tier"))
     for group, shared, words, planes, dim, dtype in (
@@ -112,12 +115,12 @@ def main(arch: int) -> None:
             "RADIUS": False,
         }  # fmt: skip
         name = f"G={group} shared={shared} W={words} P={planes} D={dim} {dtype}"
-        found = compiled(scan, own | {"LANES": lanes}, 4, arch, dtype)
+        found = compiled(scan, own | {"LANES": lanes}, {"num_warps": scan_warps(words, planes, summed)}, arch, dtype)
         print(json.dumps({"kernel": f"scan {name}", **found}), flush=True)
-        warps = attend_warps(attend["WIDTH"], attend["LEVELS"])
         for tiers in (False, True):
             constants = attend | {"TIERS": tiers} | ({} if tiers else unused)
-            found = compiled(attend_topk, constants, warps, arch, dtype)
+            options = attend_options(attend["WIDTH"], attend["LEVELS"], tiers, divmod(arch, 10))
+            found = compiled(attend_topk, constants, options, arch, dtype)
             print(json.dumps({"kernel": f"attend {name} tiers={tiers}", **found}), flush=True)
         if not shared:
             near = {
@@ -129,13 +132,15 @@ def main(arch: int) -> None:
                 "SPLIT": SPLIT,
             }
             search = near | {"WORDS": words, "PLANES": planes, "BIASED": own["BIASED"], "CAUSAL": True}
-            found = compiled(search_splits, search, 4, arch, dtype)
+            found = compiled(search_splits, search, {"num_warps": 4}, arch, dtype)
             print(json.dumps({"kernel": f"local search {name}", **found}), flush=True)
             width = attend["WIDTH"]
             for splits in (1, 4):
                 chunks = near | {"DIM": dim, "WIDTH": width, "ENTRIES": 16 * splits, "ROWS": LOCAL_ROWS}
-                found = compiled(attend_chunks, chunks, local_warps(width, splits), arch, dtype)
+                found = compiled(attend_chunks, chunks, {"num_warps": local_warps(width, splits)}, arch, dtype)
                 print(json.dumps({"kernel": f"local attend, {splits} splits {name}", **found}), flush=True)
+    if arch > 90:
+        return
     for dim, words, planes, queries, hidden, key_hidden, dtype in (
         (128, 1, 1, 32, (), (), "bf16"),
         (128, 1, 1, 32, (256, 256), (), "bf16"),
@@ -147,7 +152,7 @@ def main(arch: int) -> None:
         name = f"D={dim} W={words} P={planes} queries={queries} hidden={hidden} {key_hidden} {dtype}"
         encode = encode_constants(dim, words, planes, queries, hidden, key_hidden, arch)
         for norms in (False, True):
-            found = compiled(encode_rows, encode | ({} if norms else {"norms": None}), 8, arch, dtype)
+            found = compiled(encode_rows, encode | ({} if norms else {"norms": None}), {"num_warps": 8}, arch, dtype)
             print(json.dumps({"kernel": f"encode {name} norms={norms}", **found}), flush=True)
         if hidden:
             tile, units, warps = blocking(queries)
@@ -157,12 +162,12 @@ def main(arch: int) -> None:
                 "LAST": second, "WIDTH": triton.next_power_of_2(max(1, second)), "SLICE": units, "TILE": tile,
                 "UNIT": True, "PDL": arch >= 90, **dict.fromkeys([] if second else ["last", "last_bias"]),
             }  # fmt: skip
-            found = compiled(hidden_sums, layer, warps, arch, dtype)
+            found = compiled(hidden_sums, layer, {"num_warps": warps}, arch, dtype)
             print(json.dumps({"kernel": f"hidden {name}", **found}), flush=True)
     append = {"T": 1, "DIM": 96, "PADDED": 128, "WORDS": 2, "TILE": 4}
     for norms in (False, True):
         constants = append | ({} if norms else {"new_norms": None, "norms": None})
-        found = compiled(append_rows, constants, 4, arch, "bf16")
+        found = compiled(append_rows, constants, {"num_warps": 4}, arch, "bf16")
         print(json.dumps({"kernel": f"append norms={norms}", **found}), flush=True)
 
 

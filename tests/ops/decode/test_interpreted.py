@@ -1,6 +1,7 @@
 """The fused decode step under Triton's interpreter, on the CPU, against its reference."""
 
 import itertools
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -81,8 +82,12 @@ def test_a_workspace_is_shared_kept_and_no_larger_than_needed():
     scratch, device = Scratch(), torch.device("cpu")
     first = scratch.workspace(300, device)
     assert scratch.workspace(200, device) is first
-    kept = first.data_ptr()
-    assert scratch.workspace(400, device).data_ptr() != kept and scratch.nbytes == 700  # a graph may point to both
+    assert first is not scratch.workspace(400, device) and scratch.nbytes == 400  # who holds the first one keeps it
+    outgrown = weakref.ref(first)
+    del first
+    assert outgrown() is None
+    buffers = [scratch.borrow("parts", (n,), torch.float32, device) for n in (3, 9, 2)]
+    assert scratch.nbytes == 436 and buffers[1].data_ptr() == buffers[2].data_ptr() and len(buffers[2]) == 2
     buffers = carve(torch.empty(small.workspace, dtype=torch.uint8), small.triton)
     ends = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in buffers.values())
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))

@@ -131,6 +131,9 @@ struct Rows {  // this thread's share of the group's new keys and values
   }
 };
 
+// The larger of two; NaN if either is.
+__device__ __forceinline__ float larger_or_nan(float a, float b) { return a >= b || a != a ? a : b; }
+
 // Which of 2^PLANES levels, symmetric about zero, a value lies in, on a scale that ends at `largest`.
 __device__ __forceinline__ int level_of(float x, float largest) {
   constexpr int HALF = 1 << (PLANES - 1);
@@ -156,9 +159,9 @@ template <bool KEY> __device__ __forceinline__ void pack(const Encode &e, const 
       continue;
     }
     float largest = 1.17549435e-38f;
-    for (int i = lane; i < BITS; i += 32) largest = fmaxf(largest, fabsf(own[i]));
+    for (int i = lane; i < BITS; i += 32) largest = larger_or_nan(largest, fabsf(own[i]));
 #pragma unroll
-    for (int d = 16; d > 0; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, d));
+    for (int d = 16; d > 0; d /= 2) largest = larger_or_nan(largest, __shfl_xor_sync(~0u, largest, d));
     const int level = level_of(x, largest);
 #pragma unroll
     for (int j = 0; j < PLANES; j++) {

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hashattn.ops.decode.cuda import compiler
 from hashattn.ops.decode.cuda.step import TYPES, Launch
+from hashattn.ops.decode.device import on_its_device, starts_early
 from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.sizes import Encoding, carve, counters, together
 
@@ -35,6 +36,7 @@ class Encode(ctypes.Structure):
     ]  # fmt: skip
 
 
+@on_its_device
 def encode(
     q: Tensor, k: Tensor, v: Tensor, centre: Tensor, maps: tuple[Map, Map], query_bits: int, keys: Tensor,
     values: Tensor, codes: Tensor, length: Tensor, arrived: Tensor, workspace: Tensor, norms: Tensor | None = None,
@@ -69,8 +71,7 @@ def encode(
     )  # fmt: skip
     one = launch(sizes, q.shape[3], q.dtype, words, query_bits, maps[0].unit)
     kernel = compiler.kernel(one.name, one.defines, q.get_device())
-    early = torch.cuda.get_device_capability(q.device) >= (9, 0)
-    compiler.launch(kernel, one.grid, one.threads, argument, early=early, even=one.even)
+    compiler.launch(kernel, one.grid, one.threads, argument, early=starts_early(q.device), even=one.even)
     return query
 
 

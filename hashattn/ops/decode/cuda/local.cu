@@ -222,14 +222,14 @@ __device__ __forceinline__ void attend_lanes(
     if (mine(piece)) x = static_cast<const uint4 *>(s.q)[(size_t)(row0 + head * TOKENS) * PIECES + piece];
     widen(x, q[j]);
 #pragma unroll
-    for (int e = 0; e < EACH; e++) q[j][e] *= s.scale * LOG2E, sum.values[j][e] = 0;
+    for (int e = 0; e < EACH; e++) sum.values[j][e] = 0;
   }
 #pragma unroll 1
   for (int from = 0; from < OWN; from += BATCH) {
     uint4 k[BATCH][DEPTH];
     load_rows(k, keys, columns, from);
     copy_rows(teams.values.of, values, columns, from);
-    attend_rows(sum, k, teams.values.of, q, columns, from);
+    attend_rows(sum, k, teams.values.of, q, s.scale, columns, from);
   }
 #pragma unroll
   for (int j = 0; j < DEPTH; j++) {
@@ -251,7 +251,7 @@ __device__ __forceinline__ void attend_lanes(
       const float weight = exp2f(peaks[first + j] - base), *sum = &sums[first + j][i % (DIM / 2) * 2];
       x[0] += weight * sum[0], x[1] += weight * sum[1], total += weight * totals[first + j];
     }
-    const float one = total > 0 ? 1 / total : 0;
+    const float one = total == 0 ? 0 : 1 / total;
     const size_t to = part * (LANES * DIM / 2) + i;
     if (NARROW) __stcg(reinterpret_cast<u32 *>(s.parts) + to, narrow<TYPE == 1>(x[0] * one, x[1] * one));
     else __stcg(reinterpret_cast<float2 *>(s.parts) + to, make_float2(x[0], x[1]));
@@ -280,13 +280,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORDS > 2 || DEPTH > 1 ? 2
   const Part guess(c);
   Staged &staged = space.queue.codes[thread / 32];
   if (guess.from < guess.to) guess.stage(staged, c, guess.from, early);
-  if (thread < LANES) prefetch_line(s.bounds + (row0 + thread * TOKENS) * CHUNKS + number);
+  if (thread < LANES) prefetch_line(s.bounds + (size_t)(row0 + thread * TOKENS) * CHUNKS + number);
   wait_for_the_kernel_before();
   let_the_next_kernel_start();
   span(s, b, t, c.first, c.end);
   const Part part(c);
   const int wanted = min(ROWS, c.filled(c.end) - c.filled(c.first));
-  if (thread < LANES) bounds[thread] = read_bound(s, (row0 + thread * TOKENS) * CHUNKS + number);
+  if (thread < LANES) bounds[thread] = read_bound(s, (size_t)(row0 + thread * TOKENS) * CHUNKS + number);
   for (int i = thread; i < OWN * TEAMS; i += THREADS) columns[i] = -1;
   for (int i = thread; i < LANES * LEVELS; i += THREADS) space.queue.histogram[i] = 0;
   prepare(terms, LANES, s.query + (size_t)row0 * PLANES * WORDS, TOKENS * PLANES * WORDS, WARPS);
@@ -301,7 +301,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORDS > 2 || DEPTH > 1 ? 2
     if (from_candidates(s, c, part, terms, bounds, wanted, columns, thresholds, space.queue))
       from_codes(s, c, terms, wanted, columns, thresholds, space.search);
     if (thread < LANES) {  // falls by one in 16 steps
-      int *bound = s.bounds + (row0 + thread * TOKENS) * CHUNKS + number;
+      int *bound = s.bounds + (size_t)(row0 + thread * TOKENS) * CHUNKS + number;
       *bound = max((thresholds[thread] + s.margin) * 16, min(*bound, FAR * 16) - 1);
     }
   }
@@ -315,5 +315,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORDS > 2 || DEPTH > 1 ? 2
   const int joint = blockIdx.z * gridDim.y + blockIdx.y;  // whose parts lie together
   const size_t parts = (size_t)joint * CHUNKS;
   attend_lanes(s, row0, keys, values, columns, parts + number, space.teams);
-  if (is_last(s.arrived + joint, CHUNKS)) combine(s, parts, CHUNKS, row0, filled(s) > s.room);
+  if (is_last(s.arrived + joint, CHUNKS)) combine(s, parts, CHUNKS, row0, filled(s) > room_of(s));
 }

@@ -96,8 +96,8 @@ __device__ __forceinline__ void copy_rows(uint4 (*x)[DEPTH][THREADS], const void
 
 // Add a batch of rows to a sum, its values copied before; all threads of a team get the same logits.
 __device__ __forceinline__ void attend_rows(
-    Sum &sum, const uint4 (*keys)[DEPTH], const uint4 (*values)[DEPTH][THREADS], const float (*q)[EACH], const int *columns,
-    int from
+    Sum &sum, const uint4 (*keys)[DEPTH], const uint4 (*values)[DEPTH][THREADS], const float (*q)[EACH], float scale,
+    const int *columns, int from
 ) {
   const int team = threadIdx.x / ABREAST;
   float x[BATCH], peak = sum.peak;
@@ -113,8 +113,8 @@ __device__ __forceinline__ void attend_rows(
     }
 #pragma unroll
     for (int d = ABREAST / 2; d; d /= 2) x[i] += __shfl_xor_sync(~0u, x[i], d);
-    if (columns[(from + i) * TEAMS + team] < 0) x[i] = -infinity();
-    peak = fmaxf(peak, x[i]);
+    x[i] = columns[(from + i) * TEAMS + team] < 0 ? -infinity() : x[i] * (scale * LOG2E);
+    peak = fmaxf(peak, x[i]);  // NaN is passed over, and is in the total
   }
   wait_for_copies();
   const float base = peak == -infinity() ? 0 : peak, shrink = exp2f(sum.peak - base);
@@ -163,7 +163,7 @@ __device__ __forceinline__ void attend_part(
       if (mine(piece)) x = static_cast<const uint4 *>(q)[(head * stride) / EACH + piece];
       widen(x, own_q[j]);
 #pragma unroll
-      for (int e = 0; e < EACH; e++) own_q[j][e] *= s.scale * LOG2E, sum.values[j][e] = 0;
+      for (int e = 0; e < EACH; e++) sum.values[j][e] = 0;
     }
 #pragma unroll 1
     for (int from = 0; from < OWN; from += BATCH) {
@@ -171,7 +171,7 @@ __device__ __forceinline__ void attend_part(
         load_rows(k, keys, columns, from);
         copy_rows(room.of, values, columns, from);
       }
-      attend_rows(sum, k, room.of, own_q, columns, from);
+      attend_rows(sum, k, room.of, own_q, s.scale, columns, from);
     }
     if (head) __syncthreads();
 #pragma unroll
@@ -295,7 +295,7 @@ __device__ __forceinline__ void combine(const Step &s, size_t part, int programs
   }
   auto finish = [&](int number, float x) {
     const int head = number / PART, d = dim_of(number % PART);
-    const float sum = sums[head], result = spoilt ? __int_as_float(0x7fffffff) : sum > 0 ? x / sum : 0;
+    const float sum = sums[head], result = spoilt ? __int_as_float(0x7fffffff) : sum == 0 ? 0 : x / sum;
     if (d < DIM) store(s.out, (row0 + (size_t)head * TOKENS) * DIM + d, result);
   };
   if (SHARES > 1) {

@@ -75,10 +75,13 @@ struct Terms {
 // Columns that are filled. Read past the first-level cache, which would go on to give what was read too early.
 __device__ __forceinline__ int filled(const Step &s) { return __ldcg(s.length); }
 
+// Columns that keys, values and codes have room for.
+__device__ __forceinline__ int room_of(const Step &s) { return min(s.room, s.code_room); }
+
 // The columns [first, end) that query t of row b sees, none beyond the room.
 __device__ __forceinline__ void span(const Step &s, int b, int t, int &first, int &end) {
   first = __ldcg(s.starts + b);
-  end = min(filled(s), s.code_room);
+  end = min(filled(s), room_of(s));
 #if CAUSAL
   end += t - (TOKENS - 1);
 #endif
@@ -91,7 +94,7 @@ __device__ __forceinline__ int offset(const Step &s, int column, int first, int 
   return column < first + s.sinks || column >= end - s.recents ? -FAR : 0;
 }
 
-__device__ __forceinline__ int read_bound(const Step &s, int row) {
+__device__ __forceinline__ int read_bound(const Step &s, size_t row) {
 #if RADIUS
   return s.radius;
 #else

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from hashattn.ops.decode.cuda import compiler
+from hashattn.ops.decode.device import on_its_device, starts_early
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.sizes import ROWS, Sizes, carve
 
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 RUN = 8  # neighbouring columns of a chunk
+WIDEST = 16  # bytes that kernels read at a time
 AT_ONCE = 4  # programs of a multiprocessor, so that all are there from the start
 CACHED = 32 << 20  # bytes of keys and values that a cache holds until they are wanted
 _POINTERS = (
@@ -35,17 +37,26 @@ class Step(ctypes.Structure):
     ]  # fmt: skip
 
 
+@on_its_device
 def decode(
     q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
     bounds: Tensor, rule: Rule, workspace: Tensor, *, scale: float, causal: bool = True, scan_only: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See :func:`hashattn.ops.decode.triton.decode`, which does the same.
 
+    Args:
+        q: any view; the others are contiguous, and keys, values and workspace begin at a multiple of 16 bytes.
+
     Raises:
+        ValueError: they are or do not.
         RuntimeError: a kernel does not compile or launch.
     """
     sizes = Sizes.of(q, query, keys, codes, rule)
-    device = q.device
+    rule = sizes.rule
+    device, q = q.device, q.contiguous()
+    if q.data_ptr() % WIDEST:
+        q = q.clone()
+    _check_wide(keys=keys, values=values, workspace=workspace)
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
     ids = torch.empty((sizes.rows, sizes.slots), dtype=torch.int32, device=device)
     tensors = {
@@ -63,11 +74,20 @@ def decode(
     )  # fmt: skip
     aligned = sizes.code_room * sizes.words % 2 == 0 and codes.data_ptr() % 16 == 0
     plan = launches(sizes, q.dtype, causal, aligned, torch.cuda.get_device_properties(device).multi_processor_count)
-    early = torch.cuda.get_device_capability(device) >= (9, 0)
+    early = starts_early(device)
     for one in plan[: 1 if scan_only and rule.chunks is None else None]:
         kernel = compiler.kernel(one.name, one.defines, q.get_device())
         compiler.launch(kernel, one.grid, one.threads, step, early=early, even=one.even)
     return out, lse, ids.view(sizes.batch, -1, sizes.tokens, sizes.slots)
+
+
+def _check_wide(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if x.data_ptr() % WIDEST or not x.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous and begin at a multiple of {WIDEST} bytes, got strides {x.stride()} at "
+                f"{x.data_ptr():#x}: give a copy, {name}.clone(memory_format=torch.contiguous_format)"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,148 @@
+"""What is not finite, beyond 32 bits or not where kernels expect it, on a GPU. Run with pytest -m gpu."""
+
+import gc
+import importlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hashattn import ExactAttend, FlatHamming, HashAttention, SimHash, TopK
+from hashattn.ops.decode import Rule, Scratch, append_reference, reference
+from tests.ops.decode.broken import RULES, TIERS, breaks_as_the_reference_does
+from tests.ops.decode.cases import BEYOND, agrees, inputs, shifted
+from tests.ops.decode.encoding import encoding_state, randomised
+from tests.structured import generator, qkv
+
+pytestmark = pytest.mark.gpu
+BY_ROW = [Rule(k=20), Rule(k=20, shared=True), Rule(k=16, chunks=2)]
+
+
+@pytest.fixture(scope="module", params=["cuda.step", "triton"], ids=["CUDA C++", "Triton"])
+def decode(request):
+    return importlib.import_module(f"hashattn.ops.decode.{request.param}").decode
+
+
+@pytest.mark.parametrize("scale", [0.125, torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_nan_in_nan_out(decode, rule, dtype, scale):
+    breaks_as_the_reference_does(decode, rule, dtype=dtype, device="cuda", scale=scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("rule", TIERS, ids=str)
+def test_nan_in_nan_out_with_tiers(rule, dtype):
+    from hashattn.ops.decode.triton import decode_tiers
+
+    breaks_as_the_reference_does(decode_tiers, rule, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("language", ["cuda.encode", "encode"], ids=["CUDA C++", "Triton"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 0.0])
+@pytest.mark.parametrize("bits", [1, 2])
+def test_what_is_not_finite_gives_the_references_bits(language, value, bits):
+    encode = importlib.import_module(f"hashattn.ops.decode.{language}").encode
+    encoder, g = SimHash(64, query_bits=bits), generator(3)
+    maps = tuple(randomised(encoder, 64).maps(64, torch.device("cuda")))
+    q = torch.randn(2, 6, 3, 64, generator=g).cuda()
+    k, v = (torch.randn(2, 2, 3, 64, generator=g).cuda() for _ in range(2))
+    q[0, 2, 1], q[1, 3, 0, 5], k[1, 1, 2], k[0, 0, 1, 7] = value, value, value, value
+    centre, length = torch.zeros(2, 2, 64, device="cuda"), torch.tensor([20], dtype=torch.int32, device="cuda")
+    keys, values = (torch.zeros(2, 2, 30, 64, device="cuda") for _ in range(2))
+    codes = torch.zeros(2, 2, 30, 1, dtype=torch.int64, device="cuda")
+    held, state = (keys, values, codes, length), encoding_state(q, k, codes, maps)
+    twin = [x.clone() for x in held]
+    expected = append_reference.encode(q, k, v, centre, maps, bits, *twin)
+    found = encode(q, k, v, centre, maps, bits, *held, *state)
+    assert all(torch.equal(found[at], expected[at]) for at in [(0, 2, 1), (1, 3, 0)])
+    assert torch.equal(codes[1, 1, 22], twin[2][1, 1, 22]) and torch.equal(codes[0, 0, 21], twin[2][0, 0, 21])
+
+
+@pytest.mark.parametrize("rule", BEYOND, ids=str)
+def test_numbers_beyond_32_bits_mean_everything(decode, rule):
+    agrees(decode, inputs(1, filled=150, room=160, group=2).to("cuda"), rule)
+
+
+@pytest.mark.parametrize("rule", BY_ROW, ids=str)
+def test_queries_may_be_any_view(decode, rule):
+    x = inputs(4, filled=150, room=160, group=2, dtype=torch.bfloat16).to("cuda")
+    bounds, workspace = x.state(rule)
+    expected = decode(*x.all, bounds, rule, workspace, scale=0.1)
+    found = decode(*replace(x, q=shifted(x.q)).all, bounds, rule, workspace, scale=0.1)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("rule", BY_ROW, ids=str)
+def test_rows_beyond_65535(decode, rule):
+    shape = {"batch": 2100, "kv_heads": 8, "filled": 60, "room": 64}
+    agrees(decode, inputs(5, **shape, dtype=torch.bfloat16).to("cuda"), rule, hints=(None, None))
+
+
+@pytest.mark.parametrize("rule", [Rule(k=40), Rule(k=40, shared=True), Rule(k=64, chunks=512)], ids=str)
+def test_columns_beyond_two_to_the_31_elements(decode, rule):
+    room = 2**25 + 64
+    x = inputs(6, filled=room - 9, room=room, group=2, starts=(room - 400,), dtype=torch.bfloat16).to("cuda")
+    bounds, workspace = x.state(rule)
+    exact, exact_lse, ids = reference(*x.all, rule, scale=0.1)
+    out, lse, found = decode(*x.all, bounds, rule, workspace, scale=0.1)
+    assert ids.max() * 64 > 2**31 and torch.equal(found[..., : ids.shape[-1]], ids)
+    assert (out - exact).abs().max() < 2e-2 and (lse - exact_lse).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("rule", [Rule(k=40), Rule(k=40, shared=True)], ids=str)
+def test_a_head_beyond_two_to_the_31_elements(decode, rule):
+    x, room = inputs(7, kv_heads=3, filled=2100, room=2112, dtype=torch.bfloat16).to("cuda"), 2**25
+    held = {name: torch.empty(1, 3, room, 64, dtype=torch.bfloat16, device="cuda") for name in ("keys", "values")}
+    for name, wide in held.items():
+        wide[:, :, :2112] = getattr(x, name)
+    far = replace(x, **held)
+    found, expected = (
+        decode(*y.all, y.state(rule)[0], rule, y.state(rule)[1], scale=0.1) for y in (far, x)
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="it takes two GPUs")
+@pytest.mark.parametrize("rule", BY_ROW, ids=str)
+def test_kernels_run_where_their_tensors_are(decode, rule):
+    assert torch.cuda.current_device() == 0
+    for place in ("cuda:1", "cuda:0", "cuda:1"):
+        agrees(decode, inputs(8, filled=150, room=160, group=2).to(place), rule, hints=(None, None))
+    assert torch.cuda.current_device() == 0
+
+
+def test_streams_have_scratch_of_their_own_and_what_is_outgrown_is_freed():
+    scratch, device, other = Scratch(), torch.device("cuda"), torch.cuda.Stream()
+    first = scratch.workspace(1 << 20, device)
+    with torch.cuda.stream(other):
+        second = scratch.workspace(1 << 20, device)
+    assert first.data_ptr() != second.data_ptr() and scratch.workspace(9, device) is first
+    del first, second
+    gc.collect()
+    torch.cuda.synchronize()
+    scratch.workspace(1 << 21, device)
+    assert scratch.nbytes == (1 << 21) + (1 << 20)
+
+
+@torch.no_grad()
+def test_a_captured_step_keeps_its_scratch_when_it_is_outgrown():
+    q, k, v = (x.cuda() for x in qkv(7, 1, keys=3000, dim=64, group=4, dtype=torch.bfloat16))
+    attn = HashAttention(SimHash(64), FlatHamming(), TopK(k=300), ExactAttend(), engine="triton")
+    scratch, stream = Scratch(), torch.cuda.Stream()
+    small, large = (attn.new_cache(1, k.shape[1], 64, scratch=scratch) for _ in range(2))
+    small.append(k[:, :, :500], v[:, :, :500])
+    with torch.cuda.stream(stream):
+        expected = attn(q, small)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            found = attn(q, small)
+        before = scratch.nbytes
+        large.append(k, v)
+        attn(q, large)
+        assert scratch.nbytes > before
+        filler = [torch.full((1 << 18,), 0x7F, dtype=torch.uint8, device="cuda") for _ in range(64)]
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(found, expected) and all((x == 0x7F).all() for x in filler)
