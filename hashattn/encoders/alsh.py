@@ -12,6 +12,7 @@ from torch import Tensor
 from hashattn.encoders.base import check_bits, key_bits, query_planes, subtract
 from hashattn.encoders.fitted import FittedEncoder
 from hashattn.encoders.simhash import orthogonal_planes
+from hashattn.lasting import lasting
 from hashattn.ops.hamming import pack_bits
 
 
@@ -123,6 +124,7 @@ class L2ALSH(ALSH):
 
 
 @lru_cache(maxsize=64)
+@lasting
 def gaussian_hashes(dim: int, bits: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Gaussian directions [dim, bits] and offsets [bits] in [0, 1), float32; do not write to them."""
     generator = torch.Generator().manual_seed(seed)

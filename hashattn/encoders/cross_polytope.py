@@ -11,9 +11,11 @@ from torch import Tensor
 
 from hashattn.encoders.base import Encoder, subtract
 from hashattn.encoders.centring import Centring
+from hashattn.lasting import lasting
 
 
 @lru_cache(maxsize=64)
+@lasting
 def rotations(dim: int, rounds: int, half: int, seed: int, device: torch.device) -> Tensor:
     """Orthonormal random directions of each round, float32 [dim, rounds * half]; do not write to it."""
     generator = torch.Generator().manual_seed(seed)

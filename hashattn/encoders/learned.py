@@ -22,6 +22,7 @@ from hashattn.encoders.bias import NEUTRAL, KeyBias, check_bias, write_bias
 from hashattn.encoders.centring import Centring
 from hashattn.encoders.progress import progress_of
 from hashattn.encoders.simhash import orthogonal_planes
+from hashattn.lasting import lasting
 from hashattn.ops.decode import Map
 
 DEFAULT_CENTRING = Centring()
@@ -81,6 +82,7 @@ class LearnedHash(nn.Module, Encoder):
     computed in float32. An MLP's queries are scaled to unit mean square first.
     """
 
+    @lasting
     def __init__(
         self, bits: int, query_bits: int, heads: int | None, centring: Centring | None, seed: int, bias_bits: int = 0
     ) -> None:
@@ -141,6 +143,7 @@ class LearnedHash(nn.Module, Encoder):
         if self.fitted and len(self.mean) != kv_heads:
             raise ValueError(f"this encoder was fitted to {len(self.mean)} KV heads, but got {kv_heads}")
 
+    @lasting
     def build(self, head_dim: int, device: torch.device | str = "cpu") -> Self:
         """Make the weights for this head dimension, if there are none yet. Returns itself."""
         if self.query_net is None:
@@ -148,6 +151,7 @@ class LearnedHash(nn.Module, Encoder):
             self.query_net, self.key_net = self._make_nets(planes)
         return self
 
+    @lasting
     def build_bias(self, heads: int) -> Self:
         """Make the weights of the keys' bias, if it has one and there are none yet. Returns itself."""
         if self.biased and self.key_bias is None:
@@ -226,6 +230,7 @@ class LearnedHash(nn.Module, Encoder):
         self.fits += 1
         return self
 
+    @lasting
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         if prefix + "key_net.skip" in state_dict:  # shapes are known only now
             self.build(state_dict[prefix + "key_net.skip"].shape[1], self.mean.device)

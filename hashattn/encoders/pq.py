@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from hashattn.encoders.base import Encoder
 from hashattn.extras import require
+from hashattn.lasting import lasting
 
 _BLOCK = 8192  # keys whose distances to all centroids are held at a time
 
@@ -28,6 +29,7 @@ class PQ(nn.Module, Encoder):
 
     code = "pq"
 
+    @lasting
     def __init__(
         self, subquantisers: int = 16, *, sub_bits: int = 8, shared: bool = False, iterations: int = 25, seed: int = 0
     ) -> None:
@@ -51,6 +53,7 @@ class PQ(nn.Module, Encoder):
     def code_bytes(self, head_dim: int, itemsize: int) -> int:
         return self.subquantisers
 
+    @lasting
     def fit(self, q: Tensor | None, k: Tensor) -> PQ:
         """Fit to keys [B, Hkv, N, D]; queries play no part. Needs FAISS. Returns itself.
 
@@ -128,6 +131,7 @@ class PQ(nn.Module, Encoder):
                 f"{next(m for m in range(self.subquantisers, 0, -1) if head_dim % m == 0)} would fit"
             )
 
+    @lasting
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         if prefix + "codebooks" in state_dict:  # their shape is known only once fitted
             self.codebooks = torch.empty_like(state_dict[prefix + "codebooks"], device=self.codebooks.device)

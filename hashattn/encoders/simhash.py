@@ -16,10 +16,12 @@ from hashattn.encoders.base import (
     subtract,
 )
 from hashattn.encoders.centring import Centring
+from hashattn.lasting import lasting
 from hashattn.ops.decode import Map
 
 
 @lru_cache(maxsize=64)
+@lasting
 def orthogonal_planes(dim: int, bits: int, seed: int, device: torch.device) -> Tensor:
     """float32 [dim, bits]: blocks of orthonormal random directions (Super-Bit, Ji et al. 2012); do not write to it."""
     generator = torch.Generator().manual_seed(seed)
@@ -31,6 +33,7 @@ def orthogonal_planes(dim: int, bits: int, seed: int, device: torch.device) -> T
 
 
 @lru_cache(maxsize=64)
+@lasting
 def independent_planes(dim: int, bits: int, seed: int, device: torch.device) -> Tensor:
     """float32 [dim, bits]: independent Gaussian directions (Charikar 2002); do not write to it."""
     return torch.randn(dim, bits, generator=torch.Generator().manual_seed(seed)).to(device)

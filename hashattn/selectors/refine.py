@@ -80,7 +80,9 @@ class Refine(Selector):
             last = (torch.minimum(wanted, (ids >= 0).sum(-1, keepdim=True)) - 1).clamp(min=0)
             cut = distances.sort(-1).values.gather(-1, last.expand(*ids.shape[:3], 1))
             score = score.masked_fill(distances > cut, -torch.inf).masked_fill(distances < cut, torch.inf)
-        score = score.masked_fill(forced, torch.inf).masked_fill(ids < 0, -torch.inf).nan_to_num(-torch.inf)
+        score = score.masked_fill(forced, torch.inf).masked_fill(ids < 0, -torch.inf)
+        least = torch.finfo(score.dtype).min  # of what is not finite: it is kept as any other key
+        score = score.nan_to_num(nan=least, posinf=torch.inf, neginf=-torch.inf)
         best, slots = score.topk(min(view.slots(budget), ids.shape[-1]), dim=-1)
         slot = torch.arange(slots.shape[-1], device=ids.device)
         return Selection(ids.gather(-1, slots).masked_fill((slot >= wanted) | (best == -torch.inf), -1))

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from hashattn.lasting import lasting
+
 
 class Scratch:
     """Buffers by name, allocated when first needed and again when a step needs more.
@@ -18,6 +20,7 @@ class Scratch:
     def __init__(self) -> None:
         self._held: dict[tuple[str, torch.device], list[Tensor]] = {}
 
+    @lasting
     def borrow(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A buffer of this shape; its contents are whatever the last user left, zeros at first."""
         numel = math.prod(shape)
@@ -26,6 +29,7 @@ class Scratch:
             held.append(torch.zeros(numel, dtype=dtype, device=device))
         return held[-1][:numel].view(shape)
 
+    @lasting
     def workspace(self, nbytes: int, device: torch.device) -> Tensor:
         """At least so many bytes, uint8, for one step at a time."""
         held = self._held.setdefault(("workspace", device), [])
