@@ -39,6 +39,11 @@ def check_int(name: str, value: Any, least: int, most: int | None = None, *, hin
     return number
 
 
+def check_seed(seed: Any) -> int:
+    """A seed as torch.Generator.manual_seed takes it, as an int; raises as check_int()."""
+    return check_int("seed", seed, -(2**63), 2**64 - 1)
+
+
 def keep_ints(part: object, **least: int) -> None:
     """Check int fields of a frozen dataclass, of at least so much each, and keep them as ints; None is left alone."""
     for name, low in least.items():

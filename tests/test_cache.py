@@ -441,7 +441,9 @@ def test_a_state_without_the_norms_that_are_needed_is_refused():
     state = filled(make(PLAIN, norms=False))
     state.encode()
     raises_naming(ValueError, "norms")(lambda: make(PLAIN).load_state_dict(state.state_dict()))
-    raises_naming(ValueError, "start", "[3]")(lambda: make(PLAIN, batch=3).load_state_dict(filled(make(PLAIN)).state_dict()))
+    raises_naming(ValueError, "start", "[3]")(
+        lambda: make(PLAIN, batch=3).load_state_dict(filled(make(PLAIN)).state_dict())
+    )
 
 
 def test_nbytes_counts_every_allocation():

@@ -13,6 +13,7 @@ from hashattn.lasting import lasting
 from hashattn.ops import attend as ops
 from hashattn.ops.decode import Estimate
 from hashattn.ops.hamming import differing, unpack_bits
+from hashattn.shapes import check_int
 from hashattn.types import MEDIUM, Output, Selection
 from hashattn.view import View
 
@@ -58,9 +59,7 @@ class MixedPrecision(nn.Module, Attend):
     @lasting
     def __init__(self, *, hidden: int = 32, a: float = 0.8) -> None:
         super().__init__()
-        if hidden < 0:
-            raise ValueError(f"hidden must be at least 0, got {hidden}")
-        self.hidden = hidden
+        self.hidden = check_int("hidden", hidden, 0)
         self.a = nn.Parameter(torch.tensor(float(a)))
         self.residual: CodeResidual | None = None
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from hashattn.encoders.base import Encoder
 from hashattn.lasting import lasting
+from hashattn.shapes import check_int
 
 _LEVELS = 7  # of 4 bits to either side of zero
 
@@ -29,11 +30,9 @@ class HeavyChannels(nn.Module, Encoder):
     @lasting
     def __init__(self, channels: int = 16, *, label_bits: int | None = 4) -> None:
         super().__init__()
-        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-            raise ValueError(f"channels must be an int of at least 1, got {channels!r}")
         if label_bits not in (None, 4):
             raise ValueError(f"label_bits must be 4 or None, got {label_bits!r}")
-        self.channels, self.label_bits = channels, label_bits
+        self.channels, self.label_bits = check_int("channels", channels, 1), label_bits
         self.heavy: Tensor
         self.register_buffer("heavy", torch.empty(0, dtype=torch.int64))  # [Hkv, r], ascending
 

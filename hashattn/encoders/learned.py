@@ -24,6 +24,7 @@ from hashattn.encoders.progress import progress_of
 from hashattn.encoders.simhash import orthogonal_planes
 from hashattn.lasting import lasting
 from hashattn.ops.decode import Map
+from hashattn.shapes import check_int, check_seed
 
 DEFAULT_CENTRING = Centring()
 
@@ -87,11 +88,11 @@ class LearnedHash(nn.Module, Encoder):
         self, bits: int, query_bits: int, heads: int | None, centring: Centring | None, seed: int, bias_bits: int = 0
     ) -> None:
         super().__init__()
-        check_bits(bits, query_bits)
-        check_bias(bits, query_bits, bias_bits)
-        if heads is not None and heads < 1:
-            raise ValueError(f"heads must be at least 1, or None for weights that all heads share, got {heads}")
-        self.bits, self.query_bits, self.heads, self.seed, self.bias_bits = bits, query_bits, heads, seed, bias_bits
+        self.bits, self.query_bits = check_bits(bits, query_bits)
+        self.bias_bits = check_int("bias_bits", bias_bits, 0)
+        check_bias(self.bits, self.query_bits, self.bias_bits)
+        self.heads = heads if heads is None else check_int("heads", heads, 1, hint="or None, shared by all")
+        self.seed = check_seed(seed)
         self._row_centring = centring
         self.query_net: HashNet | None = None
         self.key_net: HashNet | None = None

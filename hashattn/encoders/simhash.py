@@ -18,6 +18,7 @@ from hashattn.encoders.base import (
 from hashattn.encoders.centring import Centring
 from hashattn.lasting import lasting
 from hashattn.ops.decode import Map
+from hashattn.shapes import check_seed, keep_ints
 
 
 @lru_cache(maxsize=64)
@@ -61,6 +62,8 @@ class SimHash(Encoder):
 
     def __post_init__(self) -> None:
         check_bits(self.bits, self.query_bits, most=4096)
+        keep_ints(self, bits=8, query_bits=1)
+        object.__setattr__(self, "seed", check_seed(self.seed))
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         return key_bits(subtract(k, centre) @ self._planes(k.shape[-1], k.device))

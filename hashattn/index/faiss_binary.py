@@ -15,6 +15,7 @@ from hashattn.extras import require
 from hashattn.index.base import Index, Spans, Store
 from hashattn.index.faiss_store import FaissStore
 from hashattn.ops.hamming.cpu import faiss as installed_faiss
+from hashattn.shapes import check_int
 
 _TEMPORARY = 64 << 20  # bytes of a GPU
 GPU_LIMIT = 2048  # the largest k of FAISS's search on a GPU
@@ -66,8 +67,8 @@ class FaissBinary(Index):
             value, least = getattr(self, name), 0 if name == "nflip" else 1
             if value is not None and not self.factory.startswith(kind):
                 raise ValueError(f"{name}={value!r} is for {kind}*, but factory is {self.factory!r}; leave it out")
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+            if value is not None:
+                object.__setattr__(self, name, check_int(name, value, least, 2**31 - 1))
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f'device must be "cpu" or "cuda", got {self.device!r}')
         library = load_faiss()

@@ -12,6 +12,7 @@ from hashattn.selectors.base import Selector, forced_slots
 from hashattn.selectors.candidates import exact_logits
 from hashattn.selectors.grouping import group_sum
 from hashattn.selectors.topk import TopK
+from hashattn.shapes import keep_ints
 from hashattn.types import Selection, Step
 from hashattn.view import View
 
@@ -38,8 +39,7 @@ class Refine(Selector):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, TopK):
             raise TypeError(f"inner must be a TopK, got {self.inner!r}")
-        if isinstance(self.factor, bool) or not isinstance(self.factor, int) or self.factor < 1:
-            raise ValueError(f"factor must be an int of at least 1, got {self.factor!r}")
+        keep_ints(self, factor=1)
         if self.shared and self.inner.combine == "union":
             raise ValueError(f'inner must have one budget for a group: combine="sum" would do, got {self.inner!r}')
         if self.ties and self.shared and self.inner.combine != "sum":
