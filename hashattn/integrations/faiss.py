@@ -66,5 +66,5 @@ def import_codes(path: str | Path) -> Tensor:
             f"{str(path)!r} holds an {type(index).__name__} of {index.d} bits; an IndexBinaryFlat of a multiple of 64 "
             "bits, such as export_codes() writes, would work"
         )
-    octets = faiss.vector_to_array(index.xb).reshape(index.ntotal, -1)
+    octets = faiss.vector_to_array(index.xb).reshape(index.ntotal, index.d // 8)
     return torch.from_numpy(octets).view(torch.int64)

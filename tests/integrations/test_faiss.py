@@ -58,3 +58,13 @@ def test_other_files_are_refused(tmp_path):
     raises_naming(ValueError, "IndexBinaryHNSW", "IndexBinaryFlat")(lambda: import_codes(path))
     faiss.write_index_binary(faiss.IndexBinaryFlat(72), str(path))
     raises_naming(ValueError, "72")(lambda: import_codes(path))
+    path.write_bytes(b"")
+    raises_naming(ValueError, "other", "no binary index")(lambda: import_codes(path))
+
+
+def test_an_index_without_codes_gives_none(tmp_path):
+    path = tmp_path / "empty"
+    faiss.write_index_binary(faiss.IndexBinaryFlat(128), str(path))
+    codes = import_codes(path)
+    assert codes.shape == (0, 2)
+    assert codes.dtype == torch.int64
