@@ -34,7 +34,7 @@ def weigh(
         logits = logits.masked_fill((ids < 0).unsqueeze(3), -torch.inf)
     weights, nothing = torch.softmax(logits, -1), None
     if bool(weights[..., :1].isnan().any()):  # as of a query that selected nothing, or of what is not finite
-        nothing = logits.amax(-1, keepdim=True) == -torch.inf
+        nothing = (ids < 0).all(-1)[..., None, None].expand(*logits.shape[:4], 1)
         weights = weights.masked_fill(nothing, 0)
     rows = row_numbers(ids, values.shape[1], values.shape[2]) if rows is None else rows
     if group > 1:  # the group's other heads find the rows in the cache
@@ -42,7 +42,7 @@ def weigh(
     out = bags(values, rows, slots, weights.to(values.dtype).view(-1)).to(dtype)
     lse = logits.logsumexp(-1, keepdim=True) if need_lse else None
     if nothing is not None:
-        out = out.masked_fill(nothing.view(-1, 1), 0)  # values may be of padding
+        out = out.masked_fill(nothing.reshape(-1, 1), 0)  # values may be of padding
         lse = lse if lse is None else lse.where(nothing | ~weights[..., :1].isnan(), torch.nan)
     return (
         _by_query_head(out, logits.shape),
