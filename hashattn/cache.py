@@ -472,7 +472,7 @@ class KVCache:
             if other.with_norms:
                 other._norms.append(state["norms"].to(NORMS))
         if "votes" in state:
-            other.votes.set(state["votes"], state["votes_most"])
+            other.votes.set(state["votes"], state.get("votes_most"))
         self.__dict__.update(other.__dict__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
