@@ -18,6 +18,7 @@ from hashattn.decoder import Decoder
 from hashattn.encoders import Encoder
 from hashattn.engines import Shape, crossover, resolve
 from hashattn.index import Index
+from hashattn.lasting import lasting
 from hashattn.ops.decode.scratch import Scratch
 from hashattn.plan import Plan, explain
 from hashattn.selectors import Selector
@@ -87,6 +88,7 @@ class HashAttention:
             self if encoder is self.encoder and attend is self.attend else self.replace(encoder=encoder, attend=attend)
         )
 
+    @lasting
     def to(self, device: torch.device | str) -> HashAttention:
         """Move the weights of all parts to a device, in place. Returns itself."""
         for part in (self.encoder, self.selector, self.attend, *getattr(self.selector, "parts", ())):
@@ -170,10 +172,10 @@ class HashAttention:
             return dense(q, cache.keys, cache.values, seen, scale, need_lse=need_lse, need_weights=need_weights), None
         assert self.selector is not None
         fewest = cache.shortest - (tokens - 1 if causal else 0)  # keys that the shortest-sighted query sees
-        fits = engine == "triton" and fewest >= warmup and not need_weights
-        if fits and not (torch.is_grad_enabled() and needs_grad(q, cache.keys, cache.values, attend=self.attend)):
+        if engine == "triton" and fewest >= warmup and not need_weights and not needs_grad(q, cache, self.attend):
             return fused.step(self, q, cache, scale, causal)
-        query = self.encoder.encode_query(q) if self.encoder is not None else None
+        with torch.no_grad():  # codes choose: gradients go through what is chosen
+            query = self.encoder.encode_query(q) if self.encoder is not None else None
         view = cache.view(query, q.shape[1], cache.spans(tokens, causal), engine=engine, q=q, scale=scale)
         selection = self.selector.select(view, step or Step())
         if fewest < warmup:
@@ -268,10 +270,11 @@ class HashAttention:
         return f"HashAttention({', '.join(shown)})"
 
 
-def needs_grad(*tensors: Tensor, attend: Attend) -> bool:
-    """Whether a gradient of these or of an Attend's weights is wanted, which only the reference gives."""
+def needs_grad(q: Tensor, cache: KVCache, attend: Attend) -> bool:
+    """Whether a gradient of queries, keys, values or weights is wanted, which only the reference gives."""
     weights = attend.parameters() if isinstance(attend, nn.Module) else ()
-    return any(x.requires_grad for x in (*tensors, *weights))
+    wanted = q.requires_grad or cache.wants_grad or any(w.requires_grad for w in weights)
+    return torch.is_grad_enabled() and wanted
 
 
 def keep_short(selection: Selection, visible: Tensor, warmup: int) -> Selection:

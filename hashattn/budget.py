@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hashattn.shapes import check_int
+
+_MOST = 2**31 - 1  # columns are int32: nothing has more keys
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -23,7 +27,7 @@ class Budget:
     def counts(self, visible: Tensor) -> Tensor:
         """The same for int64 [B, T], without asking the device."""
         if self.k is not None:
-            return visible.clamp(max=self.k)
+            return visible.clamp(max=min(self.k, _MOST))
         return torch.ceil(visible.double() * (self.share or 0)).long()
 
 
@@ -38,9 +42,6 @@ def check_share(name: str, share: float) -> None:
         raise ValueError(f"{name} must be above 0 and at most 1, got {share!r}")
 
 
-def check_k(k: int) -> None:
-    """Raise unless k is a positive int."""
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k must be an int of at least 1 (for a share of the keys: share=), got {k!r}")
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+def check_k(k: int) -> int:
+    """A positive number of keys, as an int; raises as check_int()."""
+    return check_int("k", k, 1, hint="for a share of the keys: share=")

@@ -38,7 +38,7 @@ def check_composition(attn: HashAttention) -> None:
             raise TypeError(f"{name} must be an instance of {kind.__name__}, got {part!r}")
     if attn.engine not in ENGINES:
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {attn.engine!r}")
-    if not isinstance(attn.dense_layers, tuple) or not all(isinstance(i, int) for i in attn.dense_layers):
+    if not isinstance(attn.dense_layers, tuple) or not all(type(i) is int for i in attn.dense_layers):
         raise TypeError(f"dense_layers must be a tuple of layer numbers, got {attn.dense_layers!r}")
     encoder, index, selector, attend = attn.encoder, attn.index, attn.selector, attn.attend
     if (encoder is None) != (index is None):

@@ -11,6 +11,7 @@ from hashattn.engines import Shape, choices, crossover, provenance, resolve
 from hashattn.fused import why_not
 from hashattn.ops.decode import why_not_encode
 from hashattn.ops.decode.gpu import kernels, why_triton
+from hashattn.shapes import check_int
 
 if TYPE_CHECKING:
     from hashattn.attention import HashAttention
@@ -77,9 +78,7 @@ def explain(
         ValueError: sizes below 1, or q_heads that is no multiple of kv_heads.
     """
     sizes = {"batch": batch, "q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim, "keys": keys}
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be an int of at least 1, got {size!r}")
+    batch, q_heads, kv_heads, head_dim, keys = (check_int(name, size, 1) for name, size in sizes.items())
     if q_heads % kv_heads:
         raise ValueError(f"q_heads must be a multiple of kv_heads, got {q_heads} and {kv_heads}")
     kind = torch.device(device).type

@@ -212,9 +212,14 @@ class View:
                 total, None if self.kept is None else self.kept.unflatten(1, (self.kv_heads, -1)).any(2)
             )
         if radius is not None:
-            near = view.distances() <= radius
+            near = within(view.distances(), radius)
             view = view.calibrate(view.distances(), near if view.kept is None else near & view.kept)
         return view
+
+
+def within(distances: Tensor, radius: int) -> Tensor:
+    """Where distances are at most the radius, which no integer type wraps."""
+    return distances <= (radius if distances.is_floating_point() else min(radius, torch.iinfo(distances.dtype).max))
 
 
 def forced_ids(view: View, sinks: int, recents: int) -> Tensor:

@@ -79,4 +79,4 @@ def selected_votes(ids: Tensor, weights: Tensor, keys: int) -> Tensor:
     grouped = weights.unflatten(1, (ids.shape[1], -1)).sum(2).flatten(2)  # [B, Hkv, T*K]
     columns = torch.where(ids < 0, keys, ids).long().flatten(2)
     votes = torch.zeros(*ids.shape[:2], keys + 1, device=ids.device)
-    return votes.scatter_add_(-1, columns, grouped.float())[..., :keys]
+    return votes.scatter_add_(-1, columns, grouped.float().nan_to_num(0.0))[..., :keys]  # a broken query has no vote

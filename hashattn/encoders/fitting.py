@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hashattn.encoders.losses import Batch, combined, parse
 from hashattn.encoders.sample import Sample
+from hashattn.lasting import lasting
 
 if TYPE_CHECKING:
     from hashattn.encoders.learned import LearnedHash
@@ -19,6 +20,7 @@ FEWEST = 64  # a query that sees fewer keys teaches nothing
 LARGEST_GRADIENT = 1.0
 
 
+@lasting
 def fit(
     encoder: LearnedHash,
     samples: Sequence[Sample],

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hashattn.encoders.base import Encoder
+from hashattn.lasting import lasting
+from hashattn.shapes import check_int
 
 _LEVELS = 7  # of 4 bits to either side of zero
 
@@ -25,13 +27,12 @@ class HeavyChannels(nn.Module, Encoder):
 
     code = "vector"
 
+    @lasting
     def __init__(self, channels: int = 16, *, label_bits: int | None = 4) -> None:
         super().__init__()
-        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-            raise ValueError(f"channels must be an int of at least 1, got {channels!r}")
         if label_bits not in (None, 4):
             raise ValueError(f"label_bits must be 4 or None, got {label_bits!r}")
-        self.channels, self.label_bits = channels, label_bits
+        self.channels, self.label_bits = check_int("channels", channels, 1), label_bits
         self.heavy: Tensor
         self.register_buffer("heavy", torch.empty(0, dtype=torch.int64))  # [Hkv, r], ascending
 
@@ -42,6 +43,7 @@ class HeavyChannels(nn.Module, Encoder):
     def code_bytes(self, head_dim: int, itemsize: int) -> int:
         return self.channels * itemsize
 
+    @lasting
     def fit(self, q: Tensor, k: Tensor) -> HeavyChannels:
         """Fit to queries [B, Hq, T, D] and keys [B, Hkv, N, D]. Returns itself.
 
@@ -91,6 +93,7 @@ class HeavyChannels(nn.Module, Encoder):
         channels = self.heavy.repeat_interleave(x.shape[1] // len(self.heavy), 0)
         return x.gather(-1, channels[None, :, None].expand(len(x), -1, x.shape[2], -1))
 
+    @lasting
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         if prefix + "heavy" in state_dict:  # its shape is known only once fitted
             self.heavy = torch.empty_like(state_dict[prefix + "heavy"], device=self.heavy.device)

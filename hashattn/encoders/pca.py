@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hashattn.encoders.fitted import FittedEncoder
+from hashattn.shapes import check_int
 
 
 class PCA(FittedEncoder):
@@ -24,9 +25,7 @@ class PCA(FittedEncoder):
 
     def __init__(self, components: int) -> None:
         super().__init__("projection")
-        if not isinstance(components, int) or components < 1:
-            raise ValueError(f"components must be an int of at least 1 (say head_dim / 4), got {components!r}")
-        self.components = components
+        self.components = check_int("components", components, 1, hint="say head_dim / 4")
         self.projection: Tensor  # [Hkv, D, components]
 
     def fit(self, q: Tensor | None, k: Tensor) -> PCA:

@@ -29,8 +29,7 @@ class SpectralHash(FittedEncoder):
 
     def __init__(self, bits: int = 128) -> None:
         super().__init__("projection", "mean", "phase", "radius")
-        check_bits(bits)
-        self.bits = bits
+        self.bits, _ = check_bits(bits)
         self.projection: Tensor  # [Hkv, D, bits], axes times j pi / (b - a)
         self.mean: Tensor  # [Hkv, D]
         self.phase: Tensor  # [Hkv, bits], -a j pi / (b - a)

@@ -210,6 +210,7 @@ class Joined(Selector):
         if self.ranked_part is None:
             return Selection(forced_ids(view, self.sinks, self.recents))
         sinks, recents = max(self.sinks, view.sinks), max(self.recents, view.recents)  # an outer Joined's stay forced
+        sinks, recents = min(sinks, view.keys), min(recents, view.keys)
         return self.ranked_part.select(replace(view, sinks=sinks, recents=recents), step)
 
     def __repr__(self) -> str:

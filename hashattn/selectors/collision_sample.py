@@ -11,6 +11,7 @@ from torch import Tensor
 from hashattn.collisions import Collisions
 from hashattn.ops.hamming import popcount, words
 from hashattn.selectors.base import Selector, forced_slots
+from hashattn.shapes import keep_ints
 from hashattn.types import CRITICAL, SAMPLED, Selection, Step
 from hashattn.view import View
 
@@ -44,7 +45,7 @@ class CollisionSample(Selector):
     samples = True
 
     def __post_init__(self) -> None:
-        Collisions(self.tables, self.bits)
+        keep_ints(self, tables=2, bits=1)
 
     @property
     def code_bits(self) -> int:

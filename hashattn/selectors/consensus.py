@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hashattn.budget import check_share
+from hashattn.lasting import lasting
 from hashattn.selectors.base import Selector
 from hashattn.types import Selection, Step
 from hashattn.view import View
@@ -27,6 +28,7 @@ class Consensus(nn.Module, Selector):
             straight-through gradient to it: zero in value, one in slope.
     """
 
+    @lasting
     def __init__(self, inner: Selector, *, vote_share: float = 0.5, discount: float = 2.0) -> None:
         super().__init__()
         if not isinstance(inner, Selector) or not inner.ranked:

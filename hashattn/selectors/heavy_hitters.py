@@ -45,7 +45,7 @@ class HeavyHitters(Selector):
         if (self.k is None) == (self.share is None):
             raise ValueError(f"HeavyHitters takes either k or share, got k={self.k!r} and share={self.share!r}")
         if self.k is not None:
-            check_k(self.k)
+            object.__setattr__(self, "k", check_k(self.k))
         if self.share is not None:
             check_share("share", self.share)
         check_share("recent", self.recent)

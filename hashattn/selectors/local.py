@@ -12,6 +12,7 @@ from hashattn.ops.decode.rule import Rule
 from hashattn.ops.nearest import most_of_span, nearest_of_chunks
 from hashattn.selectors.base import Selector
 from hashattn.selectors.grouping import check_grouping, chosen_mask, group_sum, voted
+from hashattn.shapes import keep_ints
 from hashattn.types import Selection, Step
 from hashattn.view import View
 
@@ -40,9 +41,8 @@ class LocalTopK(Selector):
     matrices = 2
 
     def __post_init__(self) -> None:
-        check_k(self.k)
-        if isinstance(self.per_chunk, bool) or not isinstance(self.per_chunk, int) or self.per_chunk < 1:
-            raise ValueError(f"per_chunk must be an int of at least 1, got {self.per_chunk!r}")
+        object.__setattr__(self, "k", check_k(self.k))
+        keep_ints(self, per_chunk=1)
         if self.k % self.per_chunk:
             low = self.k // self.per_chunk * self.per_chunk
             near = f"{low} or {low + self.per_chunk}" if low else f"{self.per_chunk}"
@@ -85,8 +85,9 @@ class LocalTopK(Selector):
         if view.kept is not None and view.forced is not None:
             keep = keep | view.forced
         most_forced = sum(most_of_span(n, self.chunks) for n in (view.sinks, view.recents))
+        per_chunk = min(self.per_chunk, max(1, most_of_span(view.keys, self.chunks)))  # no chunk has more
         ids = nearest_of_chunks(
-            view.distances(), self.chunks, self.per_chunk, keep, view.forced, most_forced=most_forced
+            view.distances(), self.chunks, per_chunk, keep, view.forced, most_forced=most_forced
         ).flatten(-2)
         last = torch.iinfo(torch.int32).max
         ids = torch.where(ids < 0, last, ids).sort(-1).values[..., : max(1, view.longest)]

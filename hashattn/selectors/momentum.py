@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hashattn.lasting import lasting
 from hashattn.selectors.base import Selector
 from hashattn.selectors.consensus import check_discount, discounted
 from hashattn.types import Selection, Step
@@ -27,6 +28,7 @@ class Momentum(nn.Module, Selector):
 
     needs_weights = True
 
+    @lasting
     def __init__(self, inner: Selector, *, ratio: float = 1.0, discount: float = 2.0) -> None:
         super().__init__()
         if not isinstance(inner, Selector) or not inner.ranked:

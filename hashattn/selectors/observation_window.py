@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hashattn.budget import Budget, check_k, check_share
 from hashattn.selectors.base import Selector
+from hashattn.shapes import check_int, keep_ints
 from hashattn.types import Selection, Step
 from hashattn.view import View
 from hashattn.votes import DROPPED, Votes
@@ -49,14 +50,12 @@ class ObservationWindow(Selector):
         if sum(x is not None for x in given.values()) != 1:
             raise ValueError(f"ObservationWindow takes one of k, share and shares, got {given}")
         if self.k is not None:
-            check_k(self.k)
+            object.__setattr__(self, "k", check_k(self.k))
         if self.shares is not None and not (isinstance(self.shares, tuple) and self.shares):
             raise TypeError(f"shares must be a tuple of one share a layer, got {self.shares!r}")
         for share in self.shares or ((self.share,) if self.share is not None else ()):
             check_share("shares" if self.shares else "share", share)
-        for name, value in (("window", self.window), ("pool", self.pool)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        keep_ints(self, window=1, pool=1)
         if self.pool % 2 == 0:
             raise ValueError(f"pool must be odd, so that it has a middle, got {self.pool}")
 
@@ -108,8 +107,7 @@ def pyramid(layers: int, share: float, *, beta: float = 20.0) -> tuple[float, ..
         beta: at least 1; 20 in the paper's code.
     """
     check_share("share", share)
-    if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
-        raise ValueError(f"layers must be an int of at least 1, got {layers!r}")
+    layers = check_int("layers", layers, 1)
     if not beta >= 1:
         raise ValueError(f"beta must be at least 1, got {beta!r}")
     if layers == 1:

@@ -11,6 +11,7 @@ from hashattn.selectors.base import Selector
 from hashattn.selectors.candidates import check_inner
 from hashattn.selectors.draws import draws
 from hashattn.selectors.grouping import chosen_mask
+from hashattn.shapes import check_seed
 from hashattn.types import SAMPLED, Selection, Step
 from hashattn.view import View
 
@@ -46,11 +47,10 @@ class RandomTail(Selector):
         if (self.k is None) == (self.share is None):
             raise ValueError(f"RandomTail takes either k or share, got k={self.k!r} and share={self.share!r}")
         if self.k is not None:
-            check_k(self.k)
+            object.__setattr__(self, "k", check_k(self.k))
         if self.share is not None:
             check_share("share", self.share)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed must be an int, got {self.seed!r}")
+        object.__setattr__(self, "seed", check_seed(self.seed))
 
     @property
     def matrices(self) -> int:  # type: ignore[override]

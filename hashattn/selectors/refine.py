@@ -12,6 +12,7 @@ from hashattn.selectors.base import Selector, forced_slots
 from hashattn.selectors.candidates import exact_logits
 from hashattn.selectors.grouping import group_sum
 from hashattn.selectors.topk import TopK
+from hashattn.shapes import keep_ints
 from hashattn.types import Selection, Step
 from hashattn.view import View
 
@@ -38,8 +39,7 @@ class Refine(Selector):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, TopK):
             raise TypeError(f"inner must be a TopK, got {self.inner!r}")
-        if isinstance(self.factor, bool) or not isinstance(self.factor, int) or self.factor < 1:
-            raise ValueError(f"factor must be an int of at least 1, got {self.factor!r}")
+        keep_ints(self, factor=1)
         if self.shared and self.inner.combine == "union":
             raise ValueError(f'inner must have one budget for a group: combine="sum" would do, got {self.inner!r}')
         if self.ties and self.shared and self.inner.combine != "sum":
@@ -80,7 +80,9 @@ class Refine(Selector):
             last = (torch.minimum(wanted, (ids >= 0).sum(-1, keepdim=True)) - 1).clamp(min=0)
             cut = distances.sort(-1).values.gather(-1, last.expand(*ids.shape[:3], 1))
             score = score.masked_fill(distances > cut, -torch.inf).masked_fill(distances < cut, torch.inf)
-        score = score.masked_fill(forced, torch.inf).masked_fill(ids < 0, -torch.inf).nan_to_num(-torch.inf)
+        score = score.masked_fill(forced, torch.inf).masked_fill(ids < 0, -torch.inf)
+        least = torch.finfo(score.dtype).min  # of what is not finite: it is kept as any other key
+        score = score.nan_to_num(nan=least, posinf=torch.inf, neginf=-torch.inf)
         best, slots = score.topk(min(view.slots(budget), ids.shape[-1]), dim=-1)
         slot = torch.arange(slots.shape[-1], device=ids.device)
         return Selection(ids.gather(-1, slots).masked_fill((slot >= wanted) | (best == -torch.inf), -1))

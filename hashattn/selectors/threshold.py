@@ -10,8 +10,9 @@ from hashattn.budget import Budget, check_k
 from hashattn.ops.decode.rule import Rule
 from hashattn.selectors.base import Selector
 from hashattn.selectors.grouping import check_grouping
+from hashattn.shapes import keep_ints
 from hashattn.types import Selection, Step
-from hashattn.view import View
+from hashattn.view import View, within
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,9 @@ class Threshold(Selector):
     combine: str = "sum"
 
     def __post_init__(self) -> None:
-        if isinstance(self.radius, bool) or not isinstance(self.radius, int) or self.radius < 0:
-            raise ValueError(f"radius must be an int of at least 0, got {self.radius!r}")
+        keep_ints(self, radius=0)
         if self.limit is not None:
-            check_k(self.limit)
+            object.__setattr__(self, "limit", check_k(self.limit))
         check_grouping(self.per, self.combine)
 
     @property
@@ -60,7 +60,7 @@ class Threshold(Selector):
             shared = self.combine == "sum"
             if shared:
                 return Selection(_filled(view.nearest([budget], shared=True, radius=group * self.radius)))
-            near = (view.distances() <= self.radius).unflatten(1, (view.kv_heads, -1))
+            near = within(view.distances(), self.radius).unflatten(1, (view.kv_heads, -1))
             near = near.any(2) if self.combine == "union" else near.sum(2) * 2 > group
             total = view.distances().unflatten(1, (view.kv_heads, -1)).sum(2)
             view = view.calibrate(total, near if view.kept is None else near & view.kept)

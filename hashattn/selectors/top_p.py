@@ -79,5 +79,5 @@ def smallest_set(logits: Tensor, p: float, ids: Tensor) -> Tensor:
     """
     latest = ids.argsort(dim=-1, descending=True).unsqueeze(3).expand_as(logits)
     weights, order = torch.softmax(logits, -1).gather(-1, latest).sort(dim=-1, descending=True, stable=True)
-    near = weights.cumsum(-1) - weights < p
+    near = ~(weights.cumsum(-1) - weights >= p)  # all of them where logits are not finite
     return torch.zeros_like(near).scatter_(-1, latest.gather(-1, order), near)

@@ -81,3 +81,11 @@ def test_damaged_files_are_refused_before_faiss_believes_them(tmp_path):
     for _ in range(100):
         path.write_bytes(damaged(whole, chance))
         refused(lambda: import_codes(path))
+
+
+def test_an_index_without_codes_gives_none(tmp_path):
+    path = tmp_path / "empty"
+    faiss.write_index_binary(faiss.IndexBinaryFlat(128), str(path))
+    codes = import_codes(path)
+    assert codes.shape == (0, 2)
+    assert codes.dtype == torch.int64

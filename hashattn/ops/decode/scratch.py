@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 Key = tuple[str, torch.device, int]
+from hashattn.lasting import lasting
 
 
 class Scratch:
@@ -21,6 +22,7 @@ class Scratch:
         self._held: dict[Key, Tensor] = {}
         self._captured: dict[int, Tensor] = {}
 
+    @lasting
     def borrow(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A buffer of this shape; its contents are whatever the last user left, zeros at first."""
         numel, key = math.prod(shape), (name, device, stream_of(device))
@@ -30,6 +32,7 @@ class Scratch:
             held = self._held[key] = torch.zeros(numel, dtype=dtype, device=device)
         return self._handed_out(held)[:numel].view(shape)
 
+    @lasting
     def workspace(self, nbytes: int, device: torch.device) -> Tensor:
         """At least so many bytes, uint8, for one step at a time."""
         key = ("workspace", device, stream_of(device))

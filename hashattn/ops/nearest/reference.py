@@ -23,7 +23,8 @@ def nearest(distances: Tensor, k: int, keep: Tensor, forced: Tensor | None = Non
     keys = distances.shape[-1]
     k = min(k, keys)
     if distances.is_floating_point():
-        score = distances.float()
+        most = torch.finfo(torch.float32).max  # what is not finite is there all the same, before what is hidden
+        score = distances.float().nan_to_num(nan=most, posinf=most, neginf=-most)
         if forced is not None:
             score = score.masked_fill(forced, -torch.inf)
         score = score.masked_fill(~keep, torch.inf)

@@ -140,7 +140,7 @@ def norms_of(x: Inputs, bits: int) -> Estimate:
     """Norms of the keys about a random centre, NaN outside the filled columns; the room is another than the keys'."""
     centre = torch.randn(x.keys.shape[0], x.keys.shape[1], x.keys.shape[3], generator=generator(bits))
     centre = centre.to(x.keys.device)
-    norms = (x.keys.float() - centre.unsqueeze(2)).norm(dim=-1, keepdim=True).half()
+    norms = (x.keys.float() - centre.unsqueeze(2)).norm(dim=-1, keepdim=True).bfloat16()
     norms = torch.nn.functional.pad(norms, (0, 0, 0, 5), value=torch.nan)
     return Estimate(norms, centre, torch.tensor([0.8], device=x.keys.device), bits)
 
