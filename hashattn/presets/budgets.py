@@ -6,7 +6,7 @@ from hashattn.attend import DenseAttend, ExactAttend, SampledAttend
 from hashattn.attention import HashAttention
 from hashattn.encoders import Identity, SimHash
 from hashattn.index import FlatDot, FlatHamming, Pages
-from hashattn.selectors import HeavyHitters, ObservationWindow, RandomTail, Recent, Sink, TopK, TopP, pyramid
+from hashattn.selectors import HeavyHitters, ObservationWindow, RandomTail, Recent, Sink, TopK, TopP
 
 
 def streaming(*, sinks: int = 4, recent: int = 1020, engine: str = "auto") -> HashAttention:
@@ -41,11 +41,12 @@ def pyramidkv(
 ) -> HashAttention:
     """PyramidKV (arXiv 2406.02069): SnapKV with more keys in low layers than in high ones, `share` on average.
 
-    layers is the model's number. Keys are kept, as in snapkv. The authors count keys and give each layer its window
-    beside its budget, where here it is a part of the share; their LongBench runs take 8 queries and the maximum of 7.
+    layers is the model's number. Each layer keeps its window, and what the share has beside the windows falls evenly
+    over the layers, to a twentieth of its mean in the last. Keys are kept, as in snapkv. The authors count keys, which
+    replace(selector=ObservationWindow(k=, layers=)) does; their LongBench runs take 8 queries and the maximum of 7.
     """
     return HashAttention(
-        selector=ObservationWindow(shares=pyramid(layers, share), window=window, pool=pool),
+        selector=ObservationWindow(share=share, window=window, pool=pool, layers=layers),
         attend=ExactAttend(),
         engine=engine,
     )

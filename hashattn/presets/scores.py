@@ -111,8 +111,9 @@ def double_sparsity(
 ) -> HashAttention:
     """Double Sparsity (arXiv 2408.07092): a few heavy channels, found beforehand and rounded to 4 bits, score the keys.
 
-    A sixteenth of the keys. Labels are rounded to 4 bits and stored in the keys' dtype. A KV head chooses channels and
-    keys; in the authors' code each query head does, and no layer is dense, where here 0 and 1 are.
+    A sixteenth of the keys, layers 0 and 1 dense. Labels and queries are rounded to 16 levels from the least to the
+    largest, and labels are stored in the keys' dtype. A KV head chooses channels and keys by the sum of its queries'
+    products; in the authors' code each query head does.
     """
     return HashAttention(
         encoder=HeavyChannels(channels),
