@@ -12,7 +12,8 @@ from hashattn.selectors import HeavyHitters, ObservationWindow, RandomTail, Rece
 def streaming(*, sinks: int = 4, recent: int = 1020, engine: str = "auto") -> HashAttention:
     """StreamingLLM, "Efficient Streaming Language Models with Attention Sinks" (arXiv 2309.17453).
 
-    4 sinks and a window; the paper's sizes run from 4+252 to 4+4092. Positions stay those of the text.
+    4 sinks and a window; the paper's sizes run from 4+252 to 4+4092. The window slides with every token, as the paper's
+    rolling cache does. Positions stay those of the text, where the paper counts them within the cache.
     """
     return HashAttention(selector=Sink(sinks) | Recent(recent), attend=ExactAttend(), engine=engine)
 
@@ -21,7 +22,8 @@ def h2o(*, share: float = 0.2, engine: str = "auto") -> HashAttention:
     """H2O, "Heavy-Hitter Oracle" (arXiv 2306.14048): accumulated attention, and half of the budget the most recent.
 
     Selection is restricted and keys are kept: the outputs are those of eviction, and no memory is saved. The original
-    fixes the budget at a share of the prompt; here it grows with the text. Votes are summed over a KV head.
+    fixes the budget at a share of the prompt and rounds it down; here it grows with the text and is rounded up. Votes
+    are summed over a KV head, where each query head of the original chooses.
     """
     return HashAttention(selector=HeavyHitters(share=share), attend=ExactAttend(), engine=engine)
 

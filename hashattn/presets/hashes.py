@@ -19,8 +19,9 @@ from hashattn.selectors import CollisionSample, Recent, Sink, TopK
 
 
 def hata(
-    *, bits: int = 128, k: int = 512, dense_layers: tuple[int, ...] = (0, 1), engine: str = "auto"
-) -> HashAttention:
+    *, bits: int = 128, k: int = 512, heads: int | None = None, dense_layers: tuple[int, ...] = (0, 1),
+    engine: str = "auto",
+) -> HashAttention:  # fmt: skip
     """HATA, "Trainable and Hardware-Efficient Hash-Aware Top-k Attention" (arXiv 2506.02572).
 
     One learned linear hash for queries and keys, 128 bits; Hamming distances summed over a KV head's queries; top 512
@@ -28,7 +29,7 @@ def hata(
     not centre keys; here one serves all heads, on centred keys.
     """
     return HashAttention(
-        encoder=SymmetricHash(bits),
+        encoder=SymmetricHash(bits, heads=heads),
         index=FlatHamming(),
         selector=TopK(k=k, per="kv_head", combine="sum"),
         attend=ExactAttend(),

@@ -93,8 +93,9 @@ def sparq(
 ) -> HashAttention:
     """SparQ Attention (arXiv 2312.04985): the query's largest channels alone score the keys; the top 128 exactly.
 
-    The last 32 are among these. Without the paper's mean-value term; a group's scores are summed as they are, where the
-    authors' code sums their softmax. Keys are multiplied in whole here: the selection is SparQ's, no bytes are saved.
+    The last 32 are among these. Without the paper's mean-value term; a group's products are summed as they are, where
+    the authors' code first divides each by the root of what its channels hold of the query. Keys are multiplied in
+    whole here: the selection is SparQ's, no bytes are saved.
     """
     return HashAttention(
         encoder=Identity(),

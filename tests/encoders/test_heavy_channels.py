@@ -34,7 +34,7 @@ def test_the_channels_of_largest_products_are_found_for_each_head():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_labels_of_4_bits_have_16_levels_from_the_least_to_the_largest(dtype):
-    """Double Sparsity (arXiv 2408.07092, section 3.2) keeps labels in 4 bits; its code rounds queries alike."""
+    """Double Sparsity (arXiv 2408.07092) keeps labels in 4 bits; the authors' code rounds queries alike."""
     encoder, plain = fitted(), fitted(label_bits=None)
     q, k, _ = qkv(1, 2, keys=70, tokens=9, dtype=dtype)
     k[0, 0, 3], k[0, 1, 4] = 0.25, k[0, 1, 4].abs() + 5  # all alike; all of one sign and far from zero

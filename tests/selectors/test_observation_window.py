@@ -181,7 +181,7 @@ def test_a_pyramid_falls_evenly_and_keeps_its_mean(layers, share, beta):
 
 
 def pyramid_by_hand(capacity, window, keys, layer, layers, beta=20):
-    """Keys that PyramidKV's code gives a layer (arXiv 2406.02069, section 3.2): a window, and what is beside it."""
+    """Keys that PyramidKV gives a layer (arXiv 2406.02069): a window, and a part of what is beside it."""
     beside = capacity - window
     if keys < capacity:
         return keys
