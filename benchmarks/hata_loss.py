@@ -134,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", type=Path, nargs="+", help="folders of hashattn capture, one a model")
     parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--layers", type=int, nargs="+", help="all that were captured if left out")
     parser.add_argument("--queries", type=int, default=48, help="of a step")
     parser.add_argument("--steps", type=int, default=1000, help="of the others")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -141,7 +142,7 @@ def main() -> None:
     for folder in chosen.shards:
         shards = Shards.open(folder)
         kept = held_out(shards, 0.15)
-        for layer in shards.layers:
+        for layer in chosen.layers or shards.layers:
             samples = [
                 replace(s, **{name: getattr(s, name).to(chosen.device) for name in ("q", "k", "positions")})
                 for s in shards.layer(layer)
