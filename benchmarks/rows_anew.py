@@ -4,7 +4,8 @@
     python benchmarks/rows_anew.py benchmarks/results/eval_looking_back_smollm2-135m.json new.json
 
 What the presets are compared with, full attention and exact top-k, stays as it is in the file. A preset that the file
-lacks is added at the end. Both must have been measured by the same settings.
+lacks is added at the end. Both must have been measured by the same settings; several new files of the same presets and
+other seeds, as processes beside each other write them, are summed up first.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hashattn.evaluation.report import summarise
 from hashattn.files import replacing
 
 COMPARED = ("full attention", "oracle_topk")
@@ -48,6 +50,25 @@ def anew(old: Result, new: Result) -> Result:
     return old | {"rows": rows, "notes": [*kept, said]}
 
 
+def together(parts: Sequence[Result]) -> list[Result]:
+    """Results of the same presets, summed up over their seeds; those of other presets by themselves."""
+    groups: dict[frozenset[str], list[Result]] = {}
+    for part in parts:
+        groups.setdefault(frozenset(row["contender"] for row in part["rows"]), []).append(part)
+    found = []
+    for group in groups.values():
+        whole = group[0]
+        if len(group) > 1:
+            seeds = sorted(seed for part in group for seed in part["settings"]["seeds"])
+            for part in group:
+                if {**part["settings"], "seeds": None} != {**whole["settings"], "seeds": None}:
+                    raise ValueError(f"settings differ: {whole['settings']!r} and {part['settings']!r}")
+            rows = summarise(record for part in group for record in part["records"])
+            whole = whole | {"settings": whole["settings"] | {"seeds": seeds}, "rows": rows}
+        found.append(whole)
+    return found
+
+
 def main(given: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,8 +77,8 @@ def main(given: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(given)
     text = chosen.old.read_text(encoding="utf-8")
     result = json.loads(text)
-    for path in chosen.new:
-        result = anew(result, json.loads(path.read_text(encoding="utf-8")))
+    for new in together([json.loads(path.read_text(encoding="utf-8")) for path in chosen.new]):
+        result = anew(result, new)
     indent = 1 if "\n" in text.strip() else None
     with replacing(chosen.old) as path:
         path.write_text(json.dumps(result, indent=indent) + ("\n" if text.endswith("\n") else ""), encoding="utf-8")

@@ -49,3 +49,17 @@ def test_results_of_other_settings_are_refused_and_leave_the_file_alone(tmp_path
             lambda changes=changes: rows_anew.anew(OLD, result("new", ("a", 1), **changes))
         )
     raises_naming(ValueError, "full attention")(lambda: rows_anew.anew(OLD, result("new", ("oracle_topk", 0.05))))
+
+
+def test_seeds_that_were_measured_apart_are_summed_up():
+    def seed(number, ratio):
+        record = {"part": "perplexity", "contender": "a", "budget": 0.05, "values": {"ratio": ratio}}
+        settings = {"tokens": [4096], "seeds": [number]}
+        return result("new", ("a", 0.05), settings=settings) | {"records": [record]}
+
+    (whole,) = rows_anew.together([seed(1, 1.5), seed(0, 1.25)])
+    assert whole["settings"] == {"tokens": [4096], "seeds": [0, 1]}
+    (row,) = whole["rows"]
+    assert (row["contender"], row["figures"]["ratio"]["mean"], row["figures"]["ratio"]["n"]) == ("a", 1.375, 2)
+    other = seed(2, 1.0) | {"settings": {"tokens": [8], "seeds": [2]}}
+    raises_naming(ValueError, "settings", "[8]")(lambda: rows_anew.together([seed(0, 1.0), other]))

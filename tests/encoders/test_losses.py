@@ -87,7 +87,9 @@ def test_hatas_terms_are_those_of_the_paper():
                 similarity += s.get(n, -1.0) * (h_q[h, t] - h_k[h, n]).square().sum().item()
                 total[h] += h_q[h, t] + h_k[h, n]
     assert LOSSES["similarity"](scaled).item() == pytest.approx(similarity / pairs, rel=1e-4)
-    assert LOSSES["pair_balance"](scaled).item() == pytest.approx((total / pairs / BITS).square().sum().item(), rel=1e-4)
+    assert LOSSES["pair_balance"](scaled).item() == pytest.approx(
+        (total / pairs / BITS).square().sum().item(), rel=1e-4
+    )
     planes = torch.randn(2, 8, BITS, generator=generator(1))
     uneven = planes.double().mT @ planes.double() - torch.eye(BITS, dtype=torch.float64)
     assert orthogonality(planes).item() == pytest.approx(uneven.norm().item(), rel=1e-5)
