@@ -156,7 +156,10 @@ class Run:
             student = student + 2 * bias.repeat_interleave(len(q) // len(bias), 0).unsqueeze(1)
         with torch.no_grad():
             teacher = grouped_product(q, k) * self.scale
-        return Batch(teacher, student * self.log_scale.exp(), seen, v_q, v_k, h_q, h_k, self.temperature, generator)
+        return Batch(
+            teacher, student * self.log_scale.exp(), seen, v_q, v_k, h_q, h_k, self.temperature, generator, self.unit,
+            encoder.key_net.skip,
+        )  # fmt: skip
 
     def _relax(self, v: Tensor, done: float) -> Tensor:
         if done < self.continuation:

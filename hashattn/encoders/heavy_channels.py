@@ -9,7 +9,7 @@ from hashattn.encoders.base import Encoder
 from hashattn.lasting import lasting
 from hashattn.shapes import check_int
 
-_LEVELS = 7  # of 4 bits to either side of zero
+_STEPS = 15  # between the 16 levels of 4 bits
 
 
 class HeavyChannels(nn.Module, Encoder):
@@ -20,9 +20,9 @@ class HeavyChannels(nn.Module, Encoder):
 
     Args:
         channels: how many of head_dim; the authors' code takes an eighth to a half.
-        label_bits: 4 rounds each label to 15 levels about zero, with a scale a key (the authors' 16 levels run from the
-            least label to the largest, and they round queries too); None does not. It is the rounding only: labels stay
-            in the keys' dtype and take no less memory.
+        label_bits: 4 rounds the labels of each key, and a query's channels, to 16 levels that run evenly from their
+            least to their largest, as the authors' code does; None does not. It is the rounding only: labels stay in
+            the keys' dtype and take no less memory.
     """
 
     code = "vector"
@@ -78,15 +78,19 @@ class HeavyChannels(nn.Module, Encoder):
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         """Labels [B, Hkv, N, r], in the keys' dtype."""
-        labels = self._taken(k)
-        if self.label_bits is None:
-            return labels
-        size = labels.float().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / _LEVELS
-        return ((labels.float() / size).round() * size).to(labels.dtype)
+        return self._rounded(self._taken(k))
 
     def encode_query(self, q: Tensor) -> Tensor:
-        """The same channels of queries, [B, Hq, T, r]."""
-        return self._taken(q)
+        """The same of queries, [B, Hq, T, r]."""
+        return self._rounded(self._taken(q))
+
+    def _rounded(self, labels: Tensor) -> Tensor:
+        if self.label_bits is None:
+            return labels
+        least, largest = labels.float().aminmax(dim=-1, keepdim=True)
+        step = (largest - least) / _STEPS
+        level = ((labels.float() - least) / step.clamp(min=torch.finfo(torch.float32).tiny)).round()
+        return (least + level * step).to(labels.dtype)
 
     def _taken(self, x: Tensor) -> Tensor:
         self.check_fitted()

@@ -29,9 +29,12 @@ class ObservationWindow(Selector):
     Args:
         k: keys of the prompt that are kept, the window's among them; or
         share: of the prompt's keys, rounded up; or
-        shares: such a share for each layer of the model, as pyramid() makes them. Exactly one of the three is given.
+        shares: such a share for each layer of the model. Exactly one of the three is given.
         window: queries that vote.
         pool: keys that votes are averaged over, odd.
+        layers: of the model. With it k or share is what a layer keeps on average: each keeps the window, and what is
+            left falls evenly from the first layer to the last (PyramidKV, arXiv 2406.02069). None: all layers alike.
+        beta: that the last layer gets 1 / beta of the average beside the window; at least 1.
     """
 
     k: int | None = None
@@ -39,6 +42,8 @@ class ObservationWindow(Selector):
     shares: tuple[float, ...] | None = None
     window: int = 64
     pool: int = 5
+    layers: int | None = None
+    beta: float = 20.0
 
     ranked = False
     needs_distances = False
@@ -58,9 +63,12 @@ class ObservationWindow(Selector):
         keep_ints(self, window=1, pool=1)
         if self.pool % 2 == 0:
             raise ValueError(f"pool must be odd, so that it has a middle, got {self.pool}")
+        _check_pyramid(1 if self.layers is None else self.layers, self.beta)
+        if self.layers is not None and self.shares is not None:
+            raise ValueError(f"layers={self.layers} shares out k or share, but was given shares={self.shares}")
 
     def budget(self, visible: int) -> int:
-        return max(self._budget(i).count(visible) for i in range(len(self.shares or (0,))))
+        return max(self._kept(i, visible) for i in range(len(self.shares or (0,))))
 
     def select(self, view: View, step: Step) -> Selection:
         votes, forced = view.voted, view.sinks + view.recents
@@ -74,32 +82,44 @@ class ObservationWindow(Selector):
         return self.window if tokens >= self.window else 0
 
     def observe(self, votes: Votes, sums: Tensor, selection: Selection | None, view: View, step: Step) -> None:
-        keys, budget = sums.shape[-1], self._budget(step.layer)
+        keys, rows = sums.shape[-1], [end - start for start, end in (row[-1] for row in view.spans)]
+        budgets = [self._kept(step.layer, row) for row in rows]
         first = view.visible[:, -1, :1]  # [B, 1]
         columns = torch.arange(keys, device=sums.device)
         before = (columns >= first) & (columns < keys - self.window)  # [B, N]
         pooled = F.avg_pool1d(F.pad(sums[..., : keys - self.window], (0, 1)), self.pool, 1, self.pool // 2)[..., :-1]
         open_to = before.unsqueeze(1) & (votes.of(keys, sums) > DROPPED)
         score = F.pad(pooled, (0, self.window)).masked_fill(~open_to, -torch.inf)
-        wanted = (budget.counts(view.counts[:, -1]) - self.window).clamp(min=0)[:, None, None]
+        wanted = (torch.tensor(budgets, device=sums.device) - self.window).clamp(min=0)[:, None, None]
         place = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         kept = ((place < wanted) & open_to) | (columns >= keys - self.window)
-        most = max(budget.count(end - start) for start, end in (row[-1] for row in view.spans))
-        votes.set(torch.zeros_like(sums).masked_fill(~kept, DROPPED), max(most, self.window))
+        votes.set(torch.zeros_like(sums).masked_fill(~kept, DROPPED), max(*budgets, self.window))
 
-    def _budget(self, layer: int) -> Budget:
-        if self.shares is None:
-            return Budget(self.k, self.share)
-        if layer >= len(self.shares):
-            raise ValueError(f"shares must hold one for each layer, but there is none for layer {layer}: {self.shares}")
-        return Budget(share=self.shares[layer])
+    def _kept(self, layer: int, visible: int) -> int:
+        """Keys that a layer keeps of a prompt of so many, the window's among them."""
+        if self.shares is not None:
+            if layer >= len(self.shares):
+                raise ValueError(
+                    f"shares must hold one for each layer, but there is none for layer {layer}: {self.shares}"
+                )
+            return Budget(share=self.shares[layer]).count(visible)
+        mean = Budget(self.k, self.share).count(visible)
+        if self.layers is None or mean <= self.window:
+            return mean
+        if layer >= self.layers:
+            raise ValueError(f"layers={self.layers} must be the model's number, but there is a layer {layer}")
+        beside = mean - self.window
+        if self.layers == 1 or visible < 2 * beside:  # too few to share out
+            return mean
+        first = min(2 * beside - int(beside // self.beta), visible - self.window)
+        return self.window + first - layer * (2 * (first - beside) // (self.layers - 1))  # whole keys, rounded as there
 
 
 def pyramid(layers: int, share: float, *, beta: float = 20.0) -> tuple[float, ...]:
-    """Shares for the layers of a model that fall evenly, with this mean (PyramidKV, arXiv 2406.02069).
+    """Shares for the layers of a model that fall evenly, with this mean, as PyramidKV's do (arXiv 2406.02069).
 
     The last layer gets share / beta and the first one 2 share less that, or 1 if that is less and the last one what
-    keeps the mean.
+    keeps the mean. PyramidKV so shares out what is beside the windows: that is ObservationWindow(share=, layers=).
 
     Args:
         layers: of the model.
@@ -107,11 +127,16 @@ def pyramid(layers: int, share: float, *, beta: float = 20.0) -> tuple[float, ..
         beta: at least 1; 20 in the paper's code.
     """
     check_share("share", share)
-    layers = check_int("layers", layers, 1)
-    if not beta >= 1:
-        raise ValueError(f"beta must be at least 1, got {beta!r}")
+    _check_pyramid(layers, beta)
     if layers == 1:
         return (share,)
     most = min(1.0, 2 * share - share / beta)
     least = 2 * share - most
     return tuple(most + (least - most) * i / (layers - 1) for i in range(layers))
+
+
+def _check_pyramid(layers: int, beta: float) -> None:
+    if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
+        raise ValueError(f"layers must be an int of at least 1, got {layers!r}")
+    if not beta >= 1:
+        raise ValueError(f"beta must be at least 1, got {beta!r}")
