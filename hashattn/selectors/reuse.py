@@ -38,6 +38,10 @@ class Reuse(Selector):
             raise ValueError(f"layers must be a tuple of layer numbers from 0, got {self.layers!r}")
 
     @property
+    def follows(self) -> bool:
+        return True
+
+    @property
     def matrices(self) -> int:  # type: ignore[override]
         return self.inner.matrices
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ class Scratch:
         if not held or held[-1].numel() < nbytes:
             held.append(torch.empty(nbytes, dtype=torch.uint8, device=device))
         return held[-1]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scratch:
+        """Another one: what is copied is used on its own."""
+        memo[id(self)] = twin = Scratch()
+        return twin
 
     @property
     def nbytes(self) -> int:
