@@ -15,6 +15,7 @@ from hashattn.cached_codes import check_codes
 from hashattn.cached_state import check_state
 from hashattn.device_state import DeviceState
 from hashattn.encoders.base import Encoder
+from hashattn.guard import Guard, guarded
 from hashattn.index.base import Index
 from hashattn.lasting import lasting
 from hashattn.ops.attend import logits as exact_logits
@@ -35,6 +36,8 @@ class KVCache:
     Made by attn.new_cache(). It owns its index store and alone appends, crops and reorders it. Columns are shared by
     the batch; row b begins at column start[b] (left padding). Keys are encoded late and in bulk, when a search first
     needs them: codes == encode_key(keys[:, :, :encoded]) always holds.
+
+    Threads that change or search one cache come one after the other; what each of them asks is for them to settle.
 
     An encoder that asks for centring gets, per row and KV head, a share of the mean of the row's first keys after the
     sinks, frozen as soon as the row has that many; until then the row is "short" and attends densely.
@@ -65,7 +68,8 @@ class KVCache:
         self._centre: Tensor | None = None
         self._fits = encoder.fits if encoder is not None else 0
         self.admitted: tuple[object, int | None, str | None] | None = None  # HashAttention's: the last call checked
-        self.votes = Votes(capacity)
+        self.votes, self.keeps_votes = Votes(capacity), True
+        self.guard = Guard()
         self.on_device = DeviceState(scratch if scratch is not None else Scratch())
 
     # ---- what is in it
@@ -180,6 +184,7 @@ class KVCache:
 
     # ---- changing it
 
+    @guarded
     def append(self, k: Tensor, v: Tensor, *, start: Tensor | None = None) -> None:
         """Append keys and values [B, Hkv, n, D] of the next n columns.
 
@@ -216,6 +221,7 @@ class KVCache:
                 self._keys.storage[row, :, :first] = 0
                 self._values.storage[row, :, :first] = 0
 
+    @guarded
     def adopt(self, length: int, *, codes: bool = True) -> None:
         """Count columns that a Decoder wrote in place, with or without their codes and norms, up to `length`."""
         length = check_int("length", length, 0)
@@ -226,6 +232,7 @@ class KVCache:
             if self.with_norms:
                 self._norms.adopt(length)
 
+    @guarded
     def set_start(self, start: Tensor) -> None:
         """Change the first column of each row, int [B]; rows that change lose their centre.
 
@@ -237,14 +244,20 @@ class KVCache:
                 self._forget_centre(row)
         self._starts = starts
 
+    @guarded
     def crop(self, length: int) -> None:
         """Keep the first `length` columns. Rows left with too few keys for their centre lose it.
 
         Raises:
-            NotAnInteger, ValueError: not a number from 0 to the columns there are; the cache is as before.
+            NotAnInteger, ValueError: not a number from 0 to the columns there are, or one at which the votes of a
+                selector that looks back are no longer known. The cache is as before.
         """
         length = check_int("length", length, 0, len(self))
-        for buffer in (self._keys, self._values, self._norms, self.votes):
+        reason = self.votes.why_not_crop(length)
+        if reason is not None:
+            raise ValueError(f"length {length} is a crop that cannot be made: {reason}")
+        self.votes.crop(length, None if self._keys.empty else self._keys.view, self._starts)
+        for buffer in (self._keys, self._values, self._norms):
             buffer.truncate(length)
         if self._store is not None:
             self._store.truncate(length)
@@ -252,6 +265,7 @@ class KVCache:
             if length - first < self.warmup:
                 self._forget_centre(row)
 
+    @guarded
     @lasting
     def select_rows(self, rows: Tensor | Sequence[int] | Sequence[bool]) -> None:
         """Keep these batch rows, in this order; rows may repeat.
@@ -267,8 +281,8 @@ class KVCache:
         picked: list[int] = rows.tolist()
         if not self._keys.empty:
             rows = rows.to(self._keys.storage.device)
-        for buffer in (self._keys, self._values, self._norms, self.votes):
-            buffer.select(rows)
+        for held in (self._keys, self._values, self._norms, self.votes):
+            held.select(rows)
         if self._store is not None:
             self._store.select_rows(rows)
         if self._centre is not None:
@@ -301,6 +315,7 @@ class KVCache:
 
     # ---- searching it
 
+    @guarded
     @lasting
     def encode(self) -> None:
         """Encode the keys that are not yet encoded, unless every row is short."""
@@ -442,9 +457,7 @@ class KVCache:
                 state["norms"] = self._norms.view.clone()
             if self._centre is not None:
                 state["centre"] = self._centre.clone()
-        if len(self.votes):
-            state["votes"], state["votes_most"] = self.votes.of(len(self.votes), self.keys), self.votes.most
-        return state
+        return state | self.votes.state_dict()
 
     @lasting
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -471,8 +484,7 @@ class KVCache:
             other._store.add(state["codes"])
             if other.with_norms:
                 other._norms.append(state["norms"].to(NORMS))
-        if "votes" in state:
-            other.votes.set(state["votes"], state.get("votes_most"))
+        other.votes.load_state_dict(state)
         self.__dict__.update(other.__dict__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
@@ -480,7 +492,7 @@ class KVCache:
         for name, value in self.__dict__.items():
             if name not in ("encoder", "index", "admitted", "on_device"):  # parts are shared
                 twin.__dict__[name] = copy.deepcopy(value, memo)
-        twin.on_device = DeviceState(self.on_device.scratch)
+        twin.on_device = DeviceState(copy.deepcopy(self.on_device.scratch, memo))
         return twin
 
     def __getstate__(self) -> dict[str, Any]:

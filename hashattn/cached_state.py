@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hashattn.shapes import check_int
+from hashattn.cached_votes import VOTES, check_votes
 
 if TYPE_CHECKING:
     from hashattn.cache import KVCache
 
 _NEEDED = "keys", "values", "start"
-_KNOWN = {*_NEEDED, "codes", "ready", "norms", "centre", "votes", "votes_most"}
+_KNOWN = {*_NEEDED, "codes", "ready", "norms", "centre", *VOTES}
 _FARTHEST = 2**31 - 1  # columns are int32
 
 
@@ -33,7 +33,7 @@ def check_state(state: Mapping[str, Any], cache: KVCache) -> None:
         raise ValueError(f"state holds {', '.join(unknown)}, which no cache knows of")
     keys = state["keys"]
     for name, value in state.items():
-        if name != "votes_most" and not isinstance(value, Tensor):
+        if name not in VOTES and not isinstance(value, Tensor):
             raise TypeError(f"{name} in state must be a tensor, got {type(value).__name__}")
         if name in ("values", "codes", "norms", "centre", "votes") and value.device != keys.device:
             raise ValueError(f"{name} in state must be on the device of keys, {keys.device}, got {value.device}")
@@ -57,17 +57,7 @@ def check_state(state: Mapping[str, Any], cache: KVCache) -> None:
         if not held:
             raise ValueError("state holds norms, but no codes that they stand beside")
         _expect("norms", state["norms"], (batch, heads, held, 1), torch.bfloat16, torch.float16)
-    if "votes" in state:
-        votes = state["votes"]
-        if votes.ndim != 3 or not 1 <= votes.shape[-1] <= columns:
-            raise ValueError(f"votes in state must be [B, Hkv, n] of 1 to {columns} keys, got {[*votes.shape]}")
-        _expect("votes", votes, (batch, heads, votes.shape[-1]), torch.float32)
-        if bool(votes.isnan().any()):
-            raise ValueError("votes in state must be numbers, got NaN")
-        if state.get("votes_most") is not None:
-            check_int("votes_most in state", state["votes_most"], 0)
-    elif "votes_most" in state:
-        raise ValueError("state holds votes_most, but no votes")
+    check_votes(state, batch, heads, cache.head_dim, columns)
 
 
 def _check_ready(state: Mapping[str, Any], cache: KVCache) -> None:

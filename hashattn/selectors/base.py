@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from hashattn.ops.decode.rule import Rule
 from hashattn.types import Selection, Step
 from hashattn.view import View, forced_ids
-from hashattn.votes import Votes
+from hashattn.votes import Shown, Votes
 
 if TYPE_CHECKING:
     from hashattn.attend import Attend
@@ -27,7 +28,8 @@ class Selector(ABC):
         matrices: passes over a matrix of all distances that it makes beyond a search, about.
         needs_weights: whether it looks at the softmax weights of the layer before (momentum).
         samples: whether some of its keys stand for others.
-        observes: whether it learns from the softmax weights of the calls before, its own and dense ones.
+        observes: whether it learns from the calls before.
+        one_by_one: whether it learns from each query that searches, before the next one.
         needs_distances: whether it asks for the distance to every key, which an index that only searches lacks.
     """
 
@@ -37,11 +39,18 @@ class Selector(ABC):
     needs_weights: bool = False
     samples: bool = False
     observes: bool = False
+    one_by_one: bool = False
 
     @property
     def shared(self) -> bool:
         """Whether the query heads of a KV head share one choice."""
         return False
+
+    @property
+    def follows(self) -> bool:
+        """Whether it looks at what the layer before kept."""
+        inner = getattr(self, "inner", None)
+        return self.needs_weights or (isinstance(inner, Selector) and inner.follows)
 
     @abstractmethod
     def select(self, view: View, step: Step) -> Selection:
@@ -60,21 +69,21 @@ class Selector(ABC):
         inner = getattr(self, "inner", None)
         return inner.looked_at(visible) if isinstance(inner, Selector) else 0
 
-    def watched(self, tokens: int) -> int:
-        """Of how many of a call's last queries it wants the softmax weights, if it observes."""
-        return 0
-
     def observe(  # noqa: B027 (most look at nothing)
-        self, votes: Votes, sums: Tensor, selection: Selection | None, view: View, step: Step
+        self, shown: Shown, selection: Selection | None = None, weights: Tensor | None = None
     ) -> None:
-        """Take note of a call.
+        """Take note of a call; of each position once.
 
         Args:
-            votes: the cache's, to be replaced.
-            sums: the softmax weights of the watched queries, summed over a KV head's queries: float32 [B, Hkv, N].
-            selection: what was kept; None where the call ran dense.
-            view: of the call.
+            shown: its queries and the keys, all of which they attended to.
+            selection: unless they kept these; only of a single query, and if it is asked one by one.
+            weights: then its softmax weights over them, [B, Hq, 1, K].
         """
+
+    def settle(  # noqa: B027
+        self, votes: Votes, keys: Tensor, starts: Sequence[int], layer: int
+    ) -> None:
+        """Bring votes up to date before a search; keys [B, Hkv, N, D] and the rows' first columns are the cache's."""
 
     def refuses(self, encoder: Encoder, index: Index, attend: Attend) -> str | None:
         """Why it cannot work with these parts, and what would fit, as the end of a sentence; None if it can."""
@@ -158,6 +167,14 @@ class Joined(Selector):
         return self.ranked_part is not None and self.ranked_part.observes
 
     @property
+    def one_by_one(self) -> bool:  # type: ignore[override]
+        return self.ranked_part is not None and self.ranked_part.one_by_one
+
+    @property
+    def follows(self) -> bool:
+        return self.ranked_part is not None and self.ranked_part.follows
+
+    @property
     def matrices(self) -> int:  # type: ignore[override]
         return 0 if self.ranked_part is None else self.ranked_part.matrices
 
@@ -192,12 +209,13 @@ class Joined(Selector):
     def looked_at(self, visible: int) -> int:
         return self.ranked_part.looked_at(visible) if self.ranked_part is not None else 0
 
-    def watched(self, tokens: int) -> int:
-        return self.ranked_part.watched(tokens) if self.ranked_part is not None else 0
-
-    def observe(self, votes: Votes, sums: Tensor, selection: Selection | None, view: View, step: Step) -> None:
+    def observe(self, shown: Shown, selection: Selection | None = None, weights: Tensor | None = None) -> None:
         if self.ranked_part is not None:
-            self.ranked_part.observe(votes, sums, selection, view, step)
+            self.ranked_part.observe(shown, selection, weights)
+
+    def settle(self, votes: Votes, keys: Tensor, starts: Sequence[int], layer: int) -> None:
+        if self.ranked_part is not None:
+            self.ranked_part.settle(votes, keys, starts, layer)
 
     def refuses(self, encoder: Encoder, index: Index, attend: Attend) -> str | None:
         return self.ranked_part.refuses(encoder, index, attend) if self.ranked_part is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,21 +11,24 @@ from torch import Tensor
 
 from hashattn.budget import Budget, check_k, check_share
 from hashattn.selectors.base import Selector
-from hashattn.shapes import check_int, keep_ints
+from hashattn.shapes import keep_ints
 from hashattn.types import Selection, Step
 from hashattn.view import View
-from hashattn.votes import DROPPED, Votes
+from hashattn.votes import DROPPED, Shown, Votes, dense_votes
 
 
 @dataclass(frozen=True)
 class ObservationWindow(Selector):
     """The keys that the prompt's last queries voted for, and all that came later (SnapKV, arXiv 2404.14469).
 
-    Each call of at least `window` queries, in practice a prefill, chooses for the steps after it: its last `window`
-    queries' attention weights are summed over a KV head's queries and averaged over neighbouring keys; the keys of the
-    window and those of most votes before it are kept, within the budget. Later keys are all kept. So are all keys until
-    such a call, and the calls choose among what the one before kept: outputs are those of a cache that evicts the
-    others, but they stay in memory.
+    What comes in dense calls of several queries, one after the other, is a prompt. The last `window` queries of one
+    choose for the steps after it: their attention weights are summed over a KV head's queries and averaged over
+    neighbouring keys; the keys of the window and those of most votes before it are kept, within the budget. Later keys
+    are all kept. So are all keys of a prompt shorter than that, and a second prompt chooses among what the one before
+    kept: outputs are those of a cache that evicts the others, but they stay in memory.
+
+    A crop into a prompt makes it a shorter one, whose last queries choose: the last 256 before the window are
+    remembered for that, and a crop that asks for others is refused. A crop behind its end changes no choice.
 
     Args:
         k: keys of the prompt that are kept, the window's among them; or
@@ -74,26 +78,37 @@ class ObservationWindow(Selector):
         votes, forced = view.voted, view.sinks + view.recents
         if votes is None or view.votes is None:
             return Selection(view.calibrate(view.nothing).search(view.longest))
-        most = view.longest if view.votes.most is None else view.votes.most + view.keys - len(view.votes) + forced
+        counted = view.votes.most(view.keys)
+        most = view.longest if counted is None else counted + forced
         kept = (votes > DROPPED).unsqueeze(2)
         return Selection(view.calibrate(view.nothing, kept).search(max(1, min(view.longest, most))))
 
-    def watched(self, tokens: int) -> int:
-        return self.window if tokens >= self.window else 0
+    def observe(self, shown: Shown, selection: Selection | None = None, weights: Tensor | None = None) -> None:
+        if shown.q.shape[2] > 1:  # a single token is one that was decoded
+            shown.votes.extend(shown, self.window)
+            self.settle(shown.votes, shown.keys, [row[0][0] for row in shown.spans], shown.layer)
 
-    def observe(self, votes: Votes, sums: Tensor, selection: Selection | None, view: View, step: Step) -> None:
-        keys, rows = sums.shape[-1], [end - start for start, end in (row[-1] for row in view.spans)]
-        budgets = [self._kept(step.layer, row) for row in rows]
-        first = view.visible[:, -1, :1]  # [B, 1]
-        columns = torch.arange(keys, device=sums.device)
-        before = (columns >= first) & (columns < keys - self.window)  # [B, N]
-        pooled = F.avg_pool1d(F.pad(sums[..., : keys - self.window], (0, 1)), self.pool, 1, self.pool // 2)[..., :-1]
-        open_to = before.unsqueeze(1) & (votes.of(keys, sums) > DROPPED)
+    def settle(self, votes: Votes, keys: Tensor, starts: Sequence[int], layer: int) -> None:
+        if not votes.prompts or votes.prompts[-1].most is not None:
+            return
+        end = votes.prompts[-1].end
+        budgets = [self._kept(layer, max(0, end - start)) for start in starts]
+        if end - votes.prompts[-1].begin < self.window:
+            return
+        q, ends = votes.window(self.window)
+        spans = [[(start, end) for end in ends] for start in starts]
+        shown = Shown(votes, q, keys[:, :, :end], spans, votes.scale, layer)
+        sums = dense_votes(q, shown.keys, shown.seen, shown.scale)
+        first = torch.tensor(starts, device=sums.device).unsqueeze(1)  # [B, 1]
+        columns = torch.arange(end, device=sums.device)
+        before = (columns >= first) & (columns < end - self.window)  # [B, N]
+        pooled = F.avg_pool1d(F.pad(sums[..., : end - self.window], (0, 1)), self.pool, 1, self.pool // 2)[..., :-1]
+        open_to = before.unsqueeze(1) & (votes.of(end, sums) > DROPPED)
         score = F.pad(pooled, (0, self.window)).masked_fill(~open_to, -torch.inf)
         wanted = (torch.tensor(budgets, device=sums.device) - self.window).clamp(min=0)[:, None, None]
         place = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        kept = ((place < wanted) & open_to) | (columns >= keys - self.window)
-        votes.set(torch.zeros_like(sums).masked_fill(~kept, DROPPED), max(*budgets, self.window))
+        kept = ((place < wanted) & open_to) | (columns >= end - self.window)
+        votes.choose(kept, max(*budgets, self.window))
 
     def _kept(self, layer: int, visible: int) -> int:
         """Keys that a layer keeps of a prompt of so many, the window's among them."""

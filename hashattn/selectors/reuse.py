@@ -40,6 +40,10 @@ class Reuse(Selector):
             object.__setattr__(self, "layers", tuple(check_int("layers", i, 0) for i in self.layers))
 
     @property
+    def follows(self) -> bool:
+        return True
+
+    @property
     def matrices(self) -> int:  # type: ignore[override]
         return self.inner.matrices
 

@@ -51,7 +51,7 @@ def check_selector(
         again = chosen(attn, part.q, filled(attn, part))
         promise(torch.equal(found.ids, again.ids), selector, "the same queries keep the same keys")
         if selector.observes:  # it has seen nothing yet
-            attn.run(data.q, cache)
+            attn.observe(data.q, cache)
             found = chosen(attn, part.q, cache)
             _check_selection(selector, found, part)
         _check_budget(selector, found, part)
@@ -137,8 +137,13 @@ def _check_independence(attn: HashAttention, selector: Selector, data: Inputs) -
     promise(torch.equal(mask[1:, ..., first:], own), selector, "padding and batch mates do not change what is kept")
     if attn.index is not None and not attn.index.scans:
         return
+    cache = None
     for t in range(tokens):
         end = keys - tokens + t + 1
         before = Inputs(data.q[:, :, t : t + 1], data.k[:, :, :end], data.v[:, :, :end], data.start)
-        single = kept(chosen(attn, before.q, filled(attn, before)).ids, end, heads)
+        if cache is None or not selector.observes:
+            cache = filled(attn, before)
+        else:  # it goes by the queries before
+            cache.append(data.k[:, :, end - 1 : end], data.v[:, :, end - 1 : end])
+        single = kept(chosen(attn, before.q, cache).ids, end, heads)
         promise(torch.equal(mask[:, :, t : t + 1, :end], single), selector, "T queries keep what each keeps by itself")

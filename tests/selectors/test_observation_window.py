@@ -106,7 +106,7 @@ def test_a_larger_budget_keeps_what_a_smaller_one_keeps(seed):
         before = mask
 
 
-def test_calls_of_fewer_queries_than_the_window_change_nothing_and_longer_ones_choose_again():
+def test_searches_change_nothing_and_a_second_prompt_chooses_again():
     q, k, v = qkv(3, 2, tokens=80, keys=80)
     attn = composed(ObservationWindow(k=20, **SMALL))
     cache = prefilled(attn, q[:, :, :60], k[:, :, :60], v[:, :, :60])
@@ -123,6 +123,8 @@ def test_calls_of_fewer_queries_than_the_window_change_nothing_and_longer_ones_c
     assert (output.out - exact).abs().max() <= tolerance(q[:, :, 60:64], k[:, :, :64], v[:, :, :64], keep)
     cache.append(k[:, :, 64:80], v[:, :, 64:80])
     attn.run(q[:, :, 64:80], cache)
+    assert len(cache.votes) == 60  # what searches does not choose for others
+    attn.observe(q[:, :, 64:80], cache)
     again = cache.votes.of(80, cache.keys) > -torch.inf
     assert (again.sum(-1) == 20).all()
     assert again[..., 72:].all()

@@ -75,8 +75,9 @@ class Handle:
 
     def report(self) -> Report:
         """What ran so far, per layer: sparse, dense by choice, dense because; keys and bytes read; engine and why."""
-        self._forward.ledger.look()
-        return summarise(self._forward.records, self.refused)
+        with self._forward.ledger.guard:
+            self._forward.ledger.look()
+            return summarise(self._forward.records, self.refused)
 
     def reads(self) -> Tensor:
         """How often each position was read by one-token calls: int64 [layers, positions]. Needs trace=True."""
@@ -92,9 +93,10 @@ class Handle:
 
     def reset_report(self) -> None:
         """Start counting anew."""
-        self._forward.ledger.look()
-        for number in self._forward.records:
-            self._forward.records[number] = LayerRecord()
+        with self._forward.ledger.guard:
+            self._forward.ledger.look()
+            for number in self._forward.records:
+                self._forward.records[number] = LayerRecord()
 
     def detach(self) -> None:
         """Give the model back exactly as it was, also in the middle of generate(). Calling it again does nothing.
@@ -107,7 +109,6 @@ class Handle:
         for config, implementation in self._configs:
             config._attn_implementation_internal = implementation
         self._hooks, self._configs = [], []
-        self._forward.forget()
 
     def __enter__(self) -> Handle:
         return self

@@ -92,6 +92,8 @@ def simulate(
         before = previous[i] if i < len(previous) else None
         step = Step(number, before.selection, before.weights) if before is not None else Step(number)
         output, selection = attn.run(part, cache, scale=scale, step=step, need_weights=wants)
+        if attn.selector is not None and attn.selector.observes and not attn.selector.one_by_one:
+            attn.observe(part, cache, scale=scale, step=step)  # the next block goes on from a prompt that ends here
         outs.append(output.out)
         seen = seen_keys(end, part.shape[2], starts)
         blocks.append(Block(part.shape[2], cache, seen, selection, output.weights if selection is not None else None))
@@ -106,23 +108,26 @@ def attend_simulated(
 
     query [B, Hq, T, D], key and value [B, Hkv, N, D]; returns [B, T, Hq, D].
     """
-    record, served, tokens = forward.records[call.number], forward.served[call.number], query.shape[2]
+    one, served, tokens = call.one, call.served, query.shape[2]
     kv = call.layer.kv if call.layer is not None else None
-    if kv is not None and key.shape[2] > len(kv):  # a static cache hands out its free columns as well
-        key, value, mask = kv.keys, kv.values, mask if mask is None else mask[..., : len(kv)]
     starts, reason = [0] * query.shape[0], call.reason or served.dense
     if reason is None:
-        starts, reason = forward.starts_of(mask, query.shape[0], key.shape[2], tokens)
+        keys = len(kv) if kv is not None else key.shape[2]
+        starts, reason = forward.rows_of(call, mask, query.shape[0], keys, tokens)
+    if kv is not None and key.shape[2] > len(kv):  # a static cache hands out its free columns as well
+        key, value, mask = kv.keys, kv.values, mask if mask is None else mask[..., : len(kv)]
     if reason is None and served.attn is not None and served.attn.engine == "dense":
         reason = "engine is dense"
     if reason is not None or served.attn is None:
-        record.dense[str(reason)] += 1
-        forward.blocks = []
-        if served.attn is not None and call.reason is None:
-            record.add_simulated_dense(query, key, seen_keys(key.shape[2], tokens, starts), str(reason))
+        one.blocks = []
+        with forward.ledger.guard:
+            record = forward.records[call.number]
+            record.dense[str(reason)] += not call.again
+            if served.attn is not None and call.reason is None and not call.again:
+                record.add_simulated_dense(query, key, seen_keys(key.shape[2], tokens, starts), str(reason))
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
-    out, forward.blocks = simulate(
-        served.attn, call.number, query, key, value, starts, forward.blocks, scale=scaling
-    )  # fmt: skip
-    record.add_simulated(forward.blocks, query.shape[1])
+    out, one.blocks = simulate(served.attn, call.number, query, key, value, starts, one.blocks, scale=scaling)
+    if not call.again:
+        with forward.ledger.guard:
+            forward.records[call.number].add_simulated(one.blocks, query.shape[1])
     return out.transpose(1, 2).contiguous(), None

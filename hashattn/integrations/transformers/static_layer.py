@@ -49,7 +49,7 @@ class HashedStaticLayer(HashedLayer):
 
     Args:
         attn: the composition of this layer.
-        scratch: what the layers of a model share.
+        scratch: what the layers of a cache share.
         max_cache_len: columns.
 
     Attributes:
