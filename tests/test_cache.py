@@ -23,6 +23,7 @@ from hashattn import (
 )
 from hashattn.encoders.simhash import orthogonal_planes
 from hashattn.ops import hamming
+from hashattn.votes import NEVER
 from tests.structured import generator, poison, qkv, raises_naming, seeds
 
 WARM = SimHash(65, centring=Centring(1.0, 6, 2))  # a row is short below 8 keys
@@ -550,6 +551,20 @@ def test_other_rows_are_refused(error, rows):
 # ---- states
 
 
+def never(*shape):
+    return torch.full(shape, NEVER, dtype=torch.int32)
+
+
+def votes(*shape):
+    return {"votes": torch.ones(shape), "votes_left_out": never(*shape)}
+
+
+def queries(at=(3, 4), **changes):
+    columns = torch.tensor([[*at], [20] * len(at), [0] * len(at)])
+    found = {"votes_queries": torch.ones(2, 2, len(at), 16), "votes_columns": columns}
+    return found | {"votes_known": 0, "votes_wanted": 2, "votes_scale": 0.25} | changes
+
+
 def damaged(**fields):
     return lambda state: state | {name: make(state) if callable(make) else make for name, make in fields.items()}
 
@@ -587,10 +602,15 @@ def damaged(**fields):
         (damaged(codes=lambda s: s["codes"].int()), ["codes", "int32"]),
         (damaged(norms=lambda s: s["norms"][:, :, :5]), ["norms", "[2, 2, 5, 1]", "[2, 2, 20, 1]"]),
         (damaged(norms=lambda s: s["norms"].double()), ["norms", "float64"]),
-        (damaged(votes=ones(2, 2, 30), votes_most=None), ["votes", "[2, 2, 30]"]),
-        (damaged(votes=ones(2, 1, 20), votes_most=None), ["votes", "[2, 1, 20]"]),
-        (damaged(votes=ones(2, 2, 20) * torch.nan, votes_most=None), ["votes", "NaN"]),
-        (damaged(votes=ones(2, 2, 20), votes_most=-1), ["votes_most", "-1"]),
+        (damaged(**votes(2, 2, 30)), ["votes", "[2, 2, 30]"]),
+        (damaged(**votes(2, 1, 20)), ["votes", "[2, 1, 20]"]),
+        (damaged(votes=ones(2, 2, 20) * torch.nan, votes_left_out=never(2, 2, 20)), ["votes", "NaN"]),
+        (damaged(votes=ones(2, 2, 20)), ["votes_left_out"]),
+        (damaged(votes=ones(2, 2, 20), votes_left_out=never(2, 2, 10)), ["votes_left_out", "[2, 2, 10]"]),
+        (damaged(votes_prompts=torch.tensor([[0, 21, -1]])), ["votes_prompts", "20"]),
+        (damaged(votes_marks=torch.tensor([[0], [20]]), votes_at_marks=ones(2, 2, 19)), ["votes_at_marks", "19"]),
+        (damaged(**queries(at=[3, 2])), ["votes_columns", "[3, 2]"]),
+        (damaged(**queries(votes_known=-1)), ["votes_known", "-1"]),
         (damaged(votes_most=3), ["votes_most"]),
     ],
 )

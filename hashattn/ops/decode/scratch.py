@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Key = tuple[str, torch.device, int]
 from hashattn.lasting import lasting
+
+Key = tuple[str, torch.device, int]
 
 
 class Scratch:
