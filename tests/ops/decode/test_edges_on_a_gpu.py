@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hashattn import ExactAttend, FlatHamming, HashAttention, SimHash, TopK
-from hashattn.ops.decode import Rule, Scratch, append_reference, reference
+from hashattn import ExactAttend, FlatHamming, HashAttention, SimHash, TopK, fused
+from hashattn.ops.decode import Rule, Scratch, append_reference
 from tests.ops.decode.broken import RULES, TIERS, breaks_as_the_reference_does
 from tests.ops.decode.cases import BEYOND, agrees, inputs, shifted
 from tests.ops.decode.encoding import encoding_state, randomised
@@ -79,14 +79,22 @@ def test_rows_beyond_65535(decode, rule):
     agrees(decode, inputs(5, **shape, dtype=torch.bfloat16).to("cuda"), rule, hints=(None, None))
 
 
-@pytest.mark.parametrize("rule", [Rule(k=40), Rule(k=40, shared=True), Rule(k=64, chunks=512)], ids=str)
+@pytest.mark.parametrize("rule", [Rule(k=40), Rule(k=40, shared=True), Rule(k=2048, chunks=256)], ids=str)
 def test_columns_beyond_two_to_the_31_elements(decode, rule):
-    room = 2**25 + 64
-    x = inputs(6, filled=room - 9, room=room, group=2, starts=(room - 400,), dtype=torch.bfloat16).to("cuda")
-    bounds, workspace = x.state(rule)
-    exact, exact_lse, ids = reference(*x.all, rule, scale=0.1)
-    out, lse, found = decode(*x.all, bounds, rule, workspace, scale=0.1)
-    assert ids.max() * 64 > 2**31 and torch.equal(found[..., : ids.shape[-1]], ids)
+    x, ahead = inputs(6, filled=391, room=400, group=2, dim=256, dtype=torch.bfloat16).to("cuda"), 2**23
+    assert ahead * 256 == 2**31 and ahead % (8 * 256) == 0  # chunks are dealt the same columns
+
+    def late(held):
+        new = held.new_zeros(1, 1, ahead + 400, held.shape[3])
+        new[:, :, ahead:] = held
+        return new
+
+    wide = {name: late(getattr(x, name)) for name in ("keys", "values", "codes")}
+    far = replace(x, **wide, starts=x.starts + ahead, length=x.length + ahead)
+    (out, lse, ids), (exact, exact_lse, expected) = (
+        decode(*y.all, y.state(rule)[0], rule, y.state(rule)[1], scale=0.1) for y in (far, x)
+    )  # fmt: skip
+    assert torch.equal(ids, torch.where(expected < 0, -1, expected + ahead))
     assert (out - exact).abs().max() < 2e-2 and (lse - exact_lse).abs().max() < 1e-3
 
 
@@ -132,16 +140,23 @@ def test_a_captured_step_keeps_its_scratch_when_it_is_outgrown():
     scratch, stream = Scratch(), torch.cuda.Stream()
     small, large = (attn.new_cache(1, k.shape[1], 64, scratch=scratch) for _ in range(2))
     small.append(k[:, :, :500], v[:, :, :500])
+    large.append(k, v)
+    for cache in (small, large):
+        cache.encode()
+    query, lengths = fused.packed(attn.encoder, q), torch.tensor([500, 3000], dtype=torch.int32, device="cuda")
+    torch.cuda.synchronize()
+
+    def step(cache, length):
+        return fused.prepare(attn, cache, q.shape[1], 1).step(q, query, length, 0.125, True)[0].out
+
     with torch.cuda.stream(stream):
-        expected = attn(q, small)
-        torch.cuda.synchronize()
+        expected = step(small, lengths[:1])
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            found = attn(q, small)
+            found = step(small, lengths[:1])
         before = scratch.nbytes
-        large.append(k, v)
-        attn(q, large)
-        assert scratch.nbytes > before
+        step(large, lengths[1:])
+        assert scratch.nbytes > 2 * before  # the larger one, and what the graph points to
         filler = [torch.full((1 << 18,), 0x7F, dtype=torch.uint8, device="cuda") for _ in range(64)]
         graph.replay()
     torch.cuda.synchronize()
