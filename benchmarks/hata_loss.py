@@ -3,8 +3,8 @@
     hashattn capture --out captured --from 0.4 --to 0.7 --tokens 4096 --sequences 3 --retrieval 2 --layers 3 11 19 27
     python benchmarks/hata_loss.py captured --out benchmarks/results/hata_loss.json
 
-Each layer is judged on the sequences that `hashattn fit` would hold out, and fitted to the others: the share of the true
-best 5% of the keys that are among the nearest 5%, and the attention mass of these over that of the best.
+Each layer is judged on the sequences that `hashattn fit` would hold out, and fitted to the others: the share of the
+true best 5% of the keys that are among the nearest 5%, and the attention mass of these over that of the best.
 
 HATA (Gong et al. 2025, arXiv 2506.02572, section 3.1) takes the projections x W of a KV head's queries and keys to
 h = 2 sigmoid(0.1 x W) - 1, draws together what belongs together and keeps W near orthogonal: the loss is
