@@ -3,8 +3,8 @@
     hashattn capture --out captured --from 0.4 --to 0.7 --tokens 4096 --sequences 3 --retrieval 2 --layers 3 11 19 27
     python benchmarks/hata_loss.py captured --out benchmarks/results/hata_loss.json
 
-Each layer is fitted to all sequences of a kind but the last, and judged on these: the share of the true best 5% of the
-keys that are among the nearest 5%, and the attention mass of these over that of the best.
+Each layer is judged on the sequences that `hashattn fit` would hold out, and fitted to the others: the share of the
+true best 5% of the keys that are among the nearest 5%, and the attention mass of these over that of the best.
 
 HATA (Gong et al. 2025, arXiv 2506.02572, section 3.1) takes the projections x W of a KV head's queries and keys to
 h = 2 sigmoid(0.1 x W) - 1, draws together what belongs together and keeps W near orthogonal: the loss is
@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,6 +130,16 @@ def ways(queries: int, steps: int) -> dict[str, Fit]:
     }
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: means over the layers of each model."""
+    lines = ["| model | loss | recall@5% | mass / exact top-k's |", "|---|---|---|---|"]
+    for model, loss in dict.fromkeys((row["model"], row["loss"]) for row in rows):
+        of = [row for row in rows if (row["model"], row["loss"]) == (model, loss)]
+        recall, mass = (statistics.fmean(row[name] for row in of) for name in ("recall", "mass"))
+        lines.append(f"| {model} | {loss} | {recall:.3f} | {mass:.3f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -158,14 +169,11 @@ def main() -> None:
                     }
                 )  # fmt: skip
                 print(f"{layer:>3} {recall:.3f} {mass:.3f} {rows[-1]['seconds']:5.1f} s  {name}", flush=True)
-    for model in dict.fromkeys(row["model"] for row in rows):
-        print(f"\n| {model} | recall@5% | mass / exact top-k's |\n|---|---|---|")
-        for name in dict.fromkeys(row["loss"] for row in rows):
-            of = [row for row in rows if (row["model"], row["loss"]) == (model, name)]
-            print(f"| {name} | {statistics.fmean(r['recall'] for r in of):.3f} | ", end="")
-            print(f"{statistics.fmean(r['mass'] for r in of):.3f} |")
+    print(f"\n{table(rows)}")
+    layers = " ".join(map(str, chosen.layers or ()))
     result = {
-        "command": f"python benchmarks/hata_loss.py captured --out {chosen.out}",
+        "command": f"python benchmarks/hata_loss.py captured --out benchmarks/results/{chosen.out.name} --queries "
+        f"{chosen.queries} --steps {chosen.steps}" + (f" --layers {layers}" if chosen.layers else ""),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": torch.cuda.get_device_name() if chosen.device == "cuda" else "cpu",
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "hashattn": version},

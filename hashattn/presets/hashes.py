@@ -25,8 +25,9 @@ def hata(
     """HATA, "Trainable and Hardware-Efficient Hash-Aware Top-k Attention" (arXiv 2506.02572).
 
     One learned linear hash for queries and keys, 128 bits; Hamming distances summed over a KV head's queries; top 512
-    (short contexts) or 2048 (long ones) exactly; layers 0-1 dense. The paper trains a hash for each KV head and does
-    not centre keys; here one serves all heads, on centred keys.
+    (short contexts) or 2048 (long ones) exactly; layers 0-1 dense. The paper trains a hash for each KV head, which
+    heads=Hkv does, and does not centre keys; here they are centred, which finds more (docs/encoders.md has the figures,
+    and the paper's loss).
     """
     return HashAttention(
         encoder=SymmetricHash(bits, heads=heads),

@@ -1,5 +1,6 @@
-"""Tables that no script prints hold what benchmarks/results holds: docs/cpu.md, docs/selectors.md, docs/concepts.md."""
+"""Tables hold what benchmarks/results holds: docs/cpu.md, selectors.md, concepts.md and encoders.md."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -90,3 +91,10 @@ def test_a_table_holds_the_figures_of_its_results_file(page, lines):
     text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8").splitlines()
     missing = [line for line in lines() if line not in text]
     assert not missing, missing
+
+
+def test_the_docs_show_what_hatas_loss_finds():
+    spec = importlib.util.spec_from_file_location("hata_loss", ROOT / "benchmarks/hata_loss.py")
+    hata_loss = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hata_loss)
+    assert f"\n{hata_loss.table(rows_of('hata_loss'))}\n" in (ROOT / "docs/encoders.md").read_text(encoding="utf-8")
