@@ -151,7 +151,6 @@ class HashAttention:
             cache.append(k, v, start=start)
         if validate and len(cache):
             check_finite(q=q, k=cache.keys, v=cache.values)
-        cache.keeps_votes = isinstance(k, KVCache)  # a stateless call has neither past nor future
         return self.run(q, cache, scale=scale, causal=causal)[0].out
 
     def run(
@@ -185,7 +184,7 @@ class HashAttention:
             return fused.step(self, q, cache, scale, causal)
         call = Call(self, cache, scale, engine, step, need_lse, need_weights)
         spans = cache.spans(tokens, causal)
-        if not self.selector.observes or not cache.keeps_votes:
+        if not self.selector.observes:
             return call.search(q, spans)
         self.selector.settle(cache.votes, cache.keys, cache._starts, step.layer)
         if not self.selector.one_by_one:
@@ -204,7 +203,7 @@ class HashAttention:
         run() does so by itself; who attends elsewhere, as in a prefill, calls it. Most selectors look at nothing, and
         none at a position twice.
         """
-        if self.selector is None or not self.selector.observes or not cache.keeps_votes or cache.longest == 0:
+        if self.selector is None or not self.selector.observes or cache.longest == 0:
             return
         tokens = q.shape[2]
         known = max(0, cache.votes.queries.end - (len(cache) - tokens))

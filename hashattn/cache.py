@@ -68,7 +68,7 @@ class KVCache:
         self._centre: Tensor | None = None
         self._fits = encoder.fits if encoder is not None else 0
         self.admitted: tuple[object, int | None, str | None] | None = None  # HashAttention's: the last call checked
-        self.votes, self.keeps_votes = Votes(capacity), True
+        self.votes = Votes(capacity)
         self.guard = Guard()
         self.on_device = DeviceState(scratch if scratch is not None else Scratch())
 

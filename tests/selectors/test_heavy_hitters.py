@@ -134,9 +134,10 @@ def test_a_budget_of_everything_and_keys_that_nobody_voted_on_are_dense_attentio
     q, k, v = qkv(seed, 2, *shape, min(tokens, keys), keys)
     start = torch.tensor([0, keys // 2])
     keep = visible_mask(q.shape[2], keys, start.tolist())
-    for selector in (HeavyHitters(share=1.0), HeavyHitters(k=3)):  # a stateless call has no past
-        out = composed(selector)(q, k, v, start=start)
-        assert (out - sdpa(q, k, v, keep)).abs().max() <= 2 * tolerance(q, k, v, keep)
+    expected, most = sdpa(q, k, v, keep), 2 * tolerance(q, k, v, keep)
+    assert (composed(HeavyHitters(share=1.0))(q, k, v, start=start) - expected).abs().max() <= most
+    out = composed(HeavyHitters(k=3))(q, k, v, start=start)  # a stateless call has no past: its first query keeps all
+    assert (out - expected)[:, :, 0].abs().max() <= most
 
 
 def test_queries_of_one_call_choose_as_they_do_one_at_a_time():

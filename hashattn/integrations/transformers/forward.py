@@ -221,8 +221,8 @@ class Forward:
 
     def rearm(self) -> None:
         """Let layers that are ready for traced and captured steps follow a change of the compositions."""
-        for layer in list(self.ledger.layers):
-            if layer.armed and layer.arming is not None and layer.kv is not None:
+        for layer in self.ledger.armed():
+            if layer.arming is not None and layer.kv is not None:
                 layer.settle()
                 served = self.served[layer.arming.number]
                 layer.armed = False
@@ -232,7 +232,7 @@ class Forward:
 
     def disarm(self) -> None:
         """Leave all caches as the model's own code expects them."""
-        for layer in list(self.ledger.layers):
+        for layer in self.ledger.armed():
             layer.settle()
             layer.armed = False
         self.ledger.close()

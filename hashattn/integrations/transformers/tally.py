@@ -97,13 +97,19 @@ class Ledger:
     layers: weakref.WeakSet[HashedStaticLayer] = field(default_factory=weakref.WeakSet)
     guard: Guard = field(default_factory=Guard)
 
-    def open(self, number: int, tally: Tally) -> None:
-        """Count a layer's steps by this tally from here on."""
+    def open(self, number: int, tally: Tally, layer: HashedStaticLayer) -> None:
+        """Count the steps of a layer of a cache by this tally from here on."""
         with self.guard:
             before = self.tallies.get(number)
             if before is not None and before.length is not tally.length:  # of another cache, which may be gone
                 self.book(number, before)
             self.tallies[number] = tally
+            self.layers.add(layer)
+
+    def armed(self) -> list[HashedStaticLayer]:
+        """The layers that are ready for traced and captured steps."""
+        with self.guard:
+            return [layer for layer in self.layers if layer.armed]
 
     def book(self, number: int, tally: Tally) -> None:
         """Add a tally's steps to its layer's record."""
