@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hashattn.extras import require
+from hashattn.errors import UserError, refusals
 from hashattn.learning.manifest import Manifest, Recording, claim
 from hashattn.learning.plan import Plan, Prompt
 from hashattn.learning.shards import TOKENS, Shards, layer_filename, load, save
+from hashattn.progress import bar
 from hashattn.workload.texts import Text
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def capture(
         out: a folder, new, empty, or from the same call before.
         plan: which sequences, layers and queries.
         name: of the model, for people; the model's own by default.
-        progress: show a progress bar (needs tqdm).
+        progress: show a progress bar on a terminal (needs tqdm).
 
     Returns:
         The folder, opened.
@@ -51,18 +51,18 @@ def capture(
     from hashattn.integrations.transformers.facts import facts_of
 
     plan = plan or Plan()
-    layers = capturable(model, plan.layers)
-    prompts = plan.prompts(tokenizer, texts)
-    _check_context(model, plan, prompts)
-    manifest = Manifest(
-        facts_of(model, name), tuple(layers), plan.dtype, tuple(p.recording for p in prompts), plan.arguments(texts)
-    )
-    claim(manifest, out)
+    with refusals(ValueError):
+        layers = capturable(model, plan.layers)
+        prompts = plan.prompts(tokenizer, texts)
+        _check_context(model, plan, prompts)
+        manifest = Manifest(
+            facts_of(model, name), tuple(layers), plan.dtype, tuple(p.recording for p in prompts), plan.arguments(texts)
+        )
+        claim(manifest, out)
     shards = Shards(Path(out), manifest)
-    tqdm = require("tqdm", "hf", "capturing").tqdm
-    with tqdm(prompts, unit="sequence", file=sys.stderr, disable=not progress) as bar:
-        for prompt in bar:
-            bar.set_description(prompt.recording.name)
+    with bar("hf", "capturing", prompts, unit="sequence", shown=progress) as shown:
+        for prompt in shown:
+            shown.set_description(prompt.recording.name)
             if shards.fault(prompt.recording):
                 _record(model, prompt, plan, shards)
     return Shards.open(out)
@@ -122,7 +122,7 @@ class Recorder:
         """The same on the CPU in the dtype of the files."""
         held = values.to(self.dtype)
         if not held.isfinite().all():
-            raise ValueError(
+            raise UserError(
                 f"layer {layer} has {what} up to {float(values.abs().max()):.3g} in {self.recording.name}, which "
                 f"{str(self.dtype).removeprefix('torch.')} cannot hold"
                 + ("" if self.dtype == torch.bfloat16 else ": use bfloat16")

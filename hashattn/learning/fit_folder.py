@@ -91,6 +91,14 @@ class FitFolder:
         return self.path / f"{stem}.safetensors", self.path / f"{stem}.json"
 
 
+def read_asked(folder: FitFolder) -> dict[str, Any] | None:
+    """What the folder's run was asked for; None if there is none."""
+    try:
+        return dict(read_json(folder.path / RUN))
+    except (OSError, ValueError):
+        return None
+
+
 def write_json(path: Path, data: Any) -> None:
     """There whole, or not at all."""
     with replacing(path) as scratch:
