@@ -25,8 +25,9 @@ class Help(argparse.HelpFormatter):
     """Tells defaults, where there are some: an option whose default is None or False says itself what it leaves."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        plain = action.default in (None, False, argparse.SUPPRESS) or "%(default)" in (action.help or "")
-        return action.help if plain or action.nargs == 0 else f"{action.help} (default: {_shown(action.default)})"
+        if action.default is None or action.default == argparse.SUPPRESS or action.nargs == 0:
+            return action.help
+        return f"{action.help} (default: {_shown(action.default)})"
 
 
 def add_common(command: argparse.ArgumentParser, *, quiet: bool = True) -> None:

@@ -135,7 +135,8 @@ def check(arguments: argparse.Namespace) -> str:
     measured = mode_of(arguments)
     own = {name for names in TAKES.values() for name in names}
     for name in sorted(own - set(TAKES[measured])):
-        if getattr(arguments, name) not in (None, False):  # 0 was asked for, too
+        given = getattr(arguments, name)
+        if given is not None and given is not False:  # 0 was asked for, too
             places = ", ".join(mode for mode, names in TAKES.items() if name in names)
             raise ValueError(f"--{name.replace('_', '-')} goes with {places}, not with {measured}")
     if arguments.recall:

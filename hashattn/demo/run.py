@@ -22,7 +22,7 @@ from hashattn.errors import refusals
 from hashattn.presets import budget_options
 from hashattn.presets.written import parse
 from hashattn.progress import bar
-from hashattn.saving import shipped
+from hashattn.saving import from_pretrained, shipped
 from hashattn.workload.model import cache_argument, check_source, load
 from hashattn.workload.texts import read_text
 
@@ -86,6 +86,8 @@ def run_demo(
     with refusals():
         name, options = parse(preset)
         options |= encoder_options(preset, model, encoder)
+        if isinstance(options.get("pretrained"), str):
+            options["pretrained"] = from_pretrained(options["pretrained"])  # once for all that is built
         first = composition(name, options, budget, CONTEXT)  # refuses a wrong budget at once
         if first.encoder is not None:
             first.encoder.check_fitted()
