@@ -19,6 +19,7 @@ from hashattn.encoders import Encoder
 from hashattn.engines import Shape, crossover, resolve
 from hashattn.index import Index
 from hashattn.lasting import lasting
+from hashattn.naming import short
 from hashattn.ops.decode.scratch import Scratch
 from hashattn.plan import Plan, explain
 from hashattn.searching import Call, joined
@@ -255,7 +256,9 @@ class HashAttention:
             ("norms", self.attend.needs_norms, cache.with_norms),
         ):
             if own != held and (name != "norms" or own):
-                raise ValueError(f"this cache is of another composition: its {name} is {held!r}, here it is {own!r}")
+                raise ValueError(
+                    f"this cache is of another composition: its {name} is {short(held)}, here it is {short(own)}"
+                )
 
     def explain(
         self, *, batch: int = 1, q_heads: int, kv_heads: int, head_dim: int, keys: int, device: str = "cpu",

@@ -5,8 +5,8 @@ from torch import nn
 from hashattn import PRESETS, AsymmetricHash, HashAttention, SymmetricHash
 from hashattn.encoders.learned import LearnedHash
 from hashattn.presets import budget_options, options_of
-from hashattn.stored import encoder_class
 from hashattn.presets.written import parse
+from hashattn.stored import encoder_class
 from tests.structured import attention64, cones, poison, qkv, raises_naming, tolerance, visible_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:this .* is not fitted:UserWarning")

@@ -10,6 +10,7 @@ from hashattn.attend.base import Attend, Keys, serving
 from hashattn.attend.medium import Medium, nearest_of
 from hashattn.encoders.base import Encoder
 from hashattn.lasting import lasting
+from hashattn.naming import short
 from hashattn.ops import attend as ops
 from hashattn.ops.decode import Estimate
 from hashattn.ops.hamming import differing, unpack_bits
@@ -131,9 +132,11 @@ class MixedPrecision(nn.Module, Attend):
             ValueError: an encoder without binary codes, or shares that leave no medium keys.
         """
         if encoder.code != "binary":
-            raise ValueError(f"encoder must make binary codes, got {encoder!r}")
+            raise ValueError(f"encoder must make binary codes, got {short(encoder)}")
         if not encoder.angular:
-            raise ValueError(f"encoder must make codes whose distances tell angles, as SimHash's do, got {encoder!r}")
+            raise ValueError(
+                f"encoder must make codes whose distances tell angles, as SimHash's do, got {short(encoder)}"
+            )
         if not 0 < critical < share <= 1:
             raise ValueError(f"critical and share must be 0 < critical < share <= 1, got {critical} and {share}")
         batch = nearest_of(q, k, encoder, positions, critical, share, q.shape[-1] ** -0.5 if scale is None else scale)

@@ -70,7 +70,7 @@ def fit(
     check_samples(encoder, samples)
     before = state_of(encoder)
     try:
-        scale = scale or samples[0].q.shape[-1] ** -0.5
+        scale = samples[0].q.shape[-1] ** -0.5 if scale is None else scale
         seed = encoder.seed if seed is None else seed
         run = Run(encoder, samples, weights, steps, queries, keys, lr, temperature, scale, continuation, seed)
         good = state_of(encoder)

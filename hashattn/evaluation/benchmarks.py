@@ -131,9 +131,7 @@ def _words(text: str) -> list[str]:
 def _lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and line for messages, the object) of each line."""
     try:
-        lines = (
-            Path(path).read_text(encoding="utf-8").split("\n")
-        )  # splitlines() also splits where a string may not end
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # JSON's strings may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     rows = [(f"{path}, line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]

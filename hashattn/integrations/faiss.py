@@ -11,6 +11,7 @@ from torch import Tensor
 from hashattn.cache import KVCache
 from hashattn.files import replacing
 from hashattn.index.faiss_binary import load_faiss
+from hashattn.naming import short
 from hashattn.ops.hamming.cpu import as_bytes
 
 # A file of an IndexBinaryFlat: kind, bits, bytes a vector, vectors, whether trained, metric, and how many bytes follow.
@@ -42,7 +43,7 @@ def export_codes(cache: KVCache, path: str | Path, *, row: int = 0, head: int = 
     """
     faiss, path = load_faiss(), Path(path)
     if cache.encoder is None or cache.encoder.code != "binary":
-        raise ValueError(f"cache must hold binary codes, its encoder is {cache.encoder!r}; SimHash() makes some")
+        raise ValueError(f"cache must hold binary codes, its encoder is {short(cache.encoder)}; SimHash() makes some")
     codes = cache.codes
     for name, value, size in (("row", row, codes.shape[0]), ("head", head, codes.shape[1])):
         if not 0 <= value < size:

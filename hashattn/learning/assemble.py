@@ -11,6 +11,7 @@ from torch import nn
 
 from hashattn.calibration import Calibration
 from hashattn.encoders import PerLayer
+from hashattn.errors import refusals
 from hashattn.json_files import write_json
 from hashattn.learning.fit_folder import FitFolder
 from hashattn.learning.recipe import Recipe
@@ -52,7 +53,8 @@ def assemble(
     if calibrate:
         calibration, found = calibrated(encoder, shards, kept, recipe, device=device, progress=progress)
         fitted_on["calibration"] = found
-    save_pretrained(encoder, folder.pretrained, calibration=calibration, fitted_on=fitted_on)
+    with refusals(ValueError):  # something else is in that folder
+        save_pretrained(encoder, folder.pretrained, calibration=calibration, fitted_on=fitted_on)
     write_json(folder.path / "log.json", {"recipe": recipe.as_json(), "layers": records})
     save_curves(records, folder.path / "curves.png", recipe.budget)
     return folder.pretrained

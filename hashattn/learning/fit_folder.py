@@ -119,6 +119,14 @@ class FitFolder:
         return self.path / f"{stem}.safetensors", self.path / f"{stem}.json"
 
 
+def read_asked(folder: FitFolder) -> dict[str, Any] | None:
+    """What the folder's run was asked for; None if there is none."""
+    try:
+        return dict(read_json(folder.path / RUN))
+    except (OSError, ValueError):
+        return None
+
+
 def _flat(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Names and values to tell the user; JSON's types, so that what was read equals what was written."""
     plain = json.loads(json.dumps(asked))

@@ -51,7 +51,7 @@ from hashattn.presets.scores import (
 from hashattn.pretrained import fitted
 from hashattn.saving import Pretrained
 
-__all__ = ["GROUP", "PRESETS", "budget_options", "build", "options_of", "preset", "takes_budget"]
+__all__ = ["GROUP", "PRESETS", "budget_options", "build", "names", "options_of", "preset", "takes_budget"]
 
 GROUP = "hashattn.presets"
 Preset = Callable[..., HashAttention]
@@ -82,6 +82,15 @@ def preset(name: str) -> Preset:
         return _installed(others[name])
     known = (*PRESETS, *others)
     raise ValueError(f"unknown preset {name!r}{_nearest(name, known)}; the presets are {', '.join(known)}")
+
+
+def names() -> dict[str, str]:
+    """The package of each preset, by the preset's name: the library's own first, then those of installed packages."""
+    others = {
+        point.name: point.dist.name if point.dist is not None else point.value.partition(":")[0]
+        for point in entry_points(group=GROUP)
+    }
+    return {**dict.fromkeys(PRESETS, "hashattn"), **{name: p for name, p in others.items() if name not in PRESETS}}
 
 
 def build(name: str, *, pretrained: str | Path | Pretrained | None = None, **options: Any) -> HashAttention:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hashattn.collisions import Collisions
+from hashattn.naming import short
 from hashattn.ops.hamming import popcount, words
 from hashattn.selectors.base import Selector, forced_slots
 from hashattn.shapes import keep_ints
@@ -72,7 +73,9 @@ class CollisionSample(Selector):
                 f"{encoder.bits}; SimHash(bits={self.code_bits}, orthogonal=False) would fit"
             )
         if not attend.weighs_samples:
-            return f"needs its keys weighed by their probability, which {attend!r} does not; SampledAttend() would fit"
+            return (
+                f"needs its keys weighed by probability, which {short(attend)} does not do; SampledAttend() would fit"
+            )
         return None
 
     def select(self, view: View, step: Step) -> Selection:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hashattn.budget import check_share
 from hashattn.lasting import lasting
+from hashattn.naming import short
 from hashattn.selectors.base import Selector
 from hashattn.types import Selection, Step
 from hashattn.view import View
@@ -32,7 +33,7 @@ class Consensus(nn.Module, Selector):
     def __init__(self, inner: Selector, *, vote_share: float = 0.5, discount: float = 2.0) -> None:
         super().__init__()
         if not isinstance(inner, Selector) or not inner.ranked:
-            raise TypeError(f"inner must be a ranked selector such as TopK or Tiers, got {inner!r}")
+            raise TypeError(f"inner must be a ranked selector such as TopK or Tiers, got {short(inner)}")
         check_share("vote_share", vote_share)
         check_discount(discount)
         self.inner, self.vote_share = inner, vote_share

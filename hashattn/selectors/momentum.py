@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hashattn.lasting import lasting
+from hashattn.naming import short
 from hashattn.selectors.base import Selector
 from hashattn.selectors.consensus import check_discount, discounted
 from hashattn.types import Selection, Step
@@ -32,7 +33,7 @@ class Momentum(nn.Module, Selector):
     def __init__(self, inner: Selector, *, ratio: float = 1.0, discount: float = 2.0) -> None:
         super().__init__()
         if not isinstance(inner, Selector) or not inner.ranked:
-            raise TypeError(f"inner must be a ranked selector such as TopK, Tiers or Consensus, got {inner!r}")
+            raise TypeError(f"inner must be a ranked selector such as TopK, Tiers or Consensus, got {short(inner)}")
         if not 0 <= ratio < float("inf"):
             raise ValueError(f"ratio must be a finite number of at least 0, got {ratio!r}")
         check_discount(discount)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hashattn.budget import Budget
+from hashattn.naming import short
 from hashattn.selectors.base import Selector, forced_slots
 from hashattn.selectors.candidates import exact_logits
 from hashattn.selectors.grouping import group_sum
@@ -38,12 +39,14 @@ class Refine(Selector):
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, TopK):
-            raise TypeError(f"inner must be a TopK, got {self.inner!r}")
+            raise TypeError(f"inner must be a TopK, got {short(self.inner)}")
         keep_ints(self, factor=1)
         if self.shared and self.inner.combine == "union":
-            raise ValueError(f'inner must have one budget for a group: combine="sum" would do, got {self.inner!r}')
+            raise ValueError(f'inner must have one budget for a group: combine="sum" would do, got {short(self.inner)}')
         if self.ties and self.shared and self.inner.combine != "sum":
-            raise ValueError(f'inner must rank by distance for ties=True: combine="sum" would do, got {self.inner!r}')
+            raise ValueError(
+                f'inner must rank by distance for ties=True: combine="sum" would do, got {short(self.inner)}'
+            )
 
     @property
     def matrices(self) -> int:  # type: ignore[override]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +38,7 @@ def load(
         device: where they go.
 
     Raises:
-        ValueError: no such model, or one that is damaged.
+        ValueError: no such model, or one that is damaged; what its reader said stands in brackets.
         DownloadError: what is fetched cannot be had.
     """
     for module in ("transformers", "accelerate", "gguf"):
@@ -52,6 +53,25 @@ def load(
     network, tokenizer = loaded
     _repair_eos(network, tokenizer)
     return network.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers' wrapper of to()
+
+
+def check_source(model: str | Path | None) -> None:
+    """Raise ValueError if load() could not take this, as far as that can be told without reading it.
+
+    A name that is neither a file nor a folder passes if it looks like a hub's: only the hub knows.
+    """
+    if _asset(model):
+        return
+    path, asked = Path(str(model)), f"model={str(model)!r}"
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{asked} is a folder without config.json: give one as save_pretrained writes it")
+    elif path.is_file():
+        with path.open("rb") as file:
+            if path.suffix != ".gguf" or file.read(4) != b"GGUF":
+                raise ValueError(f"{asked} is a file but no GGUF: give a .gguf file, a folder or a hub id")
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model)):
+        raise ValueError(f"{asked} is no file, no folder and no hub id such as HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
 def name_of(model: str | Path | None) -> str:
@@ -111,16 +131,12 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> Loaded:
 
     if path.suffix != ".gguf":
         raise ValueError(f"model={str(path)!r} is a file but no .gguf: give a .gguf file, a folder or a hub id")
-    try:
+    with _readable(path):
         network = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
         if network.config.model_type.startswith("gemma"):
             tokenizer = tokenizer_from_gguf(path)
         else:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except MemoryError:
-        raise
-    except Exception as error:  # its reader raises all kinds of a damaged file
-        raise ValueError(f"model={str(path)!r} cannot be read as a GGUF file ({_first_line(error)})") from error
     # The weights are plain tensors by now; what is left of the quantiser only keeps save_pretrained from working.
     network.hf_quantizer = None  # type: ignore[assignment]
     if hasattr(network.config, "quantization_config"):
@@ -131,11 +147,21 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> Loaded:
 def _from_pretrained(model: str | Path, dtype: torch.dtype) -> Loaded:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
+    with _readable(model):
         return AutoModelForCausalLM.from_pretrained(model, dtype=dtype), AutoTokenizer.from_pretrained(model)
+
+
+@contextlib.contextmanager
+def _readable(model: str | Path) -> Iterator[None]:
+    """What a reader of models raises in this block, whatever it is, becomes a ValueError that names the model.
+
+    Damaged files make safetensors, gguf and transformers raise almost anything.
+    """
+    try:
+        yield
     except MemoryError:
         raise
-    except Exception as error:  # of what is missing, damaged or of another kind, every reader says so in its own way
+    except Exception as error:
         raise ValueError(
             f"model={str(model)!r} cannot be loaded ({_first_line(error)}); give a .gguf file, a folder as "
             "save_pretrained writes it, or a hub id that this machine reaches; leave it out for the small model that "
