@@ -45,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 arguments.command_line = words
                 return int(arguments.run(arguments))
             finally:
-                if sys.stdout is not None:
-                    sys.stdout.flush()
+                _flush()
     except BrokenPipeError:
         _leave_stdout()
         return UNREAD
@@ -90,11 +89,7 @@ def _ended(error: Exception) -> tuple[int, str | None]:
     if isinstance(error, Failure):
         return FAILED, reason(error)
     if isinstance(error, OSError) and error.errno is not None:  # the system's: a full disk, a folder that went away
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            return FAILED, reason(error)
-        _leave_stdout()
-        return FAILED, f"standard output: {reason(error)}"
+        return FAILED, reason(error)
     return FAILED, None
 
 
@@ -105,6 +100,18 @@ def _nothing_left(arguments: argparse.Namespace) -> str:
 
 def _say(arguments: argparse.Namespace, line: str) -> None:
     print(f"{' '.join(['hashattn', *arguments.command.split()])}: {line}", file=sys.stderr)
+
+
+def _flush() -> None:
+    """Find out now, not when the interpreter ends, whether standard output took what was printed."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _leave_stdout()
+        raise Failure(f"standard output: {reason(error)}") from error
 
 
 def _leave_stdout() -> None:

@@ -80,11 +80,20 @@ def _entries(arguments: argparse.Namespace) -> list[Contender]:
 
 
 def _shape(arguments: argparse.Namespace) -> dict[str, int]:
-    """Heads and their size: those given, else those of the model that the encoders were fitted to, else SIZES."""
+    """Heads and their size: those given, else those of the model that the encoders were fitted to, else SIZES.
+
+    Raises:
+        UserError: a size that is not that model's.
+    """
     facts = None if arguments.encoder is None else from_pretrained(arguments.encoder).facts
     shape = {}
     for name, usual in SIZES.items():
         given = getattr(arguments, name)
+        if given is not None and facts is not None and given != getattr(facts, name):
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{option} {given}: --encoder was fitted to a model with {getattr(facts, name)}; leave it out"
+            )
         shape[name] = given if given is not None else usual if facts is None else getattr(facts, name)
     return shape
 

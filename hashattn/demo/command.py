@@ -25,7 +25,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
         help="with options, such as simhash_topk:query_bits=4; hashattn presets lists the names",
     )  # fmt: skip
     demo.add_argument("--text", metavar="FILE", help="the long text, in UTF-8; Shakespeare if left out")
-    demo.add_argument("--question", help="your own question about the text; then no fact is placed in it")
+    demo.add_argument(
+        "--question", help="your own about the text, in which no fact is placed then; about that fact if left out"
+    )
     demo.add_argument("--context", type=int, metavar="N", help="length of the prompt in tokens; about 8000 if left out")
     demo.add_argument(
         "--budget", type=float, metavar="X", help="share of the keys to read; the preset's own if left out"

@@ -140,8 +140,9 @@ def _check(model: PreTrainedModel, entries: Sequence[Contender], settings: Setti
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     longest = max(settings.tokens) + (settings.decoded if "tensors" in settings.parts else 16)
     if limit is not None and longest > limit:
-        raise ValueError(f"tokens must leave {longest - max(settings.tokens)} of the model's {limit} positions free, "
-                         f"got {max(settings.tokens)}")  # fmt: skip
+        rest = longest - max(settings.tokens)
+        raise ValueError(f"tokens must be at most {limit - rest} for this model ({limit} positions, {rest} of them for "
+                         f"what it writes), got {max(settings.tokens)}")  # fmt: skip
     for entry in entries:
         attn = entry.composition(settings.tokens[0])
         if attn.index is not None:

@@ -1,5 +1,6 @@
 """How commands end: by signals, full disks and readers that go away; and a fault of the library is shown as one."""
 
+import importlib
 import json
 import os
 import resource
@@ -16,13 +17,14 @@ from hashattn.bench import cpu
 from hashattn.cli import main
 from hashattn.errors import Failure, UserError, refusals
 from hashattn.evaluation import run as evaluation
-from hashattn.learning import capture as capturing
 from hashattn.learning import fit as fitting
 from hashattn.learning.shards import Shards
 from hashattn.stopping import Terminated, stoppable
 from tests.evaluation.small import save
 from tests.learning.shards import make
 from tests.structured import raises_naming
+
+capturing = importlib.import_module("hashattn.learning.capture")  # the package names the function so
 
 EVAL = ["eval", "--presets", "simhash_topk:bits=32", "--tokens", "300", "--windows", "1", "--rows", "perplexity",
         "--sparse", "4", "--budget", "0.5", "--text", "text.txt", "--model", "small"]  # fmt: skip
@@ -118,10 +120,9 @@ def test_a_stopped_evaluation_and_benchmark_say_that_nothing_was_written(work, m
 
 def test_a_process_that_is_sent_sigterm_ends_with_143_and_one_line(work):
     code = """
-import sys
-from hashattn.learning import capture as capturing
+import importlib, os, signal, sys
 from hashattn.cli import main
-import os, signal
+capturing = importlib.import_module("hashattn.learning.capture")
 capturing._record = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
 sys.exit(main(sys.argv[1:]))
 """
@@ -182,11 +183,8 @@ def test_a_capture_on_a_full_disk_keeps_what_is_whole(work, monkeypatch, capsys,
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
 def test_a_full_standard_output_is_said_and_a_reader_that_goes_away_is_not():
     full = 'python -m hashattn presets > /dev/full; echo "full $?" >&2'
-    pipe = 'python -m hashattn presets --json | head -c 5 > /dev/null; echo "piped ${PIPESTATUS[0]}" >&2'
-    for line, expected in (
-        (full, ["hashattn presets: standard output: No space left on device", "full 1"]),
-        (pipe, ["piped 141"]),
-    ):
+    pipe = 'python -m hashattn presets | true; echo "piped ${PIPESTATUS[0]}" >&2'
+    for line, expected in ((full, ["hashattn presets: No space left on device", "full 1"]), (pipe, ["piped 141"])):
         script = line.replace("python", sys.executable)
         done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
         assert done.stderr.splitlines() == expected

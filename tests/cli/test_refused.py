@@ -197,10 +197,10 @@ def test_a_truncated_gguf_is_named_without_a_traceback(tmp_path, monkeypatch, ca
     [
         ("demo", ["--context", "1001"], ["context must be from 1 to 1000", "1024 positions", "1001"]),
         ("demo", ["--context", "20"], ["no room for the text"]),
-        ("eval", ["--tokens", "1020"], ["positions", "1020"]),
-        ("eval", ["--tokens", "900", "--windows", "9"], ["text.txt", "9 sequences"]),
-        ("eval", ["--layers", "9"], ["layers must be among", "9"]),
-        ("capture", ["--tokens", "1020"], ["1024 positions", "at most"]),
+        ("eval", ["--tokens", "1020"], ["at most 864", "1024 positions", "1020"]),
+        ("eval", ["--tokens", "800", "--windows", "9"], ["text.txt", "9 sequences"]),
+        ("eval", ["--tokens", "300", "--layers", "9"], ["layers must be among", "9"]),
+        ("capture", ["--tokens", "1020", "--sequences", "1"], ["1024 positions", "at most"]),
         ("capture", ["--tokens", "100", "--layers", "9"], ["layers must be among", "9"]),
     ],
 )
