@@ -21,6 +21,7 @@ from hashattn.index import Index
 from hashattn.ops.decode.scratch import Scratch
 from hashattn.plan import Plan, explain
 from hashattn.selectors import Selector
+from hashattn.selectors.base import nearest_word
 from hashattn.shapes import check_finite, check_float, check_kv, check_q
 from hashattn.types import Output, Selection, Step
 from hashattn.votes import dense_votes, selected_votes
@@ -76,7 +77,18 @@ class HashAttention:
         return build(name, **options)
 
     def replace(self, **parts: Any) -> HashAttention:
-        """The same composition with some parts swapped."""
+        """The same composition with some parts swapped; a selector's own settings: ``selector.revised(...)``.
+
+        Raises:
+            TypeError: a name of no part; the nearest one is named.
+            ValueError: parts that do not fit.
+        """
+        known = [f.name for f in dataclasses.fields(self)]
+        for name in parts:
+            if name not in known:
+                own = self.selector is not None and name in self.selector.settings()
+                hint = f"; selector=attn.selector.revised({name}=...) sets it" if own else nearest_word(name, known)
+                raise TypeError(f"{name!r} is no part{hint}: there are {', '.join(known)}")
         return dataclasses.replace(self, **parts)
 
     def layer(self, i: int) -> HashAttention:
@@ -89,7 +101,7 @@ class HashAttention:
 
     def to(self, device: torch.device | str) -> HashAttention:
         """Move the weights of all parts to a device, in place. Returns itself."""
-        for part in (self.encoder, self.selector, self.attend, *getattr(self.selector, "parts", ())):
+        for part in (self.encoder, self.attend, *(self.selector.weighted() if self.selector is not None else ())):
             if isinstance(part, nn.Module):
                 part.to(device)
         return self
@@ -173,7 +185,8 @@ class HashAttention:
         if engine == "triton" and fewest >= warmup and not need_weights and not needs_grad(q, self.attend):
             return fused.step(self, q, cache, scale, causal)
         query = self.encoder.encode_query(q) if self.encoder is not None else None
-        view = cache.view(query, q.shape[1], cache.spans(tokens, causal), engine=engine, q=q, scale=scale)
+        plain = "cpu" if engine == "cpu" else "reference"  # what a fused step does not serve
+        view = cache.view(query, q.shape[1], cache.spans(tokens, causal), engine=plain, q=q, scale=scale)
         selection = self.selector.select(view, step or Step())
         if fewest < warmup:
             selection = keep_short(selection, view.visible, warmup)

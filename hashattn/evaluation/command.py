@@ -116,6 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
             records += answers.run(model, tokenizer, asked, entries, progress=True)
     notes = [*dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))]
     rows = report.summarise(records)
+    notes += report.unsearched(rows)
     tables = report.markdown(rows)
     print(f"\n{tables}")
     for note in notes:

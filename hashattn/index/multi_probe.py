@@ -22,7 +22,8 @@ class MultiProbe(Index):
     those with bits flipped, cheapest first, where flipping bits costs the sum of their squared margins (its 12 least
     certain bits of a table at most). Margins are read off the planes of a multi-bit query; one bit plane has none, and
     fewest flips go first. Candidates are ranked by their distance, as FlatHamming has it, with its tie rule; slots
-    stay empty where there are fewer than k. More probes only add candidates, so that recall never falls.
+    stay empty where there are fewer than k: a selector keeps the last key of a query that found none. More probes only
+    add candidates, so that recall never falls.
 
     Kept beside the codes: the bucket of each key in each table and the keys in order of their buckets, 8 bytes a key
     and table. Keys that came after the last sorting are compared with the probes one by one.
@@ -40,12 +41,12 @@ class MultiProbe(Index):
     scans = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tables, int) or self.tables < 1:
+        if type(self.tables) is not int or self.tables < 1:
             raise ValueError(f"tables must be an int of at least 1, got {self.tables!r}")
-        if not isinstance(self.bits, int) or not 1 <= self.bits <= 16:
+        if type(self.bits) is not int or not 1 <= self.bits <= 16:
             raise ValueError(f"bits must be an int from 1 to 16, got {self.bits!r}")
         most = 1 << min(self.bits, _UNSURE)
-        if not isinstance(self.probes, int) or not 1 <= self.probes <= most:
+        if type(self.probes) is not int or not 1 <= self.probes <= most:
             raise ValueError(f"probes must be an int from 1 to {most} for bits={self.bits}, got {self.probes!r}")
 
     def accepts(self, code: str) -> bool:

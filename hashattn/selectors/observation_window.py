@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -60,8 +61,9 @@ class ObservationWindow(Selector):
         if self.pool % 2 == 0:
             raise ValueError(f"pool must be odd, so that it has a middle, got {self.pool}")
 
-    def budget(self, visible: int) -> int:
-        return max(self._budget(i).count(visible) for i in range(len(self.shares or (0,))))
+    def budget(self, visible: int, forced: int = 0) -> int:
+        share = self.share if self.shares is None else max(self.shares)
+        return Budget(self.k, share).count(visible, forced)
 
     def select(self, view: View, step: Step) -> Selection:
         votes, forced = view.voted, view.sinks + view.recents
@@ -88,12 +90,33 @@ class ObservationWindow(Selector):
         most = max(budget.count(end - start) for start, end in (row[-1] for row in view.spans))
         votes.set(torch.zeros_like(sums).masked_fill(~kept, DROPPED), max(most, self.window))
 
+    def _made(self, **settings: Any) -> Self:
+        if len({"k", "share", "shares"} & {*settings}) == 1:  # one takes the others' place
+            settings = {"k": None, "share": None, "shares": None} | settings
+        return super()._made(**settings)
+
+    def _budgeted(self, k: int | None = None, share: float | None = None) -> dict[str, Any]:
+        """A share of layers that differ is their mean."""
+        if share is None or self.shares is None:
+            return {"k": k, "share": share, "shares": None}
+        check_share("share", share)
+        return {"shares": rescaled(self.shares, share)}
+
     def _budget(self, layer: int) -> Budget:
         if self.shares is None:
             return Budget(self.k, self.share)
         if layer >= len(self.shares):
             raise ValueError(f"shares must hold one for each layer, but there is none for layer {layer}: {self.shares}")
         return Budget(share=self.shares[layer])
+
+
+def rescaled(shares: tuple[float, ...], mean: float) -> tuple[float, ...]:
+    """Shares of this mean in the proportions that they have, drawn nearer to it where one would be above 1."""
+    factor = mean * len(shares) / sum(shares)
+    scaled = [x * factor for x in shares]
+    most = max(scaled)
+    nearer = (1 - mean) / (most - mean) if most > 1 else 1.0
+    return tuple(min(1.0, mean + (x - mean) * nearer) for x in scaled)
 
 
 def pyramid(layers: int, share: float, *, beta: float = 20.0) -> tuple[float, ...]:

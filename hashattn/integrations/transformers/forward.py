@@ -293,7 +293,7 @@ class Forward:
     def _count(self, number: int, selection: Selection | None, query: Tensor, kv: KVCache, reason: str | None) -> None:
         """Book a one-token call; reason says why it ran dense."""
         record, attn = self.records[number], self.served[number].attn
-        record.add_step(selection, query, kv)
+        record.add_step(selection, query, kv, attn.selector if attn is not None else None)
         if reason is not None:
             record.engine, record.why = "dense", reason
         elif attn is not None:
