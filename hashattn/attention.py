@@ -24,6 +24,7 @@ from hashattn.ops.decode.scratch import Scratch
 from hashattn.plan import Plan, explain
 from hashattn.searching import Call, joined
 from hashattn.selectors import Selector
+from hashattn.selectors.base import nearest_word
 from hashattn.shapes import check_finite, check_float, check_kv, check_q
 from hashattn.types import Output, Selection, Step
 from hashattn.votes import Shown
@@ -79,7 +80,18 @@ class HashAttention:
         return build(name, **options)
 
     def replace(self, **parts: Any) -> HashAttention:
-        """The same composition with some parts swapped."""
+        """The same composition with some parts swapped; a selector's own settings: ``selector.revised(...)``.
+
+        Raises:
+            TypeError: a name of no part; the nearest one is named.
+            ValueError: parts that do not fit.
+        """
+        known = [f.name for f in dataclasses.fields(self)]
+        for name in parts:
+            if name not in known:
+                own = self.selector is not None and name in self.selector.settings()
+                hint = f"; selector=attn.selector.revised({name}=...) sets it" if own else nearest_word(name, known)
+                raise TypeError(f"{name!r} is no part{hint}: there are {', '.join(known)}")
         return dataclasses.replace(self, **parts)
 
     def layer(self, i: int) -> HashAttention:
@@ -93,7 +105,7 @@ class HashAttention:
     @lasting
     def to(self, device: torch.device | str) -> HashAttention:
         """Move the weights of all parts to a device, in place. Returns itself."""
-        for part in (self.encoder, self.selector, self.attend, *getattr(self.selector, "parts", ())):
+        for part in (self.encoder, self.attend, *(self.selector.weighted() if self.selector is not None else ())):
             if isinstance(part, nn.Module):
                 part.to(device)
         return self

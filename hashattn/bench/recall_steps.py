@@ -15,7 +15,6 @@ from hashattn.attention import HashAttention
 from hashattn.bench.dense import DENSE
 from hashattn.bench.recall_data import Layer
 from hashattn.cache import KVCache
-from hashattn.engines import choices
 from hashattn.errors import Failure
 from hashattn.evaluation.recall import as_mask, relative_mass, top
 from hashattn.naming import short
@@ -138,7 +137,7 @@ def costs(attn: HashAttention, layer: Layer, decoded: Decoded) -> dict[str, Any]
     plan = attn.explain(q_heads=q_heads, kv_heads=kv_heads, head_dim=dim, keys=keys, dtype=torch.bfloat16)
     share = 1.0
     if plan.engine != "dense" and attn.selector is not None:  # of the plan's keys, which are the most
-        planned = min(keys, attn.selector.budget(keys) * choices(attn.selector, q_heads, kv_heads)[1])
+        planned = min(keys, attn.selector.budget(keys) * attn.selector.choices(q_heads, kv_heads)[1])
         share = min(1.0, decoded.choices / planned)
     return {
         "engine": plan.engine,

@@ -12,7 +12,7 @@ from torch import Tensor
 from hashattn.errors import refusals
 from hashattn.evaluation.benchmarks import Asked
 from hashattn.evaluation.contenders import FULL, Contender
-from hashattn.evaluation.continuation import looks_back, prefill
+from hashattn.evaluation.continuation import looks_back, prefill, reads_of
 from hashattn.progress import bar
 from hashattn.workload.model import cache_argument
 from hashattn.workload.prompt import beginning, encode, frame
@@ -119,7 +119,7 @@ def _answer(
         own = prefill(model, ids[:, :-1]) if looks_back(attn) else copy.deepcopy(cache)
         handle.reset_report()
         answer, report = write(own), handle.report()
-    return answer, {"keys_read": report.keys_read, "bytes_read": report.bytes_per_step}
+    return answer, reads_of(report)
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

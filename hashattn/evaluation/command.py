@@ -122,6 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
             records += answers.run(model, tokenizer, asked, entries, progress=progress)
     notes = [*dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning))]
     rows = report.summarise(records)
+    notes += report.unsearched(rows)
     tables = report.markdown(rows)
     say = for_people(arguments.json)
     try:

@@ -23,7 +23,8 @@ class MultiProbe(Index):
     those with bits flipped, cheapest first, where flipping bits costs the sum of their squared margins (its 12 least
     certain bits of a table at most). Margins are read off the planes of a multi-bit query; one bit plane has none, and
     fewest flips go first. Candidates are ranked by their distance, as FlatHamming has it, with its tie rule; slots
-    stay empty where there are fewer than k. More probes only add candidates, so that recall never falls.
+    stay empty where there are fewer than k: a selector keeps the last key of a query that found none. More probes only
+    add candidates, so that recall never falls.
 
     Kept beside the codes: the bucket of each key in each table and the keys in order of their buckets, 8 bytes a key
     and table. Keys that came after the last sorting are compared with the probes one by one.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Self
 
+from hashattn.budget import clamped
 from hashattn.selectors.base import Forced
 from hashattn.shapes import check_int
 
@@ -19,7 +21,13 @@ class Sink(Forced):
 
     @property
     def sinks(self) -> int:
-        return self.keys
+        return clamped(self.keys)
+
+    def settings(self) -> dict[str, Any]:
+        return {"sinks": self.keys}
+
+    def _made(self, **settings: Any) -> Self:
+        return type(self)(settings["sinks"])
 
 
 @dataclass(frozen=True)
@@ -33,4 +41,10 @@ class Recent(Forced):
 
     @property
     def recents(self) -> int:
-        return self.keys
+        return clamped(self.keys)
+
+    def settings(self) -> dict[str, Any]:
+        return {"recent": self.keys}
+
+    def _made(self, **settings: Any) -> Self:
+        return type(self)(settings["recent"])

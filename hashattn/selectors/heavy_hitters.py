@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hashattn.budget import Budget, check_k, check_share
+from hashattn.budget import Budget, check_min_k, check_one, check_share
 from hashattn.selectors.base import Selector
 from hashattn.selectors.grouping import chosen_mask
 from hashattn.types import Selection, Step
@@ -34,11 +35,13 @@ class HeavyHitters(Selector):
         k: number of keys; or
         share: of the visible keys, rounded up. Exactly one of the two is given.
         recent: share of these that are the most recent keys, rounded up; the original halves the budget.
+        min_k: at least this many keys are kept beyond the forced ones, however small the share.
     """
 
     k: int | None = None
     share: float | None = None
     recent: float = 0.5
+    min_k: int = 0
 
     ranked = False
     needs_distances = False
@@ -47,19 +50,20 @@ class HeavyHitters(Selector):
     shared = True
 
     def __post_init__(self) -> None:
-        if (self.k is None) == (self.share is None):
-            raise ValueError(f"HeavyHitters takes either k or share, got k={self.k!r} and share={self.share!r}")
-        if self.k is not None:
-            object.__setattr__(self, "k", check_k(self.k))
-        if self.share is not None:
-            check_share("share", self.share)
+        object.__setattr__(self, "k", check_one("HeavyHitters", self.k, self.share))
+        object.__setattr__(self, "min_k", check_min_k(self.min_k))
         check_share("recent", self.recent)
 
-    def budget(self, visible: int) -> int:
-        return Budget(self.k, self.share).count(visible)
+    @property
+    def wanted(self) -> Budget:
+        """Its budget."""
+        return Budget(self.k, self.share, self.min_k)
+
+    def budget(self, visible: int, forced: int = 0) -> int:
+        return self.wanted.count(visible, forced)
 
     def select(self, view: View, step: Step) -> Selection:
-        votes, budget = view.voted, Budget(self.k, self.share)
+        votes, budget = view.voted, self.wanted
         if votes is None:
             return Selection(view.calibrate(view.nothing).search(view.longest))
         columns = torch.arange(view.keys, device=view.device)
@@ -80,3 +84,6 @@ class HeavyHitters(Selector):
         deep = max(0, tokens - UNDO)  # the votes of later queries can be taken back
         for part in ([shown.part(0, deep)] if deep else []) + [shown.part(deep, tokens)]:
             shown.votes.add(part, dense_votes(part.q, part.keys, part.seen, part.scale), None)
+
+    def _budgeted(self, k: int | None = None, share: float | None = None) -> dict[str, Any]:
+        return {"k": k, "share": share}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -71,8 +72,9 @@ class ObservationWindow(Selector):
         if self.layers is not None and self.shares is not None:
             raise ValueError(f"layers={self.layers} shares out k or share, but was given shares={self.shares}")
 
-    def budget(self, visible: int) -> int:
-        return max(self._kept(i, visible) for i in range(len(self.shares or (0,))))
+    def budget(self, visible: int, forced: int = 0) -> int:
+        most = max(self._kept(i, visible) for i in range(len(self.shares or (0,))))
+        return max(most, min(visible, forced))
 
     def select(self, view: View, step: Step) -> Selection:
         votes, forced = view.voted, view.sinks + view.recents
@@ -110,6 +112,18 @@ class ObservationWindow(Selector):
         kept = ((place < wanted) & open_to) | (columns >= end - self.window)
         votes.choose(kept, max(*budgets, self.window))
 
+    def _made(self, **settings: Any) -> Self:
+        if len({"k", "share", "shares"} & {*settings}) == 1:  # one takes the others' place
+            settings = {"k": None, "share": None, "shares": None} | settings
+        return super()._made(**settings)
+
+    def _budgeted(self, k: int | None = None, share: float | None = None) -> dict[str, Any]:
+        """A share of layers that differ is their mean."""
+        if share is None or self.shares is None:
+            return {"k": k, "share": share, "shares": None}
+        check_share("share", share)
+        return {"shares": rescaled(self.shares, share)}
+
     def _kept(self, layer: int, visible: int) -> int:
         """Keys that a layer keeps of a prompt of so many, the window's among them."""
         if self.shares is not None:
@@ -128,6 +142,15 @@ class ObservationWindow(Selector):
             return mean
         first = min(2 * beside - int(beside // self.beta), visible - self.window)
         return self.window + first - layer * (2 * (first - beside) // (self.layers - 1))  # whole keys, rounded as there
+
+
+def rescaled(shares: tuple[float, ...], mean: float) -> tuple[float, ...]:
+    """Shares of this mean in the proportions that they have, drawn nearer to it where one would be above 1."""
+    factor = mean * len(shares) / sum(shares)
+    scaled = [x * factor for x in shares]
+    most = max(scaled)
+    nearer = (1 - mean) / (most - mean) if most > 1 else 1.0
+    return tuple(min(1.0, mean + (x - mean) * nearer) for x in scaled)
 
 
 def pyramid(layers: int, share: float, *, beta: float = 20.0) -> tuple[float, ...]:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 from hashattn.selectors.base import Selector
 from hashattn.selectors.candidates import check_inner
+from hashattn.selectors.wrapper import Wrapper
 from hashattn.shapes import check_int, keep_ints
 from hashattn.types import Selection, Step
 from hashattn.view import View
 
 
 @dataclass(frozen=True)
-class Reuse(Selector):
+class Reuse(Wrapper):
     """`inner` chooses in some layers; those in between keep the same keys, and scan nothing.
 
     Neighbouring layers attend to much the same keys (TidalDecode, arXiv 2410.05076). Where the layer before ran dense,
@@ -42,24 +43,6 @@ class Reuse(Selector):
     @property
     def follows(self) -> bool:
         return True
-
-    @property
-    def matrices(self) -> int:  # type: ignore[override]
-        return self.inner.matrices
-
-    @property
-    def needs_distances(self) -> bool:  # type: ignore[override]
-        return self.inner.needs_distances
-
-    @property
-    def shared(self) -> bool:
-        return self.inner.shared
-
-    def budget(self, visible: int) -> int:
-        return self.inner.budget(visible)
-
-    def critical(self, visible: int) -> int:
-        return self.inner.critical(visible)
 
     def chooses(self, layer: int) -> bool:
         """Whether this layer chooses for itself."""

@@ -9,7 +9,6 @@ from hashattn.attend import Attend, ExactAttend
 from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
 from hashattn.encoders import Encoder, SimHash
-from hashattn.engines import choices
 from hashattn.index import FlatHamming, Index
 from hashattn.selectors import Recent, Selector, Sink
 from hashattn.selectors.base import Forced, Joined
@@ -104,7 +103,7 @@ def _check_selection(selector: Selector, found: Selection, data: Inputs) -> None
 
 
 def _check_budget(selector: Selector, found: Selection, data: Inputs) -> None:
-    times = choices(selector, data.q.shape[1], data.k.shape[1])[1]
+    times = selector.choices(data.q.shape[1], data.k.shape[1])[1]
     counts = visible(data).sum(-1)  # [B, 1, T]
     for words, most, filled_slots in (
         ("budget", selector.budget, found.count),

@@ -390,7 +390,7 @@ class Forward:
         if call.again:
             return
         record, attn = self.records[call.number], call.served.attn
-        record.add_step(selection, query, kv)
+        record.add_step(selection, query, kv, attn.selector if attn is not None else None)
         if reason is not None:
             record.engine, record.why = "dense", reason
         elif attn is not None:

@@ -45,8 +45,9 @@ class Handle:
 
         Args:
             layers: which layers; negative numbers count from the last. All that are served by default.
-            changes: parts by name (encoder, index, selector, attend, engine, dense_layers), or fields of the selectors:
-                k, share, t1, t2, radius, limit, per, combine; sinks and recent for the forced keys.
+            changes: parts by name (encoder, index, selector, attend, engine, dense_layers), or what
+                :meth:`Selector.revised` takes: k or share for the whole budget, forced keys and samples included;
+                min_k, t1, t2, radius, limit, per, combine and the like; sinks and recent for the forced keys.
 
         Raises:
             TypeError: a name that is neither part nor field; the nearest known one is named.

@@ -30,6 +30,7 @@ class Block:
         keys: that the queries see, summed over rows and queries.
         selection: what they chose; None where all of them were too short-sighted to be searched for.
         weights: softmax weights over it, if the next layer's selector wants them.
+        lengths: keys that each query sees, over rows.
     """
 
     tokens: int
@@ -37,6 +38,7 @@ class Block:
     keys: int
     selection: Selection | None
     weights: Tensor | None
+    lengths: tuple[int, ...] = ()
 
 
 def block_size(batch: int, keys: int) -> int:
@@ -51,9 +53,14 @@ def forced(attn: HashAttention, device: torch.device) -> HashAttention:
     return attn.replace(engine="cpu" if device.type == "cpu" else "reference")
 
 
+def seen_lengths(keys: int, tokens: int, starts: Sequence[int]) -> tuple[int, ...]:
+    """Keys that each of the last `tokens` of `keys` columns sees, over rows."""
+    return tuple(max(0, end - first) for first in starts for end in range(keys - tokens + 1, keys + 1))
+
+
 def seen_keys(keys: int, tokens: int, starts: Sequence[int]) -> int:
-    """Keys that the last `tokens` of `keys` columns see, summed over rows and queries."""
-    return sum(max(0, end - first) for first in starts for end in range(keys - tokens + 1, keys + 1))
+    """Their sum."""
+    return sum(seen_lengths(keys, tokens, starts))
 
 
 def simulate(
@@ -95,8 +102,8 @@ def simulate(
         if attn.selector is not None and attn.selector.observes and not attn.selector.one_by_one:
             attn.observe(part, cache, scale=scale, step=step)  # the next block goes on from a prompt that ends here
         outs.append(output.out)
-        seen = seen_keys(end, part.shape[2], starts)
-        blocks.append(Block(part.shape[2], cache, seen, selection, output.weights if selection is not None else None))
+        lengths, weights = seen_lengths(end, part.shape[2], starts), output.weights if selection is not None else None
+        blocks.append(Block(part.shape[2], cache, sum(lengths), selection, weights, lengths))
     return torch.cat(outs, 2), blocks
 
 
@@ -129,5 +136,5 @@ def attend_simulated(
     out, one.blocks = simulate(served.attn, call.number, query, key, value, starts, one.blocks, scale=scaling)
     if not call.again:
         with forward.ledger.guard:
-            forward.records[call.number].add_simulated(one.blocks, query.shape[1])
+            forward.records[call.number].add_simulated(one.blocks, query.shape[1], served.attn.selector)
     return out.transpose(1, 2).contiguous(), None

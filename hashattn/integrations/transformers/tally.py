@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hashattn.decoder import Decoder
 from hashattn.guard import Guard
-from hashattn.integrations.transformers.report import Cost, LayerRecord
+from hashattn.integrations.transformers.report import Cost, LayerRecord, Ranking
 from hashattn.ops.decode import Rule
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class Tally:
         if self.rule is None:
             record.dense[self.why] += steps
             record.add_dense(self.cost, sum(seen), steps)
+            record.positions += len(seen)
             return steps
         record.sparse += steps
         heads = self.cost.kv_heads if self.rule.shared else self.cost.q_heads
@@ -75,6 +76,9 @@ class Tally:
         if self.rule.radius is not None:
             kept, self.kept = int(self.found) - self.kept, int(self.found)
         record.add_searched(self.cost, sum(seen), kept, heads, steps)
+        forced = [min(n, self.rule.sinks + self.rule.recents) for n in seen]
+        searched = sum(self.rule.slots(n) > own for n, own in zip(seen, forced, strict=True))
+        record.add_ranked(self.cost, kept, heads, Ranking(len(seen), searched, sum(forced)))
         if self.estimated:
             record.add_medium(self.cost, heads * sum(map(self.rule.medium, seen)))
         return steps

@@ -8,6 +8,13 @@ from torch import Tensor
 _FAR = 1 << 40  # beyond every distance; times 2^22 keys it still fits an int64
 
 
+def within(distances: Tensor, radius: int) -> Tensor:
+    """bool, the shape of distances: which are at most `radius`, however large that is."""
+    if distances.is_floating_point():
+        return distances <= float(min(radius, 1 << 126))
+    return distances <= min(radius, torch.iinfo(distances.dtype).max)  # a larger scalar would wrap
+
+
 def nearest(distances: Tensor, k: int, keep: Tensor, forced: Tensor | None = None) -> Tensor:
     """The k nearest keys of each row, nearest first, equal distances in order of recency (the larger column first).
 
