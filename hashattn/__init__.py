@@ -3,6 +3,8 @@
 Keys are encoded and indexed once, each query searches them, and the softmax runs over what was found.
 """
 
+from torch import nn
+
 from hashattn.attend import Attend, DenseAttend, ExactAttend, MixedPrecision, PerLayerAttend, SampledAttend, merge
 from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
@@ -62,6 +64,18 @@ from hashattn.selectors import (
     pyramid,
 )
 from hashattn.types import Output, Selection, Step
+
+
+def detach(model: nn.Module) -> None:
+    """Give a Hugging Face model back as it was before attach(), without the handle of that.
+
+    Raises:
+        ValueError: nothing is attached to the model.
+    """
+    from hashattn.integrations.transformers import detach as give_back  # lazy, as HashAttention.attach is
+
+    give_back(model)
+
 
 __version__ = "0.1.0"
 
@@ -125,6 +139,7 @@ __all__ = [
     "Tiers",
     "TopK",
     "TopP",
+    "detach",
     "from_pretrained",
     "merge",
     "pyramid",

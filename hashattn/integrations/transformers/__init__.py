@@ -4,6 +4,7 @@ Supported: transformers >= 5.17, < 6; decoder models that use the attention inte
 """
 
 from hashattn.integrations.transformers.attach import attach
+from hashattn.integrations.transformers.attached import detach
 from hashattn.integrations.transformers.cache_layer import HashedLayer
 from hashattn.integrations.transformers.capture import Captured, capture, tapped
 from hashattn.integrations.transformers.facts import facts_of
@@ -19,6 +20,7 @@ __all__ = [
     "Report",
     "attach",
     "capture",
+    "detach",
     "facts_of",
     "tapped",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -102,9 +103,10 @@ class HashedLayer(DynamicLayer):
             self.kv.repeat(repeats)
             self.changed()
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor | Sequence[int] | Sequence[bool]) -> None:
         if self.kv is not None:
-            self._select(torch.arange(self.kv.batch)[indices.cpu()])
+            chosen = indices if isinstance(indices, Tensor) else torch.as_tensor([*indices])
+            self._select(torch.arange(self.kv.batch)[chosen.cpu()])  # numbers from either end, or a mask
 
     def _select(self, rows: Tensor) -> None:
         self.settle()

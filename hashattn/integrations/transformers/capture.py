@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hashattn.integrations.transformers import support
+from hashattn.integrations.transformers.attached import is_attached
+from hashattn.integrations.transformers.configs import OwnConfigs
 
 NAME = "hashattn_capture"
 
@@ -45,10 +47,10 @@ def tapped(model: nn.Module, sink: Sink, layers: Iterable[int] | None = None) ->
         ValueError: the model cannot be served, a layer it does not have, or an attached model.
     """
     modules, wanted = support.attention_modules(model), set(capturable(model, layers))
-    configs: dict[int, Any] = {id(m.config): m.config for m in modules.values()}
-    before = [(c, c._attn_implementation_internal) for c in configs.values()]
-    if any(name == "hashattn" for _, name in before):
+    if is_attached(model):
         raise ValueError("model is attached: detach it first")
+    assert isinstance(model, PreTrainedModel)
+    configs = OwnConfigs()  # other models may share the model's
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
@@ -61,12 +63,10 @@ def tapped(model: nn.Module, sink: Sink, layers: Iterable[int] | None = None) ->
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     try:
-        for config, _ in before:
-            config._attn_implementation_internal = NAME
+        configs.install(model, modules, NAME)
         yield
     finally:
-        for config, name in before:
-            config._attn_implementation_internal = name
+        configs.restore()
         AttentionInterface.register(NAME, sdpa_attention_forward)  # keeps nothing alive
 
 

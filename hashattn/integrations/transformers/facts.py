@@ -10,6 +10,7 @@ from torch import nn
 
 from hashattn.facts import ModelFacts
 from hashattn.integrations.transformers import support
+from hashattn.integrations.transformers.heads import heads
 
 __all__ = ["ModelFacts", "facts_of"]
 
@@ -22,7 +23,7 @@ def facts_of(model: nn.Module, name: str | None = None) -> ModelFacts:
         name: for people; the model's own (the last part of it, where that is a path) by default.
 
     Raises:
-        ValueError: the model cannot be served.
+        ValueError: the model cannot be served, or its layers differ in heads.
     """
     reasons = support.why_not(model)
     if reasons:
@@ -30,12 +31,18 @@ def facts_of(model: nn.Module, name: str | None = None) -> ModelFacts:
     config: Any = support.text_config(model)  # type: ignore[arg-type]
     modules = support.attention_modules(model)
     full = tuple(i for i, module in modules.items() if support.layer_dense_by_design(module, i) is None)
-    q_heads, kv_heads, head_dim = support.heads(modules[full[0]])
+    shapes = {heads(modules[i]) for i in full}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"layers of {type(model).__name__} differ in (query heads, KV heads, head size): {sorted(shapes)}; "
+            "encoders are fitted to models whose layers of full attention are alike"
+        )
+    q_heads, kv_heads, head_dim = shapes.pop()
     own = str(getattr(config, "name_or_path", "") or config.model_type)
     return ModelFacts(
         name=name or (PurePath(own).name if PurePath(own).is_absolute() else own),
         model_type=config.model_type,
-        layers=config.num_hidden_layers,
+        layers=support.depth_of(model, modules),
         attention_layers=full,
         q_heads=q_heads,
         kv_heads=kv_heads,

@@ -16,11 +16,13 @@ from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
 from hashattn.integrations.transformers import support
 from hashattn.integrations.transformers.cache_layer import HashedLayer
+from hashattn.integrations.transformers.given import attend_as_the_model, why_not_dropped, why_not_given
 from hashattn.integrations.transformers.layers import Served
 from hashattn.integrations.transformers.passes import Pass, Passes
 from hashattn.integrations.transformers.report import LayerRecord
 from hashattn.integrations.transformers.simulate import attend_simulated, forced
-from hashattn.integrations.transformers.static_layer import Arming, HashedStaticLayer, hashed_layer
+from hashattn.integrations.transformers.static_layer import Arming, HashedStaticLayer
+from hashattn.integrations.transformers.swap import hashed_layer
 from hashattn.integrations.transformers.tally import Ledger
 from hashattn.ops import decode
 from hashattn.types import Selection, Step
@@ -38,6 +40,7 @@ class Call:
         one: the forward pass that the call belongs to.
         mask, rows: the layer's mask, and what it says of the rows, where that was asked for.
         again: whether it is repeated for a backward pass (gradient checkpointing), and was counted before.
+        reached: whether the attention function was called with it.
     """
 
     forward: Forward
@@ -48,6 +51,7 @@ class Call:
     mask: Tensor | None = None
     rows: Rows | None = None
     again: bool = False
+    reached: bool = False
 
     @property
     def served(self) -> Served:
@@ -66,6 +70,12 @@ class Forward:
     device: torch.device | None  # None where the model is spread over several
     simulated: bool = False
     passes: Passes = field(default_factory=Passes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied or pickled, it has counted nothing yet and is in no pass."""
+        records = {number: LayerRecord() for number in self.records}
+        arguments = (self.served, records, self.strict, self.max_sparse_q, self.trace, self.device, self.simulated)
+        return Forward, arguments
 
     def __post_init__(self) -> None:
         unserved = {i: str(served.dense) for i, served in self.served.items() if served.attn is None}
@@ -160,8 +170,12 @@ class Forward:
     def attend(
         self, call: Call, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
         scaling: float | None, **kwargs: Any,
-    ) -> tuple[Tensor, None]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Attention of one layer: query [B, Hq, T, D], key and value [B, Hkv, N, D]; returns [B, T, Hq, D]."""
+        reason = self._why_not_given(call, query, key, value, kwargs)
+        if reason is not None:
+            self._note(call.number, reason)
+            return attend_as_the_model(module, query, key, value, mask, scaling, kwargs)
         result = self._attend(call, module, query, key, value, mask, scaling, **kwargs)
         if isinstance(call.layer, HashedStaticLayer):
             self._arm(call, call.layer, query.shape[1], mask)
@@ -211,6 +225,25 @@ class Forward:
                 self._count(call, selection, query, kv, reason)
         return output.out.transpose(1, 2).contiguous(), None
 
+    @torch.compiler.disable
+    def switched(self, number: int, implementation: str) -> None:
+        """A layer that was given another attention function while attached; strict: raises ValueError."""
+        self._refuse(
+            f"its attention was set to {implementation!r} while attached, so that nothing is searched: call detach(), "
+            "then set_attn_implementation(), then attach again"
+        )
+        for layer in self.ledger.armed():  # traced and captured steps would leave keys to us
+            layer.settle()
+            layer.armed = False
+        self._note(number, f"attention was set to {implementation!r} while attached")
+
+    @torch.compiler.disable
+    def unreached(self, call: Call) -> None:
+        """A layer that did not call the attention function; strict: raises ValueError."""
+        reason = "the model did not call the attention function"
+        self._refuse(f"{reason} in layer {call.number}, so that nothing is searched there")
+        self._note(call.number, reason)
+
     def rows_of(self, call: Call, mask: Tensor | None, batch: int, keys: int, tokens: int) -> Rows:
         """The rows' first columns, and why the mask cannot be served (strict: raises ValueError)."""
         if call.rows is not None and call.mask is mask:  # the hook has read it
@@ -238,6 +271,32 @@ class Forward:
         self.ledger.close()
 
     # ---- inside
+
+    def _note(self, number: int, reason: str) -> None:
+        """Book a call that attends densely, for which no cost is known."""
+        one = self.passes.current()
+        if one is not None:
+            one.step = Step()
+        with self.ledger.guard:
+            record = self.records[number]
+            record.dense[reason] += not recomputed()
+            record.engine, record.why = "dense", reason
+
+    def _why_not_given(
+        self, call: Call, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]
+    ) -> str | None:  # fmt: skip
+        """Why what the model gives the attention function cannot be searched (strict: raises ValueError)."""
+        again, call.reached = call.reached, True
+        kv = call.layer.kv if call.layer is not None else None
+        if call.layer is not None and kv is None:
+            reason: str | None = "the model did not put its keys into the cache"
+        else:
+            reason = why_not_given(kv, key, value, again, given)
+        if reason is None and (query.shape[2] <= self.max_sparse_q or self.simulated) and call.reason is None:
+            reason = why_not_dropped(given) if call.served.dense is None else None
+        if reason is not None:
+            self._refuse(reason)
+        return reason
 
     def _begin(self, one: Pass, cache: Any, hidden: Tensor) -> None:
         """Refuse what is to be refused, before the first attention layer of a pass changes anything."""
@@ -283,7 +342,7 @@ class Forward:
 
     def _refuse(self, reason: str | None) -> None:
         if reason is not None and self.strict:
-            raise ValueError(f"{reason} (attach with strict=False to run such calls densely)")
+            raise ValueError(f"this call cannot be served: {reason} (attach with strict=False to run it densely)")
 
     def _rows(self, one: Pass, served: Served, layer: Any, hidden: Tensor, mask: Tensor | None) -> Rows | None:
         """What the mask says of the rows, read before the layer's cache grows; None where nobody asks."""
@@ -348,8 +407,8 @@ class Forward:
         reason = support.why_not_input(hidden)
         if reason is None and cache is not None:
             reason = support.why_not_cache(cache, number)
-        if reason is not None and self.strict:
-            raise ValueError(f"this call cannot be served: {reason} (attach with strict=False to run it densely)")
+        if reason is not None:
+            self._refuse(reason)
         return reason
 
     def _why_dense(self, call: Call, query: Tensor, kv: KVCache, mask: Tensor | None) -> str | None:
@@ -436,11 +495,11 @@ def same_cache(held: HashAttention, wanted: HashAttention) -> bool:
 def hashed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The attention function that is registered with transformers under the name "hashattn"."""
     call: Call | HashedStaticLayer | None = kwargs.pop(HASHATTN_CALL, None)
-    if call is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if call is None:  # of a module that is not served, such as cross-attention
+        return attend_as_the_model(module, query, key, value, attention_mask, scaling, kwargs)
     if isinstance(call, HashedStaticLayer):
         assert call.decoder is not None
         out = call.decoder.step(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)

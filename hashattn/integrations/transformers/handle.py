@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from hashattn.attention import HashAttention
 from hashattn.integrations.transformers import support
-from hashattn.integrations.transformers.forward import Forward
+from hashattn.integrations.transformers.attached import Attached
+from hashattn.integrations.transformers.heads import devices_of
 from hashattn.integrations.transformers.layers import Served, check_facts, numbers, serve
 from hashattn.integrations.transformers.report import LayerRecord, Report, summarise
 from hashattn.integrations.transformers.update import revised
@@ -32,10 +33,7 @@ class Handle:
     attn: HashAttention
     model: nn.Module
     refused: tuple[str, ...]
-    _forward: Forward
-    _modules: dict[int, nn.Module] = field(default_factory=dict)
-    _hooks: list[Any] = field(default_factory=list)
-    _configs: list[tuple[Any, str | None]] = field(default_factory=list)
+    _attached: Attached | None  # None where the model was left as it is
 
     def update(self, *, layers: Iterable[int] | None = None, **changes: Any) -> None:
         """Change compositions while attached; the next call uses them. If anything is refused, nothing has changed.
@@ -54,10 +52,15 @@ class Handle:
             ValueError: a value that its part refuses, parts that do not fit the model, a layer that is not served.
             RuntimeError: the handle is detached.
         """
-        if not self._hooks and not self.refused:
+        attached = self._attached
+        if attached is None:
+            self.attn = revised(self.attn, changes)
+            return
+        if not attached.hooks:
             raise RuntimeError("this handle is detached: attach the composition again")
-        served, depth = self._forward.served, len(self._modules)
-        chosen = list(served) if layers is None else numbers("layers", layers, depth)
+        forward, modules = attached.forward, attached.modules
+        served, depth = forward.served, support.depth_of(self.model, modules)
+        chosen = list(served) if layers is None else numbers("layers", layers, modules, depth)
         if layers is not None and "dense_layers" in changes:
             raise ValueError('dense_layers is for all layers; with layers=, engine="dense" makes single ones dense')
         for i in chosen:
@@ -68,23 +71,26 @@ class Handle:
         for i in chosen:
             composition = _revised_layer(served[i], i, changes)
             check_facts(composition, self.model)
-            new[i] = serve(composition, served[i].own, self._modules[i], i, depth)
+            new[i] = serve(composition, served[i].own, modules[i], i, depth)
         for one in new.values():
-            one.composition.to(self._forward.device or support.devices_of(self._modules)[0])
-        self.attn, self._forward.served = attn, new
-        self._forward.rearm()
+            one.composition.to(forward.device or devices_of(modules)[0])
+        self.attn, forward.served = attn, new
+        forward.rearm()
 
     def report(self) -> Report:
         """What ran so far, per layer: sparse, dense by choice, dense because; keys and bytes read; engine and why."""
-        with self._forward.ledger.guard:
-            self._forward.ledger.look()
-            return summarise(self._forward.records, self.refused)
+        if self._attached is None:
+            return summarise({}, self.refused)
+        forward = self._attached.forward
+        with forward.ledger.guard:
+            forward.ledger.look()
+            return summarise(forward.records, self.refused)
 
     def reads(self) -> Tensor:
         """How often each position was read by one-token calls: int64 [layers, positions]. Needs trace=True."""
-        if not self._forward.trace:
-            raise RuntimeError("reads are counted with attach(model, trace=True) only")
-        rows = [r.reads for r in self._forward.records.values()]
+        if self._attached is None or not self._attached.forward.trace:
+            raise RuntimeError("reads are counted with attach(model, trace=True) only, in models that are served")
+        rows = [r.reads for r in self._attached.forward.records.values()]
         width = max((len(r) for r in rows if r is not None), default=0)
         table = torch.zeros(len(rows), width, dtype=torch.int64)
         for i, row in enumerate(rows):
@@ -94,22 +100,21 @@ class Handle:
 
     def reset_report(self) -> None:
         """Start counting anew."""
-        with self._forward.ledger.guard:
-            self._forward.ledger.look()
-            for number in self._forward.records:
-                self._forward.records[number] = LayerRecord()
+        if self._attached is None:
+            return
+        forward = self._attached.forward
+        with forward.ledger.guard:
+            forward.ledger.look()
+            for number in forward.records:
+                forward.records[number] = LayerRecord()
 
     def detach(self) -> None:
         """Give the model back exactly as it was, also in the middle of generate(). Calling it again does nothing.
 
         Caches made meanwhile stay usable: without the hooks they are attended to in full.
         """
-        self._forward.disarm()
-        for hook in self._hooks:
-            hook.remove()
-        for config, implementation in self._configs:
-            config._attn_implementation_internal = implementation
-        self._hooks, self._configs = [], []
+        if self._attached is not None and self._attached.hooks:
+            self._attached.remove(self.model)
 
     def __enter__(self) -> Handle:
         return self

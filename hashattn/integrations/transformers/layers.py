@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from hashattn.attention import HashAttention
 from hashattn.encoders import PerLayer
 from hashattn.integrations.transformers import support
 from hashattn.integrations.transformers.facts import facts_of
+from hashattn.integrations.transformers.heads import heads
 from hashattn.naming import short
 
 DENSE_LAYERS, DENSE_COMPOSITION = "dense_layers", "the composition attends densely"
@@ -56,7 +57,7 @@ def serve(composition: HashAttention, own: bool, module: nn.Module, number: int,
         return Served(composition, own, HashAttention(attend=DenseAttend()), reason)
     attn = composition.layer(number)
     if attn.encoder is not None:
-        attn.encoder.check_model(*support.heads(module))
+        attn.encoder.check_model(*heads(module))
         attn.encoder.check_fitted()
     support.check_engine(attn, module)
     return Served(composition, own, attn)
@@ -75,25 +76,33 @@ def check_facts(composition: HashAttention, model: nn.Module) -> None:
         )
 
 
-def numbers(name: str, chosen: Any, depth: int) -> list[int]:
+def numbers(name: str, chosen: Any, modules: Collection[int], depth: int) -> list[int]:
     """Layer numbers, negative ones counted from the last, as numbers from 0.
+
+    Args:
+        modules: the layers that have attention.
+        depth: of the model, with those that have none.
 
     Raises:
         TypeError: not a collection of ints.
-        ValueError: a layer that the model lacks, or one named twice.
+        ValueError: a layer that the model lacks or that has no attention, or one named twice.
     """
     if not isinstance(chosen, Iterable) or not all(type(i) is int for i in chosen):
         raise TypeError(f"{name} must name layers by ints, got {chosen!r}")
     for i in chosen:
         if not -depth <= i < depth:
             raise ValueError(f"{name} names layer {i}, but the model has {depth} layers, 0 to {depth - 1}")
+        if i % depth not in modules:
+            raise ValueError(f"{name} names layer {i}, which has no attention; layers {sorted(modules)} have")
     found = [i % depth for i in chosen]
     if len(set(found)) < len(found):
         raise ValueError(f"{name} names a layer twice (negative numbers count from the last), got {[*chosen]}")
     return found
 
 
-def overrides(layers: Mapping[int, HashAttention] | None, depth: int) -> dict[int, HashAttention]:
+def overrides(
+    layers: Mapping[int, HashAttention] | None, modules: Collection[int], depth: int
+) -> dict[int, HashAttention]:
     """The argument `layers` of attach, checked, with numbers from 0."""
     if layers is None:
         return {}
@@ -102,4 +111,4 @@ def overrides(layers: Mapping[int, HashAttention] | None, depth: int) -> dict[in
     for i, composition in layers.items():
         if not isinstance(composition, HashAttention):
             raise TypeError(f"layers[{i}] must be a HashAttention, got {short(composition)}")
-    return dict(zip(numbers("layers", [*layers], depth), layers.values(), strict=True))
+    return dict(zip(numbers("layers", [*layers], modules, depth), layers.values(), strict=True))

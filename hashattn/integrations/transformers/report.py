@@ -236,7 +236,7 @@ class Report:
         layers: per layer, the calls that searched and those that attended densely, what they read, and the engine.
         steps: one-token steps (decoded tokens, counted at the first layer that was called).
         keys_read: share of the visible keys that query heads read in one-token calls, dense layers included.
-        sparse_keys_read: the same over the layers that searched.
+        sparse_keys_read: the same over the layers that searched; 0 where none did.
         bytes_per_step: read of keys, values, codes and norms by one step over all layers, mean.
         dense_bytes_per_step: what full attention would have read.
         code_bytes: memory of codes, norms and centres of the last cache.
@@ -263,6 +263,19 @@ class Report:
     searched: int = 0
     keys_ranked: float = 0.0
 
+    @property
+    def searching_layers(self) -> tuple[int, ...]:
+        """Those that searched, at least once."""
+        return tuple(row.layer for row in self.layers if row.sparse)
+
+    @property
+    def why_none(self) -> str:
+        """Why no layer searched: the reasons of all dense calls but prefill."""
+        reasons = dict.fromkeys(why for row in self.layers for why in row.dense)
+        if not reasons:
+            return "the model was not called"
+        return ", ".join(why for why in reasons if why != "prefill") or "there was no call but prefill"
+
     def as_dict(self) -> dict[str, Any]:
         """Numbers, strings, lists and dicts only."""
         return json.loads(self.as_json())
@@ -280,14 +293,16 @@ class Report:
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         if self.steps:
             kind = f"steps, {self.simulated} of them simulated" if self.simulated else "one-token steps"
+            inside = f" ({self.sparse_keys_read:.1%} in the layers that searched)" if self.searching_layers else ""
             lines += [
-                f"{self.steps} {kind}: {self.keys_read:.1%} of visible keys read "
-                f"({self.sparse_keys_read:.1%} in the layers that searched)",
+                f"{self.steps} {kind}: {self.keys_read:.1%} of visible keys read{inside}",
                 *self._ranked(),
                 f"{self.bytes_per_step / 1e6:.1f} MB read a step, full attention "
                 f"{self.dense_bytes_per_step / 1e6:.1f} MB",
                 f"codes take {self.code_bytes / 1e6:.1f} MB beside {self.kv_bytes / 1e6:.1f} MB of keys and values",
             ]
+        if not self.searching_layers:
+            lines.append(f"no layer searched: {self.why_none}")
         return "\n".join(lines)
 
     def _ranked(self) -> list[str]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
@@ -71,6 +70,26 @@ class HashedStaticLayer(HashedLayer):
         self.tally: Tally | None = None
         self.outgrown: ValueError | None = None
 
+    @property
+    def keys(self) -> Tensor | None:
+        """[B, Hkv, max_cache_len, D], as a StaticLayer's: all columns, of which get_seq_length() are filled."""
+        self.settle()
+        return self.kv.allocated[0] if self.kv is not None and not self.kv._keys.empty else None
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        self._refuse(value)
+
+    @property
+    def values(self) -> Tensor | None:
+        """[B, Hkv, max_cache_len, D], likewise."""
+        self.settle()
+        return self.kv.allocated[1] if self.kv is not None and not self.kv._values.empty else None
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        self._refuse(value)
+
     def steps(self, tokens: int) -> bool:
         """Whether a call of so many tokens goes through the decoder."""
         return self.armed and tokens == 1 and unseen()
@@ -117,9 +136,14 @@ class HashedStaticLayer(HashedLayer):
     @torch.compiler.disable
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         self.settle()
-        self.armed = False  # until the attention function has seen what was appended
         if self.kv is not None and len(self.kv) == 0 and not same_kind(self.kv, key_states):
             self.kv = None
+        filled, tokens = len(self.kv) if self.kv is not None else 0, key_states.shape[2]
+        if filled + tokens > self.max_cache_len:
+            raise IndexError(  # as a StaticLayer does
+                f"the static layer holds {filled} of max_cache_len={self.max_cache_len} tokens, no room for {tokens}"
+            )
+        self.armed = False  # until the attention function has seen what was appended
         super().update(key_states, value_states)
         assert self.kv is not None
         return self.kv.allocated
@@ -162,17 +186,3 @@ def same_kind(kv: KVCache, k: Tensor) -> bool:
         return kv.batch == k.shape[0]
     held = kv.storage("keys")
     return (held.shape[0], held.dtype, held.device) == (k.shape[0], k.dtype, k.device)
-
-
-def hashed_layer(layer: CacheLayerMixin, attn: HashAttention, scratch: Scratch) -> HashedLayer:
-    """A hashed layer with the contents of a DynamicLayer, a StaticLayer or one of another composition."""
-    if isinstance(layer, HashedLayer):
-        layer.settle()
-    filled = int(layer.get_seq_length())
-    if isinstance(layer, StaticLayer | HashedStaticLayer):
-        new: HashedLayer = HashedStaticLayer(attn, scratch, layer.max_cache_len)
-    else:
-        new = HashedLayer(attn, scratch)
-    if filled and layer.keys is not None and layer.values is not None:
-        new.update(layer.keys[:, :, :filled], layer.values[:, :, :filled])
-    return new
