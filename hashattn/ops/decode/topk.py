@@ -182,6 +182,7 @@ def attend_topk(
     s = tl.program_id(0)
     row = program_row()
     HEADS: tl.constexpr = G // SUM  # rows of a KV head
+    TILE: tl.constexpr = 512 if LEVELS <= 1024 else 256  # a histogram's counts are in registers
     t = row % T
     head = row // T  # of [B, Hkv * HEADS]
     kv = head // HEADS
@@ -228,7 +229,7 @@ def attend_topk(
         if missed:
             threshold = from_codes(
                 own_ids, own_tier, query_at, T * PLANES * WORDS, own_codes, first, end, sinks, recents, radius, wanted,
-                wanted_1, code_room, rank0, rank1, SUM, WORDS, PLANES, BIASED, LEVELS, RADIUS, TIERS, 512,
+                wanted_1, code_room, rank0, rank1, SUM, WORDS, PLANES, BIASED, LEVELS, RADIUS, TIERS, TILE,
             )  # fmt: skip
         else:
             threshold = bound - (BINS - 1 - bin)
