@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import platform
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ import transformers
 from hashattn import Centring, FlatHamming, HashAttention, Recent, SimHash, Sink, TopK
 from hashattn import __version__ as version
 from hashattn.demo.story import build_story
+from hashattn.files import replacing
 from hashattn.integrations.transformers import capture
 from hashattn.workload.assets import SHAKESPEARE, fetch
 from hashattn.workload.model import load
@@ -67,9 +67,8 @@ def main() -> None:
         },
         "rows": rows,
     }  # fmt: skip
-    scratch = arguments.out.with_name(f".{arguments.out.name}")
-    scratch.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(scratch, arguments.out)
+    with replacing(arguments.out) as scratch:
+        scratch.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from hashattn import PRESETS, FlatHamming, HashAttention, SimHash, TopK
 from hashattn import __version__ as version
+from hashattn.files import replacing
 
 NAMES = ("simhash_topk", "hata", "dashkv_hash_only", "dashkv")
 
@@ -60,9 +61,8 @@ def main() -> None:
         "read_GB_per_s": bandwidth / 1e9,
         "rows": rows,
     }
-    scratch = arguments.out.with_name(f".{arguments.out.name}")
-    scratch.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(scratch, arguments.out)
+    with replacing(arguments.out) as scratch:
+        scratch.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{'keys':>8} {'what':<18} {'us':>9} {'x dense':>8} {'floor us':>9} {'of floor':>8}")
     for row in rows:
         print(f"{row['keys']:>8} {row['what']:<18} {row['us']:>9.0f} {row['speedup']:>8.2f} {row['floor_us']:>9.1f} "

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from hashattn.encoders.losses import HATA
 from hashattn.evaluation.report import summarise
 from hashattn.files import replacing
 
@@ -41,7 +42,7 @@ RECIPES: dict[str, list[str]] = {
     "bias-64": [*LINEAR, "--bias-bits", "8", "--bits", "64"],
     "bias-heads": [*LINEAR, "--bias-bits", "8", "--heads", "kv"],
     # The encoders of peers, by their own losses.
-    "hata": ["--preset", "hata", "--loss", "similarity + 0.1 * balance + 0.1 * decorrelation"],
+    "hata": ["--preset", "hata", "--loss", HATA],
     "hashattention": ["--preset", "hashattention", "--loss", "bce"],
     "spotlight": ["--preset", "spotlight"],
     "itq": ["--preset", "itq:query_bits=8"],

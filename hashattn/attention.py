@@ -18,12 +18,16 @@ from hashattn.decoder import Decoder
 from hashattn.encoders import Encoder
 from hashattn.engines import Shape, crossover, resolve
 from hashattn.index import Index
+from hashattn.lasting import lasting
+from hashattn.naming import short
 from hashattn.ops.decode.scratch import Scratch
 from hashattn.plan import Plan, explain
+from hashattn.searching import Call, joined
 from hashattn.selectors import Selector
+from hashattn.selectors.base import nearest_word
 from hashattn.shapes import check_finite, check_float, check_kv, check_q
 from hashattn.types import Output, Selection, Step
-from hashattn.votes import dense_votes, selected_votes
+from hashattn.votes import Shown
 
 if TYPE_CHECKING:
     from hashattn.integrations.transformers import Handle
@@ -76,7 +80,18 @@ class HashAttention:
         return build(name, **options)
 
     def replace(self, **parts: Any) -> HashAttention:
-        """The same composition with some parts swapped."""
+        """The same composition with some parts swapped; a selector's own settings: ``selector.revised(...)``.
+
+        Raises:
+            TypeError: a name of no part; the nearest one is named.
+            ValueError: parts that do not fit.
+        """
+        known = [f.name for f in dataclasses.fields(self)]
+        for name in parts:
+            if name not in known:
+                own = self.selector is not None and name in self.selector.settings()
+                hint = f"; selector=attn.selector.revised({name}=...) sets it" if own else nearest_word(name, known)
+                raise TypeError(f"{name!r} is no part{hint}: there are {', '.join(known)}")
         return dataclasses.replace(self, **parts)
 
     def layer(self, i: int) -> HashAttention:
@@ -87,9 +102,10 @@ class HashAttention:
             self if encoder is self.encoder and attend is self.attend else self.replace(encoder=encoder, attend=attend)
         )
 
+    @lasting
     def to(self, device: torch.device | str) -> HashAttention:
         """Move the weights of all parts to a device, in place. Returns itself."""
-        for part in (self.encoder, self.selector, self.attend, *getattr(self.selector, "parts", ())):
+        for part in (self.encoder, self.attend, *(self.selector.weighted() if self.selector is not None else ())):
             if isinstance(part, nn.Module):
                 part.to(device)
         return self
@@ -160,6 +176,13 @@ class HashAttention:
             step: the layer's number and the previous layer's selection, for momentum.
             need_lse, need_weights: whether Output carries these.
         """
+        with cache.guard:
+            return self._run(q, cache, scale, causal, step or Step(), need_lse, need_weights)
+
+    def _run(
+        self, q: Tensor, cache: KVCache, scale: float | None, causal: bool, step: Step, need_lse: bool,
+        need_weights: bool,
+    ) -> tuple[Output, Selection | None]:  # fmt: skip
         engine = self.engine_for(q, cache)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         tokens = q.shape[2]
@@ -170,40 +193,38 @@ class HashAttention:
             return dense(q, cache.keys, cache.values, seen, scale, need_lse=need_lse, need_weights=need_weights), None
         assert self.selector is not None
         fewest = cache.shortest - (tokens - 1 if causal else 0)  # keys that the shortest-sighted query sees
-        fits = engine == "triton" and fewest >= warmup and not need_weights
-        if fits and not (torch.is_grad_enabled() and needs_grad(q, cache.keys, cache.values, attend=self.attend)):
+        if engine == "triton" and fewest >= warmup and not need_weights and not needs_grad(q, cache, self.attend):
             return fused.step(self, q, cache, scale, causal)
-        query = self.encoder.encode_query(q) if self.encoder is not None else None
-        view = cache.view(query, q.shape[1], cache.spans(tokens, causal), engine=engine, q=q, scale=scale)
-        selection = self.selector.select(view, step or Step())
-        if fewest < warmup:
-            selection = keep_short(selection, view.visible, warmup)
-        watched = self.selector.watched(tokens)
-        need_weights = need_weights or watched > 0
-        output = self.attend.attend(q, cache, selection, scale, view=view, need_lse=need_lse, need_weights=need_weights)
-        if watched:
-            assert output.weights is not None
-            weights = output.weights[:, :, -watched:]
-            sums = selected_votes(selection.ids[:, :, -watched:], weights, len(cache))
-            self.selector.observe(cache.votes, sums, selection, view, step or Step())
-        return output, selection
+        call = Call(self, cache, scale, engine, step, need_lse, need_weights)
+        spans = cache.spans(tokens, causal)
+        if not self.selector.observes:
+            return call.search(q, spans)
+        self.selector.settle(cache.votes, cache.keys, cache._starts, step.layer)
+        if not self.selector.one_by_one:
+            return call.search(q, spans)
+        parts = [
+            call.search_and_vote(q[:, :, t : t + 1], [row[t : t + 1] for row in spans], len(cache) - tokens + t)
+            for t in range(tokens)
+        ]
+        return parts[0] if tokens == 1 else joined(parts)
 
     def observe(
         self, q: Tensor, cache: KVCache, *, scale: float | None = None, causal: bool = True, step: Step | None = None
     ) -> None:  # fmt: skip
         """Show the selector what full attention of these queries, the cache's last positions, attends to.
 
-        run() does so by itself; who attends elsewhere, as in a prefill, calls it. Most selectors look at nothing.
+        run() does so by itself; who attends elsewhere, as in a prefill, calls it. Most selectors look at nothing, and
+        none at a position twice.
         """
-        if self.selector is None or not self.selector.observes:
+        if self.selector is None or not self.selector.observes or cache.longest == 0:
             return
-        tokens = self.selector.watched(q.shape[2])
-        if not tokens or cache.longest == 0:
-            return
-        view = cache.view(None, q.shape[1], cache.spans(tokens, causal))
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        sums = dense_votes(q[:, :, -tokens:].detach(), cache.keys, cache.seen(tokens, causal), scale)
-        self.selector.observe(cache.votes, sums, None, view, step or Step())
+        tokens = q.shape[2]
+        known = max(0, cache.votes.queries.end - (len(cache) - tokens))
+        if known < tokens:
+            scale = q.shape[-1] ** -0.5 if scale is None else scale
+            layer = step.layer if step is not None else 0
+            shown = Shown(cache.votes, q.detach(), cache.keys, cache.spans(tokens, causal), scale, layer)
+            self.selector.observe(shown.part(known, tokens) if known else shown)
 
     def engine_for(self, q: Tensor, cache: KVCache) -> str:
         """The engine that serves these queries on this cache: "dense", "reference", "cpu" or "triton".
@@ -247,7 +268,9 @@ class HashAttention:
             ("norms", self.attend.needs_norms, cache.with_norms),
         ):
             if own != held and (name != "norms" or own):
-                raise ValueError(f"this cache is of another composition: its {name} is {held!r}, here it is {own!r}")
+                raise ValueError(
+                    f"this cache is of another composition: its {name} is {short(held)}, here it is {short(own)}"
+                )
 
     def explain(
         self, *, batch: int = 1, q_heads: int, kv_heads: int, head_dim: int, keys: int, device: str = "cpu",
@@ -268,27 +291,8 @@ class HashAttention:
         return f"HashAttention({', '.join(shown)})"
 
 
-def needs_grad(*tensors: Tensor, attend: Attend) -> bool:
-    """Whether a gradient of these or of an Attend's weights is wanted, which only the reference gives."""
+def needs_grad(q: Tensor, cache: KVCache, attend: Attend) -> bool:
+    """Whether a gradient of queries, keys, values or weights is wanted, which only the reference gives."""
     weights = attend.parameters() if isinstance(attend, nn.Module) else ()
-    return any(x.requires_grad for x in (*tensors, *weights))
-
-
-def keep_short(selection: Selection, visible: Tensor, warmup: int) -> Selection:
-    """Give queries that see fewer than `warmup` keys all of them, exactly: their row has (or had) no centre."""
-    first, end = visible[..., :1], visible[..., 1:]  # [B, T, 1]
-    slots = torch.arange(max(selection.ids.shape[-1], warmup), device=visible.device)
-    everything = torch.where(first + slots < end, first + slots, -1).to(torch.int32)  # [B, T, slots]
-    short = (end - first < warmup).unsqueeze(1)  # [B, 1, T, 1]
-    extra = len(slots) - selection.ids.shape[-1]
-
-    def widen(x: Tensor | None, fill: int, replacement: Tensor | int) -> Tensor | None:
-        if x is None:
-            return None
-        padded = torch.nn.functional.pad(x, (0, extra), value=fill)
-        return torch.where(short, torch.as_tensor(replacement, dtype=x.dtype, device=x.device), padded)
-
-    ids = widen(selection.ids, -1, everything.unsqueeze(1))
-    assert ids is not None
-    tier, log_weights = widen(selection.tier, 0, 0), widen(selection.log_weights, 0, 0)
-    return Selection(ids, tier, log_weights, collisions=selection.collisions)  # any slot may be critical
+    wanted = q.requires_grad or cache.wants_grad or any(w.requires_grad for w in weights)
+    return torch.is_grad_enabled() and wanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,17 +12,22 @@ from torch import Tensor
 
 from hashattn.buffer import TokenBuffer
 from hashattn.cached_codes import check_codes
+from hashattn.cached_state import check_state
 from hashattn.device_state import DeviceState
 from hashattn.encoders.base import Encoder
+from hashattn.guard import Guard, guarded
 from hashattn.index.base import Index
+from hashattn.lasting import lasting
 from hashattn.ops.attend import logits as exact_logits
 from hashattn.ops.attend import row_numbers
-from hashattn.ops.decode.estimate import key_norms
+from hashattn.ops.decode.estimate import NORMS, key_norms
 from hashattn.ops.decode.scratch import Scratch
 from hashattn.ops.nearest.cpu import Table
-from hashattn.shapes import check_kv
+from hashattn.shapes import check_int, check_kv
 from hashattn.view import View
 from hashattn.votes import Votes
+
+_INTEGERS = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 
 
 class KVCache:
@@ -31,13 +37,18 @@ class KVCache:
     the batch; row b begins at column start[b] (left padding). Keys are encoded late and in bulk, when a search first
     needs them: codes == encode_key(keys[:, :, :encoded]) always holds.
 
+    Threads that change or search one cache come one after the other; what each of them asks is for them to settle.
+
     An encoder that asks for centring gets, per row and KV head, a share of the mean of the row's first keys after the
     sinks, frozen as soon as the row has that many; until then the row is "short" and attends densely.
+
+    It holds numbers, not the graph that computed them. Gradients reach the keys and values of the last append, until
+    the cache changes again; those before are constants. attn(q, k, v) appends once: there all of them get theirs.
 
     Args:
         batch, kv_heads, head_dim: B, Hkv, D.
         encoder, index: of the composition; None for one that ranks nothing.
-        norms: keep |k - centre| of each key, float16.
+        norms: keep |k - centre| of each key, bfloat16.
         capacity: fixed number of columns; None grows by a quarter when full.
         scratch: device memory of the fused steps, to share among the caches of a model; None for one of its own.
     """
@@ -46,19 +57,19 @@ class KVCache:
         self, batch: int, kv_heads: int, head_dim: int, *, encoder: Encoder | None = None, index: Index | None = None,
         norms: bool = False, capacity: int | None = None, scratch: Scratch | None = None,
     ) -> None:  # fmt: skip
-        for name, value in (("batch", batch), ("kv_heads", kv_heads), ("head_dim", head_dim), ("capacity", capacity)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
-        self.batch, self.kv_heads, self.head_dim, self.capacity = batch, kv_heads, head_dim, capacity
+        self.batch, self.kv_heads = check_int("batch", batch, 1), check_int("kv_heads", kv_heads, 1)
+        self.head_dim = check_int("head_dim", head_dim, 1)
+        self.capacity = capacity = None if capacity is None else check_int("capacity", capacity, 1)
         self.encoder, self.index, self.with_norms = encoder, index, norms
         self._keys, self._values, self._norms = TokenBuffer(capacity), TokenBuffer(capacity), TokenBuffer(capacity)
         self._store = index.new_store(capacity) if index is not None else None
-        self._starts = [0] * batch  # host copy of start
-        self._ready = [self.warmup == 0] * batch  # rows whose centre is frozen
+        self._starts = [0] * self.batch  # host copy of start
+        self._ready = [self.warmup == 0] * self.batch  # rows whose centre is frozen
         self._centre: Tensor | None = None
         self._fits = encoder.fits if encoder is not None else 0
         self.admitted: tuple[object, int | None, str | None] | None = None  # HashAttention's: the last call checked
         self.votes = Votes(capacity)
+        self.guard = Guard()
         self.on_device = DeviceState(scratch if scratch is not None else Scratch())
 
     # ---- what is in it
@@ -70,19 +81,24 @@ class KVCache:
     def keys(self) -> Tensor:
         """[B, Hkv, N, D], a view."""
         self._check_filled()
-        return self._keys.view
+        return self._keys.traced.narrow(2, 0, len(self))
 
     @property
     def values(self) -> Tensor:
         """[B, Hkv, N, D], a view."""
         self._check_filled()
-        return self._values.view
+        return self._values.traced.narrow(2, 0, len(self))
 
     @property
     def allocated(self) -> tuple[Tensor, Tensor]:
         """Keys and values with the room behind them, [B, Hkv, room, D]; that is zeros where there is a capacity."""
         self._check_filled()
-        return self._keys.storage, self._values.storage
+        return self._keys.traced, self._values.traced
+
+    @property
+    def wants_grad(self) -> bool:
+        """Whether gradients go on to keys or values that were appended, if any arrive."""
+        return self._keys.wants_grad or self._values.wants_grad
 
     @property
     def codes(self) -> Tensor:
@@ -94,9 +110,9 @@ class KVCache:
 
     @property
     def norms(self) -> Tensor:
-        """|k - centre|, float16 [B, Hkv, encoded, 1], a view."""
+        """|k - centre|, bfloat16 [B, Hkv, encoded, 1], a view."""
         self.encode()
-        return self._norms.view
+        return self._norms.traced.narrow(2, 0, self._norms.length)
 
     @property
     def centre(self) -> Tensor:
@@ -168,6 +184,7 @@ class KVCache:
 
     # ---- changing it
 
+    @guarded
     def append(self, k: Tensor, v: Tensor, *, start: Tensor | None = None) -> None:
         """Append keys and values [B, Hkv, n, D] of the next n columns.
 
@@ -204,8 +221,10 @@ class KVCache:
                 self._keys.storage[row, :, :first] = 0
                 self._values.storage[row, :, :first] = 0
 
+    @guarded
     def adopt(self, length: int, *, codes: bool = True) -> None:
         """Count columns that a Decoder wrote in place, with or without their codes and norms, up to `length`."""
+        length = check_int("length", length, 0)
         self._keys.adopt(length)
         self._values.adopt(length)
         if self._store is not None and codes:
@@ -213,6 +232,7 @@ class KVCache:
             if self.with_norms:
                 self._norms.adopt(length)
 
+    @guarded
     def set_start(self, start: Tensor) -> None:
         """Change the first column of each row, int [B]; rows that change lose their centre.
 
@@ -224,11 +244,20 @@ class KVCache:
                 self._forget_centre(row)
         self._starts = starts
 
+    @guarded
     def crop(self, length: int) -> None:
-        """Keep the first `length` columns. Rows left with too few keys for their centre lose it."""
-        if not 0 <= length <= len(self):
-            raise ValueError(f"length must be from 0 to {len(self)}, got {length}")
-        for buffer in (self._keys, self._values, self._norms, self.votes):
+        """Keep the first `length` columns. Rows left with too few keys for their centre lose it.
+
+        Raises:
+            NotAnInteger, ValueError: not a number from 0 to the columns there are, or one at which the votes of a
+                selector that looks back are no longer known. The cache is as before.
+        """
+        length = check_int("length", length, 0, len(self))
+        reason = self.votes.why_not_crop(length)
+        if reason is not None:
+            raise ValueError(f"length {length} is a crop that cannot be made: {reason}")
+        self.votes.crop(length, None if self._keys.empty else self._keys.view, self._starts)
+        for buffer in (self._keys, self._values, self._norms):
             buffer.truncate(length)
         if self._store is not None:
             self._store.truncate(length)
@@ -236,16 +265,24 @@ class KVCache:
             if length - first < self.warmup:
                 self._forget_centre(row)
 
-    def select_rows(self, rows: Tensor) -> None:
-        """Keep these batch rows, int [n], in this order; rows may repeat."""
-        rows = rows.to("cpu", torch.int64)
-        if rows.ndim != 1 or len(rows) == 0 or int(rows.min()) < 0 or int(rows.max()) >= self.batch:
-            raise ValueError(f"rows must be row numbers from 0 to {self.batch - 1}, at least one, got {rows.tolist()}")
+    @guarded
+    @lasting
+    def select_rows(self, rows: Tensor | Sequence[int] | Sequence[bool]) -> None:
+        """Keep these batch rows, in this order; rows may repeat.
+
+        Args:
+            rows: numbers, int [n], or a mask, bool [batch]: of the rows to keep. A list or tuple of either will do.
+
+        Raises:
+            TypeError: neither numbers nor a mask.
+            ValueError: none, one that is not there, or a mask of another length; the cache is as before.
+        """
+        rows = row_index(rows, self.batch)
         picked: list[int] = rows.tolist()
         if not self._keys.empty:
             rows = rows.to(self._keys.storage.device)
-        for buffer in (self._keys, self._values, self._norms, self.votes):
-            buffer.select(rows)
+        for held in (self._keys, self._values, self._norms, self.votes):
+            held.select(rows)
         if self._store is not None:
             self._store.select_rows(rows)
         if self._centre is not None:
@@ -254,17 +291,22 @@ class KVCache:
         self._ready = [self._ready[r] for r in picked]
         self.batch, self.admitted = len(picked), None
 
-    def reorder(self, rows: Tensor) -> None:
-        """Reorder rows, as beam search does: row i becomes what row rows[i] was."""
-        if rows.shape != (self.batch,):
-            raise ValueError(f"rows must have shape ({self.batch},), got {(*rows.shape,)}")
-        self.select_rows(rows)
+    def reorder(self, rows: Tensor | Sequence[int]) -> None:
+        """Reorder rows, as beam search does: row i becomes what row rows[i] was; int [batch].
+
+        Raises:
+            TypeError, ValueError: as select_rows(); a mask; another number of rows.
+        """
+        given = torch.as_tensor(rows)
+        if given.dtype == torch.bool:
+            raise TypeError(f"rows must be numbers of rows, got the mask {given.tolist()}, which tells no order")
+        if given.shape != (self.batch,):
+            raise ValueError(f"rows must have shape ({self.batch},), got {(*given.shape,)}")
+        self.select_rows(given)
 
     def repeat(self, times: int) -> None:
         """Repeat every row `times` times, next to each other."""
-        if times < 1:
-            raise ValueError(f"times must be at least 1, got {times}")
-        self.select_rows(torch.arange(self.batch).repeat_interleave(times))
+        self.select_rows(torch.arange(self.batch).repeat_interleave(check_int("times", times, 1)))
 
     def reset(self) -> None:
         """Forget everything; the memory stays."""
@@ -273,6 +315,8 @@ class KVCache:
 
     # ---- searching it
 
+    @guarded
+    @lasting
     def encode(self) -> None:
         """Encode the keys that are not yet encoded, unless every row is short."""
         if self.encoder is None or self._store is None:
@@ -292,9 +336,10 @@ class KVCache:
             return
         self._norms.truncate(encoded)
         k = self._keys.storage.narrow(2, encoded, keys - encoded)
-        codes = self.encoder.encode_key(k, self._centre)
+        with torch.no_grad():
+            codes = self.encoder.encode_key(k, self._centre)
         if self.with_norms:
-            self._norms.append(key_norms(k, self._subtracted))
+            self._norms.append(key_norms(self._keys.traced.narrow(2, encoded, keys - encoded), self._subtracted))
         self._store.add(codes)
 
     def forget_code(self) -> None:
@@ -336,7 +381,7 @@ class KVCache:
 
         def logits(ids: Tensor) -> Tensor:
             assert q is not None
-            return exact_logits(q.detach(), self._keys.storage, ids, scale, engine=engine)
+            return exact_logits(q.detach(), self._keys.storage, ids, scale, engine=engine)  # they choose: no gradients
 
         def find(k: int) -> tuple[Tensor, Tensor]:
             assert index is not None and store is not None and query is not None
@@ -366,8 +411,7 @@ class KVCache:
             ValueError: an empty cache, k < 1, or a row too short to have a centre.
         """
         self._check_filled()
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
+        k = check_int("k", k, 1)
         if not all(self.ready):
             short = [b for b, r in enumerate(self.ready) if not r]
             raise ValueError(f"rows {short} hold fewer than {self.warmup} keys, from which their centre is made")
@@ -395,15 +439,17 @@ class KVCache:
             if self._store is None:
                 raise ValueError("the composition has no index, so there are no codes")
             return self._store._codes.storage
-        return {"keys": self._keys, "values": self._values, "norms": self._norms}[what].storage
+        return {"keys": self._keys, "values": self._values, "norms": self._norms}[what].traced
 
     # ---- keeping it
 
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """Everything it holds, as contiguous tensors and plain numbers."""
         self._check_filled()
         state: dict[str, Any] = {"keys": self.keys.clone(), "values": self.values.clone(), "start": self.start}
-        if self.encoded and self._store is not None:
+        current = self.encoder is not None and self._fits == self.encoder.fits
+        if self.encoded and self._store is not None and current:
             if self._store.per_key:
                 state["codes"] = self._store.codes.clone()
             state["ready"] = torch.tensor(self._ready)
@@ -411,29 +457,34 @@ class KVCache:
                 state["norms"] = self._norms.view.clone()
             if self._centre is not None:
                 state["centre"] = self._centre.clone()
-        if len(self.votes):
-            state["votes"], state["votes_most"] = self.votes.of(len(self.votes), self.keys), self.votes.most
-        return state
+        return state | self.votes.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replace the contents by a state_dict of a cache of the same composition and shape."""
+    @lasting
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace the contents by a state_dict of a cache of the same composition and shape.
+
+        Raises:
+            TypeError, ValueError: a field that is missing, unknown, or does not fit the others, this cache or its
+                composition. The cache is as before.
+        """
         other = KVCache(
             self.batch, self.kv_heads, self.head_dim, encoder=self.encoder, index=self.index, norms=self.with_norms,
-            capacity=self.capacity,
+            capacity=self.capacity, scratch=self.on_device.scratch,
         )  # fmt: skip
+        check_state(state, other)
         other.append(state["keys"], state["values"])
-        other._starts = other._check_start(state["start"], None)
+        other._starts = state["start"].tolist()
         if "ready" in state:
-            if "codes" in state:
-                check_codes(state, other.encoder if other._store is not None else None, other.with_norms)
-                assert other._store is not None
-                other._store.add(state["codes"])
             other._ready = state["ready"].tolist()
             other._centre = state["centre"].clone() if "centre" in state else None
+        if "codes" in state or "norms" in state:
+            check_codes(state, other.encoder if other._store is not None else None, other.with_norms)
+            assert other._store is not None
+            other._store.align(other._starts)
+            other._store.add(state["codes"])
             if other.with_norms:
-                other._norms.append(state["norms"])
-        if "votes" in state:
-            other.votes.set(state["votes"], state["votes_most"])
+                other._norms.append(state["norms"].to(NORMS))
+        other.votes.load_state_dict(state)
         self.__dict__.update(other.__dict__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
@@ -441,8 +492,14 @@ class KVCache:
         for name, value in self.__dict__.items():
             if name not in ("encoder", "index", "admitted", "on_device"):  # parts are shared
                 twin.__dict__[name] = copy.deepcopy(value, memo)
-        twin.on_device = DeviceState(self.on_device.scratch)
+        twin.on_device = DeviceState(copy.deepcopy(self.on_device.scratch, memo))
         return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "admitted": None, "on_device": None}  # pointed to by steps of this process alone
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, on_device=DeviceState(Scratch()))
 
     def __repr__(self) -> str:
         return (
@@ -465,13 +522,14 @@ class KVCache:
             raise ValueError("the cache is empty: append keys and values first")
 
     def _check_start(self, start: Tensor, columns: int | None) -> list[int]:
-        if not isinstance(start, Tensor) or start.shape != (self.batch,) or start.is_floating_point():
+        if not isinstance(start, Tensor) or start.shape != (self.batch,) or start.dtype not in _INTEGERS:
             raise ValueError(f"start must be integers of shape ({self.batch},), got {start!r}")
         starts: list[int] = start.tolist()
         if min(starts) < 0 or (columns is not None and max(starts) > columns):
             raise ValueError(f"start must be from 0 to {columns}, the columns there are, got {starts}")
         return starts
 
+    @torch.no_grad()
     def _freeze_centres(self) -> None:
         """Fix the centre of rows that have become long enough; what was encoded with another one is encoded anew."""
         assert self.encoder is not None and self.encoder.centring is not None and self._store is not None
@@ -495,3 +553,17 @@ class KVCache:
             if self._store is not None:
                 self._store.truncate(0)
                 self._norms.truncate(0)
+
+
+def row_index(rows: Tensor | Sequence[int] | Sequence[bool], batch: int) -> Tensor:
+    """Row numbers, or a mask of rows, as int64 [n] on the CPU; see :meth:`KVCache.select_rows`."""
+    given = torch.as_tensor(rows).cpu()
+    if given.dtype == torch.bool:
+        if given.shape != (batch,) or not bool(given.any()):
+            raise ValueError(f"rows as a mask must be bool of shape ({batch},) that keeps one, got {given.tolist()}")
+        return given.nonzero().squeeze(1)
+    if given.numel() and given.dtype not in _INTEGERS:
+        raise TypeError(f"rows must be row numbers or a mask, got {given.dtype}: {given.tolist()}")
+    if given.ndim != 1 or len(given) == 0 or int(given.min()) < 0 or int(given.max()) >= batch:
+        raise ValueError(f"rows must be row numbers from 0 to {batch - 1}, at least one, got {given.tolist()}")
+    return given.long()

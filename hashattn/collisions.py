@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hashattn.shapes import keep_ints
+
 
 @dataclass(frozen=True)
 class Collisions:
@@ -21,10 +23,7 @@ class Collisions:
     bits: int = 10
 
     def __post_init__(self) -> None:
-        for name, least in (("tables", 2), ("bits", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+        keep_ints(self, tables=2, bits=1)
 
     def probability(self, cosine: Tensor) -> Tensor:
         """That a key at this cosine to the query is found, float64."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hashattn import dense_steps, fused
+from hashattn.lasting import lasting
 from hashattn.ops.decode import Map, why_not_encode
 from hashattn.ops.decode.estimate import key_norms
 from hashattn.ops.decode.sizes import counters
@@ -38,6 +39,7 @@ class Decoder:
         ValueError: what does not fit, and what would.
     """
 
+    @lasting
     def __init__(self, attn: HashAttention, cache: KVCache) -> None:
         attn.check_cache(cache)
         if cache.capacity is None:
@@ -46,7 +48,7 @@ class Decoder:
         self._check_filled(cache)
         device, encoder = cache.keys.device, attn.encoder
         self.attn, self.cache = attn, cache
-        self.keys, self.values = cache.storage("keys"), cache.storage("values")
+        self.keys, self.values = cache.storage("keys").detach(), cache.storage("values").detach()
         self.starts = cache.on_device.starts(cache._starts, device)
         self.length = torch.empty(1, dtype=torch.int32, device=device)
         self.found = torch.zeros(1, dtype=torch.int64, device=device)
@@ -81,6 +83,7 @@ class Decoder:
             self.prepare(q.shape[1], q.shape[2])
         return self.step(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
 
+    @lasting
     def prepare(self, q_heads: int, tokens: int = 1) -> None:
         """Allocate what steps of so many query heads and queries need, so that a traced one need not.
 

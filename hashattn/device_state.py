@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hashattn.lasting import lasting
 from hashattn.ops.decode import Scratch
 
 
@@ -22,6 +23,7 @@ class DeviceState:
         self._starts: tuple[list[int], Tensor] | None = None
         self._bounds: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
 
+    @lasting
     def starts(self, starts: list[int], device: torch.device) -> Tensor:
         """These as int32 [B]; copied to the device when they change."""
         if self._starts is None or self._starts[0] != starts or self._starts[1].device != device:
@@ -32,6 +34,7 @@ class DeviceState:
             self._starts = list(starts), fresh
         return self._starts[1]
 
+    @lasting
     def bounds(self, shape: tuple[int, int], device: torch.device) -> Tensor:
         """What steps of Sizes.state `shape` leave for the next one, int32, zeros at first: see ops.decode."""
         if (shape, device) not in self._bounds:

@@ -13,7 +13,6 @@ from hashattn.threads import thread_count
 
 if TYPE_CHECKING:
     from hashattn.attention import HashAttention
-    from hashattn.selectors import Selector
 
 # What a step costs on a CPU, fitted to benchmarks/results/bench_cpu*.json: microseconds a call, nanoseconds for each
 # planes of codes compared with a key, for each further pass over a matrix of distances and for each number gathered
@@ -119,7 +118,7 @@ def step_microseconds(attn: HashAttention, shape: Shape, keys: int, threads: int
     """Expected time of dense attention and of a search, over so many keys, in memory that is not in a cache."""
     selector = attn.selector
     assert selector is not None
-    heads, times = choices(selector, shape.q_heads, shape.kv_heads)
+    heads, times = selector.choices(shape.q_heads, shape.kv_heads)
     kept = min(keys, times * selector.budget(keys))
     gathered = shape.batch * heads * kept * 2 * shape.head_dim * (_ESTIMATE if attn.attend.needs_norms else 1)
     gathered += shape.batch * heads * min(keys, times * selector.looked_at(keys)) * shape.head_dim
@@ -134,18 +133,3 @@ def step_microseconds(attn: HashAttention, shape: Shape, keys: int, threads: int
     stream = _STREAM if shape.itemsize >= 4 else _STREAM_16  # 16-bit types are converted as it goes
     dense = keys * shape.key_bytes / stream / threads
     return dense, _CALL + (scans * _PAIR + passes * _PASS + gathered * _GATHER / threads) / 1000
-
-
-def choices(selector: Selector, q_heads: int, kv_heads: int) -> tuple[int, int]:
-    """(choices made, keys of each as a multiple of the budget, at most): the heads of a KV head may share one."""
-    if not selector.ranked:
-        return kv_heads, 1
-    part: object = selector
-    while not hasattr(part, "per"):  # through Joined and the calibrations
-        inner = getattr(part, "ranked_part", None) or getattr(part, "inner", None)
-        if inner is None:
-            return q_heads, 1
-        part = inner
-    if getattr(part, "per", None) != "kv_head":
-        return q_heads, 1
-    return kv_heads, q_heads // kv_heads if getattr(part, "combine", None) == "union" else 1

@@ -7,7 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_COUNTS = ("layers", "q_heads", "kv_heads", "head_dim", "vocab_size")
+from hashattn.json_files import whole_number
+
+# Of files: more than any model has, and little enough to try an encoder on such heads.
+_COUNTS = {
+    "layers": (1, 10_000), "q_heads": (1, 1024), "kv_heads": (1, 1024), "head_dim": (1, 4096),
+    "vocab_size": (0, 1 << 31),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class ModelFacts:
         """What as_json() wrote.
 
         Raises:
-            ValueError: a field is missing, unknown or of another type.
+            ValueError: a field is missing, unknown, of another type or out of its range.
         """
         fields = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(data, Mapping) or set(data) != fields:
@@ -52,12 +58,22 @@ class ModelFacts:
         for name in ("name", "model_type"):
             if not isinstance(data[name], str):
                 raise ValueError(f"model facts: {name} must be a string, got {data[name]!r}")
-        for name in _COUNTS:
-            if type(data[name]) is not int or data[name] < 0:
-                raise ValueError(f"model facts: {name} must be a number of at least 0, got {data[name]!r}")
+        for name, (least, most) in _COUNTS.items():
+            if not whole_number(data[name], least, most):
+                raise ValueError(f"model facts: {name} must be a number from {least} to {most}, got {data[name]!r:.99}")
+        if data["q_heads"] % data["kv_heads"]:
+            raise ValueError(
+                f"model facts: q_heads must be a multiple of kv_heads, got {data['q_heads']} and {data['kv_heads']}"
+            )
         attention, rope = data["attention_layers"], data["rope"]
-        if not isinstance(attention, list) or not all(type(i) is int and 0 <= i < data["layers"] for i in attention):
-            raise ValueError(f"model facts: attention_layers must be layers of {data['layers']}, got {attention!r}")
+        if (
+            not isinstance(attention, list)
+            or not all(whole_number(i, 0, data["layers"] - 1) for i in attention)
+            or len(set(attention)) != len(attention)
+        ):
+            raise ValueError(
+                f"model facts: attention_layers must be layers of {data['layers']}, got {attention!r:.100}"
+            )
         if rope is not None and not isinstance(rope, Mapping):
             raise ValueError(f"model facts: rope must be an object or null, got {rope!r}")
         return cls(**{**data, "attention_layers": tuple(attention), "rope": None if rope is None else dict(rope)})

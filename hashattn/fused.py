@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hashattn.naming import short
 from hashattn.ops import decode
 from hashattn.ops.hamming import words
 from hashattn.types import Output, Selection
@@ -29,10 +30,10 @@ def why_not(
     if encoder.code_heads(kv_heads) != kv_heads:
         return "it serves one code a key, not one for each query head"
     if not attn.attend.fused:
-        return f"it attends as ExactAttend does, or MixedPrecision without a residual, not as {attn.attend!r}"
+        return f"it attends as ExactAttend does, or MixedPrecision without a residual, not as {short(attn.attend)}"
     rule = rule_of(attn, q_heads // kv_heads)
     if rule is None:
-        return f'it serves TopK, LocalTopK, Threshold and Tiers (of a group, with combine="sum"), not {selector!r}'
+        return f'it serves TopK, LocalTopK, Threshold and Tiers (of a group, with combine="sum"), not {short(selector)}'
     return decode.why_not(
         device=device, dtype=dtype, head_dim=head_dim, group=q_heads // kv_heads, tokens=tokens,
         words=words(encoder.bits), planes=encoder.query_bits, rule=rule, batch=batch,

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hashattn.engines import Shape, choices, crossover, provenance, resolve
-from hashattn.fused import why_not
+from hashattn.engines import Shape, crossover, provenance, resolve
+from hashattn.fused import rule_of, why_not
 from hashattn.ops.decode import why_not_encode
 from hashattn.ops.decode.gpu import kernels, why_triton
+from hashattn.shapes import check_int
 
 if TYPE_CHECKING:
     from hashattn.attention import HashAttention
     from hashattn.encoders import Encoder
+    from hashattn.selectors import Selector
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,7 @@ def explain(
         ValueError: sizes below 1, or q_heads that is no multiple of kv_heads.
     """
     sizes = {"batch": batch, "q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim, "keys": keys}
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be an int of at least 1, got {size!r}")
+    batch, q_heads, kv_heads, head_dim, keys = (check_int(name, size, 1) for name, size in sizes.items())
     if q_heads % kv_heads:
         raise ValueError(f"q_heads must be a multiple of kv_heads, got {q_heads} and {kv_heads}")
     kind = torch.device(device).type
@@ -102,7 +102,7 @@ def explain(
         code_bytes += 2 * batch * kv_heads * keys
     scan_bytes, attend_bytes = 0, kv_bytes
     if engine != "dense" and attn.selector is not None:
-        heads, times = choices(attn.selector, q_heads, kv_heads)
+        heads, times = attn.selector.choices(q_heads, kv_heads)
         kept, critical = (min(keys, times * n) for n in (attn.selector.budget(keys), attn.selector.critical(keys)))
         if attn.attend.needs_norms:  # medium keys cost a value, a norm and a code, not a key
             attend_bytes = batch * heads * (critical * 2 * row + (kept - critical) * (row + 2 + code_row))
@@ -112,7 +112,7 @@ def explain(
             assert attn.index is not None
             scan_bytes = round(codes * attn.index.read_bytes(code_row))
         scan_bytes += batch * heads * min(keys, times * attn.selector.looked_at(keys)) * row
-    stages = _stages(attn, engine, kind, least, unfused)
+    stages = _stages(attn, engine, kind, least, unfused, q_heads // kv_heads)
     return Plan(
         engine, stages, kv_bytes, scan_bytes, attend_bytes, code_bytes, kv_bytes, least, provenance(device, shape)
     )
@@ -125,7 +125,7 @@ def _crossover(least: int | None) -> str:
 
 
 def _stages(
-    attn: HashAttention, engine: str, device: str, least: int | None, unfused: str | None
+    attn: HashAttention, engine: str, device: str, least: int | None, unfused: str | None, group: int
 ) -> tuple[tuple[str, str, str], ...]:
     if engine == "dense":
         why = "the composition attends densely"
@@ -151,7 +151,7 @@ def _stages(
     if attn.index is not None and attn.index.remark():
         scan, slow = "its own search", attn.index.remark()
     if engine == "triton":
-        return _fused_stages(attn)
+        return _fused_stages(attn, group)
     rows = []
     if attn.encoder is not None and attn.selector is not None and attn.selector.ranked:
         rows = [
@@ -160,15 +160,15 @@ def _stages(
         ]
     select = "numpy or PyTorch" if fast else "PyTorch top-k"
     exact = "exact, ties to the most recent key" if attn.index is None or attn.index.scans else "of what was found"
-    rows.append(("select", f"{_name(attn.selector)}: {select}", exact))
+    rows.append(("select", f"{_select(attn.selector)}: {select}", exact))
     rows.append(("attend", f"{_name(attn.attend)}: gather and softmax in PyTorch", ""))
     return tuple(rows)
 
 
-def _fused_stages(attn: HashAttention) -> tuple[tuple[str, str, str], ...]:
-    rule = attn.selector.rule(1) if attn.selector is not None else None
+def _fused_stages(attn: HashAttention, group: int) -> tuple[tuple[str, str, str], ...]:
+    rule = rule_of(attn, group)
     assert rule is not None
-    slower, language = why_triton(), kernels()
+    slower, language = why_triton(_gpu()), kernels(_gpu())
     if rule.critical is not None and attn.attend.needs_norms:
         slower, language = "estimates of medium keys are made there", "Triton"
     listed = "lists the keys near the last step's threshold"
@@ -180,7 +180,7 @@ def _fused_stages(attn: HashAttention) -> tuple[tuple[str, str, str], ...]:
     return (
         _encode_on_a_gpu(attn.encoder),
         ("scan", f"{_name(attn.index)}: {language}, one kernel", listed),
-        ("select", f"{_name(attn.selector)}: {language}, {one} with attend", "exact, ties to the most recent key"),
+        ("select", f"{_select(attn.selector)}: {language}, {one} with attend", "exact, ties to the most recent key"),
         ("attend", f"{_name(attn.attend)}: {language}", "split over the selected keys"),
     )
 
@@ -189,7 +189,21 @@ def _encode_on_a_gpu(encoder: Encoder | None) -> tuple[str, str, str]:
     reason = why_not_encode(encoder.widths()) if encoder is not None else None
     if reason is not None:
         return "encode", f"{_name(encoder)}: PyTorch", reason
-    return "encode", f"{_name(encoder)}: {kernels()} in a decoder, else PyTorch", "a decoder appends in the same kernel"
+    return (
+        "encode",
+        f"{_name(encoder)}: {kernels(_gpu())} in a decoder, else PyTorch",
+        "a decoder appends in the same kernel",
+    )
+
+
+def _gpu() -> torch.device | None:
+    """The GPU that is there; a plan may be of one that is not."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
+def _select(selector: Selector | None) -> str:
+    text = repr(selector)
+    return text if selector is None or (len(text) <= 60 and "\n" not in text) else selector.name()
 
 
 def _name(part: object) -> str:

@@ -28,7 +28,7 @@ def fitted(
         ValueError: a preset that learns nothing, encoders of another kind, or an option that contradicts them.
     """
     if not isinstance(attn.encoder, nn.Module):
-        raise ValueError(f"preset {name!r} has no encoder with weights, so pretrained={source!r} cannot serve it")
+        raise ValueError(f"preset {name!r} has no encoder with weights, so pretrained={_named(source)} cannot serve it")
     if options.get("encoder") is not None:
         raise ValueError("encoder and pretrained both name the encoder: leave one of them out")
     loaded = source if isinstance(source, Pretrained) else from_pretrained(source)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -14,17 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hashattn import stored
+from hashattn import stored, tensor_files
 from hashattn.attend.mixed import CodeResidual, MixedPrecision
 from hashattn.attention import HashAttention
 from hashattn.calibration import Calibration
-from hashattn.encoders import PerLayer
-from hashattn.extras import require
+from hashattn.encoders import Encoder, PerLayer
 from hashattn.facts import ModelFacts
-from hashattn.files import replacing_folder
+from hashattn.files import locked, replacing
+from hashattn.files import sha256 as _sha256
+from hashattn.json_files import is_number, parse_json, read_json, whole_number, write_json
 
 FORMAT_VERSION = 1
-CONFIG, WEIGHTS = "config.json", "weights.safetensors"
+CONFIG, WEIGHTS, LOCK = "config.json", "weights.safetensors", ".lock"
+LARGEST = 4 << 20  # bytes of config.json
+_FARTHEST, _WIDEST = 1 << 20, 1 << 16  # that a discount and the width of a residual may be
 BIT_ORDER = "bit i of a code is bit i % 64 of int64 word i // 64"
 
 
@@ -54,13 +59,14 @@ def save_pretrained(
     part: HashAttention | PerLayer, folder: str | Path, *, facts: ModelFacts | None = None,
     calibration: Calibration | None = None, fitted_on: Any = None, dtype: str = "float16",
 ) -> Path:  # fmt: skip
-    """Write fitted encoders to a folder: config.json and weights.safetensors, both or none.
+    """Write fitted encoders to a folder: config.json and weights.safetensors. Other files in it stay as they are.
 
-    Weights are rounded to `dtype`; stored.round_weights() first makes the encoder at hand the one that is loaded.
+    Whenever it is stopped, the folder holds what it held before, or all of what is new. Weights are rounded to `dtype`;
+    stored.round_weights() first makes the encoder at hand the one that is loaded.
 
     Args:
         part: a PerLayer, or a composition with one, whose calibration is then saved too.
-        folder: new, or a folder that save_pretrained() wrote, which is replaced.
+        folder: new or empty, or one that save_pretrained() wrote to; a link to such a folder is followed.
         facts: of the model, see facts_of(); those that the encoder carries by default.
         calibration: discounts and estimates to save.
         fitted_on: anything that JSON takes: texts, losses, what was reached.
@@ -70,8 +76,10 @@ def save_pretrained(
         the folder.
 
     Raises:
-        ValueError: encoders that are not fitted or do not suit the model, a folder that holds something else.
+        ValueError: encoders that are not fitted or do not suit the model, a folder that holds something else, or
+            that another process saves in.
         TypeError: no PerLayer.
+        OSError: the folder cannot be written.
     """
     encoder = part.encoder if isinstance(part, HashAttention) else part
     if not isinstance(encoder, PerLayer):
@@ -94,41 +102,57 @@ def save_pretrained(
     for i, stage in calibration.mixed.items():
         tensors |= _prefixed(f"mixed.{i}.", stored.tensors_of(stage, dtype))
     folder = Path(folder)
-    _check_target(folder)
-    safetensors = require("safetensors.torch", "hf", "save_pretrained")
-    with replacing_folder(folder) as scratch:
-        (scratch / WEIGHTS).write_bytes(safetensors.save(tensors))
-        config = {
-            "format_version": FORMAT_VERSION, "library_version": _version(), "model": facts.as_json(),
-            "bits": encoder.bits, "bit_order": BIT_ORDER, "post_rope": True, "encoders": described,
-            "dense_layers": list(Pretrained(encoder, facts).dense_layers),
-            "calibration": {
-                "consensus": calibration.consensus, "momentum": calibration.momentum,
-                "mixed": {str(i): {"hidden": stage.hidden} for i, stage in calibration.mixed.items()},
-            },
-            "fitted_on": fitted_on, "dtype": dtype, "weights_sha256": _sha256(scratch / WEIGHTS),
-        }  # fmt: skip
-        (scratch / CONFIG).write_text(json.dumps(config, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    check_target(folder)
+    data = tensor_files.packed(tensors)
+    sha256 = hashlib.sha256(data).hexdigest()
+    config = {
+        "format_version": FORMAT_VERSION, "library_version": _version(), "model": facts.as_json(),
+        "bits": encoder.bits, "bit_order": BIT_ORDER, "post_rope": True, "encoders": described,
+        "dense_layers": list(Pretrained(encoder, facts).dense_layers),
+        "calibration": {
+            "consensus": calibration.consensus, "momentum": calibration.momentum,
+            "mixed": {str(i): {"hidden": stage.hidden} for i, stage in calibration.mixed.items()},
+        },
+        "fitted_on": fitted_on, "dtype": dtype, "weights_sha256": sha256,
+    }  # fmt: skip
+    parse_json(json.dumps(config, allow_nan=False))  # what could not be read again is not written
+    ModelFacts.from_json(config["model"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / LOCK, f"saving encoders in {str(folder)!r}"):
+        check_target(folder)  # as it is now
+        with replacing(_staged(folder, sha256)) as scratch:
+            scratch.write_bytes(data)
+        write_json(folder / CONFIG, config)
+        os.replace(_staged(folder, sha256), folder / WEIGHTS)
+        for left in folder.glob(_staged(folder, "*").name):  # by a save that was killed
+            left.unlink(missing_ok=True)
     return folder
 
 
 def from_pretrained(source: str | Path) -> Pretrained:
     """Read what save_pretrained() wrote. Everything is checked; no code comes from the folder.
 
+    Memory is taken for weights only after the file's header has been found to hold what config.json describes.
+
     Args:
         source: a folder, or the name of encoders that come with the library, see :func:`shipped`.
 
     Raises:
         ValueError: no such folder or name, another format, or a damaged file, which is named.
+        ImportError: encoders of an installed package's class that cannot be imported.
     """
     folder = _folder(source)
-    config = _config(folder)
-    try:
-        return _read(config, _tensors(folder / WEIGHTS, config["weights_sha256"]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{str(folder / CONFIG)!r} lacks a field, or it is of another type: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{str(folder)!r} cannot be used: {error}") from error
+    while True:
+        config = _config(folder)
+        path = _weights(folder, config)
+        try:
+            return _read(config, path)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{str(folder / CONFIG)!r} lacks a field, or it is of another type: {error}") from error
+        except ValueError as error:
+            again = _config(folder)
+            if (again, _weights(folder, again)) == (config, path):  # else it was saved anew in between
+                raise ValueError(f"{str(folder / CONFIG)!r} cannot be used: {error}") from error
 
 
 def shipped() -> dict[str, Path]:
@@ -137,42 +161,85 @@ def shipped() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(home.glob(f"*/{CONFIG}"))}
 
 
-def _read(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Pretrained:
+def _read(config: Mapping[str, Any], path: Path) -> Pretrained:
     for name, wanted in (("bit_order", BIT_ORDER), ("post_rope", True)):
-        if config[name] != wanted:
-            raise ValueError(f"{name} is {config[name]!r}, this version reads {wanted!r}")
-    facts, noted = ModelFacts.from_json(config["model"]), config["calibration"]
+        if config[name] != wanted or type(config[name]) is not type(wanted):
+            raise ValueError(f"{name} is {config[name]!r:.100}, this version reads {wanted!r}")
+    facts, noted, sha256 = ModelFacts.from_json(config["model"]), config["calibration"], config["weights_sha256"]
+    if not isinstance(sha256, str):
+        raise ValueError(f"weights_sha256 must be a string, got {sha256!r:.100}")
+    weights = _Loading(path, sha256)
     encoders: dict[int, Any] = {}
-    for i, description in config["encoders"].items():
+    for i, description in _by_layer("encoders", config["encoders"], facts):
         try:
-            encoders[int(i)] = stored.restore(description, _taken(f"encoders.{i}.", tensors), facts)
+            encoders[i] = stored.restore(description, weights.part(f"encoders.{i}."), facts)
         except ValueError as error:
             raise ValueError(f"layer {i}: {error}") from error
     mixed = {
-        int(i): _mixed(f"layer {i}", arguments, _taken(f"mixed.{i}.", tensors))
-        for i, arguments in noted["mixed"].items()
+        i: _mixed(f"layer {i}", arguments, weights.part(f"mixed.{i}."), encoders.get(i))
+        for i, arguments in _by_layer("calibration.mixed", noted["mixed"], facts)
     }
-    if tensors:
-        raise ValueError(f"{WEIGHTS} holds weights that {CONFIG} does not name: {', '.join(sorted(tensors))}")
+    if weights.left:
+        names = ", ".join(sorted(weights.left))
+        raise ValueError(f"{WEIGHTS} holds weights that {CONFIG} does not name: {names:.1000}")
     for name in ("consensus", "momentum"):
-        if not (noted[name] is None or (isinstance(noted[name], int | float) and noted[name] >= 0)):
-            raise ValueError(f"calibration: {name} must be a number of at least 0 or null, got {noted[name]!r}")
+        if not (noted[name] is None or (is_number(noted[name]) and 0 <= noted[name] <= _FARTHEST)):
+            raise ValueError(
+                f"calibration: {name} must be a number from 0 to {_FARTHEST} or null, got {noted[name]!r:.100}"
+            )
     calibration = Calibration(noted["consensus"], noted["momentum"], mixed)
     encoder = PerLayer(encoders, facts)
     _check_layers(encoder.layers, calibration, facts)
-    if encoder.bits != config["bits"]:
-        raise ValueError(f"bits is {config['bits']!r}, but the encoders make codes of {encoder.bits}")
+    if encoder.bits != config["bits"] or isinstance(config["bits"], bool):
+        raise ValueError(f"bits is {config['bits']!r:.100}, but the encoders make codes of {encoder.bits}")
     return Pretrained(encoder, facts, calibration, config["fitted_on"])
 
 
-def _mixed(where: str, arguments: Mapping[str, Any], tensors: dict[str, Tensor]) -> MixedPrecision:
+class _Loading:
+    """A file of weights: its header at once, the rest when the first part asks for it."""
+
+    def __init__(self, path: Path, sha256: str) -> None:
+        self.path, self.sha256 = path, sha256
+        try:
+            self.left = tensor_files.header(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; {CONFIG} names sha256 {sha256}") from error
+        self.tensors: dict[str, Tensor] = {}
+
+    def part(self, prefix: str) -> stored.Weights:
+        """The tensors of a prefix, which are then no longer left."""
+        said = {name: self.left.pop(name) for name in [*self.left] if name.startswith(prefix)}
+
+        def read() -> dict[str, Tensor]:
+            if not self.tensors and (found := _sha256(self.path)) != self.sha256:
+                raise ValueError(f"{self.path.name} is damaged: its sha256 is {found}, {CONFIG} names {self.sha256}")
+            self.tensors = self.tensors or tensor_files.read(self.path)
+            return {name.removeprefix(prefix): self.tensors[name] for name in said}
+
+        return stored.Weights({name.removeprefix(prefix): tensor for name, tensor in said.items()}, read)
+
+
+def _by_layer(field_name: str, described: Any, facts: ModelFacts) -> list[tuple[int, Any]]:
+    """What is given for each layer by its number as JSON has it, a string."""
+    if not isinstance(described, Mapping):
+        raise ValueError(f"{field_name} must be an object, got {described!r:.100}")
+    numbers = {str(i): i for i in range(facts.layers)}
+    for i in described:
+        if i not in numbers:
+            raise ValueError(f"{field_name} must be of layers 0 to {facts.layers - 1}, got {i!r:.100}")
+    return [(numbers[i], description) for i, description in described.items()]
+
+
+def _mixed(where: str, arguments: Any, weights: stored.Weights, encoder: Encoder | None) -> MixedPrecision:
+    if not (isinstance(arguments, Mapping) and whole_number(arguments.get("hidden"), 0, _WIDEST)):
+        raise ValueError(f"{where}: MixedPrecision needs hidden, a number from 0 to {_WIDEST}, got {arguments!r:.100}")
     try:
-        stage = MixedPrecision(hidden=arguments["hidden"])
-        if "residual.query.weight" in tensors:
-            with torch.random.fork_rng(devices=[]):  # its own start is overwritten at once
-                stage.residual = CodeResidual(tensors["residual.query.weight"].shape[1], stage.hidden)
-        stored.fill(stage, tensors)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        with torch.device("meta"):
+            stage = MixedPrecision(hidden=arguments["hidden"])
+            if encoder is not None and stage.hidden and any(name.startswith("residual.") for name in weights.said):
+                stage.residual = CodeResidual(encoder.bits, stage.hidden)
+        stored.fill(stage, weights)
+    except (ValueError, RuntimeError) as error:
         raise ValueError(f"{where}: no MixedPrecision can be made of what is stored: {error}") from error
     return stage
 
@@ -210,48 +277,47 @@ def _folder(source: str | Path) -> Path:
 def _config(folder: Path) -> Mapping[str, Any]:
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = read_json(path, LARGEST)
+    except OSError as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
     version = config.get("format_version") if isinstance(config, Mapping) else None
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{str(path)!r}: format_version is {version!r}, this version reads {FORMAT_VERSION}")
+    if version != FORMAT_VERSION or type(version) is not int:
+        raise ValueError(f"{str(path)!r}: format_version is {version!r:.100}, this version reads {FORMAT_VERSION}")
     return config
 
 
-def _tensors(path: Path, sha256: str) -> dict[str, Tensor]:
-    safetensors = require("safetensors", "hf", "from_pretrained")
-    if not path.is_file():
-        raise ValueError(f"{path.name} is missing")
-    if (found := _sha256(path)) != sha256:
-        raise ValueError(f"{path.name} is damaged or cut short: its sha256 is {found}, {CONFIG} names {sha256}")
+def check_target(folder: Path) -> None:
+    """Raise ValueError for a folder that encoders cannot be saved in: hidden files and our own are no hindrance."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"folder={str(folder)!r} is {'a file' if folder.exists() else 'a broken link'}: name a folder")
+    visible = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.is_dir() else []
+    if not visible:
+        return
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path.name} is no safetensors file: {error}") from error
+        held = read_json(folder / CONFIG, LARGEST)
+    except (OSError, ValueError):
+        held = None
+    if not isinstance(held, Mapping) or not {"format_version", "weights_sha256"} <= set(held):
+        raise ValueError(
+            f"folder={str(folder)!r} holds something else than fitted encoders ({visible[0]}, ...): name a new one"
+        )
 
 
-def _check_target(folder: Path) -> None:
-    """Refuse to replace what is no folder of this kind."""
-    if folder.is_dir() and any(folder.iterdir()) and not ((folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()):
-        raise ValueError(f"folder={str(folder)!r} holds something else than fitted encoders: name a new one")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder={str(folder)!r} is a file: name a new folder")
+def _weights(folder: Path, config: Mapping[str, Any]) -> Path:
+    """The file that config.json speaks of."""
+    sha256 = config.get("weights_sha256")
+    if isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256) and _staged(folder, sha256).is_file():
+        return _staged(folder, sha256)  # a save was stopped, or is not done yet
+    return folder / WEIGHTS
+
+
+def _staged(folder: Path, sha256: str) -> Path:
+    """Where weights lie until config.json names them: whichever moment a save is stopped at, old or new are read."""
+    return folder / f".weights-{sha256}.safetensors"
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def _taken(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take the tensors of a prefix out of what is left."""
-    return {name[len(prefix) :]: tensors.pop(name) for name in [*tensors] if name.startswith(prefix)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _version() -> str:

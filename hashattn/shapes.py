@@ -2,8 +2,54 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+class NotAnInteger(TypeError, ValueError):
+    """An argument that must be an integer is none. Of both kinds: what is no number of keys is no value either."""
+
+
+def check_int(name: str, value: Any, least: int, most: int | None = None, *, hint: str = "") -> int:
+    """An integer that a user gave, NumPy's and one-element tensors too, as an int.
+
+    Args:
+        name: of the argument.
+        least, most: it must be from `least` to `most`; None for any number from `least` on.
+        hint: what else the message says, in brackets.
+
+    Raises:
+        NotAnInteger: bool, float or anything else that does not count.
+        ValueError: an integer out of this range.
+    """
+    wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+    hint = f" ({hint})" if hint else ""
+    boolean = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    try:
+        number = None if boolean else operator.index(value)
+    except (TypeError, ValueError, RuntimeError):  # by a tensor of floats, or of several numbers
+        number = None
+    if number is None:
+        raise NotAnInteger(f"{name} must be an int {wanted}{hint}, got {value!r}")
+    if number < least or (most is not None and number > most):
+        raise ValueError(f"{name} must be an int {wanted}{hint}, got {number}")
+    return number
+
+
+def check_seed(seed: Any) -> int:
+    """A seed as torch.Generator.manual_seed takes it, as an int; raises as check_int()."""
+    return check_int("seed", seed, -(2**63), 2**64 - 1)
+
+
+def keep_ints(part: object, **least: int) -> None:
+    """Check int fields of a frozen dataclass, of at least so much each, and keep them as ints; None is left alone."""
+    for name, low in least.items():
+        value = getattr(part, name)
+        if value is not None:
+            object.__setattr__(part, name, check_int(name, value, low))
 
 
 def check_float(**tensors: Tensor) -> None:
@@ -21,8 +67,11 @@ def check_float(**tensors: Tensor) -> None:
 
 
 def check_kv(k: Tensor, v: Tensor, batch: int, kv_heads: int, head_dim: int) -> None:
-    """Raise unless k and v are [batch, kv_heads, n >= 1, head_dim]."""
+    """Raise unless k and v are [batch, kv_heads, n >= 1, head_dim], none of which is 0."""
     check_float(k=k, v=v)
+    for name, size in (("B", batch), ("Hkv", kv_heads), ("D", head_dim)):
+        if size < 1:
+            raise ValueError(f"k and v must be [B, Hkv, n, D] with none of these 0, got {name} = {size}")
     for name, x in (("k", k), ("v", v)):
         if x.ndim != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, kv_heads, head_dim):
             raise ValueError(f"{name} must be [B, Hkv, n, D] = [{batch}, {kv_heads}, n, {head_dim}], got {[*x.shape]}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from hashattn.shapes import check_int
+
 
 def thread_count(threads: int | None = None) -> int:
     """This many threads; torch.get_num_threads() if None.
@@ -13,6 +15,4 @@ def thread_count(threads: int | None = None) -> int:
     """
     if threads is None:
         return torch.get_num_threads()
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
-        raise ValueError(f"threads must be an int of at least 1, got {threads!r}")
-    return threads
+    return check_int("threads", threads, 1)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hashattn.budget import Budget
-from hashattn.ops.nearest import nearest, nearest_of_pool, nearest_visible
+from hashattn.ops.engine import on_cpu
+from hashattn.ops.nearest import nearest, nearest_of_pool, nearest_visible, within
 from hashattn.ops.nearest.cpu import Table
 from hashattn.ops.search import search
 from hashattn.votes import Votes
@@ -126,18 +127,18 @@ class View:
 
     def wanted(self, budget: Budget) -> Tensor:
         """Keys that each query keeps under a budget, at least its forced ones: int64 [B, T]."""
-        return torch.maximum(budget.counts(self.counts), self.counts.clamp(max=self.sinks + self.recents))
+        return budget.counts(self.counts, self.sinks + self.recents)
 
     def slots(self, budget: Budget) -> int:
         """No query keeps more keys than this under a budget."""
-        return max(budget.count(self.longest), min(self.longest, self.sinks + self.recents))
+        return budget.count(self.longest, self.sinks + self.recents)
 
     def search(self, k: int) -> Tensor:
         """The k nearest visible keys, forced ones first, ties to the most recent: int32 [B, heads, T, K], -1 empty."""
         if self.find is not None:
             return self._found(min(k, self.longest), shared=False)
         distances = self.distances()
-        if self.engine == "cpu" and not distances.is_floating_point():
+        if on_cpu(self.engine) and not distances.is_floating_point():
             counts = [[[min(k, self.longest)] for _ in row] for row in self.spans]
             return nearest_visible(
                 distances, counts, self.spans, sinks=self.sinks, recents=self.recents, kept=self.kept, ordered=True
@@ -157,7 +158,7 @@ class View:
         Returns:
             int32 [B, heads, T, K], in no promised order within a budget's keys, -1 in empty slots.
         """
-        if self.engine != "cpu" or self.find is not None:
+        if not on_cpu(self.engine) or self.find is not None:
             if self.find is not None:
                 ids = self._found(self.slots(budgets[-1]), shared)
             else:
@@ -165,10 +166,7 @@ class View:
             slot = torch.arange(ids.shape[-1], device=ids.device)
             return ids.masked_fill(slot >= self.wanted(budgets[-1])[:, None, :, None], -1)
         forced = self.sinks + self.recents
-        counts = [
-            [[max(b.count(end - first), min(end - first, forced)) for b in budgets] for first, end in row]
-            for row in self.spans
-        ]
+        counts = [[[b.count(end - first, forced) for b in budgets] for first, end in row] for row in self.spans]
         fused = self.codes is not None and self.calibrated is None and self.kept is None and not self.scanned
         if fused and self.codes is not None and (not shared or self.codes.shape[1] == self.kv_heads):
             assert self.query is not None
@@ -194,12 +192,20 @@ class View:
             assert self.query is not None and self.codes is not None
             ids = nearest_of_pool(ids, self.query, self.codes, self.kv_heads, k)
         if not self.sinks and not self.recents:
-            return ids
+            return self._never_empty(ids)
         first, end = (x.unsqueeze(1) for x in (self.visible[..., :1], self.visible[..., 1:]))  # [B, 1, T, 1]
         ids = ids.masked_fill((ids < first + self.sinks) | (ids >= end - self.recents), -1)
         forced = forced_ids(self, self.sinks, self.recents).repeat_interleave(ids.shape[1] // self.kv_heads, 1)
         ids = torch.cat([forced, ids], -1)
         return ids.gather(-1, (ids < 0).to(torch.int8).argsort(dim=-1, stable=True)[..., :k])
+
+    def _never_empty(self, ids: Tensor) -> Tensor:
+        """The last visible key for a query that found nothing, in ids [B, H, T, K]."""
+        if ids.shape[-1] == 0:
+            return ids
+        last = (self.visible[..., 1] - 1).masked_fill(self.counts == 0, -1).unsqueeze(1)  # [B, 1, T]
+        first = torch.where((ids < 0).all(-1), last, ids[..., 0]).to(torch.int32).unsqueeze(-1)
+        return torch.cat([first, ids[..., 1:]], -1)
 
     def _within(self, shared: bool, radius: int | None) -> View:
         """The view whose own distances are what a call of nearest() ranks."""
@@ -212,7 +218,7 @@ class View:
                 total, None if self.kept is None else self.kept.unflatten(1, (self.kv_heads, -1)).any(2)
             )
         if radius is not None:
-            near = view.distances() <= radius
+            near = within(view.distances(), radius)
             view = view.calibrate(view.distances(), near if view.kept is None else near & view.kept)
         return view
 

@@ -1,7 +1,14 @@
+import contextlib
 import dataclasses
+import functools
 import json
+import os
+import random
 import shutil
 import struct
+import threading
+import time
+from hashlib import sha256
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -10,21 +17,28 @@ from torch import nn
 
 from hashattn import (
     ITQ,
+    L2ALSH,
+    PCA,
     AsymmetricHash,
     Calibration,
     Encoder,
     FlatHamming,
     HashAttention,
+    HeavyChannels,
     MixedPrecision,
     ModelFacts,
     PerLayer,
+    SpectralHash,
     SymmetricHash,
     TopK,
     from_pretrained,
     save_pretrained,
+    saving,
     stored,
 )
+from hashattn.files import locked
 from hashattn.ops.hamming import pack_bits
+from tests.damage import refused, spoil_json, spoil_tensors
 from tests.structured import qkv, raises_naming
 
 FACTS = ModelFacts("small", "llama", 4, (0, 1, 2, 3), 4, 2, 16, {"rope_theta": 10000.0, "rope_type": "default"}, 97)
@@ -133,7 +147,8 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert from_pretrained(folder).fitted_on == "first"
     saved(folder, fitted_on="second")
     assert from_pretrained(folder).fitted_on == "second"
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "weights.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "left.txt", "weights.safetensors"]
+    assert (folder / "left.txt").read_text() == "from the first"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
@@ -193,14 +208,12 @@ def reseal(folder, values=None, drop=None, add=None):
     """Change tensors and the hash with them: damage that the hash cannot tell."""
     from safetensors.torch import load_file, save_file
 
-    from hashattn.saving import _sha256
-
     path = folder / "weights.safetensors"
     tensors = load_file(path)
     for name in [n for n in tensors if drop and drop in n]:
         del tensors[name]
     save_file(tensors | (values or {}) | (add or {}), path)
-    edit(folder, weights_sha256=_sha256(path))
+    edit(folder, weights_sha256=sha256(path.read_bytes()).hexdigest())
 
 
 SKIP = "encoders.3.key_net.skip"
@@ -259,10 +272,8 @@ def test_damaged_and_foreign_folders_are_refused_by_name(tmp_path, whole, damage
 
 def test_a_header_that_promises_more_than_memory_holds_is_refused(tmp_path):
     folder = saved(tmp_path / "a")
-    from hashattn.saving import _sha256
-
     (folder / "weights.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
-    edit(folder, weights_sha256=_sha256(folder / "weights.safetensors"))
+    edit(folder, weights_sha256=sha256((folder / "weights.safetensors").read_bytes()).hexdigest())
     raises_naming(ValueError, "weights.safetensors")(lambda: from_pretrained(folder))
 
 
@@ -312,3 +323,171 @@ def test_loaded_encoders_serve_a_composition(tmp_path):
     attn = HashAttention(encoder, FlatHamming(), TopK(share=1.0), engine="reference")
     dense = HashAttention.from_preset("full")
     assert (attn.layer(3)(Q, K, V) - dense(Q, K, V)).abs().max() < 1e-5
+
+
+@functools.cache
+def ready(kind="asymmetric"):
+    """Fitted once for all who only save it."""
+    return layers(MAKE[kind])
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """Folders of encoders of several classes, one with a calibration."""
+    home = tmp_path_factory.mktemp("several")
+    bias = AsymmetricHash(64, query_hidden=(), bias_bits=8).fit(Q, K, steps=2, queries=4)
+    mixed = {1: MixedPrecision(hidden=4).fit(Q, K, ready().layer(1), steps=1)}
+    made = {
+        "asymmetric": PerLayer({1: ready().layer(1)}, FACTS), "bias": PerLayer({0: bias}, FACTS),
+        "itq": PerLayer({0: MAKE["itq"](), 2: MAKE["itq"]()}, FACTS),
+        **{n: PerLayer({0: e.fit(Q, K)}, FACTS) for n, e in {
+            "alsh": L2ALSH(64), "spectral": SpectralHash(64), "pca": PCA(4), "channels": HeavyChannels(4),
+        }.items()},
+    }  # fmt: skip
+    for name, part in made.items():
+        save_pretrained(part, home / name, calibration=Calibration(1.0, None, mixed if name == "asymmetric" else {}))
+    return home
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_damage_of_any_kind_is_a_value_error_and_takes_no_memory(several, tmp_path, seed):
+    chance, refusals = random.Random(seed), 0
+    for i in range(15):
+        folder = tmp_path / str(i)
+        shutil.copytree(chance.choice(sorted(several.iterdir())), folder)
+        if chance.random() < 0.6:
+            spoil_json(folder / "config.json", chance)
+        else:
+            spoil_tensors(folder / "weights.safetensors", chance)
+            edit(folder, weights_sha256=sha256((folder / "weights.safetensors").read_bytes()).hexdigest())
+        refusals += refused(lambda folder=folder: from_pretrained(folder))
+    assert refusals >= 8  # what is changed in fitted_on and in weights' values is no damage that anybody can see
+
+
+def test_numbers_that_ask_for_much_memory_are_refused_at_once(several, tmp_path):
+    def asks(name, words, **changes):
+        folder = tmp_path / str(len([*tmp_path.iterdir()]))
+        shutil.copytree(several / name, folder)
+        edit(folder, **changes)
+        began = time.perf_counter()
+        raises_naming(ValueError, "config.json", *words)(lambda: refused(lambda: from_pretrained(folder), again=True))
+        assert time.perf_counter() - began < 5
+
+    def arguments(**more):
+        return lambda encoders: {i: d | {"arguments": d["arguments"] | more} for i, d in encoders.items()}
+
+    asks("asymmetric", ["query_net.weights.2"], encoders=arguments(query_hidden=[100_000, 100_000]))
+    asks("asymmetric", ["query_net", "100000]"], encoders=arguments(query_hidden=[100_000]))
+    asks("asymmetric", ["skip", "[1000000, 16, 65]"], encoders=arguments(heads=1_000_000))
+    asks("asymmetric", ["query_hidden"], encoders=arguments(query_hidden=[10**12]))
+    asks("asymmetric", ["hidden", "1000000000"], calibration=lambda c: c | {"mixed": {"1": {"hidden": 10**9}}})
+    asks("alsh", ["powers"], encoders=arguments(powers=10**6))
+    asks("itq", ["bits", "True"], encoders=arguments(bits=True))
+    asks("itq", ["iterations", "True"], encoders=arguments(iterations=True))
+    asks("pca", ["projection", "[2, 16, 1000000]"], encoders=arguments(components=10**6))
+    asks("channels", ["heavy", "[2, 4]"], encoders=arguments(channels=5))
+    asks("bias", ["key_bias"], encoders=arguments(bias_bits=0))
+    for name, value in {"layers": 10**9, "head_dim": 10**6, "q_heads": 10**6, "kv_heads": 0}.items():
+        asks("itq", [name, str(value)], model=lambda m, name=name, value=value: m | {name: value})
+    asks("itq", ["q_heads", "kv_heads", "3"], model=lambda m: m | {"q_heads": 3})
+    asks("itq", ["consensus", "True"], calibration=lambda c: c | {"consensus": True})
+    asks("itq", ["encoders", "'01'"], encoders=lambda e: e | {"01": e["0"]})
+    asks("itq", ["format_version", "True"], format_version=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("NaN", "NaN"), ("1e999", "1e999"), ("[" * 100_000, "nested"), ('{"a":' * 40 + "1" + "}" * 40, "nested"),
+     ('{"a": 1, "a": 2}', "twice"), ('"\\ud800"', "surrogate"), ("1" * (5 << 20), "larger")],
+)  # fmt: skip
+def test_odd_json_is_refused(tmp_path, text, word):
+    folder = saved(tmp_path / "a", fitted_on="@", part=ready())
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"@"', text))
+    raises_naming(ValueError, "config.json", word)(lambda: from_pretrained(folder))
+    path.write_bytes(b"\xff\xfe{}")
+    raises_naming(ValueError, "config.json", "utf-8")(lambda: from_pretrained(folder))
+
+
+def test_a_save_that_is_stopped_anywhere_leaves_the_old_or_the_new(tmp_path, monkeypatch):
+    """Every step that changes a name is stopped once, before it is taken; then the folder is read and saved again."""
+    new = {"fitted_on": "new", "part": ready("symmetric")}
+    for stopped in range(4):
+        folder = saved(tmp_path / str(stopped), fitted_on="old", part=ready())
+        replace, steps = os.replace, iter(range(9))
+
+        def stop(source, target, stopped=stopped, steps=steps, replace=replace):
+            if next(steps) == stopped:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", stop)
+            with contextlib.suppress(KeyboardInterrupt):
+                saved(folder, **new)
+        found = from_pretrained(folder)
+        assert found.fitted_on == ("old" if stopped < 2 else "new")
+        kind = AsymmetricHash if found.fitted_on == "old" else SymmetricHash
+        assert isinstance(found.encoder.layer(1), kind)
+        assert from_pretrained(saved(folder, fitted_on="third", part=ready())).fitted_on == "third"
+        assert sorted(p.name for p in folder.iterdir()) == ["config.json", "weights.safetensors"]
+
+
+def test_a_first_save_that_is_stopped_is_made_anew(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "write_json", stop)
+        with contextlib.suppress(KeyboardInterrupt):
+            saved(tmp_path / "a", part=ready())
+    raises_naming(ValueError, "config.json")(lambda: from_pretrained(tmp_path / "a"))
+    assert from_pretrained(saved(tmp_path / "a", part=ready())).facts == FACTS
+
+
+def test_foreign_files_of_our_names_links_and_missing_folders(tmp_path):
+    (tmp_path / "foreign").mkdir()
+    for name, text in (("config.json", '{"model_type": "llama"}'), ("weights.safetensors", "theirs")):
+        (tmp_path / "foreign" / name).write_text(text)
+    raises_naming(ValueError, "foreign", "something else")(lambda: saved(tmp_path / "foreign", part=ready()))
+    assert (tmp_path / "foreign" / "weights.safetensors").read_text() == "theirs"
+    saved(tmp_path / "real", fitted_on="old", part=ready())
+    (tmp_path / "link").symlink_to("real")
+    saved(tmp_path / "link", fitted_on="new", part=ready())
+    assert (tmp_path / "link").is_symlink() and from_pretrained(tmp_path / "real").fitted_on == "new"
+    (tmp_path / "broken").symlink_to("nowhere")
+    raises_naming(ValueError, "broken", "link")(lambda: saved(tmp_path / "broken", part=ready()))
+    (tmp_path / "file").write_text("")
+    raises_naming(NotADirectoryError, "file")(lambda: saved(tmp_path / "file" / "a", part=ready()))
+
+
+def test_two_that_save_at_once_are_told(tmp_path):
+    folder = saved(tmp_path / "a", part=ready())
+    with locked(folder / saving.LOCK, "saving"):
+        raises_naming(ValueError, str(folder), f"process {os.getpid()}")(lambda: saved(folder, part=ready()))
+    assert from_pretrained(saved(folder, part=ready())).facts == FACTS
+
+
+def test_whoever_reads_while_others_save_gets_one_or_the_other(tmp_path):
+    folder, new = saved(tmp_path / "a", fitted_on="old", part=ready()), ready("symmetric")
+    kinds = {"old": AsymmetricHash, "new": SymmetricHash}
+    stop, found = threading.Event(), set()
+
+    def save():
+        while not stop.is_set():
+            saved(folder, fitted_on="new", part=new)
+            saved(folder, fitted_on="old", part=ready())
+
+    writer = threading.Thread(target=save)
+    writer.start()
+    try:
+        for read in range(200):
+            if read >= 15 and len(found) == 2:
+                break
+            loaded = from_pretrained(folder)
+            found.add(loaded.fitted_on)
+            assert isinstance(loaded.encoder.layer(1), kinds[loaded.fitted_on])
+    finally:
+        stop.set()
+        writer.join()
+    assert found == {"old", "new"}

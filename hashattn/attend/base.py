@@ -23,7 +23,7 @@ class Keys(Protocol):
     @property
     def codes(self) -> Tensor: ...  # int64 [B, heads, N, W]
     @property
-    def norms(self) -> Tensor: ...  # float16 [B, Hkv, N, 1], |k - centre|
+    def norms(self) -> Tensor: ...  # bfloat16 [B, Hkv, N, 1], |k - centre|
     @property
     def centre(self) -> Tensor: ...  # float32 [B, Hkv, D]
     @property
@@ -74,8 +74,8 @@ class Attend(ABC):
         return self
 
 
-def serving(view: View | None, q: Tensor, selection: Selection) -> str:
-    """The engine of a call: that of its view, or the reference where gradients are wanted."""
+def serving(view: View | None, selection: Selection, *given: Tensor) -> str:
+    """The engine of a call: that of its view, or the reference where gradients of what it is given are wanted."""
     log_weights = selection.log_weights
-    gradient = q.requires_grad or (log_weights is not None and log_weights.requires_grad)
+    gradient = any(x.requires_grad for x in given) or (log_weights is not None and log_weights.requires_grad)
     return "reference" if view is None or (gradient and torch.is_grad_enabled()) else view.engine

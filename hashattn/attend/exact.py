@@ -29,13 +29,13 @@ class ExactAttend(Attend):
     ) -> Output:  # fmt: skip
         if selection is None:
             raise ValueError("ExactAttend needs a selection; DenseAttend does without")
-        engine = serving(view, q, selection)
-        keys = cache.storage("keys")
+        keys, values = cache.storage("keys"), cache.storage("values")
+        engine = serving(view, selection, q, keys, values)
         rows = ops.row_numbers(selection.ids, keys.shape[1], keys.shape[2])
         logits = ops.logits(q, keys, selection.ids, scale, rows=rows, engine=engine)
         return Output(
             *ops.weigh(
-                logits, cache.storage("values"), selection.ids, q.dtype, log_weights=selection.log_weights,
+                logits, values, selection.ids, q.dtype, log_weights=selection.log_weights,
                 rows=rows, need_lse=need_lse, need_weights=need_weights, engine=engine,
             )
         )  # fmt: skip

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from hashattn.attend.base import Attend, Keys, serving
 from hashattn.attend.medium import Medium, nearest_of
 from hashattn.encoders.base import Encoder
+from hashattn.lasting import lasting
+from hashattn.naming import short
 from hashattn.ops import attend as ops
 from hashattn.ops.decode import Estimate
 from hashattn.ops.hamming import differing, unpack_bits
+from hashattn.shapes import check_int
 from hashattn.types import MEDIUM, Output, Selection
 from hashattn.view import View
 
@@ -19,6 +22,7 @@ from hashattn.view import View
 class CodeResidual(nn.Module):
     """A small MLP of (h_q, h_k), sign vectors in +-1, that starts at zero."""
 
+    @lasting
     def __init__(self, bits: int, hidden: int) -> None:
         super().__init__()
         self.query = nn.Linear(bits, hidden)
@@ -40,7 +44,7 @@ class MixedPrecision(nn.Module, Attend):
 
         scale * (q.c + a |q| |k - c| (<h_q, h_k> / bits + residual(h_q, h_k)))
 
-    with c the row's centre and |k - c| kept by the cache in float16. Its value takes part in full. For random planes
+    with c the row's centre and |k - c| kept by the cache in bfloat16. Its value takes part in full. For random planes
     <h_q, h_k> / bits is 1 - 2 angle / pi, about 2 / pi cos(angle) near a right angle, which asks for a = pi / 2; but
     keys are medium because their codes agree by more than they should, and 0.8 has the smallest error on real keys
     (128 bits). fit() fits a and the residual, which costs nothing until then. h_q are a multi-bit query's signs.
@@ -53,11 +57,10 @@ class MixedPrecision(nn.Module, Attend):
     needs_norms = True
     code = "binary"
 
+    @lasting
     def __init__(self, *, hidden: int = 32, a: float = 0.8) -> None:
         super().__init__()
-        if hidden < 0:
-            raise ValueError(f"hidden must be at least 0, got {hidden}")
-        self.hidden = hidden
+        self.hidden = check_int("hidden", hidden, 0)
         self.a = nn.Parameter(torch.tensor(float(a)))
         self.residual: CodeResidual | None = None
 
@@ -67,10 +70,8 @@ class MixedPrecision(nn.Module, Attend):
     ) -> Output:  # fmt: skip
         if selection is None:
             raise ValueError("MixedPrecision needs a selection; DenseAttend does without")
-        ids, tier, engine = selection.ids, selection.tier, serving(view, q, selection)
-        if torch.is_grad_enabled() and (self.a.requires_grad or self.residual is not None):
-            engine = "reference"
-        keys = cache.storage("keys")
+        ids, tier, keys, values = selection.ids, selection.tier, cache.storage("keys"), cache.storage("values")
+        engine = serving(view, selection, q, keys, values, *self.parameters())
         if tier is None:
             logits = ops.logits(q, keys, ids, scale, engine=engine)
         else:
@@ -91,7 +92,7 @@ class MixedPrecision(nn.Module, Attend):
                 logits = exact
         return Output(
             *ops.weigh(
-                logits, cache.storage("values"), ids, q.dtype, log_weights=selection.log_weights, need_lse=need_lse,
+                logits, values, ids, q.dtype, log_weights=selection.log_weights, need_lse=need_lse,
                 need_weights=need_weights, engine=engine,
             )
         )  # fmt: skip
@@ -107,6 +108,7 @@ class MixedPrecision(nn.Module, Attend):
             a = torch.full((1,), a.item(), device=norms.device)
         return Estimate(norms, cache.centre.float().contiguous(), a, cache.bits)
 
+    @lasting
     def fit(
         self, q: Tensor, k: Tensor, encoder: Encoder, *, positions: Tensor | None = None, critical: float = 0.05,
         share: float = 0.1, scale: float | None = None, steps: int = 200, queries: int = 8,
@@ -130,9 +132,11 @@ class MixedPrecision(nn.Module, Attend):
             ValueError: an encoder without binary codes, or shares that leave no medium keys.
         """
         if encoder.code != "binary":
-            raise ValueError(f"encoder must make binary codes, got {encoder!r}")
+            raise ValueError(f"encoder must make binary codes, got {short(encoder)}")
         if not encoder.angular:
-            raise ValueError(f"encoder must make codes whose distances tell angles, as SimHash's do, got {encoder!r}")
+            raise ValueError(
+                f"encoder must make codes whose distances tell angles, as SimHash's do, got {short(encoder)}"
+            )
         if not 0 < critical < share <= 1:
             raise ValueError(f"critical and share must be 0 < critical < share <= 1, got {critical} and {share}")
         batch = nearest_of(q, k, encoder, positions, critical, share, q.shape[-1] ** -0.5 if scale is None else scale)

@@ -42,8 +42,9 @@ class SampledAttend(Attend):
         if selection is None:
             raise ValueError("SampledAttend needs a selection; DenseAttend does without")
         ids, log_weights = selection.ids, selection.log_weights
-        engine = serving(view, q, selection)
-        logits = ops.logits(q, cache.storage("keys"), ids, scale, engine=engine)  # [B, H, T, G, K]
+        keys, values = cache.storage("keys"), cache.storage("values")
+        engine = serving(view, selection, q, keys, values)
+        logits = ops.logits(q, keys, ids, scale, engine=engine)  # [B, H, T, G, K]
         if selection.collisions is not None:
             if ids.shape[1] != q.shape[1] or selection.tier is None:
                 raise ValueError("a selection by collisions must be of query heads and say which slots are sampled")
@@ -52,7 +53,7 @@ class SampledAttend(Attend):
             own = -found.clamp(min=torch.finfo(torch.float32).tiny).log().float().masked_fill(~sampled, 0)
             log_weights = own if log_weights is None else log_weights + own
         out, lse, weights = ops.weigh(
-            logits, cache.storage("values"), ids, q.dtype, log_weights=log_weights, need_lse=need_lse,
+            logits, values, ids, q.dtype, log_weights=log_weights, need_lse=need_lse,
             need_weights=need_weights or self.errors, engine=engine,
         )  # fmt: skip
         if not self.errors:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hashattn.bench.cases import CUDA_KEYS, CUDA_SHAPES, KEYS, SHAPES, Case, parse_keys, parse_shape
-from hashattn.bench.report import check_folder
+from hashattn.commands import Help, check_file, check_picture
 
 PER = ("query_head", "kv_head")
 TAKES = {  # what is measured, and its own arguments
@@ -29,6 +29,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         description="One decode step of one layer, checked against the reference first, then timed against the fastest "
         "dense attention in the same run; or, with --e2e, of a whole model. Random keys: cost, not quality, but for "
         "--recall. Without --shape and --keys it takes minutes.",
+        formatter_class=Help,
     )  # fmt: skip
     bench.add_argument(
         "--device", choices=("cpu", "cuda"), help="what to measure (default: cpu; cuda for --kinds, --e2e ...)"
@@ -53,7 +54,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     bench.add_argument(
         "--plot", metavar="FILE.png", help="with --device cuda or --recall: write a picture to this file"
     )
-    bench.add_argument("--out", metavar="FILE.json", help="write the results to this file")
+    bench.add_argument("--out", metavar="FILE.json", help="write the results to this file, - for standard output")
     cpu = bench.add_argument_group("with --device cpu")
     cpu.add_argument(
         "--threads",
@@ -125,6 +126,7 @@ def check(arguments: argparse.Namespace) -> str:
 
     Raises:
         ValueError: arguments that do not go together, or numbers and files that cannot be.
+        ImportError: what draws --plot is missing.
     """
     if arguments.rounds is not None and arguments.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {arguments.rounds}")
@@ -133,7 +135,8 @@ def check(arguments: argparse.Namespace) -> str:
     measured = mode_of(arguments)
     own = {name for names in TAKES.values() for name in names}
     for name in sorted(own - set(TAKES[measured])):
-        if getattr(arguments, name):
+        given = getattr(arguments, name)
+        if given is not None and given is not False:  # 0 was asked for, too
             places = ", ".join(mode for mode, names in TAKES.items() if name in names)
             raise ValueError(f"--{name.replace('_', '-')} goes with {places}, not with {measured}")
     if arguments.recall:
@@ -144,8 +147,8 @@ def check(arguments: argparse.Namespace) -> str:
         raise ValueError(f"--preset {arguments.preset} has its own bits and way to choose: leave --bits and --per out")
     if arguments.crossover and len(arguments.shape or ()) > 1:
         raise ValueError(f"--shape: --crossover takes one, got {_listed(arguments.shape)}")
-    check_folder("out", arguments.out)
-    check_folder("plot", arguments.plot)
+    check_file("out", arguments.out, stdout=True)
+    check_picture("plot", arguments.plot)
     return measured
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +11,47 @@ from hashattn.bench import arguments as options
 from hashattn.bench import report
 from hashattn.bench.arguments import PER, cuda_cases
 from hashattn.bench.cases import AUTO_KEYS, CUDA_SHAPES, KEYS, SHAPES, Case, parse_keys, parse_shape
-from hashattn.extras import require
+from hashattn.commands import for_people, write_json
+from hashattn.errors import refusals
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
     """Add the command to argparse's subparsers."""
     bench = options.add(commands)
-    bench.set_defaults(run=run)
+    bench.set_defaults(run=run, stopped=stopped)
     return bench
 
 
+def stopped(arguments: argparse.Namespace) -> str:
+    """What a stopped run leaves, and how to go on."""
+    return "nothing was written; the same command begins anew, and fewer --keys, --rounds or --presets take less time"
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """Check the arguments, measure, print the table and write the files; returns the exit status."""
+    """Check the arguments, measure, write the files and print the table; returns the exit status."""
     runs = {
         "--device cpu": _cpu, "--device cuda": _cuda, "--device cuda --kinds": _kinds,
         "--device cuda --e2e": _e2e, "--device cuda --crossover": _crossover, "--recall": _recall,
     }  # fmt: skip
-    return runs[options.check(arguments)](arguments)
+    with refusals():
+        mode = options.check(arguments)
+    return runs[mode](arguments)
 
 
 def _cpu(arguments: argparse.Namespace) -> int:
     from hashattn.bench import cpu
     from hashattn.threads import thread_count
 
-    if len(arguments.per or ()) > 1:
-        raise ValueError("--per takes one of kv_head and query_head with --device cpu")
-    threads = [thread_count(t) for t in arguments.threads or [1]]
-    keys = [parse_keys(text) for text in arguments.keys or ()] or list(AUTO_KEYS if arguments.auto else KEYS)
-    shapes = [parse_shape(text) for text in arguments.shape or SHAPES]
-    cases = [Case(*shape, n, k, t) for shape in shapes for n, k in keys for t in threads]
+    with refusals():
+        if len(arguments.per or ()) > 1:
+            raise ValueError("--per takes one of kv_head and query_head with --device cpu")
+        threads = [thread_count(t) for t in arguments.threads or [1]]
+        keys = [parse_keys(text) for text in arguments.keys or ()] or list(AUTO_KEYS if arguments.auto else KEYS)
+        shapes = [parse_shape(text) for text in arguments.shape or SHAPES]
+        cases = [Case(*shape, n, k, t) for shape in shapes for n, k in keys for t in threads]
     result = cpu.run(
         cases, bits=128 if arguments.bits is None else arguments.bits, per=(arguments.per or ["kv_head"])[0],
-        rounds=arguments.rounds or 9, sparse=not arguments.auto,
+        rounds=arguments.rounds or 9, sparse=not arguments.auto, progress=not arguments.quiet,
     )  # fmt: skip
     note = "Microseconds a layer, medians; every case was checked against the reference first."
     _finish(arguments, report.table(result["rows"]), note, result, device="cpu")
@@ -51,26 +61,24 @@ def _cpu(arguments: argparse.Namespace) -> int:
 def _cuda(arguments: argparse.Namespace) -> int:
     from hashattn.bench import cuda, cuda_report
 
-    if arguments.plot:
-        require("matplotlib.figure", "demo", "--plot")  # missed now, not after the run
-    cases = cuda_cases(arguments.shape, arguments.batch, arguments.keys)
+    with refusals():
+        cases = cuda_cases(arguments.shape, arguments.batch, arguments.keys)
     result = cuda.run(
         cases, bits=64 if arguments.bits is None else arguments.bits, pers=arguments.per or PER,
-        clustered=arguments.clustered, rounds=arguments.rounds or 11,
+        clustered=arguments.clustered, rounds=arguments.rounds or 11, progress=not arguments.quiet,
     )  # fmt: skip
-    _finish(arguments, cuda_report.table(result["rows"]), cuda_report.NOTE, result)
-    if arguments.plot:
-        cuda_report.save_plot(result["rows"], Path(arguments.plot))
+    _finish(arguments, cuda_report.table(result["rows"]), cuda_report.NOTE, result, cuda_report.save_plot)
     return 0
 
 
 def _kinds(arguments: argparse.Namespace) -> int:
     from hashattn.bench import kinds, kinds_report
 
-    cases = cuda_cases(arguments.shape, arguments.batch, arguments.keys, kinds.SIZES)
+    with refusals():
+        cases = cuda_cases(arguments.shape, arguments.batch, arguments.keys, kinds.SIZES)
     result = kinds.run(
         cases, bits=64 if arguments.bits is None else arguments.bits, pers=arguments.per or PER,
-        rounds=arguments.rounds or 11,
+        rounds=arguments.rounds or 11, progress=not arguments.quiet,
     )  # fmt: skip
     _finish(arguments, kinds_report.table(result["rows"]), kinds_report.NOTE, result)
     return 0
@@ -79,10 +87,13 @@ def _kinds(arguments: argparse.Namespace) -> int:
 def _e2e(arguments: argparse.Namespace) -> int:
     from hashattn.bench import e2e, e2e_report
 
+    with refusals():
+        sizes = [parse_keys(text) for text in arguments.keys or ()] or e2e.KEYS
     result = e2e.run(
-        [parse_keys(text) for text in arguments.keys or ()] or e2e.KEYS, batches=arguments.batch,
+        sizes, batches=arguments.batch,
         bits=64 if arguments.bits is None else arguments.bits, pers=arguments.per or PER, preset=arguments.preset,
         compiled=not arguments.no_compile, rounds=arguments.rounds or 5,
+        progress=not arguments.quiet,
     )  # fmt: skip
     _finish(arguments, e2e_report.table(result["rows"]), e2e_report.NOTE, result)
     return 0
@@ -93,45 +104,60 @@ def _crossover(arguments: argparse.Namespace) -> int:
 
     from hashattn.bench import crossover, crossover_report
 
+    with refusals():
+        shape = parse_shape(*(arguments.shape or CUDA_SHAPES))
     result = crossover.run(
-        parse_shape(*(arguments.shape or CUDA_SHAPES)), arguments.batch or (1, 8),
-        bits=64 if arguments.bits is None else arguments.bits, pers=arguments.per or PER,
+        shape, arguments.batch or (1, 8), bits=64 if arguments.bits is None else arguments.bits,
+        pers=arguments.per or PER, progress=not arguments.quiet,
     )  # fmt: skip
-    _finish(arguments, crossover_report.table(result["rows"]), crossover_report.NOTE, result)
     gpu = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    print(crossover_report.entry(*gpu, result["bytes"], arguments.out or "a run without --out"))
+    entry = crossover_report.entry(*gpu, result["bytes"], arguments.out or "a run without --out")
+    _finish(arguments, crossover_report.table(result["rows"]), f"{crossover_report.NOTE}\n{entry}", result)
     return 0
 
 
 def _recall(arguments: argparse.Namespace) -> int:
     from hashattn.bench import recall, recall_report
+    from hashattn.bench.recall_data import SYNTHETIC
+    from hashattn.workload.model import check_source
+    from hashattn.workload.texts import read_text
 
-    if arguments.plot:
-        require("matplotlib.figure", "demo", "--plot")
-    if len(arguments.threads or ()) > 1:
-        raise ValueError("--threads takes one number with --recall")
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name in ("data", "presets", "tokens", "queries", "layers", "index", "text", "train", "seed")
         if (value := getattr(arguments, name)) is not None
     }
-    if arguments.budget is not None:
-        given["budget"] = recall.budget_of(arguments.budget)
-    if arguments.threads:
-        given["threads"] = arguments.threads[0]
-    result = recall.run(recall.Settings(**given))
-    _finish(arguments, recall_report.table(result["rows"]), recall_report.NOTE, result, device="cpu")
-    if arguments.plot:
-        recall_report.save_plot(result["rows"], Path(arguments.plot))
+    with refusals():
+        if len(arguments.threads or ()) > 1:
+            raise ValueError("--threads takes one number with --recall")
+        if arguments.budget is not None:
+            given["budget"] = recall.budget_of(arguments.budget)
+        if arguments.threads:
+            given["threads"] = arguments.threads[0]
+        settings = recall.Settings(**given)
+        for data in settings.data:
+            if data != SYNTHETIC:
+                check_source(data)
+        if any(data != SYNTHETIC for data in settings.data):
+            read_text(settings.text)
+    result = recall.run(settings, progress=not arguments.quiet)
+    drawn = recall_report.save_plot
+    _finish(arguments, recall_report.table(result["rows"]), recall_report.NOTE, result, drawn, device="cpu")
     return 0
 
 
 def _finish(
-    arguments: argparse.Namespace, table: str, note: str, result: dict[str, Any], device: str = "cuda"
+    arguments: argparse.Namespace, table: str, note: str, result: dict[str, Any],
+    save_plot: Callable[[list[dict[str, Any]], Path], None] | None = None, device: str = "cuda",
 ) -> None:  # fmt: skip
-    """Print a result and write it to the file that was asked for."""
-    print(f"{table}\n\n{note}")
-    for remark in result.get("notes", ()):
-        print(f"note: {remark}")
-    if arguments.out:
-        report.write(Path(arguments.out), report.environment(arguments.command_line, device) | result)
+    """Write a result to the files that were asked for, and print it, whether or not they could be written."""
+    say = for_people(arguments.out)
+    try:
+        if arguments.out:
+            write_json(arguments.out, report.environment(arguments.command_line, device) | result)
+        if arguments.plot and save_plot is not None:
+            save_plot(result["rows"], Path(arguments.plot))
+    finally:
+        say(f"{table}\n\n{note}")
+        for remark in result.get("notes", ()):
+            say(f"note: {remark}")

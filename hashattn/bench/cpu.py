@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,9 @@ from hashattn.bench.dense import DENSE
 from hashattn.bench.measure import read_bandwidth, take_turns
 from hashattn.cache import KVCache
 from hashattn.encoders import SimHash
-from hashattn.extras import require
+from hashattn.errors import Failure, refusals
 from hashattn.index import FlatHamming
+from hashattn.progress import bar
 from hashattn.selectors import TopK
 from hashattn.threads import thread_count
 
@@ -42,8 +42,9 @@ def composition(k: int, bits: int, per: str, engine: str = "cpu") -> HashAttenti
 
 @torch.inference_mode()
 def run(
-    cases: Iterable[Case], *, bits: int = 128, per: str = "kv_head", rounds: int = 9, sparse: bool = True
-) -> dict[str, Any]:
+    cases: Iterable[Case], *, bits: int = 128, per: str = "kv_head", rounds: int = 9, sparse: bool = True,
+    progress: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     """Check and measure every case. Keys are random: what is measured is cost, not quality.
 
     Args:
@@ -52,6 +53,7 @@ def run(
         per: "kv_head" or "query_head": who chooses.
         rounds: of which medians are taken.
         sparse: also force the search; otherwise only engine="auto" is compared with dense attention.
+        progress: show a bar, on a terminal.
 
     Returns:
         {"read_GB_per_s": {threads: ...}, "rows": [...]}, times in microseconds a layer.
@@ -59,14 +61,14 @@ def run(
     Raises:
         RuntimeError: a case selects other keys than the reference or attends to them wrongly: nothing is measured.
     """
-    composition(1, bits, per)  # refuses wrong numbers before anything runs
     cases = list(cases)
-    for case in cases:
-        thread_count(case.threads)
+    with refusals(ValueError, TypeError):
+        composition(1, bits, per)  # refuses wrong numbers before anything runs
+        for case in cases:
+            thread_count(case.threads)
     before, bandwidths, rows = torch.get_num_threads(), {}, []
-    tqdm = require("tqdm", "hf", "hashattn bench").tqdm
     try:
-        for case in tqdm(cases, desc="bench", unit="case", file=sys.stderr):
+        for case in bar("hf", "hashattn bench", cases, desc="bench", unit="case", shown=progress):
             torch.set_num_threads(case.threads)
             if case.threads not in bandwidths:
                 bandwidths[case.threads] = read_bandwidth()
@@ -77,7 +79,7 @@ def run(
 
 
 def check(case: Case, bits: int, per: str) -> None:
-    """Raise RuntimeError unless the CPU engine selects what the reference selects, and attends to it as it should.
+    """Raise Failure unless the CPU engine selects what the reference selects, and attends to it as it should.
 
     The selected sets must be equal. Outputs may differ from float64 attention over the same keys by the rounding of
     the values' dtype and of float32 sums.
@@ -88,14 +90,14 @@ def check(case: Case, bits: int, per: str) -> None:
     _, expected = attn.replace(engine="reference").run(layer.q, layer.cache)
     assert found is not None and expected is not None
     if not torch.equal(found.ids.sort().values, expected.ids.sort().values):
-        raise RuntimeError(f"{case}: the CPU engine selects other keys than the reference; nothing is measured")
+        raise Failure(f"{case}: the CPU engine selects other keys than the reference; nothing is measured")
     keys, values = (layer.cache.gather(what, found.ids)[:, :, 0].double() for what in ("keys", "values"))
     grouped = layer.q.double().view(1, keys.shape[1], -1, case.head_dim)  # heads that share a choice
     exact = F.scaled_dot_product_attention(grouped, keys, values).view(layer.q.shape)
     error = (output.out.double() - exact).abs().max().item()
     allowed = 8 * torch.finfo(DTYPES[case.dtype]).eps * values.abs().max().item()
     if not error <= allowed:
-        raise RuntimeError(f"{case}: the output is off by {error:.2e}, {allowed:.2e} is allowed; nothing is measured")
+        raise Failure(f"{case}: the output is off by {error:.2e}, {allowed:.2e} is allowed; nothing is measured")
 
 
 def _layer(case: Case, attn: HashAttention, seed: int) -> Layer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,9 +18,10 @@ from hashattn.bench.cuda_steps import kernels, rule, selectors
 from hashattn.bench.graphs import take_turns
 from hashattn.bench.measure import take_turns as take_turns_from_python
 from hashattn.encoders import SimHash
-from hashattn.extras import require
+from hashattn.errors import refusals
 from hashattn.index import FlatHamming
 from hashattn.ops.decode import Scratch
+from hashattn.progress import bar
 
 MARGIN = 0.9  # of dense attention's time: what is clearly faster
 K = 256
@@ -93,7 +93,9 @@ def captured(case: Case, bits: int, per: str, notes: dict[str, None]) -> Times:
 
 
 @torch.inference_mode()
-def run(shape: tuple[int, int, int, str], batches: Sequence[int], *, bits: int, pers: Sequence[str]) -> dict[str, Any]:
+def run(
+    shape: tuple[int, int, int, str], batches: Sequence[int], *, bits: int, pers: Sequence[str], progress: bool = True
+) -> dict[str, Any]:  # fmt: skip
     """Measure a shape's crossovers, with the K nearest keys kept. Keys are random: cost, not quality.
 
     Args:
@@ -101,15 +103,17 @@ def run(shape: tuple[int, int, int, str], batches: Sequence[int], *, bits: int, 
         batches: sequences.
         bits: of the codes.
         pers: of "kv_head" and "query_head": who chooses.
+        progress: show a bar, on a terminal.
 
     Returns:
         {"margin", "k", "notes", "bytes", "rows"}; see constants() for "bytes".
 
     Raises:
-        RuntimeError: there is no GPU, or a step is wrong: nothing is measured then.
-        ValueError: the step does not serve the shape.
+        RuntimeError: a step is wrong: nothing is measured then.
+        ValueError: there is no GPU, or the step does not serve the shape.
     """
-    refuse([Case(*shape, LEAST, K, batch=batch) for batch in batches], bits, pers)
+    with refusals(ValueError):
+        refuse([Case(*shape, LEAST, K, batch=batch) for batch in batches], bits, pers)
     notes: dict[str, None] = {}
     modes: dict[str, Callable[[Case, str], Times]] = {
         "eager": lambda case, per: eager(case, bits, per),
@@ -117,8 +121,7 @@ def run(shape: tuple[int, int, int, str], batches: Sequence[int], *, bits: int, 
     }
     todo = [(mode, batch, per) for mode in modes for batch in batches for per in pers]
     rows = []
-    tqdm = require("tqdm", "hf", "hashattn bench").tqdm
-    for mode, batch, per in tqdm(todo, desc="bench", unit="crossover", file=sys.stderr):
+    for mode, batch, per in bar("hf", "hashattn bench", todo, desc="bench", unit="crossover", shown=progress):
 
         def measure(keys: int, mode: str = mode, batch: int = batch, per: str = per) -> Times:
             times = modes[mode](Case(*shape, keys, K, batch=batch), per)

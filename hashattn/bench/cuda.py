@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -24,16 +23,17 @@ from hashattn.bench.cuda_steps import encoders, kernels, rule, selectors, whole_
 from hashattn.bench.faiss_gpu import faiss_us
 from hashattn.bench.floors import Machine, floors
 from hashattn.bench.graphs import WARM_UP, measure_machine, take_turns
-from hashattn.extras import require
+from hashattn.errors import UserError, refusals
 from hashattn.ops.decode import Scratch, why_not_nvidia
+from hashattn.progress import bar
 
 
 def need_gpu(what: str) -> None:
-    """Raise RuntimeError unless there is a GPU."""
+    """Raise UserError unless there is a GPU."""
     if torch.version.hip is not None:
-        raise RuntimeError(f"{what}: {why_not_nvidia()}; --device cpu measures the CPU")
+        raise UserError(f"{what}: {why_not_nvidia()}; --device cpu measures the CPU")
     if not torch.cuda.is_available():
-        raise RuntimeError(
+        raise UserError(
             f"{what} needs an NVIDIA GPU, and torch {torch.__version__} sees none: run it where nvidia-smi "
             "lists one, with a CUDA build of torch; --device cpu measures the CPU"
         )
@@ -43,8 +43,7 @@ def refuse(cases: Iterable[Case], bits: int, pers: Sequence[str]) -> None:
     """Say why these cannot be measured here, if they cannot.
 
     Raises:
-        RuntimeError: there is no GPU.
-        ValueError: the step does not serve a case.
+        ValueError: there is no GPU, or the step does not serve a case.
     """
     need_gpu("--device cuda")
     if bits % 64:
@@ -59,7 +58,7 @@ def refuse(cases: Iterable[Case], bits: int, pers: Sequence[str]) -> None:
 @torch.inference_mode()
 def run(
     cases: Iterable[Case], *, bits: int = 64, pers: Sequence[str] = ("query_head", "kv_head"), clustered: bool = False,
-    rounds: int = 11,
+    rounds: int = 11, progress: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Check and measure every case with every way to choose. Keys are random: what is measured is cost, not quality.
 
@@ -69,22 +68,23 @@ def run(
         pers: of "kv_head" and "query_head": who chooses.
         clustered: all near keys in one sixty-fourth of the tokens.
         rounds: of which medians are taken.
+        progress: show a bar, on a terminal.
 
     Returns:
         {"read_GB_per_s", "sm_clock_MHz", "multiprocessors", "notes", "rows"}, times in microseconds a layer.
 
     Raises:
-        RuntimeError: there is no GPU, or a step or a contender is wrong: nothing is measured then.
-        ValueError: the step does not serve a case.
+        RuntimeError: a step or a contender is wrong: nothing is measured then.
+        ValueError: there is no GPU, or the step does not serve a case.
     """
     cases = list(cases)
-    refuse(cases, bits, pers)
+    with refusals(ValueError):
+        refuse(cases, bits, pers)
     machine = measure_machine()
     todo = [(case, per) for case in cases for per in pers]
     notes = machine.remarks()
     rows: list[dict[str, Any]] = []
-    tqdm = require("tqdm", "hf", "hashattn bench").tqdm
-    for case, per in tqdm(todo, desc="bench", unit="case", file=sys.stderr):
+    for case, per in bar("hf", "hashattn bench", todo, desc="bench", unit="case", shown=progress):
         rows += _measure(case, bits, per, clustered, rounds, machine, notes)
         torch.cuda.empty_cache()
     return machine.described() | {"notes": list(notes), "rows": rows}

@@ -14,6 +14,7 @@ from hashattn.bench.cases import Case
 from hashattn.bench.cuda_inputs import Layer
 from hashattn.bench.cuda_steps import newest_of
 from hashattn.cache import KVCache
+from hashattn.errors import Failure
 from hashattn.ops import decode
 from hashattn.ops.attend.reference import gather
 from hashattn.ops.decode.reference import choose, estimated
@@ -50,16 +51,14 @@ def check_step(
         out, lse, ids, *own_tiers = step()
         slots = expected.shape[-1]
         if not torch.equal(ids[..., :slots], expected) or (ids[..., slots:] != -1).any():
-            raise RuntimeError(
-                f"{what}: with {hint} the step selects other keys than the reference; nothing is measured"
-            )
+            raise Failure(f"{what}: with {hint} the step selects other keys than the reference; nothing is measured")
         if rule.critical is not None and not torch.equal(own_tiers[0][..., :slots], tiers):
-            raise RuntimeError(f"{what}: with {hint} other keys are critical than the reference's; nothing is measured")
+            raise Failure(f"{what}: with {hint} other keys are critical than the reference's; nothing is measured")
         check_rounding(f"{what}: with {hint} the output", out, exact, size)
         if first is None:
             first = out.clone(), lse.clone()
         if not (torch.equal(out, first[0]) and torch.equal(lse, first[1])):
-            raise RuntimeError(f"{what}: with {hint} the output has other bits than before; nothing is measured")
+            raise Failure(f"{what}: with {hint} the output has other bits than before; nothing is measured")
 
 
 def exact_output(layer: Layer, ids: Tensor, medium: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -107,7 +106,7 @@ def check_alike(what: str, out: Tensor, expected: Tensor) -> None:
     """
     close = ((out - expected).abs().amax(-1) <= 0.02).float().mean()
     if close < 0.9:
-        raise RuntimeError(f"{what} agrees with the reference in {close:.0%} of heads only; nothing is measured")
+        raise Failure(f"{what} agrees with the reference in {close:.0%} of heads only; nothing is measured")
 
 
 def attention(
@@ -132,4 +131,4 @@ def check_rounding(what: str, out: Tensor, exact: Tensor, size: Tensor) -> None:
     allowed = torch.finfo(out.dtype).eps * (exact.abs() + size) + 1e-5 * size
     worst = ((out - exact).abs() / allowed).nan_to_num(torch.inf).max().item()
     if worst > 1:
-        raise RuntimeError(f"{what} is off by {worst:.3g} times what rounding allows; nothing is measured")
+        raise Failure(f"{what} is off by {worst:.3g} times what rounding allows; nothing is measured")

@@ -15,6 +15,7 @@ from hashattn.bench.cuda_inputs import Layer, layer_count, make_layer, step_coun
 from hashattn.bench.cuda_steps import Result, first_bounds, fused, has_stages, rule, whole
 from hashattn.bench.graphs import Captured, capture
 from hashattn.cache import KVCache
+from hashattn.errors import Failure
 from hashattn.index import FlatHamming
 from hashattn.ops.decode import Rule, Scratch
 from hashattn.selectors import Selector
@@ -61,7 +62,7 @@ def dense_graphs(
             continue
         check_dense(name, out, layers[0], case)
     if not graphs:
-        raise RuntimeError(f"{case}: no dense attention ran; nothing is measured")
+        raise Failure(f"{case}: no dense attention ran; nothing is measured")
     return graphs
 
 

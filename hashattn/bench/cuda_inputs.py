@@ -99,4 +99,4 @@ def with_estimate(layer: Layer) -> Layer:
     centre = torch.randn(keys.shape[0], keys.shape[1], keys.shape[3], device=keys.device)
     norms = torch.stack([(own.float() - c.unsqueeze(1)).norm(dim=-1) for own, c in zip(keys, centre, strict=True)])
     a = torch.full((1,), 0.1, device=keys.device)
-    return replace(layer, estimate=Estimate(norms.half().unsqueeze(-1), centre, a, 64 * layer.codes.shape[-1]))
+    return replace(layer, estimate=Estimate(norms.bfloat16().unsqueeze(-1), centre, a, 64 * layer.codes.shape[-1]))

@@ -15,6 +15,7 @@ from hashattn.cache import KVCache
 from hashattn.encoders import AsymmetricHash, SimHash
 from hashattn.encoders.base import Encoder
 from hashattn.index import FlatHamming
+from hashattn.naming import short
 from hashattn.ops import decode
 from hashattn.ops.decode import Rule, Scratch, Sizes, gpu
 from hashattn.selectors import LocalTopK, Selector, TopK
@@ -50,7 +51,7 @@ def rule(case: Case, selector: Selector) -> Rule:
     """
     found = selector.rule(case.q_heads // case.kv_heads)
     if found is None:
-        raise ValueError(f"the fused step does not serve {selector!r}")
+        raise ValueError(f"the fused step does not serve {short(selector)}")
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,9 +22,10 @@ from hashattn.bench.e2e_graphs import STEPS, capture_step, take_turns
 from hashattn.bench.e2e_memory import plan
 from hashattn.bench.e2e_model import Decoding, Llama, compile_layers, make_model
 from hashattn.encoders import SimHash
-from hashattn.extras import require
+from hashattn.errors import Failure, refusals
 from hashattn.index import FlatHamming
 from hashattn.ops.decode import Scratch
+from hashattn.progress import bar
 from hashattn.selectors import TopK
 
 KEYS = ((32768, 1024), (131072, 1024))
@@ -50,7 +50,7 @@ def compositions(k: int, bits: int, pers: Sequence[str], preset: str | None) -> 
 def run(
     sizes: Sequence[tuple[int, int]] = KEYS, *, batches: Sequence[int] | None = None, bits: int = 64,
     pers: Sequence[str] = ("query_head", "kv_head"), preset: str | None = None, compiled: bool = True, rounds: int = 5,
-    model_size: Llama | None = None, device: str = "cuda",
+    model_size: Llama | None = None, device: str = "cuda", progress: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Check, then decode, greedily, in captured graphs. Weights, keys and values are random: cost, not quality.
 
@@ -61,41 +61,49 @@ def run(
         compiled: let torch.compile fuse the model's small operations.
         rounds: of which medians are taken.
         model_size: Llama-3-8B's by default.
+        progress: show a bar, on a terminal.
 
     Returns:
         {"model", "compiled", "notes", "rows"}, times in milliseconds a step.
 
     Raises:
-        RuntimeError: there is no GPU, or something is wrong: nothing is measured then.
-        ValueError: engine="triton" does not serve a composition, or a case does not fit the memory.
+        RuntimeError: something is wrong: nothing is measured then.
+        ValueError: there is no GPU, engine="triton" does not serve a composition, or a case does not fit the memory.
     """
     size, where = model_size or Llama(), torch.device(device)
-    choices = {k: compositions(k, bits, pers, preset) for _, k in sizes}
-    if device == "cuda":
-        need_gpu("--e2e")
-    first = next(iter(choices[sizes[0][1]].values()))
-    for name, attn in choices[sizes[0][1]].items():
-        reason = fused.why_not(
-            attn, device=device, dtype=size.dtype, q_heads=size.q_heads, kv_heads=size.kv_heads, head_dim=size.head_dim
-        )
-        if reason is not None:
-            raise ValueError(f'--e2e: engine="triton" does not serve {name}: {reason}')
-    assert first.encoder is not None
-    todo = plan(size, first.encoder, sizes, batches, where)
+    with refusals():
+        choices = {k: compositions(k, bits, pers, preset) for _, k in sizes}
+        if device == "cuda":
+            need_gpu("--e2e")
+        first = next(iter(choices[sizes[0][1]].values()))
+        for name, attn in choices[sizes[0][1]].items():
+            reason = fused.why_not(
+                attn,
+                device=device,
+                dtype=size.dtype,
+                q_heads=size.q_heads,
+                kv_heads=size.kv_heads,
+                head_dim=size.head_dim,
+            )
+            if reason is not None:
+                raise ValueError(f'--e2e: engine="triton" does not serve {name}: {reason}')
+        assert first.encoder is not None
+        first.encoder.check_fitted()
+        todo = plan(size, first.encoder, sizes, batches, where)
     notes: dict[str, None] = {}
-    tqdm = require("tqdm", "hf", "hashattn bench").tqdm
     # More batches than torch.compile takes by default; a layer that it gave up would be slower than the others.
     limits = torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
-    with limits, tqdm(total=len(todo) + 1, desc="bench", unit="case", file=sys.stderr) as bar:
+    total = len(todo) + 1
+    with limits, bar("hf", "hashattn bench", total=total, desc="bench", unit="case", shown=progress) as shown:
         model = make_model(size, where)
         if compiled:
             compile_layers(model)
         dense = _check(model, size, first, where, notes)
-        bar.update()
+        shown.update()
         rows = []
         for keys, k, batch in todo:
             rows += _measure(model, size, choices[k], dense, keys, batch, rounds, where)
-            bar.update()
+            shown.update()
     return {"model": repr(size), "compiled": compiled, "notes": list(notes), "rows": rows}
 
 
@@ -113,7 +121,7 @@ def _check(
         except Exception as error:  # each library has its own way to say that it does not serve a shape
             notes[f"{name} is left out: {first_line(error)}"] = None
     if not served:
-        raise RuntimeError("no dense attention ran; nothing is measured")
+        raise Failure("no dense attention ran; nothing is measured")
     layers: dict[str, Layers] = {name: DenseLayers(attend, caches, FEW) for name, attend in served.items()}
     some = next(iter(layers.values()))
     for per in ("query_head", "kv_head"):

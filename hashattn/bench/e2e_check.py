@@ -11,6 +11,7 @@ from hashattn.bench.cuda_check import attention, check_rounding
 from hashattn.bench.e2e_attention import DenseLayers, HashedLayers
 from hashattn.bench.e2e_model import Decoding
 from hashattn.cache import KVCache
+from hashattn.errors import Failure
 
 STEPS = 3  # of a graph, compared with as many from Python
 ALLOWED = 0.03  # of the logits' norm, where a product rounds otherwise in a graph; wrong steps are off by more
@@ -59,4 +60,4 @@ def check_graph(
     expected, found = after(lambda: decoding.step(attend)), after(replay)
     error = ((found - expected).norm() / expected.norm()).nan_to_num(torch.inf).item()
     if error > ALLOWED:
-        raise RuntimeError(f"{name}: the captured step is off by {error:.3g} of the logits; nothing is measured")
+        raise Failure(f"{name}: the captured step is off by {error:.3g} of the logits; nothing is measured")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +25,9 @@ from hashattn.bench.cuda_reads import reads
 from hashattn.bench.cuda_steps import kernels, rule, why_not
 from hashattn.bench.floors import Machine, Reads, floors
 from hashattn.bench.graphs import measure_machine, take_turns
-from hashattn.extras import require
+from hashattn.errors import UserError, refusals
 from hashattn.ops.decode import Scratch
+from hashattn.progress import bar
 from hashattn.selectors import LocalTopK, Recent, Selector, Sink, Threshold, Tiers, TopK
 
 SIZES = ((1, 131072, 1024),)  # batch, keys, k
@@ -86,8 +86,9 @@ def radius_for(distances: Tensor, k: int, step: int) -> int:
 
 @torch.inference_mode()
 def run(
-    cases: Iterable[Case], *, bits: int = 64, pers: Sequence[str] = ("query_head", "kv_head"), rounds: int = 11
-) -> dict[str, Any]:
+    cases: Iterable[Case], *, bits: int = 64, pers: Sequence[str] = ("query_head", "kv_head"), rounds: int = 11,
+    progress: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     """Check and measure every kind of step. Keys are random: what is measured is cost, not quality.
 
     Args:
@@ -95,24 +96,25 @@ def run(
         bits: of the codes.
         pers: of "kv_head" and "query_head": who chooses.
         rounds: of which medians are taken.
+        progress: show a bar, on a terminal.
 
     Returns:
         {"read_GB_per_s", "sm_clock_MHz", "multiprocessors", "notes", "rows"}, times in microseconds a layer.
 
     Raises:
-        RuntimeError: there is no GPU, or a step or a contender is wrong: nothing is measured then.
-        ValueError: the step does not serve a case, or too few keys are kept.
+        RuntimeError: a step or a contender is wrong: nothing is measured then.
+        ValueError: there is no GPU, the step does not serve a case, or too few keys are kept.
     """
     cases = list(cases)
-    refuse(cases, bits, pers)
+    with refusals(ValueError):
+        refuse(cases, bits, pers)
     few = next((case for case in cases if case.k < LEAST), None)
     if few is not None:
-        raise ValueError(f"--keys: --kinds keeps at least {LEAST} keys, sinks and recents among them, got {few.k}")
+        raise UserError(f"--keys: --kinds keeps at least {LEAST} keys, sinks and recents among them, got {few.k}")
     machine = measure_machine()
     notes = machine.remarks()
     rows: list[dict[str, Any]] = []
-    tqdm = require("tqdm", "hf", "hashattn bench").tqdm
-    for case in tqdm(cases, desc="bench", unit="case", file=sys.stderr):
+    for case in bar("hf", "hashattn bench", cases, desc="bench", unit="case", shown=progress):
         rows += _measure(case, bits, pers, rounds, machine, notes)
         torch.cuda.empty_cache()
     return machine.described() | {"notes": list(notes), "rows": rows}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,7 +13,8 @@ from hashattn.bench import recall_steps as steps
 from hashattn.bench.recall_data import SYNTHETIC, Layer, layers_of
 from hashattn.bench.recall_entries import Entry, Memo, entries, shipped_for
 from hashattn.bench.report import say
-from hashattn.extras import require
+from hashattn.errors import refusals
+from hashattn.progress import bar
 from hashattn.threads import thread_count
 from hashattn.types import Step
 
@@ -61,8 +61,8 @@ class Settings:
             raise ValueError(f"--data must name something, and each once, got {[*self.data]}")
 
 
-def run(settings: Settings | None = None) -> dict[str, Any]:
-    """Compare all presets on all data.
+def run(settings: Settings | None = None, *, progress: bool = True) -> dict[str, Any]:
+    """Compare all presets on all data; `progress` shows a bar, on a terminal.
 
     Returns:
         {"settings": {...}, "rows": [...], "notes": [...]}; a row holds the preset's means over layers and, under
@@ -73,21 +73,25 @@ def run(settings: Settings | None = None) -> dict[str, Any]:
         RuntimeError: an engine that does not do what the reference does.
     """
     settings = settings or Settings()
-    listed, notes = entries(settings.presets, settings.budget, settings.index)
-    threads, before = thread_count(settings.threads), torch.get_num_threads()
-    tqdm = require("tqdm", "hf", "hashattn bench --recall").tqdm
+    with refusals(ValueError, TypeError):
+        listed, notes = entries(settings.presets, settings.budget, settings.index)
+        threads, before = thread_count(settings.threads), torch.get_num_threads()
     rows: list[dict[str, Any]] = []
     for data in settings.data:
-        say(f"{data}: queries, keys and values of {settings.tokens:,} tokens ...")
-        layers = layers_of(
-            data, settings.tokens, settings.queries, numbers=settings.layers, text=settings.text, seed=settings.seed
-        )
+        if progress:
+            say(f"{data}: queries, keys and values of {settings.tokens:,} tokens ...")
+        with refusals():
+            layers = layers_of(
+                data, settings.tokens, settings.queries, numbers=settings.layers, text=settings.text,
+                seed=settings.seed,
+            )  # fmt: skip
         truths = [steps.Truth.of(layer, settings.queries) for layer in layers]
         memo: Memo = {}
         pretrained = shipped_for(data)
-        with tqdm(total=len(listed) * len(layers), desc=data, unit="layer", file=sys.stderr) as bar:
+        total = len(listed) * len(layers)
+        with bar("hf", "hashattn bench", total=total, desc=data, unit="layer", shown=progress) as shown:
             for entry in listed:
-                bar.set_postfix_str(entry.label)
+                shown.set_postfix_str(entry.label)
                 found: list[dict[str, Any]] = []
                 handed: list[Step] | None = None
                 for i, layer in enumerate(layers):
@@ -102,7 +106,7 @@ def run(settings: Settings | None = None) -> dict[str, Any]:
                     handed = decoded.after
                     measured = {**steps.figures(decoded, truths[i]), **steps.costs(attn, layer, decoded)}
                     found.append({"layer": layer.number, "weights": weights, **measured})
-                    bar.update()
+                    shown.update()
                 rows.append(_row(data, entry, layers, found))
     return {"settings": asdict(settings), "rows": rows, "notes": notes}
 

@@ -15,8 +15,9 @@ from hashattn.attention import HashAttention
 from hashattn.bench.dense import DENSE
 from hashattn.bench.recall_data import Layer
 from hashattn.cache import KVCache
-from hashattn.engines import choices
+from hashattn.errors import Failure
 from hashattn.evaluation.recall import as_mask, relative_mass, top
+from hashattn.naming import short
 from hashattn.types import Output, Selection, Step
 
 FIGURES = ("keys_read", "recall", "mass", "relative_mass", "output_error")
@@ -136,7 +137,7 @@ def costs(attn: HashAttention, layer: Layer, decoded: Decoded) -> dict[str, Any]
     plan = attn.explain(q_heads=q_heads, kv_heads=kv_heads, head_dim=dim, keys=keys, dtype=torch.bfloat16)
     share = 1.0
     if plan.engine != "dense" and attn.selector is not None:  # of the plan's keys, which are the most
-        planned = min(keys, attn.selector.budget(keys) * choices(attn.selector, q_heads, kv_heads)[1])
+        planned = min(keys, attn.selector.budget(keys) * attn.selector.choices(q_heads, kv_heads)[1])
         share = min(1.0, decoded.choices / planned)
     return {
         "engine": plan.engine,
@@ -162,7 +163,7 @@ def _check(
     """Raise RuntimeError unless the reference does the same."""
     expected, selection = attn.replace(engine="reference").run(q, cache, scale=scale, step=step)
     if not torch.equal(_mask(selection, cache, kept[:, None]), kept):
-        raise RuntimeError(f"{attn!r}: engine {attn.engine!r} selects other keys than the reference")
+        raise Failure(f"engine {attn.engine!r} selects other keys than the reference: {short(attn)}")
     error = (output.out - expected.out).abs().max().item()
     if not error <= _ROUNDING * cache.values.abs().max().item():
-        raise RuntimeError(f"{attn!r}: the output of engine {attn.engine!r} is off by {error:.2e}")
+        raise Failure(f"the output of engine {attn.engine!r} is off by {error:.2e}: {short(attn)}")

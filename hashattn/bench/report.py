@@ -15,6 +15,7 @@ from typing import Any
 import numpy
 import torch
 
+import hashattn
 from hashattn.files import replacing
 
 
@@ -27,7 +28,7 @@ def environment(command: list[str], device: str = "cpu") -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {os.cpu_count()} cores",
         "versions": {
-            "hashattn": _version("hashattn"), "torch": torch.__version__, "numpy": numpy.__version__,
+            "hashattn": hashattn.__version__, "torch": torch.__version__, "numpy": numpy.__version__,
             "faiss": faiss, "python": platform.python_version(), **gpu,
         },
     }  # fmt: skip
@@ -73,12 +74,6 @@ def aligned(lines: list[tuple[str, ...]]) -> str:
     """Cells in columns, right-aligned."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
-
-
-def check_folder(name: str, path: str | None) -> None:
-    """Refuse at once what a long run would end in: raise ValueError if a file's folder is not there."""
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"--{name} {path}: there is no folder {Path(path).absolute().parent}")
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

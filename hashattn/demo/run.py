@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,12 @@ from torch import Tensor
 from hashattn.attention import HashAttention
 from hashattn.demo.story import ANSWER, FACT, QUESTION, build_story, contains_answer
 from hashattn.encoders import AsymmetricHash
+from hashattn.errors import refusals
 from hashattn.presets import budget_options
-from hashattn.saving import shipped
-from hashattn.workload.model import cache_argument, load
+from hashattn.presets.written import parse
+from hashattn.progress import bar
+from hashattn.saving import from_pretrained, shipped
+from hashattn.workload.model import cache_argument, check_source, load
 from hashattn.workload.texts import read_text
 
 if TYPE_CHECKING:
@@ -60,7 +64,7 @@ class Result:
     contenders: tuple[Contender, ...]
     agree: bool
     layers: str  # what ran where
-    note: str | None
+    notes: tuple[str, ...]
     reads: list[list[int]]  # [layers][positions]: how often query heads read each position
 
     def as_json(self) -> dict[str, Any]:
@@ -70,79 +74,111 @@ class Result:
 
 def run_demo(
     *, model: str | None = None, preset: str = "dashkv_fast", text: str | None = None, question: str | None = None,
-    context: int | None = None, budget: float | None = None, encoder: str | None = None, device: str | None = None,
+    context: int | None = None, budget: float | None = None, encoder: str | None = None, device: str = "cpu",
+    progress: bool = True,
 ) -> Result:  # fmt: skip
     """Run the demo; see `hashattn demo --help` for the arguments.
 
     Raises:
         ValueError: an argument that cannot be used; before anything is loaded where possible.
     """
-    budget_options(preset, budget, 1024)  # refuses an unknown preset or a wrong budget at once
-    fitted = encoder_options(preset, model, encoder)
-    passage = read_text(text).content
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _say(f"loading {model or 'SmolLM2-135M-Instruct'} on {device} ...")
-    network, tokenizer = load(model, device=device)
-    limit = getattr(network.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    tokens = context or min(CONTEXT, (limit or CONTEXT) - 2 * NEW_TOKENS)
-    if limit is not None and tokens + NEW_TOKENS > limit:
-        raise ValueError(
-            f"context must be at most {limit - NEW_TOKENS} for this model ({limit} positions), got {context}"
-        )
-    own = question is not None
-    story = build_story(tokenizer, passage, tokens=tokens, fact=None if own else FACT, question=question or QUESTION)
-    ids = story.input_ids.to(device)
-    tokens = ids.shape[1]
-    attn = HashAttention.from_preset(preset, **budget_options(preset, budget, tokens), **fitted)
-    # "auto" would run dense where that is faster, and show nothing.
-    attn = attn.replace(engine="cpu" if torch.device(device).type == "cpu" else "reference")
-    _say(f"{tokens:,} tokens" + ("" if own else f', with one fact in the middle: "{FACT}"'))
+    say = _say if progress else _say_nothing
+    with refusals():
+        name, options = parse(preset)
+        options |= encoder_options(preset, model, encoder)
+        if isinstance(options.get("pretrained"), str):
+            options["pretrained"] = from_pretrained(options["pretrained"])  # once for all that is built
+        first = composition(name, options, budget, CONTEXT)  # refuses a wrong budget at once
+        if first.encoder is not None:
+            first.encoder.check_fitted()
+        check_source(model)
+        passage = read_text(text)
+        say(f"loading {model or 'SmolLM2-135M-Instruct'} on {device} ...")
+        network, tokenizer = load(model, device=device)
+        own, asked = question is not None, QUESTION if question is None else question
+        wanted = _tokens(network, context)
+        story = build_story(tokenizer, passage.content, tokens=wanted, fact=None if own else FACT, question=asked)
+        ids = story.input_ids.to(device)
+        tokens = ids.shape[1]
+        attn = composition(name, options, budget, tokens)
+        # "auto" would run dense where that is faster, and show nothing.
+        attn = attn.replace(engine="cpu" if torch.device(device).type == "cpu" else "reference")
+        for each in (HashAttention.from_preset("full"), attn):
+            with each.attach(network):  # refuses a model that it cannot serve now, not after the text is read
+                pass
+    notes = []
+    if context is not None and tokens < context:
+        notes.append(f"{passage.name} ends after {tokens:,} tokens, where {context:,} were asked for")
+    say(f"{tokens:,} tokens" + ("" if own else f', with one fact in the middle: "{FACT}"'))
 
-    cache, seconds = prefill(network, ids[:, :-1])
+    cache, seconds = prefill(network, ids[:, :-1], progress=progress)
     known = None if own else ANSWER
     full = answer(network, tokenizer, ids, copy.deepcopy(cache), "full attention", known)
     own_cache = answer_with(HashAttention.from_preset("full"), network, tokenizer, ids, cache, "full, our cache", known)
     hashed = answer_with(attn, network, tokenizer, ids, cache, preset, known)
+    notes += [] if hashed[2] is None else [hashed[2]]
     contenders = (_with_bytes(full, own_cache[0]), own_cache[0], hashed[0])
     return Result(
-        model or "SmolLM2-135M-Instruct", preset, repr(attn), tokens, story.fact_span, question or QUESTION, seconds,
-        contenders, contenders[0].answer == contenders[-1].answer, hashed[1], hashed[2], hashed[3],
+        model or "SmolLM2-135M-Instruct", preset, repr(attn), tokens, story.fact_span, asked, seconds,
+        contenders, contenders[0].answer == contenders[-1].answer, hashed[1], tuple(notes), hashed[3],
     )  # fmt: skip
+
+
+def composition(name: str, options: Mapping[str, Any], budget: float | None, tokens: int) -> HashAttention:
+    """A preset with its options and a share of so many keys, or its own budget for None."""
+    return HashAttention.from_preset(name, **{**budget_options(name, budget, tokens, options), **options})
+
+
+def _tokens(network: PreTrainedModel, context: int | None) -> int:
+    """The length of the prompt: `context`, if that and the answer are within the model's positions.
+
+    Raises:
+        ValueError: they are not.
+    """
+    limit = getattr(network.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context is None:
+        return CONTEXT if limit is None else min(CONTEXT, limit - 2 * NEW_TOKENS)
+    most = context if limit is None else limit - NEW_TOKENS
+    if not 1 <= context <= most:
+        raise ValueError(f"context must be from 1 to {most} for this model ({limit} positions), got {context}")
+    return context
 
 
 def encoder_options(preset: str, model: str | None, encoder: str | None) -> dict[str, Any]:
     """The preset's option for fitted encoders: those named, else those that come with the library for its own model.
 
     Args:
+        preset: as :func:`hashattn.presets.written.parse` takes it. With options of its own it gets none unasked.
         encoder: a folder, a name, "none" for unfitted ones, or None.
 
     Raises:
         ValueError: encoders that are not there, or that the preset does not take.
     """
+    name, options = parse(preset)
     if encoder == "none":
         return {}
     if encoder is None:
-        name = OWN_ENCODERS.get(preset, OWN_ENCODERS["dashkv"])
-        takes = isinstance(HashAttention.from_preset(preset).encoder, AsymmetricHash)
-        if model is not None or not takes or name not in shipped():
+        own = OWN_ENCODERS.get(name, OWN_ENCODERS["dashkv"])
+        takes = isinstance(HashAttention.from_preset(name).encoder, AsymmetricHash)
+        if model is not None or not takes or options or own not in shipped():
             return {}
-        encoder = name
-    HashAttention.from_preset(preset, pretrained=encoder)
+        encoder = own
+    HashAttention.from_preset(name, **options, pretrained=encoder)
     return {"pretrained": encoder}
 
 
 @torch.inference_mode()
-def prefill(network: PreTrainedModel, ids: Tensor) -> tuple[DynamicCache, float]:
+def prefill(network: PreTrainedModel, ids: Tensor, *, progress: bool = True) -> tuple[DynamicCache, float]:
     """Keys and values of a prompt [1, N], computed densely in chunks under a progress bar."""
-    from tqdm import tqdm
     from transformers import DynamicCache
 
     cache, began = DynamicCache(config=network.config), time.perf_counter()
-    with tqdm(total=ids.shape[1], desc="reading the text", unit="token", file=sys.stderr) as bar:
+    total = ids.shape[1]
+    with bar("hf", "the demo", total=total, desc="reading the text", unit="token", shown=progress) as shown:
         for first in range(0, ids.shape[1], CHUNK):
             chunk = ids[:, first : first + CHUNK]
             network(input_ids=chunk, **{cache_argument(network): cache}, use_cache=True, logits_to_keep=1)
-            bar.update(chunk.shape[1])
+            shown.update(chunk.shape[1])
     return cache, time.perf_counter() - began
 
 
@@ -213,3 +249,7 @@ def _with_bytes(plain: Contender, measured: Contender) -> Contender:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _say_nothing(line: str) -> None:
+    pass

@@ -12,7 +12,9 @@ from torch import Tensor
 from hashattn.encoders.base import check_bits, key_bits, query_planes, subtract
 from hashattn.encoders.fitted import FittedEncoder
 from hashattn.encoders.simhash import orthogonal_planes
+from hashattn.lasting import lasting
 from hashattn.ops.hamming import pack_bits
+from hashattn.shapes import check_int, check_seed
 
 
 class ALSH(FittedEncoder, ABC):
@@ -28,8 +30,7 @@ class ALSH(FittedEncoder, ABC):
 
     def __init__(self, bits: int, query_bits: int, seed: int) -> None:
         super().__init__("limit")
-        check_bits(bits, query_bits)
-        self.bits, self.query_bits, self.seed = bits, query_bits, seed
+        (self.bits, self.query_bits), self.seed = check_bits(bits, query_bits), check_seed(seed)
 
     def fit(self, q: Tensor | None, k: Tensor) -> Self:
         """Measure the key norms of keys [B, Hkv, N, D]; queries play no part. Returns itself.
@@ -39,6 +40,9 @@ class ALSH(FittedEncoder, ABC):
         """
         self._fill(k.device, limit=self._pooled(k, 1).norm(dim=-1).amax(1))
         return self
+
+    def shapes(self, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
+        return ((kv_heads,),)
 
     def _scaled(self, k: Tensor, centre: Tensor | None) -> Tensor:
         """Keys over M, float32 [B, Hkv, N, D], of norm at most 1."""
@@ -96,8 +100,7 @@ class L2ALSH(ALSH):
         self, bits: int = 128, *, powers: int = 3, norm: float = 0.83, width: float = 2.5, seed: int = 0
     ) -> None:
         super().__init__(bits, 1, seed)
-        if not isinstance(powers, int) or powers < 1:
-            raise ValueError(f"powers must be an int of at least 1, got {powers!r}")
+        powers = check_int("powers", powers, 1, 32)
         if not (0 < norm < 1 and width > 0):
             raise ValueError(f"norm must be between 0 and 1 and width above 0, got {norm!r} and {width!r}")
         self.powers, self.norm, self.width = powers, norm, width
@@ -123,6 +126,7 @@ class L2ALSH(ALSH):
 
 
 @lru_cache(maxsize=64)
+@lasting
 def gaussian_hashes(dim: int, bits: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Gaussian directions [dim, bits] and offsets [bits] in [0, 1), float32; do not write to them."""
     generator = torch.Generator().manual_seed(seed)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from hashattn.encoders.centring import Centring
 from hashattn.encoders.learned import DEFAULT_CENTRING, HashNet, LearnedHash
+from hashattn.shapes import check_int
 
 
 class AsymmetricHash(LearnedHash):
@@ -40,7 +41,8 @@ class AsymmetricHash(LearnedHash):
         bias_bits: int = 0,
     ) -> None:
         super().__init__(bits, query_bits, heads, centring, seed, bias_bits)
-        self.query_hidden, self.key_hidden = tuple(query_hidden), tuple(key_hidden)
+        self.query_hidden = tuple(check_int("query_hidden", width, 1) for width in query_hidden)
+        self.key_hidden = tuple(check_int("key_hidden", width, 1) for width in key_hidden)
 
     def _make_nets(self, planes: Tensor) -> tuple[HashNet, HashNet]:
         heads = self.heads or 1

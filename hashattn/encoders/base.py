@@ -10,6 +10,7 @@ from torch import Tensor
 from hashattn.encoders.centring import Centring
 from hashattn.ops.decode import Map
 from hashattn.ops.hamming import query_planes
+from hashattn.shapes import check_int
 
 __all__ = ["Encoder", "check_bits", "key_bits", "query_planes", "subtract"]
 
@@ -74,6 +75,9 @@ class Encoder(ABC):
     def check_model(self, q_heads: int, kv_heads: int, head_dim: int) -> None:  # noqa: B027 (nothing to check is fine)
         """Raise ValueError if heads of this number and size cannot be encoded."""
 
+    def prepare(self, kv_heads: int, head_dim: int, device: torch.device) -> None:  # noqa: B027 (most have none to make)
+        """Make room on a device for the weights that are only shaped by fit(), as loading fills them."""
+
     def check_fitted(self) -> None:
         """Raise RuntimeError if it is not fitted; one that encodes all the same, and warns, lets that pass."""
         if not getattr(self, "fitted", True):
@@ -83,14 +87,12 @@ class Encoder(ABC):
             )
 
 
-def check_bits(bits: int, query_bits: int = 1, most: int = 1024) -> None:
-    """Raise unless 8 <= bits <= most and query_bits is 1, 2, 4 or 8."""
-    if not isinstance(bits, int) or isinstance(bits, bool):
-        raise TypeError(f"bits must be an int from 8 to {most}, got {bits!r}")
-    if not 8 <= bits <= most:
-        raise ValueError(f"bits must be from 8 to {most}, got {bits}")
-    if query_bits not in (1, 2, 4, 8):
+def check_bits(bits: int, query_bits: int = 1, most: int = 1024) -> tuple[int, int]:
+    """Both as ints; raises, as check_int(), unless 8 <= bits <= most and query_bits is 1, 2, 4 or 8."""
+    bits, planes = check_int("bits", bits, 8, most), check_int("query_bits", query_bits, 1, 8)
+    if planes not in (1, 2, 4, 8):
         raise ValueError(f"query_bits must be 1, 2, 4 or 8, got {query_bits!r}")
+    return bits, planes
 
 
 def subtract(k: Tensor, centre: Tensor | None) -> Tensor:

@@ -50,7 +50,7 @@ class KeyBias(nn.Module):
 
     def penalties(self, x: Tensor) -> Tensor:
         """What a key's byte holds: int64 [B, heads, N], 0 to 255."""
-        return self(x).round_().neg_().add_(NEUTRAL).clamp_(0, 255).long()
+        return self(x).round_().neg_().add_(NEUTRAL).nan_to_num_(NEUTRAL).clamp_(0, 255).long()
 
 
 def write_bias(codes: Tensor, penalties: Tensor | int) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hashattn.shapes import keep_ints
+
 
 @dataclass(frozen=True)
 class Centring:
@@ -26,8 +28,7 @@ class Centring:
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength must be above 0 and at most 1 (centring=None for none), got {self.strength!r}")
-        if self.keys < 1 or self.skip < 0:
-            raise ValueError(f"keys must be at least 1 and skip at least 0, got {self.keys!r} and {self.skip!r}")
+        keep_ints(self, keys=1, skip=0)
 
     @property
     def warmup(self) -> int:

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from hashattn.encoders.base import Encoder, subtract
 from hashattn.encoders.centring import Centring
+from hashattn.lasting import lasting
+from hashattn.shapes import check_int, check_seed, keep_ints
 
 
 @lru_cache(maxsize=64)
+@lasting
 def rotations(dim: int, rounds: int, half: int, seed: int, device: torch.device) -> Tensor:
     """Orthonormal random directions of each round, float32 [dim, rounds * half]; do not write to it."""
     generator = torch.Generator().manual_seed(seed)
@@ -46,9 +49,10 @@ class CrossPolytope(Encoder):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rounds <= 128:
-            raise ValueError(f"rounds must be from 1 to 128, got {self.rounds!r}")
-        if not 2 <= self.buckets <= 256 or self.buckets % 2:
+        keep_ints(self, rounds=1, buckets=2)
+        check_int("rounds", self.rounds, 1, 128)
+        object.__setattr__(self, "seed", check_seed(self.seed))
+        if self.buckets > 256 or self.buckets % 2:
             raise ValueError(f"buckets must be even and from 2 to 256, got {self.buckets!r}")
 
     def check_model(self, q_heads: int, kv_heads: int, head_dim: int) -> None:

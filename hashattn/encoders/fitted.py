@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor, nn
 
 from hashattn.encoders.base import Encoder
+from hashattn.lasting import lasting
 
 
 class FittedEncoder(nn.Module, Encoder):
@@ -15,11 +18,20 @@ class FittedEncoder(nn.Module, Encoder):
         buffers: their names. The first one's second axis, if it has one, is D.
     """
 
+    @lasting
     def __init__(self, *buffers: str) -> None:
         super().__init__()
         self._names = buffers
         for name in buffers:
             self.register_buffer(name, torch.empty(0))
+
+    @abstractmethod
+    def shapes(self, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
+        """Of the buffers, in their order, once it is fitted to such a model."""
+
+    def prepare(self, kv_heads: int, head_dim: int, device: torch.device) -> None:
+        for name, shape in zip(self._names, self.shapes(kv_heads, head_dim), strict=True):
+            setattr(self, name, torch.empty(shape, device=device))
 
     @property
     def fitted(self) -> bool:
@@ -52,6 +64,7 @@ class FittedEncoder(nn.Module, Encoder):
             raise ValueError("k must be finite: leave padding out")
         return keys
 
+    @lasting
     def _fill(self, device: torch.device, **buffers: Tensor) -> None:
         """Set all buffers at once, as float32 on this device."""
         for name, value in buffers.items():
@@ -63,6 +76,7 @@ class FittedEncoder(nn.Module, Encoder):
         grouped = q.float().reshape(q.shape[0], len(projection), -1, q.shape[-1])  # [B, Hkv, G*T, D]
         return (grouped @ projection).view(*q.shape[:3], projection.shape[-1])
 
+    @lasting
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         for name in self._names:  # their shapes are known only once fitted
             if prefix + name in state_dict:

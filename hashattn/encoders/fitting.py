@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hashattn.encoders.losses import Batch, combined, parse
 from hashattn.encoders.sample import Sample
+from hashattn.lasting import lasting
 
 if TYPE_CHECKING:
     from hashattn.encoders.learned import LearnedHash
@@ -19,6 +20,7 @@ FEWEST = 64  # a query that sees fewer keys teaches nothing
 LARGEST_GRADIENT = 1.0
 
 
+@lasting
 def fit(
     encoder: LearnedHash,
     samples: Sequence[Sample],
@@ -68,7 +70,7 @@ def fit(
     check_samples(encoder, samples)
     before = state_of(encoder)
     try:
-        scale = scale or samples[0].q.shape[-1] ** -0.5
+        scale = samples[0].q.shape[-1] ** -0.5 if scale is None else scale
         seed = encoder.seed if seed is None else seed
         run = Run(encoder, samples, weights, steps, queries, keys, lr, temperature, scale, continuation, seed)
         good = state_of(encoder)
@@ -154,7 +156,10 @@ class Run:
             student = student + 2 * bias.repeat_interleave(len(q) // len(bias), 0).unsqueeze(1)
         with torch.no_grad():
             teacher = grouped_product(q, k) * self.scale
-        return Batch(teacher, student * self.log_scale.exp(), seen, v_q, v_k, h_q, h_k, self.temperature, generator)
+        return Batch(
+            teacher, student * self.log_scale.exp(), seen, v_q, v_k, h_q, h_k, self.temperature, generator, self.unit,
+            encoder.key_net.skip,
+        )  # fmt: skip
 
     def _relax(self, v: Tensor, done: float) -> Tensor:
         if done < self.continuation:

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from hashattn.encoders.base import Encoder
+from hashattn.lasting import lasting
+from hashattn.shapes import check_int
 
-_LEVELS = 7  # of 4 bits to either side of zero
+_STEPS = 15  # between the 16 levels of 4 bits
 
 
 class HeavyChannels(nn.Module, Encoder):
@@ -18,20 +20,19 @@ class HeavyChannels(nn.Module, Encoder):
 
     Args:
         channels: how many of head_dim; the authors' code takes an eighth to a half.
-        label_bits: 4 rounds each label to 15 levels about zero, with a scale a key (the authors' 16 levels run from the
-            least label to the largest, and they round queries too); None does not. It is the rounding only: labels stay
-            in the keys' dtype and take no less memory.
+        label_bits: 4 rounds the labels of each key, and a query's channels, to 16 levels that run evenly from their
+            least to their largest, as the authors' code does; None does not. It is the rounding only: labels stay in
+            the keys' dtype and take no less memory.
     """
 
     code = "vector"
 
+    @lasting
     def __init__(self, channels: int = 16, *, label_bits: int | None = 4) -> None:
         super().__init__()
-        if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
-            raise ValueError(f"channels must be an int of at least 1, got {channels!r}")
         if label_bits not in (None, 4):
             raise ValueError(f"label_bits must be 4 or None, got {label_bits!r}")
-        self.channels, self.label_bits = channels, label_bits
+        self.channels, self.label_bits = check_int("channels", channels, 1), label_bits
         self.heavy: Tensor
         self.register_buffer("heavy", torch.empty(0, dtype=torch.int64))  # [Hkv, r], ascending
 
@@ -42,6 +43,7 @@ class HeavyChannels(nn.Module, Encoder):
     def code_bytes(self, head_dim: int, itemsize: int) -> int:
         return self.channels * itemsize
 
+    @lasting
     def fit(self, q: Tensor, k: Tensor) -> HeavyChannels:
         """Fit to queries [B, Hq, T, D] and keys [B, Hkv, N, D]. Returns itself.
 
@@ -61,30 +63,41 @@ class HeavyChannels(nn.Module, Encoder):
         self.fits += 1
         return self
 
+    def prepare(self, kv_heads: int, head_dim: int, device: torch.device) -> None:
+        self.heavy = torch.empty((kv_heads, self.channels), dtype=torch.int64, device=device)
+
     def check_model(self, q_heads: int, kv_heads: int, head_dim: int) -> None:
-        if self.fitted and (len(self.heavy) != kv_heads or int(self.heavy.max()) >= head_dim):
+        if not self.fitted:
+            return
+        least, most = (int(x) for x in self.heavy.aminmax())
+        if len(self.heavy) != kv_heads or not 0 <= least <= most < head_dim:
             raise ValueError(
-                f"these HeavyChannels were fitted to {len(self.heavy)} KV heads and channels up to "
-                f"{int(self.heavy.max())}, but were given {kv_heads} heads of head_dim {head_dim}"
+                f"these HeavyChannels were fitted to {len(self.heavy)} KV heads and channels {least} to {most}, but "
+                f"were given {kv_heads} heads of head_dim {head_dim}"
             )
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         """Labels [B, Hkv, N, r], in the keys' dtype."""
-        labels = self._taken(k)
-        if self.label_bits is None:
-            return labels
-        size = labels.float().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / _LEVELS
-        return ((labels.float() / size).round() * size).to(labels.dtype)
+        return self._rounded(self._taken(k))
 
     def encode_query(self, q: Tensor) -> Tensor:
-        """The same channels of queries, [B, Hq, T, r]."""
-        return self._taken(q)
+        """The same of queries, [B, Hq, T, r]."""
+        return self._rounded(self._taken(q))
+
+    def _rounded(self, labels: Tensor) -> Tensor:
+        if self.label_bits is None:
+            return labels
+        least, largest = labels.float().aminmax(dim=-1, keepdim=True)
+        step = (largest - least) / _STEPS
+        level = ((labels.float() - least) / step.clamp(min=torch.finfo(torch.float32).tiny)).round()
+        return (least + level * step).to(labels.dtype)
 
     def _taken(self, x: Tensor) -> Tensor:
         self.check_fitted()
         channels = self.heavy.repeat_interleave(x.shape[1] // len(self.heavy), 0)
         return x.gather(-1, channels[None, :, None].expand(len(x), -1, x.shape[2], -1))
 
+    @lasting
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         if prefix + "heavy" in state_dict:  # its shape is known only once fitted
             self.heavy = torch.empty_like(state_dict[prefix + "heavy"], device=self.heavy.device)

@@ -8,6 +8,7 @@ from torch import Tensor
 from hashattn.encoders.base import check_bits, key_bits, query_planes, subtract
 from hashattn.encoders.fitted import FittedEncoder
 from hashattn.extras import require
+from hashattn.shapes import check_int, check_seed
 
 
 class ITQ(FittedEncoder):
@@ -26,10 +27,8 @@ class ITQ(FittedEncoder):
 
     def __init__(self, bits: int = 128, *, query_bits: int = 1, iterations: int = 50, seed: int = 0) -> None:
         super().__init__("projection", "mean")
-        check_bits(bits, query_bits)
-        if iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {iterations}")
-        self.bits, self.query_bits, self.iterations, self.seed = bits, query_bits, iterations, seed
+        self.bits, self.query_bits = check_bits(bits, query_bits)
+        self.iterations, self.seed = check_int("iterations", iterations, 1), check_seed(seed)
         self.projection: Tensor  # [Hkv, D, bits]
         self.mean: Tensor  # [Hkv, D]
 
@@ -60,6 +59,9 @@ class ITQ(FittedEncoder):
             heads.append(torch.cat(blocks, dim=1))
         self._fill(k.device, projection=torch.stack(heads), mean=mean)
         return self
+
+    def shapes(self, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
+        return (kv_heads, head_dim, self.bits), (kv_heads, head_dim)
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         self.check_fitted()

@@ -22,7 +22,9 @@ from hashattn.encoders.bias import NEUTRAL, KeyBias, check_bias, write_bias
 from hashattn.encoders.centring import Centring
 from hashattn.encoders.progress import progress_of
 from hashattn.encoders.simhash import orthogonal_planes
+from hashattn.lasting import lasting
 from hashattn.ops.decode import Map
+from hashattn.shapes import check_int, check_seed
 
 DEFAULT_CENTRING = Centring()
 
@@ -81,15 +83,16 @@ class LearnedHash(nn.Module, Encoder):
     computed in float32. An MLP's queries are scaled to unit mean square first.
     """
 
+    @lasting
     def __init__(
         self, bits: int, query_bits: int, heads: int | None, centring: Centring | None, seed: int, bias_bits: int = 0
     ) -> None:
         super().__init__()
-        check_bits(bits, query_bits)
-        check_bias(bits, query_bits, bias_bits)
-        if heads is not None and heads < 1:
-            raise ValueError(f"heads must be at least 1, or None for weights that all heads share, got {heads}")
-        self.bits, self.query_bits, self.heads, self.seed, self.bias_bits = bits, query_bits, heads, seed, bias_bits
+        self.bits, self.query_bits = check_bits(bits, query_bits)
+        self.bias_bits = check_int("bias_bits", bias_bits, 0)
+        check_bias(self.bits, self.query_bits, self.bias_bits)
+        self.heads = heads if heads is None else check_int("heads", heads, 1, hint="or None, shared by all")
+        self.seed = check_seed(seed)
         self._row_centring = centring
         self.query_net: HashNet | None = None
         self.key_net: HashNet | None = None
@@ -141,6 +144,7 @@ class LearnedHash(nn.Module, Encoder):
         if self.fitted and len(self.mean) != kv_heads:
             raise ValueError(f"this encoder was fitted to {len(self.mean)} KV heads, but got {kv_heads}")
 
+    @lasting
     def build(self, head_dim: int, device: torch.device | str = "cpu") -> Self:
         """Make the weights for this head dimension, if there are none yet. Returns itself."""
         if self.query_net is None:
@@ -148,6 +152,7 @@ class LearnedHash(nn.Module, Encoder):
             self.query_net, self.key_net = self._make_nets(planes)
         return self
 
+    @lasting
     def build_bias(self, heads: int) -> Self:
         """Make the weights of the keys' bias, if it has one and there are none yet. Returns itself."""
         if self.biased and self.key_bias is None:
@@ -155,6 +160,10 @@ class LearnedHash(nn.Module, Encoder):
             planes = self.key_net.skip
             self.key_bias = KeyBias(heads, planes.shape[1], self.seed + 2).to(planes.device)
         return self
+
+    def prepare(self, kv_heads: int, head_dim: int, device: torch.device) -> None:
+        self.build(head_dim, device).build_bias(self.code_heads(kv_heads))
+        self.mean = torch.empty((kv_heads, head_dim), device=device)
 
     def project_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         """Keys before the sign: float32 [B, code heads, N, bits - bias_bits]."""
@@ -226,6 +235,7 @@ class LearnedHash(nn.Module, Encoder):
         self.fits += 1
         return self
 
+    @lasting
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         if prefix + "key_net.skip" in state_dict:  # shapes are known only now
             self.build(state_dict[prefix + "key_net.skip"].shape[1], self.mean.device)

@@ -22,6 +22,8 @@ class Batch:
         h_q, h_k: relaxed codes in -1 .. 1, of these shapes.
         temperature: of the teacher's softmax.
         generator: for what is drawn.
+        unit: what v_k was multiplied with.
+        planes: weights of the keys' linear map, [heads, D, bits], for terms of weights alone; None if there is none.
     """
 
     teacher: Tensor
@@ -33,6 +35,8 @@ class Batch:
     h_k: Tensor
     temperature: float
     generator: torch.Generator
+    unit: float = 1.0
+    planes: Tensor | None = None
 
     def visible(self) -> Tensor:
         """Keys that each query sees, at least 1: int64 [T, 1]."""
@@ -91,21 +95,27 @@ def bce(batch: Batch, *, share: float = 0.02) -> Tensor:
 
 
 def similarity(batch: Batch, *, share: float = 0.1, most: float = 20.0) -> Tensor:
-    """Similarity-weighted distance (HATA, arXiv 2506.02572): the top 10% are drawn near, the others pushed away.
+    """HATA's first term (arXiv 2506.02572, section 3.1): the top 10% are drawn near, the others pushed away.
 
-    A key's weight falls from `most` to 1 over the true top `share` and is -1 beyond; the loss is the weighted mean of
-    the codes' distance, from 0 to 1, normalised by the weights. The authors' code adds the balance of bits, and that
-    the hash be near orthogonal.
+    A key's weight falls from `most` to 1 over the true top `share` and is -1 beyond. The loss is the weighted sum of
+    |h_q - h_k|^2 over a head's pairs, by their number, summed over heads.
     """
     best, count = batch.best(share)
     ranks = torch.arange(best.shape[-1], device=best.device)
     falling = (most - (most - 1) * ranks / (count - 1).clamp(min=1)).clamp(min=1)
     weight = torch.full_like(batch.student, -1.0)
     weight = weight.scatter(-1, best, torch.where(ranks < count, falling, -1.0).expand_as(best)) * batch.seen
-    group = len(batch.h_q) // len(batch.h_k)
-    h_k = batch.h_k.repeat_interleave(group, 0) if group > 1 else batch.h_k
-    distance = 0.5 - 0.5 * (batch.h_q @ h_k.transpose(-1, -2)) / batch.h_q.shape[-1]
-    return (weight * distance).sum() / weight.abs().sum().clamp(min=1)
+    h_q, h_k = _softened(batch)
+    apart = h_q.square().sum(-1, keepdim=True) + h_k.square().sum(-1).unsqueeze(1) - 2 * h_q @ h_k.transpose(-1, -2)
+    return (weight * apart).sum() / batch.seen.sum().clamp(min=1)
+
+
+def pair_balance(batch: Batch) -> Tensor:
+    """HATA's second term: |sum(h_q + h_k)|^2 over a head's pairs, by their number and the bits', summed over heads."""
+    h_q, h_k = _softened(batch)
+    seen = batch.seen.to(h_q.dtype)
+    total = (seen.sum(-1, keepdim=True) * h_q).sum(1) + (seen.sum(0).unsqueeze(-1) * h_k).sum(1)  # [Hq, bits]
+    return (total / seen.sum().clamp(min=1) / h_q.shape[-1]).square().sum()
 
 
 def balance(batch: Batch) -> Tensor:
@@ -134,9 +144,17 @@ def sum_of(term: Callable[[Tensor, Tensor], Tensor], batch: Batch) -> Tensor:
     return term(batch.v_q, batch.h_q) + term(batch.v_k, batch.h_k)
 
 
+def orthogonality(planes: Tensor) -> Tensor:
+    """HATA's third term: the distance |W'W - I| of the planes [heads, D, bits] from orthonormal ones."""
+    identity = torch.eye(planes.shape[-1], device=planes.device)
+    return torch.linalg.vector_norm(planes.transpose(-1, -2) @ planes - identity)
+
+
 LOSSES: dict[str, Callable[[Batch], Tensor]] = {
-    loss.__name__: loss for loss in (kl, ranking, bce, similarity, balance, quantisation, decorrelation)
+    loss.__name__: loss for loss in (kl, ranking, bce, similarity, pair_balance, balance, quantisation, decorrelation)
 }
+OF_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {"orthogonality": orthogonality}
+HATA = "0.01 * similarity + pair_balance + 2 * orthogonality"  # epsilon, lambda and eta of its training
 
 
 def parse(text: str) -> dict[str, float]:
@@ -149,10 +167,10 @@ def parse(text: str) -> dict[str, float]:
     for term in text.split("+"):
         factor, _, name = term.rpartition("*")
         name = name.strip()
-        if name not in LOSSES:
+        if name not in LOSSES and name not in OF_WEIGHTS:
             raise ValueError(
-                f"loss {text!r} has no known term {name!r}: the terms are {', '.join(LOSSES)}, joined as in "
-                "'kl + 0.1 * balance'"
+                f"loss {text!r} has no known term {name!r}: the terms are {', '.join((*LOSSES, *OF_WEIGHTS))}, joined "
+                "as in 'kl + 0.1 * balance'"
             )
         try:
             weight = float(factor) if factor else 1.0
@@ -167,8 +185,27 @@ def parse(text: str) -> dict[str, float]:
 
 
 def combined(weights: dict[str, float], batch: Batch) -> Tensor:
-    """The weighted sum of the terms."""
-    return torch.stack([weight * LOSSES[name](batch) for name, weight in weights.items()]).sum()
+    """The weighted sum of the terms.
+
+    Raises:
+        ValueError: a term of weights, and a batch without any.
+    """
+    terms = []
+    for name, weight in weights.items():
+        if name in LOSSES:
+            terms.append(weight * LOSSES[name](batch))
+        elif batch.planes is not None:
+            terms.append(weight * OF_WEIGHTS[name](batch.planes))
+        else:
+            raise ValueError(f"{name} is a term of weights, but the batch has planes=None")
+    return torch.stack(terms).sum()
+
+
+def _softened(batch: Batch) -> tuple[Tensor, Tensor]:
+    """HATA's 2 sigmoid(0.1 x) - 1 of projections: h_q [Hq, T, bits] and h_k [Hq, N, bits]."""
+    group = len(batch.v_q) // len(batch.v_k)
+    v_k = batch.v_k.repeat_interleave(group, 0) if group > 1 else batch.v_k
+    return torch.tanh(0.05 * batch.v_q), torch.tanh(0.05 / batch.unit * v_k)
 
 
 def _below(limit: Tensor, heads: int, n: int, generator: torch.Generator) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hashattn.encoders.fitted import FittedEncoder
+from hashattn.shapes import check_int
 
 
 class PCA(FittedEncoder):
@@ -24,9 +25,7 @@ class PCA(FittedEncoder):
 
     def __init__(self, components: int) -> None:
         super().__init__("projection")
-        if not isinstance(components, int) or components < 1:
-            raise ValueError(f"components must be an int of at least 1 (say head_dim / 4), got {components!r}")
-        self.components = components
+        self.components = check_int("components", components, 1, hint="say head_dim / 4")
         self.projection: Tensor  # [Hkv, D, components]
 
     def fit(self, q: Tensor | None, k: Tensor) -> PCA:
@@ -41,6 +40,9 @@ class PCA(FittedEncoder):
         _, axes = torch.linalg.eigh(centred.transpose(1, 2) @ centred)  # ascending
         self._fill(k.device, projection=axes.flip(-1)[..., : self.components])
         return self
+
+    def shapes(self, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
+        return ((kv_heads, head_dim, self.components),)
 
     def check_model(self, q_heads: int, kv_heads: int, head_dim: int) -> None:
         self._check_components(head_dim)

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from hashattn.encoders.base import Encoder
 from hashattn.extras import require
+from hashattn.lasting import lasting
+from hashattn.shapes import check_int, check_seed
 
 _BLOCK = 8192  # keys whose distances to all centroids are held at a time
 
@@ -28,19 +30,15 @@ class PQ(nn.Module, Encoder):
 
     code = "pq"
 
+    @lasting
     def __init__(
         self, subquantisers: int = 16, *, sub_bits: int = 8, shared: bool = False, iterations: int = 25, seed: int = 0
     ) -> None:
         super().__init__()
-        if not isinstance(subquantisers, int) or subquantisers < 1:
-            raise ValueError(f"subquantisers must be an int of at least 1, got {subquantisers!r}")
-        if sub_bits not in (4, 5, 6, 7, 8):
-            raise ValueError(f"sub_bits must be from 4 to 8, got {sub_bits!r}")
-        if iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {iterations}")
-        self.subquantisers, self.sub_bits, self.shared = subquantisers, sub_bits, shared
-        self.iterations, self.seed = iterations, seed
-        self.bits = subquantisers * sub_bits
+        self.subquantisers = check_int("subquantisers", subquantisers, 1)
+        self.sub_bits, self.shared = check_int("sub_bits", sub_bits, 4, 8), shared
+        self.iterations, self.seed = check_int("iterations", iterations, 1), check_seed(seed)
+        self.bits = self.subquantisers * self.sub_bits
         self.codebooks: Tensor
         self.register_buffer("codebooks", torch.empty(0))  # [Hkv or 1, m, 2^sub_bits, D / m]
 
@@ -51,6 +49,7 @@ class PQ(nn.Module, Encoder):
     def code_bytes(self, head_dim: int, itemsize: int) -> int:
         return self.subquantisers
 
+    @lasting
     def fit(self, q: Tensor | None, k: Tensor) -> PQ:
         """Fit to keys [B, Hkv, N, D]; queries play no part. Needs FAISS. Returns itself.
 
@@ -78,6 +77,11 @@ class PQ(nn.Module, Encoder):
         self.codebooks = torch.stack(books).unflatten(0, (-1, self.subquantisers)).to(k.device)
         self.fits += 1
         return self
+
+    def prepare(self, kv_heads: int, head_dim: int, device: torch.device) -> None:
+        self._check_dim(head_dim)
+        shape = 1 if self.shared else kv_heads, self.subquantisers, 1 << self.sub_bits, head_dim // self.subquantisers
+        self.codebooks = torch.empty(shape, device=device)
 
     def check_model(self, q_heads: int, kv_heads: int, head_dim: int) -> None:
         self._check_dim(head_dim)
@@ -128,6 +132,7 @@ class PQ(nn.Module, Encoder):
                 f"{next(m for m in range(self.subquantisers, 0, -1) if head_dim % m == 0)} would fit"
             )
 
+    @lasting
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         if prefix + "codebooks" in state_dict:  # their shape is known only once fitted
             self.codebooks = torch.empty_like(state_dict[prefix + "codebooks"], device=self.codebooks.device)

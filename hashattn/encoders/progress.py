@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from hashattn.extras import require
+from hashattn.progress import bar as progress_bar
 
 
 @contextlib.contextmanager
@@ -18,7 +18,7 @@ def progress_of(steps: int, shown: bool) -> Iterator[Callable[[int, float], None
     if not shown:
         yield None
         return
-    with require("tqdm", "fit", "a progress bar").tqdm(total=steps, desc="fitting", unit="step") as bar:
+    with progress_bar("fit", "a progress bar", total=steps, desc="fitting", unit="step") as bar:
 
         def watch(step: int, loss: float) -> None:
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)

@@ -12,6 +12,7 @@ from hashattn.encoders.base import Encoder, check_bits, key_bits, subtract
 from hashattn.encoders.centring import Centring
 from hashattn.encoders.simhash import orthogonal_planes
 from hashattn.ops.hamming import words
+from hashattn.shapes import check_seed, keep_ints
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,10 @@ class RaBitQ(Encoder):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        keep_ints(self, bits=0)
         if self.bits:
             check_bits(self.bits)
+        object.__setattr__(self, "seed", check_seed(self.seed))
 
     def check_model(self, q_heads: int, kv_heads: int, head_dim: int) -> None:
         if self.bits and self.bits < head_dim:

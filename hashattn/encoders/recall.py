@@ -11,6 +11,7 @@ from torch import Tensor
 from hashattn.encoders.base import Encoder
 from hashattn.encoders.sample import Sample
 from hashattn.index import FlatHamming, Index
+from hashattn.naming import short
 from hashattn.ops.nearest import nearest
 
 
@@ -42,7 +43,9 @@ def recall_and_mass(
         raise ValueError("samples must hold at least one, got none")
     index = index or FlatHamming()
     if not index.accepts(encoder.code):
-        raise ValueError(f"encoder must make codes that {index!r} holds, got {encoder!r}, which makes {encoder.code!r}")
+        raise ValueError(
+            f"encoder must make codes that {short(index)} holds, got {short(encoder)}, which makes {encoder.code!r}"
+        )
     found = [_judge(encoder, index, sample, budget, k, queries) for sample in samples]
     recall, mass = (sum(values) / len(found) for values in zip(*found, strict=True))
     return recall, mass

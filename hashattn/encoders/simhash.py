@@ -16,10 +16,13 @@ from hashattn.encoders.base import (
     subtract,
 )
 from hashattn.encoders.centring import Centring
+from hashattn.lasting import lasting
 from hashattn.ops.decode import Map
+from hashattn.shapes import check_seed, keep_ints
 
 
 @lru_cache(maxsize=64)
+@lasting
 def orthogonal_planes(dim: int, bits: int, seed: int, device: torch.device) -> Tensor:
     """float32 [dim, bits]: blocks of orthonormal random directions (Super-Bit, Ji et al. 2012); do not write to it."""
     generator = torch.Generator().manual_seed(seed)
@@ -31,6 +34,7 @@ def orthogonal_planes(dim: int, bits: int, seed: int, device: torch.device) -> T
 
 
 @lru_cache(maxsize=64)
+@lasting
 def independent_planes(dim: int, bits: int, seed: int, device: torch.device) -> Tensor:
     """float32 [dim, bits]: independent Gaussian directions (Charikar 2002); do not write to it."""
     return torch.randn(dim, bits, generator=torch.Generator().manual_seed(seed)).to(device)
@@ -58,6 +62,8 @@ class SimHash(Encoder):
 
     def __post_init__(self) -> None:
         check_bits(self.bits, self.query_bits, most=4096)
+        keep_ints(self, bits=8, query_bits=1)
+        object.__setattr__(self, "seed", check_seed(self.seed))
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         return key_bits(subtract(k, centre) @ self._planes(k.shape[-1], k.device))

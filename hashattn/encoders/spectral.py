@@ -29,8 +29,7 @@ class SpectralHash(FittedEncoder):
 
     def __init__(self, bits: int = 128) -> None:
         super().__init__("projection", "mean", "phase", "radius")
-        check_bits(bits)
-        self.bits = bits
+        self.bits, _ = check_bits(bits)
         self.projection: Tensor  # [Hkv, D, bits], axes times j pi / (b - a)
         self.mean: Tensor  # [Hkv, D]
         self.phase: Tensor  # [Hkv, bits], -a j pi / (b - a)
@@ -60,6 +59,9 @@ class SpectralHash(FittedEncoder):
             radius=centred.square().sum(-1).mean(1).sqrt(),
         )
         return self
+
+    def shapes(self, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
+        return (kv_heads, head_dim, self.bits), (kv_heads, head_dim), (kv_heads, self.bits), (kv_heads,)
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         self.check_fitted()

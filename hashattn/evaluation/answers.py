@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from hashattn.errors import refusals
 from hashattn.evaluation.benchmarks import Asked
 from hashattn.evaluation.contenders import FULL, Contender
-from hashattn.evaluation.continuation import looks_back, prefill
-from hashattn.extras import require
+from hashattn.evaluation.continuation import looks_back, prefill, reads_of
+from hashattn.progress import bar
 from hashattn.workload.model import cache_argument
 from hashattn.workload.prompt import beginning, encode, frame
 
@@ -29,13 +29,20 @@ def run(
 
     Returns:
         Records like those of :func:`hashattn.evaluation.run.run`, with the answers.
+
+    Raises:
+        ValueError: a model whose context is too short, or that cannot be attached; before anything is asked.
     """
     records: list[dict[str, Any]] = []
-    tqdm = require("tqdm", "hf", "an evaluation").tqdm
-    with tqdm(total=len(asked) * (1 + len(entries)), unit="answer", file=sys.stderr, disable=not progress) as bar:
-        for number, question in enumerate(asked):
-            bar.set_description(f"{question.benchmark} {question.task}")
-            ids = prompt_ids(model, tokenizer, question)
+    with refusals(ValueError):
+        prompts = [prompt_ids(model, tokenizer, question) for question in asked]
+        for entry in entries:
+            with entry.composition(min(ids.shape[1] for ids in prompts)).attach(model):
+                pass
+    total = len(asked) * (1 + len(entries))
+    with bar("hf", "an evaluation", total=total, unit="answer", shown=progress) as shown:
+        for number, (question, ids) in enumerate(zip(asked, prompts, strict=True)):
+            shown.set_description(f"{question.benchmark} {question.task}")
             cache = prefill(model, ids[:, :-1])
             said: dict[str, Any] = {
                 "part": "benchmarks", "task": f"{question.benchmark} {question.task}", "unit": number,
@@ -52,7 +59,7 @@ def run(
                         "bits": None,
                     }
                 records.append(said | who | {"answer": answer, "values": question.score(answer) | reads})
-                bar.update()
+                shown.update()
     return records
 
 
@@ -112,7 +119,7 @@ def _answer(
         own = prefill(model, ids[:, :-1]) if looks_back(attn) else copy.deepcopy(cache)
         handle.reset_report()
         answer, report = write(own), handle.report()
-    return answer, {"keys_read": report.keys_read, "bytes_read": report.bytes_per_step}
+    return answer, reads_of(report)
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import string
 from collections import Counter
@@ -10,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hashattn.json_files import parse_json
 
 _SHORT = (
     "Answer the question based on the given passages. Only give me the answer and do not output any other words.\n\n"
@@ -130,7 +131,7 @@ def _words(text: str) -> list[str]:
 def _lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file and line for messages, the object) of each line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # JSON's strings may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     rows = [(f"{path}, line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
@@ -138,8 +139,8 @@ def _lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError(f"{path} is empty: a JSON object a line was expected")
     for place, line in rows:
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise ValueError(f"{place}: no JSON ({error})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{place}: a JSON object was expected, got {type(row).__name__}")

@@ -74,16 +74,9 @@ def contenders(
 
     Raises:
         ValueError: nothing to judge, something named twice, encoders that no preset takes; what the presets refuse.
+        RuntimeError: a preset whose encoder must be fitted first.
     """
-    parsed = [(text, *parse(text)) for text in presets]
-    if pretrained is not None:
-        loaded = from_pretrained(pretrained)
-        kind = type(loaded.encoder.layer(loaded.encoder.layers[0]))
-        takers = [options for _, name, options in parsed if takes(name, kind)]
-        if not takers:
-            raise ValueError(f"encoder={pretrained!r} is taken by none of the presets {', '.join(presets)}")
-        for options in takers:
-            options.setdefault("pretrained", loaded)
+    parsed = written(presets, pretrained)
     for values in (presets, budgets, dense):
         if not values or len(set(values)) < len(values):
             raise ValueError(f"presets, budgets and dense layers must be given, and each once, got {[*values]}")
@@ -99,8 +92,28 @@ def contenders(
                 if text not in (EXACT, "full") and (budget == budgets[0] or takes_budget(name, options))
             ]
     for contender in found:
-        contender.composition(4096)  # refuses what cannot be
+        attn = contender.composition(4096)  # refuses what cannot be
+        if attn.encoder is not None:
+            attn.encoder.check_fitted()
     return found
+
+
+def written(presets: Sequence[str], pretrained: str | None = None) -> list[tuple[str, str, dict[str, Any]]]:
+    """(what was written, preset, options) of each; fitted encoders are among the options of the presets that take some.
+
+    Raises:
+        ValueError, TypeError: what the presets refuse; encoders that none of them takes.
+    """
+    parsed = [(text, *parse(text)) for text in presets]
+    if pretrained is not None:
+        loaded = from_pretrained(pretrained)
+        kind = type(loaded.encoder.layer(loaded.encoder.layers[0]))
+        takers = [options for _, name, options in parsed if takes(name, kind)]
+        if not takers:
+            raise ValueError(f"encoder={pretrained!r} is taken by none of the presets {', '.join(presets)}")
+        for options in takers:
+            options.setdefault("pretrained", loaded)
+    return parsed
 
 
 def takes(preset: str, kind: type) -> bool:

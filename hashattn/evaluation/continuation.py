@@ -96,7 +96,7 @@ def judge(model: PreTrainedModel, continuation: Continuation, attn: HashAttentio
         with attn.attach(model, simulate=True) as handle:
             logits = model(**given).logits
             report = handle.report()
-        reads = _reads(report)
+        reads = reads_of(report)
     return _verdict(logits, continuation.targets, reads)
 
 
@@ -109,13 +109,15 @@ def _decoded(model: PreTrainedModel, continuation: Continuation, attn: HashAtten
             model(input_ids=token.to(model.device), **{cache_argument(model): cache}, use_cache=True).logits
             for token in continuation.ids.split(1, 1)
         ]
-        reads = _reads(handle.report())
+        reads = reads_of(handle.report())
     logits = torch.cat(steps, 1)[:, continuation.kept.to(model.device)]
     return _verdict(logits, continuation.targets, reads)
 
 
-def _reads(report: Report) -> dict[str, float]:
+def reads_of(report: Report) -> dict[str, float]:
+    """Figures of what was read and ranked: shares, keys and bytes."""
     return {
+        "searched": report.searched / max(1, report.positions), "keys_ranked": report.keys_ranked,
         "keys_read": report.keys_read, "sparse_keys_read": report.sparse_keys_read,
         "bytes_read": report.bytes_per_step, "dense_bytes": report.dense_bytes_per_step,
     }  # fmt: skip

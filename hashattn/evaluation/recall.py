@@ -17,8 +17,8 @@ from hashattn.types import Selection, Step
 
 AT = 100  # of recall@100
 NAMES = (
-    "keys_read", "recall", "mass", "relative_mass", "output_error", "ranked_recall", "ranked_mass", "recall_at_100",
-    "recall_prefill", "recall_decoded",
+    "keys_read", "searched", "keys_ranked", "recall", "mass", "relative_mass", "output_error", "ranked_recall",
+    "ranked_mass", "recall_at_100", "recall_prefill", "recall_decoded",
 )  # fmt: skip
 
 
@@ -49,6 +49,8 @@ def judge_layer(
     """Figures of one layer and text, means over queries and query heads; and the step for the next layer.
 
     keys_read: share of the visible keys that are kept, forced ones and the middle tier included.
+    searched, keys_ranked: share of the queries for which keys were ranked beyond the forced ones, and keys that a head
+        kept beyond these there.
     recall: of as many exact top keys, the share that is kept (recall@k, k what the query keeps).
     mass, relative_mass: attention mass of the kept keys, as a share of all and of the exact top keys'.
     output_error: |out - full attention's| / |full attention's|, 2-norms over all queries and heads.
@@ -76,10 +78,11 @@ def judge_layer(
     figures: dict[str, float | None] = dict.fromkeys(NAMES)
     figures["keys_read"] = ratio(count.sum(), truth.seen.sum() * len(truth.p))
     figures["recall"] = float(((kept & exact).sum(-1) / count).mean())
-    figures["mass"] = float((truth.p * kept).sum(-1).mean())
+    figures["mass"] = min(1.0, float((truth.p * kept).sum(-1).mean()))
     figures["relative_mass"] = relative_mass(truth.p, kept, exact)
     error = output.out.float() - truth.out
     figures["output_error"] = float(error.norm() / truth.out.norm())
+    figures |= _ranked_keys(attn.selector, truth, kept, cache.warmup, selection is not None)
     figures |= _by_age(attn.selector, truth, kept, prefill)
     figures |= _ranked(attn, q, cache, truth, share)
     return figures, Step(step.layer + 1, selection, output.weights if selection is not None else None)
@@ -103,7 +106,7 @@ def top(scores: Tensor, count: Tensor) -> Tensor:
 
 def relative_mass(p: Tensor, kept: Tensor, exact: Tensor) -> float:
     """Mass of the kept keys over mass of as many exact top keys, mean over queries."""
-    return float(((p * kept).sum(-1) / (p * exact).sum(-1)).mean())
+    return min(1.0, float(((p * kept).sum(-1) / (p * exact).sum(-1)).mean()))
 
 
 def ratio(part: Tensor, whole: Tensor) -> float | None:
@@ -120,12 +123,26 @@ def mean(rows: Sequence[dict[str, float | None]]) -> dict[str, float | None]:
     return found
 
 
+def _ranked_keys(
+    selector: Selector | None, truth: Truth, kept: Tensor, warmup: int, chosen: bool
+) -> dict[str, float | None]:  # fmt: skip
+    """Whether, and how many, keys were ranked beyond those that are kept for their position."""
+    visible = truth.seen.sum(-1).tolist()
+    if selector is None or not chosen:
+        return {"searched": 0.0, "keys_ranked": 0.0}
+    searched = torch.tensor([n >= warmup and selector.chooses_at(n) for n in visible], device=kept.device)
+    forced = torch.tensor([min(n, selector.sinks + selector.recents) for n in visible], device=kept.device)
+    beyond = (kept.sum(-1) - forced)[:, searched].double()  # [Hq, T']
+    return {"searched": float(searched.double().mean()), "keys_ranked": float(beyond.mean()) if beyond.numel() else 0.0}
+
+
 def _by_age(selector: Selector | None, truth: Truth, kept: Tensor, prefill: int) -> dict[str, float | None]:
     """Recall among keys that are not forced, of prefill keys and of decoded keys."""
     tokens, keys = truth.seen.shape
     columns = torch.arange(keys, device=kept.device)
     ends = torch.arange(keys - tokens + 1, keys + 1, device=kept.device)[:, None]
-    free = (columns >= getattr(selector, "sinks", 0)) & (columns < ends - getattr(selector, "recents", 0))  # [T, N]
+    sinks, recents = (0, 0) if selector is None else (selector.sinks, selector.recents)
+    free = (columns >= sinks) & (columns < ends - recents)  # [T, N]
     chosen = kept & free
     exact = top(truth.p.masked_fill(~free, -1.0), chosen.sum(-1)) & free
     hit = chosen & exact

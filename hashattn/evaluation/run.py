@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hashattn.attention import HashAttention
+from hashattn.errors import refusals
 from hashattn.evaluation import perplexity, retrieval, tensors
 from hashattn.evaluation.contenders import EXACT, FULL, Contender
 from hashattn.evaluation.continuation import judge, looks_back
-from hashattn.extras import require
+from hashattn.progress import bar
 from hashattn.workload.retrieval import TASKS, Question
 from hashattn.workload.texts import Text, windows
 
@@ -69,6 +69,9 @@ class Settings:
         for name in ("windows", "questions", "sparse", "queries"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("tokens", 2), ("seeds", 0)):
+            if min(getattr(self, name)) < least:
+                raise ValueError(f"{name} must be at least {least}, got {min(getattr(self, name))}")
         if self.decoded < 0:
             raise ValueError(f"decoded must be at least 0, got {self.decoded}")
         if self.sparse > min(self.tokens) - 2 and "perplexity" in self.parts and not self.simulate:
@@ -118,17 +121,18 @@ def run(
         ValueError: a text that is too short, lengths beyond the model's context, a model that cannot be attached, or
             compositions that do not fit it; before anything is measured.
     """
-    _check(model, entries, settings)
-    units = [*_units(model, tokenizer, text, entries, settings)]
-    tqdm = require("tqdm", "hf", "an evaluation").tqdm
-    with tqdm(total=sum(u.steps for u in units), unit="run", file=sys.stderr, disable=not progress) as bar:
+    with refusals(ValueError):
+        _check(model, entries, settings)
+        units = [*_units(model, tokenizer, text, entries, settings)]
+    total = sum(u.steps for u in units)
+    with bar("hf", "an evaluation", total=total, unit="run", shown=progress) as shown:
         records: list[Record] = []
         made: dict[tuple[int, int], Judged] = {}
         for unit in units:
-            bar.set_description(f"{unit.record.get('task', unit.part)}, {unit.tokens} tokens")
+            shown.set_description(f"{unit.record.get('task', unit.part)}, {unit.tokens} tokens")
             if (unit.tokens, unit.seed) not in made:
                 made = {(unit.tokens, unit.seed): [(e, _searching(model, e, unit)) for e in entries]}
-            records += _MEASURES[unit.part](model, unit, made[unit.tokens, unit.seed], settings, bar.update)
+            records += _MEASURES[unit.part](model, unit, made[unit.tokens, unit.seed], settings, shown.update)
     return records
 
 
@@ -136,8 +140,9 @@ def _check(model: PreTrainedModel, entries: Sequence[Contender], settings: Setti
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     longest = max(settings.tokens) + (settings.decoded if "tensors" in settings.parts else 16)
     if limit is not None and longest > limit:
-        raise ValueError(f"tokens must leave {longest - max(settings.tokens)} of the model's {limit} positions free, "
-                         f"got {max(settings.tokens)}")  # fmt: skip
+        rest = longest - max(settings.tokens)
+        raise ValueError(f"tokens must be at most {limit - rest} for this model ({limit} positions, {rest} of them for "
+                         f"what it writes), got {max(settings.tokens)}")  # fmt: skip
     for entry in entries:
         attn = entry.composition(settings.tokens[0])
         if attn.index is not None:
@@ -160,7 +165,7 @@ def _units(
         for tokens in settings.tokens:
             if {"tensors", "perplexity"} & {*settings.parts}:
                 pieces = windows(tokenizer, text, tokens, settings.windows, seed=seed)
-                depth = len(settings.layers or capturable(model))
+                depth = len(capturable(model) if settings.layers is None else settings.layers)
                 for part, steps in (("tensors", depth + 1), ("perplexity", len(entries) + 1)):
                     if part in settings.parts:
                         yield from (Unit(part, tokens, seed, i, steps, ids) for i, ids in enumerate(pieces))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from hashattn.buffer import TokenBuffer
+from hashattn.naming import short
 
 
 class Store:
@@ -105,7 +106,7 @@ class Index(ABC):
         Raises:
             TypeError: the index only searches.
         """
-        raise TypeError(f"index {self!r} gives no distance to every key: it only searches")
+        raise TypeError(f"index {short(self)} gives no distance to every key: it only searches")
 
     def search(self, store: Store, query: Tensor, k: int, spans: Spans) -> tuple[Tensor, Tensor]:
         """The nearest keys that the index finds for each query, among the columns that it sees.
@@ -119,4 +120,4 @@ class Index(ABC):
         Raises:
             TypeError: the index scans.
         """
-        raise TypeError(f"index {self!r} has no search of its own: it gives the distance to every key")
+        raise TypeError(f"index {short(self)} has no search of its own: it gives the distance to every key")

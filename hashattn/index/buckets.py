@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hashattn.buffer import TokenBuffer
 from hashattn.index.base import Store
+from hashattn.lasting import lasting
 from hashattn.ops.hamming.reference import unpack_bits
 
 _TAIL = 1024  # keys that may wait unsorted; or an eighth of those that are sorted
@@ -91,6 +92,7 @@ class BucketStore(Store):
         row, column = hit.nonzero(as_tuple=True)
         return row, column + self._sorted
 
+    @lasting
     def _sort(self) -> None:
         buckets = self._buckets.view.transpose(2, 3).contiguous()  # [B, H, L, N]
         ranked, order = buckets.sort(dim=-1, stable=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hashattn.index.base import Index, Store
 from hashattn.index.flat_dot import FlatDot
+from hashattn.shapes import keep_ints
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,7 @@ class Channels(Index):
     per: str = "kv_head"
 
     def __post_init__(self) -> None:
-        if isinstance(self.channels, bool) or not isinstance(self.channels, int) or self.channels < 1:
-            raise ValueError(f"channels must be an int of at least 1, got {self.channels!r}")
+        keep_ints(self, channels=1)
         if self.per not in ("query_head", "kv_head"):
             raise ValueError(f'per must be "query_head" or "kv_head", got {self.per!r}')
 

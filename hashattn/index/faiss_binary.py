@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -15,10 +14,12 @@ from hashattn.extras import require
 from hashattn.index.base import Index, Spans, Store
 from hashattn.index.faiss_store import FaissStore
 from hashattn.ops.hamming.cpu import faiss as installed_faiss
+from hashattn.shapes import check_int
 
 _TEMPORARY = 64 << 20  # bytes of a GPU
 GPU_LIMIT = 2048  # the largest k of FAISS's search on a GPU
-_KNOWN = re.compile(r"BFlat|BIVF[1-9]\d*(_HNSW[1-9]\d*)?|BHNSW[1-9]\d*|BHash[1-9]\d*(x[1-9]\d*)?")
+_N = r"[1-9]\d{0,6}"
+_KNOWN = re.compile(f"BFlat|BIVF{_N}(_HNSW({_N})?)?|BHNSW{_N}|BHash{_N}(x{_N})?")
 _WORKS = '"BFlat", "BIVF64", "BHNSW32", "BHash16" and "BHash4x16" would work'
 _FIELDS = {"nprobe": "BIVF", "ef_search": "BHNSW", "nflip": "BHash"}
 
@@ -61,13 +62,13 @@ class FaissBinary(Index):
 
     def __post_init__(self) -> None:
         if not isinstance(self.factory, str) or not _KNOWN.fullmatch(self.factory) or self.links == 1:
-            raise ValueError(f"factory {self.factory!r} is no binary index that FAISS makes; {_WORKS}")
+            raise ValueError(f"factory {self.factory!r} is none that FaissBinary serves; {_WORKS}")
         for name, kind in _FIELDS.items():
             value, least = getattr(self, name), 0 if name == "nflip" else 1
             if value is not None and not self.factory.startswith(kind):
                 raise ValueError(f"{name}={value!r} is for {kind}*, but factory is {self.factory!r}; leave it out")
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+            if value is not None:
+                object.__setattr__(self, name, check_int(name, value, least, 2**31 - 1))
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f'device must be "cpu" or "cuda", got {self.device!r}')
         library = load_faiss()
@@ -129,19 +130,19 @@ class FaissBinary(Index):
         Raises:
             ValueError: a capacity that never holds the keys to fit it to.
         """
+        capacity = None if capacity is None else check_int("capacity", capacity, 1)
         if capacity is not None and capacity < self.needed:
             raise ValueError(
                 f"{self.factory!r} is fitted to {self.needed} keys (39 a cell), but capacity is {capacity}; "
                 f'a capacity of {self.needed}, factory="BIVF{max(1, capacity // 39)}" or "BFlat" would work'
             )
-        resources = load_faiss().StandardGpuResources() if self.device == "cuda" else None
-        if resources is not None:  # there is one for each layer, and the default is more than a gigabyte
-            resources.setTempMemory(_TEMPORARY)
-            resources.setPinnedMemory(0)
-        return FaissStore(partial(self._make, resources), self.needed, self.crops, capacity)
+        return FaissStore(Maker(self), self.needed, self.crops, capacity)
 
-    def _make(self, resources: Any, bits: int, fitted: bool) -> Any:
-        """An empty index of FAISS for codes of so many bits; one that needs a fit is flat until fitted is True."""
+    def make(self, bits: int, fitted: bool, resources: Any = None) -> Any:
+        """An empty index of FAISS for codes of so many bits; one that needs a fit is flat until fitted is True.
+
+        resources: of the GPU that holds it; None on a CPU.
+        """
         library = load_faiss()
         if resources is not None:
             index = library.GpuIndexBinaryFlat(resources, bits)
@@ -190,3 +191,21 @@ class FaissBinary(Index):
     def __repr__(self) -> str:
         given = [(f.name, getattr(self, f.name)) for f in fields(self)[1:] if getattr(self, f.name) != f.default]
         return f"FaissBinary({', '.join([repr(self.factory), *(f'{name}={value!r}' for name, value in given)])})"
+
+
+@dataclass
+class Maker:
+    """Makes the indexes of a store; those on a GPU share memory, of which a copy of the store makes its own."""
+
+    index: FaissBinary
+    resources: Any = None
+
+    def __call__(self, bits: int, fitted: bool) -> Any:
+        if self.index.device == "cuda" and self.resources is None:
+            self.resources = load_faiss().StandardGpuResources()
+            self.resources.setTempMemory(_TEMPORARY)  # there is one for each layer: the default is more than a gigabyte
+            self.resources.setPinnedMemory(0)
+        return self.index.make(bits, fitted, self.resources)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"index": self.index, "resources": None}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,10 +119,8 @@ class FaissStore(Store):
                 distances[b, part, :, :width] = near.gather(-1, order).to(torch.int32)
         return ids, distances
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> FaissStore:
-        twin = FaissStore(self._make, self._needed, self._crops)  # FAISS's part is made anew when it is needed
-        twin._codes = deepcopy(self._codes, memo)
-        return twin
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_searchers": {}}  # FAISS's part is made anew when it is needed
 
     def _bytes(self, row: int, head: int, first: int, end: int) -> Any:
         return as_bytes(self.codes[row, head, first:end].cpu().contiguous())

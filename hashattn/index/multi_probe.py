@@ -10,6 +10,7 @@ from torch import Tensor
 from hashattn.index.base import Index, Spans, Store
 from hashattn.index.buckets import BucketStore
 from hashattn.ops.hamming.reference import popcount, unpack_bits
+from hashattn.shapes import check_int, keep_ints
 
 _UNSURE = 12  # bits of a table that are flipped, at most
 
@@ -22,7 +23,8 @@ class MultiProbe(Index):
     those with bits flipped, cheapest first, where flipping bits costs the sum of their squared margins (its 12 least
     certain bits of a table at most). Margins are read off the planes of a multi-bit query; one bit plane has none, and
     fewest flips go first. Candidates are ranked by their distance, as FlatHamming has it, with its tie rule; slots
-    stay empty where there are fewer than k. More probes only add candidates, so that recall never falls.
+    stay empty where there are fewer than k: a selector keeps the last key of a query that found none. More probes only
+    add candidates, so that recall never falls.
 
     Kept beside the codes: the bucket of each key in each table and the keys in order of their buckets, 8 bytes a key
     and table. Keys that came after the last sorting are compared with the probes one by one.
@@ -40,13 +42,9 @@ class MultiProbe(Index):
     scans = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tables, int) or self.tables < 1:
-            raise ValueError(f"tables must be an int of at least 1, got {self.tables!r}")
-        if not isinstance(self.bits, int) or not 1 <= self.bits <= 16:
-            raise ValueError(f"bits must be an int from 1 to 16, got {self.bits!r}")
-        most = 1 << min(self.bits, _UNSURE)
-        if not isinstance(self.probes, int) or not 1 <= self.probes <= most:
-            raise ValueError(f"probes must be an int from 1 to {most} for bits={self.bits}, got {self.probes!r}")
+        keep_ints(self, tables=1, bits=1, probes=1)
+        check_int("bits", self.bits, 1, 16)
+        check_int("probes", self.probes, 1, 1 << min(self.bits, _UNSURE), hint=f"for bits={self.bits}")
 
     def accepts(self, code: str) -> bool:
         return code == "binary"

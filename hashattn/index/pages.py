@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hashattn.index.base import Index, Store
+from hashattn.shapes import keep_ints
 
 UNIT = 1024  # of a product, in what distances are counted
 _MOST = 1 << 17  # no bound is larger, so that sums over a group fit an int32
@@ -31,8 +32,7 @@ class Pages(Index):
     page: int = 16
 
     def __post_init__(self) -> None:
-        if isinstance(self.page, bool) or not isinstance(self.page, int) or self.page < 1:
-            raise ValueError(f"page must be an int of at least 1, got {self.page!r}")
+        keep_ints(self, page=1)
 
     def accepts(self, code: str) -> bool:
         return code == "vector"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import torch
@@ -10,7 +11,17 @@ from torch import Tensor
 from hashattn.cache import KVCache
 from hashattn.files import replacing
 from hashattn.index.faiss_binary import load_faiss
+from hashattn.naming import short
 from hashattn.ops.hamming.cpu import as_bytes
+
+# A file of an IndexBinaryFlat: kind, bits, bytes a vector, vectors, whether trained, metric, and how many bytes follow.
+_HEADER = struct.Struct("<4siiq?iQ")
+_OTHERS = {
+    "IBwF": "IndexBinaryIVF", "IBHf": "IndexBinaryHNSW", "IBHc": "IndexBinaryHNSWCagra", "IBMp": "IndexBinaryIDMap",
+    "IBM2": "IndexBinaryIDMap2", "IBFf": "IndexBinaryFromFloat", "IBHh": "IndexBinaryHash",
+    "IBHm": "IndexBinaryMultiHash",
+}  # fmt: skip
+_WANTED = "an IndexBinaryFlat of a multiple of 64 bits, such as export_codes() writes, would work"
 
 
 def export_codes(cache: KVCache, path: str | Path, *, row: int = 0, head: int = 0) -> Path:
@@ -32,7 +43,7 @@ def export_codes(cache: KVCache, path: str | Path, *, row: int = 0, head: int = 
     """
     faiss, path = load_faiss(), Path(path)
     if cache.encoder is None or cache.encoder.code != "binary":
-        raise ValueError(f"cache must hold binary codes, its encoder is {cache.encoder!r}; SimHash() makes some")
+        raise ValueError(f"cache must hold binary codes, its encoder is {short(cache.encoder)}; SimHash() makes some")
     codes = cache.codes
     for name, value, size in (("row", row, codes.shape[0]), ("head", head, codes.shape[1])):
         if not 0 <= value < size:
@@ -56,15 +67,32 @@ def import_codes(path: str | Path) -> Tensor:
     faiss, path = load_faiss(), Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} is no file")
+    _check_header(path)
     try:
         owner = faiss.read_index_binary(str(path))
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         raise ValueError(f"{str(path)!r} is no binary index of FAISS: {error}") from error
-    index = faiss.downcast_IndexBinary(owner)
-    if not isinstance(index, faiss.IndexBinaryFlat) or index.d % 64:
-        raise ValueError(
-            f"{str(path)!r} holds an {type(index).__name__} of {index.d} bits; an IndexBinaryFlat of a multiple of 64 "
-            "bits, such as export_codes() writes, would work"
-        )
+    index = faiss.downcast_IndexBinary(owner)  # which keeps what it shows
     octets = faiss.vector_to_array(index.xb).reshape(index.ntotal, -1)
     return torch.from_numpy(octets).view(torch.int64)
+
+
+def _check_header(path: Path) -> None:
+    """Raise ValueError unless a file begins as an IndexBinaryFlat does and is as long as it says: FAISS believes it."""
+    with path.open("rb") as file:
+        start, size = file.read(_HEADER.size), file.seek(0, 2)
+    kind = start[:4].decode("latin-1")
+    if len(start) >= 4 and kind in _OTHERS:
+        raise ValueError(f"{str(path)!r} holds an {_OTHERS[kind]}; {_WANTED}")
+    if len(start) < _HEADER.size or kind != "IBxF":
+        raise ValueError(
+            f"{str(path)!r} is no binary index of FAISS, or cut short: it begins with {start[:4]!r}; {_WANTED}"
+        )
+    _, bits, code_bytes, count, _, _, held = _HEADER.unpack(start)
+    if not 0 < bits <= 1 << 20 or bits % 64:
+        raise ValueError(f"{str(path)!r} holds an IndexBinaryFlat of {bits} bits; {_WANTED}")
+    if code_bytes * 8 != bits or count < 0 or held != count * code_bytes or size != _HEADER.size + held:
+        raise ValueError(
+            f"{str(path)!r} is no binary index of FAISS, or cut short: it has {size:,} bytes for {count:,} vectors of "
+            f"{bits} bits"
+        )

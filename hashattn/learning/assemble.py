@@ -11,7 +11,9 @@ from torch import nn
 
 from hashattn.calibration import Calibration
 from hashattn.encoders import PerLayer
-from hashattn.learning.fit_folder import FitFolder, write_json
+from hashattn.errors import refusals
+from hashattn.json_files import write_json
+from hashattn.learning.fit_folder import FitFolder
 from hashattn.learning.recipe import Recipe
 from hashattn.learning.shards import Shards
 from hashattn.saving import save_pretrained
@@ -51,7 +53,8 @@ def assemble(
     if calibrate:
         calibration, found = calibrated(encoder, shards, kept, recipe, device=device, progress=progress)
         fitted_on["calibration"] = found
-    save_pretrained(encoder, folder.pretrained, calibration=calibration, fitted_on=fitted_on)
+    with refusals(ValueError):  # something else is in that folder
+        save_pretrained(encoder, folder.pretrained, calibration=calibration, fitted_on=fitted_on)
     write_json(folder.path / "log.json", {"recipe": recipe.as_json(), "layers": records})
     save_curves(records, folder.path / "curves.png", recipe.budget)
     return folder.pretrained

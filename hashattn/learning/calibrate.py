@@ -15,10 +15,11 @@ from hashattn.attend import MixedPrecision
 from hashattn.calibration import Calibration
 from hashattn.encoders import Encoder, PerLayer
 from hashattn.encoders.sample import Sample
-from hashattn.extras import require
+from hashattn.errors import UserError
 from hashattn.learning.recipe import SEEDS, Recipe
 from hashattn.learning.shards import Shards
 from hashattn.ops import hamming
+from hashattn.progress import bar
 from hashattn.selectors import Consensus, Momentum, Recent, Selector, Sink, TopK
 from hashattn.types import Selection, Step
 from hashattn.view import View
@@ -93,7 +94,7 @@ def momentum_masses(layers: Iterable[tuple[int, Encoder, Sequence[Sample]]], sel
     for layer, one, samples in layers:
         for sample in samples:
             if not torch.equal(positions.setdefault(sample.name, sample.positions), sample.positions):
-                raise ValueError(f"layer {layer} of {sample.name!r} holds other queries than the layers before it")
+                raise UserError(f"layer {layer} of {sample.name!r} holds other queries than the layers before it")
             view = view_of(one, sample)
             for i, selector in enumerate(selectors):
                 before = told[i].get(sample.name) if last == layer - 1 else None
@@ -157,7 +158,7 @@ class _Layers:
     def __iter__(self) -> Iterator[tuple[int, Encoder, list[Sample]]]:
         numbers: Any = self.encoder.layers
         if self.shown:
-            numbers = require("tqdm", "fit", "a progress bar").tqdm(numbers, desc="calibrating", unit="layer")
+            numbers = bar("fit", "a progress bar", numbers, desc="calibrating", unit="layer")
         for layer in numbers:
             samples = [s for s in self.shards.layer(layer) if s.name in self.names]
             yield layer, self.encoder.layer(layer), [few(s, self.device) for s in samples]

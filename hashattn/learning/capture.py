@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hashattn.extras import require
-from hashattn.learning.manifest import Manifest, Recording, claim
+from hashattn import tensor_files
+from hashattn.errors import UserError, refusals
+from hashattn.files import locked
+from hashattn.learning.manifest import LOCK, Manifest, Recording, check_free, claim
 from hashattn.learning.plan import Plan, Prompt
-from hashattn.learning.shards import TOKENS, Shards, layer_filename, load, save
+from hashattn.learning.shards import TOKENS, Shards, layer_filename, save
+from hashattn.progress import bar
 from hashattn.workload.texts import Text
 
 if TYPE_CHECKING:
@@ -38,34 +41,40 @@ def capture(
         out: a folder, new, empty, or from the same call before.
         plan: which sequences, layers and queries.
         name: of the model, for people; the model's own by default.
-        progress: show a progress bar (needs tqdm).
+        progress: show a progress bar on a terminal (needs tqdm).
 
     Returns:
         The folder, opened.
 
     Raises:
         ValueError: a text that is too short, a length beyond the model's context, a model or layer that cannot be
-            captured, another folder's contents; before anything is run. Values that the dtype cannot hold.
+            captured, another folder's contents, another process that captures into it; before anything is run.
+            Values that the dtype cannot hold.
     """
     from hashattn.integrations.transformers.capture import capturable
     from hashattn.integrations.transformers.facts import facts_of
 
     plan = plan or Plan()
-    layers = capturable(model, plan.layers)
-    prompts = plan.prompts(tokenizer, texts)
-    _check_context(model, plan, prompts)
-    manifest = Manifest(
-        facts_of(model, name), tuple(layers), plan.dtype, tuple(p.recording for p in prompts), plan.arguments(texts)
-    )
-    claim(manifest, out)
-    shards = Shards(Path(out), manifest)
-    tqdm = require("tqdm", "hf", "capturing").tqdm
-    with tqdm(prompts, unit="sequence", file=sys.stderr, disable=not progress) as bar:
-        for prompt in bar:
-            bar.set_description(prompt.recording.name)
+    with refusals(ValueError):
+        layers = capturable(model, plan.layers)
+        prompts = plan.prompts(tokenizer, texts)
+        _check_context(model, plan, prompts)
+        manifest = Manifest(
+            facts_of(model, name), tuple(layers), plan.dtype, tuple(p.recording for p in prompts), plan.arguments(texts)
+        )
+        check_free(out)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        with refusals(ValueError):
+            held.enter_context(locked(Path(out, LOCK), f"capturing into {str(out)!r}"))
+            claim(manifest, out)
+        shards = Shards(Path(out), manifest)
+        shown = held.enter_context(bar("hf", "capturing", prompts, unit="sequence", shown=progress))
+        for prompt in shown:
+            shown.set_description(prompt.recording.name)
             if shards.fault(prompt.recording):
                 _record(model, prompt, plan, shards)
-    return Shards.open(out)
+        return Shards.open(out)
 
 
 class Recorder:
@@ -100,7 +109,7 @@ class Recorder:
         """Join the decoded tokens to what was written."""
         for layer, decoded in self.decoded.items():
             if self.steps[layer]:
-                first = load(self._path(layer))
+                first = tensor_files.read(self._path(layer))
                 q, k = (torch.cat([first[name], more], dim=1) for name, more in zip("qk", decoded, strict=True))
                 self._save(layer, q, k)
 
@@ -122,7 +131,7 @@ class Recorder:
         """The same on the CPU in the dtype of the files."""
         held = values.to(self.dtype)
         if not held.isfinite().all():
-            raise ValueError(
+            raise UserError(
                 f"layer {layer} has {what} up to {float(values.abs().max()):.3g} in {self.recording.name}, which "
                 f"{str(self.dtype).removeprefix('torch.')} cannot hold"
                 + ("" if self.dtype == torch.bfloat16 else ": use bfloat16")

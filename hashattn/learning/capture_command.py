@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
+from hashattn.commands import Help, add_device, check_folder, device_of
+from hashattn.errors import refusals
 from hashattn.learning.manifest import DTYPES, check_free
 from hashattn.learning.plan import Plan
 
@@ -16,7 +19,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "capture", help="write a model's queries and keys to files, to fit encoders to",
         description="Runs a model densely over texts and writes the queries and keys of its attention layers, after "
         "RoPE, to DIR/SEQUENCE/layer-NN.safetensors. The same command resumes what was stopped.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )  # fmt: skip
     capture.add_argument(
         "--model", metavar="ID|DIR|GGUF",
@@ -44,38 +47,62 @@ def add(commands: Any) -> argparse.ArgumentParser:
     )  # fmt: skip
     capture.add_argument("--layers", type=int, nargs="+", metavar="I", help="layers; all of full attention if left out")
     capture.add_argument("--dtype", choices=DTYPES, default=default.dtype, help="of the files")
-    capture.add_argument("--device", help="cpu or cuda; cuda if there is one, if left out")
-    capture.add_argument("--seed", type=int, default=default.seed, help="of places, prompts, continuations, queries")
-    capture.set_defaults(run=run)
+    add_device(capture)
+    capture.add_argument(
+        "--seed", type=int, default=default.seed, metavar="N", help="of places, prompts, continuations, queries"
+    )
+    capture.set_defaults(run=run, stopped=stopped)
     return capture
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the arguments, load the model, capture; returns the exit status."""
-    plan = Plan(
-        tokens=arguments.tokens, sequences=arguments.sequences, retrieval=arguments.retrieval, decode=arguments.decode,
-        temperature=arguments.temperature, queries=arguments.queries,
-        layers=None if arguments.layers is None else tuple(arguments.layers), dtype=arguments.dtype,
-        share=(arguments.begin, arguments.end), seed=arguments.seed,
-    )  # fmt: skip
-    check_free(arguments.out)
+    with refusals():
+        plan = Plan(
+            tokens=arguments.tokens, sequences=arguments.sequences, retrieval=arguments.retrieval,
+            decode=arguments.decode, temperature=arguments.temperature, queries=arguments.queries,
+            layers=None if arguments.layers is None else tuple(arguments.layers), dtype=arguments.dtype,
+            share=(arguments.begin, arguments.end), seed=arguments.seed,
+        )  # fmt: skip
+        check_free(arguments.out)
+        check_folder("out", arguments.out)
+        device = device_of(arguments.device)
 
-    import torch
+        from hashattn.learning.capture import capture
+        from hashattn.workload.model import check_source, load, name_of
+        from hashattn.workload.texts import read_text
 
-    from hashattn.learning.capture import capture
-    from hashattn.workload.model import load, name_of
-    from hashattn.workload.texts import read_text
-
-    texts = [read_text(path) for path in arguments.text or [None]]
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load(arguments.model, device=device)
-    shards = capture(model, tokenizer, texts, arguments.out, plan, name=name_of(arguments.model), progress=True)
+        check_source(arguments.model)
+        texts = [read_text(path) for path in arguments.text or [None]]
+        model, tokenizer = load(arguments.model, device=device)
+    shards = capture(
+        model, tokenizer, texts, arguments.out, plan, name=name_of(arguments.model), progress=not arguments.quiet
+    )
     size = sum(path.stat().st_size for path in shards.folder.rglob("*.safetensors"))
     print(f"{shards}, {size / 1e6:,.0f} MB")
     return 0
 
 
+def stopped(arguments: argparse.Namespace) -> str:
+    """What a stopped capture leaves, and how to go on."""
+    from hashattn.learning import manifest
+    from hashattn.learning.shards import Shards
+
+    try:
+        shards = Shards(Path(arguments.out), manifest.read(arguments.out))
+    except ValueError:
+        return "nothing was written yet; the same command begins anew"
+    whole = sum(shards.fault(sequence) is None for sequence in shards.sequences)
+    return (
+        f"{whole} of {len(shards.sequences)} sequences are whole in {arguments.out} and are kept; the same command "
+        "goes on with the others"
+    )
+
+
 def _queries(text: str) -> int | None:
-    if text in ("all", "0"):
+    if text == "all":
         return None
-    return int(text)
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes a number of queries, or all; got {text!r}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,12 +19,13 @@ from hashattn.encoders import fitting as learned
 from hashattn.encoders.learned import LearnedHash
 from hashattn.encoders.recall import recall_and_mass
 from hashattn.encoders.sample import Sample
-from hashattn.extras import require
+from hashattn.errors import Failure, refusals
 from hashattn.index import Index
 from hashattn.learning.assemble import assemble
 from hashattn.learning.fit_folder import FitFolder
 from hashattn.learning.recipe import Recipe
 from hashattn.learning.shards import Shards
+from hashattn.progress import bar as progress_bar
 
 
 def fit_layers(
@@ -50,11 +52,34 @@ def fit_layers(
         the folder for from_pretrained(); None while other processes are still at work on their layers.
 
     Raises:
-        ValueError: too few sequences, layers that were not captured, a folder that holds something else; codes that
-            are no bits to calibrate.
+        ValueError: too few sequences, layers that were not captured, a folder that holds something else, or layers
+            that another process fits; codes that are no bits to calibrate.
         RuntimeError: a loss that is not finite; its layer is named, and its last good state kept.
     """
     recipe = recipe or Recipe()
+    with refusals(ValueError):
+        chosen, kept, steps = _claimed(shards, FitFolder(out), recipe, layers, calibrate, rank, world)
+    folder = FitFolder(out)
+    own = [i for i in chosen[rank::world] if folder.record(i) is None]
+    with contextlib.ExitStack() as held:
+        with refusals(ValueError):
+            held.enter_context(folder.fitting(own))
+        bar = held.enter_context(_Bar(len(own), steps, rank, progress))
+        for layer in own:
+            with refusals(ValueError):  # files that were damaged since
+                samples = [_on(sample, device) for sample in shards.layer(layer)]
+            fit_layer(layer, samples, kept, recipe, folder, bar)
+            bar.finish()
+    if any(folder.record(i) is None for i in chosen):
+        return None
+    return assemble(folder, shards, recipe, chosen, kept, calibrate=calibrate, device=device, progress=progress)
+
+
+def _claimed(
+    shards: Shards, folder: FitFolder, recipe: Recipe, layers: Iterable[int] | None, calibrate: bool, rank: int,
+    world: int,
+) -> tuple[list[int], frozenset[str], int]:  # fmt: skip
+    """Check everything and make the folder this run's: the layers, the sequences that are held out, steps a layer."""
     chosen = sorted(shards.layers if layers is None else set(layers))
     if not chosen or not set(chosen) <= set(shards.layers):
         raise ValueError(f"layers must be among those that were captured, {list(shards.layers)}, got {chosen}")
@@ -64,22 +89,14 @@ def fit_layers(
     encoder = recipe.make(0, shards.facts.kv_heads)
     encoder.check_model(shards.facts.q_heads, shards.facts.kv_heads, shards.facts.head_dim)
     if calibrate and encoder.code != "binary":
-        raise ValueError(f"calibrate=True is for codes of bits, which {encoder!r} does not make: leave it out")
-    folder = FitFolder(out)
+        raise ValueError(
+            f"calibrate=True is for codes of bits, which {type(encoder).__name__} does not make: leave it out"
+        )
     described = shards.manifest.as_json()
     folder.claim(
         {"recipe": recipe.as_json(), "layers": chosen, **{n: described[n] for n in ("model", "sequences", "dtype")}}
     )
-    own = [i for i in chosen[rank::world] if folder.record(i) is None]
-    steps = recipe.steps if isinstance(encoder, LearnedHash) else 1
-    with _Bar(len(own), steps, rank, progress) as bar:
-        for layer in own:
-            samples = [_on(sample, device) for sample in shards.layer(layer)]
-            fit_layer(layer, samples, kept, recipe, folder, bar)
-            bar.finish()
-    if any(folder.record(i) is None for i in chosen):
-        return None
-    return assemble(folder, shards, recipe, chosen, kept, calibrate=calibrate, device=device, progress=progress)
+    return chosen, kept, recipe.steps if isinstance(encoder, LearnedHash) else 1
 
 
 def held_out(shards: Shards, share: float) -> frozenset[str]:
@@ -123,8 +140,11 @@ def fit_layer(
     encoder: Any = recipe.make(layer, samples[0].k.shape[0])
     if not isinstance(encoder, LearnedHash):
         q, k = (torch.cat([getattr(s, name) for s in own], dim=1).unsqueeze(0) for name in "qk")
-        encoder.fit(q, k)
+        with refusals(ValueError):  # too few keys, say
+            encoder.fit(q, k)
     else:
+        with refusals(ValueError):
+            learned.check_samples(encoder, own)
         try:
             learned.fit(
                 encoder, own, loss=recipe.loss, steps=recipe.steps, queries=recipe.queries, lr=recipe.lr,
@@ -136,7 +156,7 @@ def fit_layer(
             if encoder.fitted:
                 good = folder.write(layer, encoder, {"layer": layer, **seen.as_json()}, ".last-good")
                 where = f"it is in {str(good)!r}"
-            raise RuntimeError(f"layer {layer}: {error}. Its last good state: {where}") from error
+            raise Failure(f"layer {layer}: {error}. Its last good state: {where}") from error
         seen.restore(encoder)
     stored.round_weights(encoder)  # from here on as it will be loaded
     recall, mass = seen.judge(encoder)
@@ -191,8 +211,8 @@ class _Bar:
     def __init__(self, layers: int, steps: int, rank: int, shown: bool) -> None:
         self.bar: Any = None
         if shown and layers:
-            tqdm = require("tqdm", "fit", "a progress bar").tqdm
-            self.bar = tqdm(total=layers * steps, unit="step" if steps > 1 else "layer", position=rank)
+            unit = "step" if steps > 1 else "layer"
+            self.bar = progress_bar("fit", "a progress bar", total=layers * steps, unit=unit, position=rank)
         self.steps, self.before = steps, 0
 
     def __call__(self, layer: int, step: int, seen: Progress) -> None:

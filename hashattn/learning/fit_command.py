@@ -6,7 +6,11 @@ import argparse
 import os
 from typing import Any
 
-from hashattn.learning.fit_folder import FitFolder
+import torch
+
+from hashattn.commands import Help, add_device, check_folder, device_of
+from hashattn.errors import refusals
+from hashattn.learning.fit_folder import FitFolder, read_asked
 from hashattn.learning.recipe import ENCODERS, HEADS, Recipe
 from hashattn.presets.written import parse
 
@@ -34,7 +38,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         description="Fits an encoder to each layer that hashattn capture wrote to SHARDS, and saves them together in "
         "DIR/pretrained, for from_preset(..., pretrained=...). The same command resumes what was stopped. Under "
         "torchrun each process takes its share of the layers.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )  # fmt: skip
     fit.add_argument("shards", metavar="SHARDS", help="folder that hashattn capture filled")
     fit.add_argument("--out", metavar="DIR", required=True, help="new or empty folder, or one to resume")
@@ -54,31 +58,32 @@ def add(commands: Any) -> argparse.ArgumentParser:
             f"--{name.replace('_', '-')}", type=kind, default=getattr(default, name), metavar=metavar, help=meaning
         )
     fit.add_argument("--layers", type=int, nargs="+", metavar="I", help="layers; all captured ones if left out")
-    fit.add_argument("--device", help="cpu or cuda; cuda if there is one, if left out")
+    add_device(fit)
     fit.add_argument(
         "--calibrate", action="store_true",
         help="also fit the discounts of consensus and momentum, and the estimates of medium keys' logits",
     )  # fmt: skip
-    fit.set_defaults(run=run)
+    fit.set_defaults(run=run, stopped=stopped)
     return fit
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check the arguments, fit, print a table; returns the exit status."""
-    recipe = recipe_of(arguments)
-    rank, world, local = (_environment(*named) for named in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    with refusals():
+        recipe = recipe_of(arguments)
+        rank, world, local = (_environment(*named) for named in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        check_folder("out", arguments.out)
+        device = device_of(arguments.device)
+        if device.type == "cuda" and device.index is None and world > 1:
+            device = torch.device("cuda", local % torch.cuda.device_count())
 
-    import torch
+        from hashattn.learning.fit import fit_layers
+        from hashattn.learning.shards import Shards
 
-    from hashattn.learning.fit import fit_layers
-    from hashattn.learning.shards import Shards
-
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and world > 1:
-        device = f"cuda:{local % torch.cuda.device_count()}"
+        shards = Shards.open(arguments.shards)
     saved = fit_layers(
-        Shards.open(arguments.shards), arguments.out, recipe, layers=arguments.layers, device=device,
-        calibrate=arguments.calibrate, rank=rank, world=world, progress=True,
+        shards, arguments.out, recipe, layers=arguments.layers, device=device, calibrate=arguments.calibrate,
+        rank=rank, world=world, progress=not arguments.quiet,
     )  # fmt: skip
     if saved is None:
         print(f"process {rank} of {world} is done; other layers are not yet: whoever finishes last saves them together")
@@ -91,6 +96,19 @@ def run(arguments: argparse.Namespace) -> int:
     given = "".join(f", {option}={value!r}" for option, value in options.items())
     print(f'saved: HashAttention.from_preset("{name}"{given}, pretrained="{saved}")')
     return 0
+
+
+def stopped(arguments: argparse.Namespace) -> str:
+    """What a stopped fit leaves, and how to go on."""
+    folder = FitFolder(arguments.out)
+    asked = read_asked(folder)
+    if asked is None:
+        return "nothing was written yet; the same command begins anew"
+    whole = sum(folder.record(layer) is not None for layer in asked["layers"])
+    return (
+        f"{whole} of {len(asked['layers'])} layers are fitted in {arguments.out} and are kept; the same command goes "
+        "on with the others"
+    )
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from hashattn import stored
+from hashattn import stored, tensor_files
 from hashattn.encoders import Encoder
-from hashattn.extras import require
 from hashattn.facts import ModelFacts
-from hashattn.files import replacing
+from hashattn.files import locked, sha256
+from hashattn.json_files import is_number, read_json, write_json
 
 RUN = "run.json"
+_FIGURES = ("recall", "mass", "seconds", "best_step")  # of a layer's record
 
 
 class FitFolder:
@@ -38,8 +40,9 @@ class FitFolder:
             ValueError: it holds something else, or a run that was asked for otherwise.
         """
         held = self.path / RUN
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"out={str(self.path)!r} is a file: name a new or an empty folder")
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            kind = "a file" if self.path.exists() else "a broken link"
+            raise ValueError(f"out={str(self.path)!r} is {kind}: name a new or an empty folder")
         if not held.exists():
             visible = [] if not self.path.is_dir() else sorted(p.name for p in self.path.iterdir())
             visible = [name for name in visible if not name.startswith(".")]  # the others are what a kill left
@@ -48,7 +51,10 @@ class FitFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(held, asked)
             return
-        there, here = _flat(read_json(held)), _flat(asked)
+        described = read_json(held)
+        if not isinstance(described, dict):
+            raise ValueError(f"{str(held)!r} describes no fit: an object was expected")
+        there, here = _flat(described), _flat(asked)
         different = [
             f"{name} is {here.get(name)!r} here and {there.get(name)!r} there"
             for name in dict.fromkeys((*here, *there))
@@ -60,12 +66,27 @@ class FitFolder:
                 "give the same arguments to resume it, or another folder"
             )
 
+    @contextlib.contextmanager
+    def fitting(self, layers: Iterable[int]) -> Iterator[None]:
+        """Hold these layers, so that no other process fits them meanwhile.
+
+        Raises:
+            ValueError: another one does; the message says who.
+        """
+        with contextlib.ExitStack() as held:
+            for i in layers:
+                held.enter_context(
+                    locked(self.path / f".layer-{i:02d}.lock", f"fitting layer {i} in {str(self.path)!r}")
+                )
+            yield
+
     def record(self, layer: int) -> dict[str, Any] | None:
         """What layer-NN.json says of a fitted layer; None if the layer is not whole."""
         weights, record = self._pair(layer)
         try:
             found: dict[str, Any] = read_json(record)
-            whole = found["sha256"] == _sha256(weights)
+            whole = found["sha256"] == sha256(weights) and found["layer"] == layer
+            whole = whole and isinstance(found["looks"], list) and all(is_number(found[name]) for name in _FIGURES)
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return found if whole else None
@@ -73,45 +94,41 @@ class FitFolder:
     def write(self, layer: int, encoder: Encoder, record: Mapping[str, Any], note: str = "") -> Path:
         """Write a layer's weights, rounded to float16, and then its record. Returns the weights' file."""
         assert isinstance(encoder, nn.Module)
-        safetensors = require("safetensors.torch", "hf", "hashattn fit")
         weights, path = self._pair(layer, note)
-        with replacing(weights) as scratch:
-            scratch.write_bytes(safetensors.save(stored.tensors_of(encoder)))
-        write_json(path, {**record, "encoder": stored.describe(encoder), "sha256": _sha256(weights)})
+        tensor_files.write(weights, stored.tensors_of(encoder))
+        write_json(path, {**record, "encoder": stored.describe(encoder), "sha256": sha256(weights)})
         return weights
 
     def encoder(self, layer: int, facts: ModelFacts) -> Encoder:
-        """The encoder of a fitted layer, as it was written."""
-        safetensors = require("safetensors.torch", "hf", "hashattn fit")
+        """The encoder of a fitted layer, as it was written.
+
+        Raises:
+            ValueError: one of its two files is damaged.
+        """
         weights, record = self._pair(layer)
-        return stored.restore(read_json(record)["encoder"], safetensors.load_file(weights), facts)
+        try:
+            found = read_json(record)
+            described = found["encoder"]
+        except (OSError, KeyError, TypeError) as error:
+            raise ValueError(f"{str(record)!r} describes no fitted layer: {error}") from error
+        held = stored.Weights(tensor_files.header(weights), lambda: tensor_files.read(weights))
+        return stored.restore(described, held, facts)
 
     def _pair(self, layer: int, note: str = "") -> tuple[Path, Path]:
         stem = f"layer-{layer:02d}{note}"
         return self.path / f"{stem}.safetensors", self.path / f"{stem}.json"
 
 
-def write_json(path: Path, data: Any) -> None:
-    """There whole, or not at all."""
-    with replacing(path) as scratch:
-        scratch.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    """What write_json() wrote."""
+def read_asked(folder: FitFolder) -> dict[str, Any] | None:
+    """What the folder's run was asked for; None if there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
+        return dict(read_json(folder.path / RUN))
+    except (OSError, ValueError):
+        return None
 
 
 def _flat(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Names and values to tell the user; JSON's types, so that what was read equals what was written."""
     plain = json.loads(json.dumps(asked))
     recipe = plain.pop("recipe", {})
-    return {**recipe, **plain}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {**(recipe if isinstance(recipe, dict) else {"recipe": recipe}), **plain}

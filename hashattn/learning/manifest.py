@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,10 +12,13 @@ from typing import Any
 
 from hashattn import __version__
 from hashattn.facts import ModelFacts
-from hashattn.files import replacing
+from hashattn.json_files import read_json, whole_number, write_json
 
 FORMAT_VERSION = 1
 FILENAME = "capture.json"
+LOCK = ".capture.lock"  # held while somebody captures into the folder
+LARGEST = 64 << 20  # bytes of capture.json
+LONGEST = 1 << 31  # tokens of a sequence
 DTYPES = ("float16", "bfloat16")
 
 
@@ -46,6 +49,23 @@ class Recording:
         """Prefilled and decoded ones."""
         return self.tokens + self.decoded
 
+    def check(self) -> None:
+        """Raise ValueError for what cannot have been written by a capture."""
+        if not isinstance(self.name, str) or not re.fullmatch(r"[\w-]{1,100}", self.name):
+            raise ValueError(f"a sequence's name must be letters, digits and dashes, got {self.name!r:.200}")
+        for name in ("kind", "source"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{self.name}: {name} must be a string, got {getattr(self, name)!r:.100}")
+        numbers = {"tokens": self.tokens, "asked": self.asked, "decoded": self.decoded}
+        least = {"tokens": 1, "asked": 0, "decoded": 0}
+        if not all(whole_number(n, least[name], LONGEST) for name, n in numbers.items()) or self.asked > self.tokens:
+            raise ValueError(
+                f"{self.name}: tokens, decoded and asked must be numbers up to {LONGEST}, asked <= tokens, "
+                f"got {numbers!r:.300}"
+            )
+        if type(self.seed) is not int:
+            raise ValueError(f"{self.name}: seed must be a number, got {self.seed!r:.100}")
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -74,24 +94,24 @@ class Manifest:
         """
         if not isinstance(data, Mapping) or "format_version" not in data:
             raise ValueError("it is no description of a capture")
-        if data["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"its format_version is {data['format_version']!r}, this version reads {FORMAT_VERSION}")
+        version = data["format_version"]
+        if version != FORMAT_VERSION or type(version) is not int:
+            raise ValueError(f"its format_version is {version!r:.100}, this version reads {FORMAT_VERSION}")
         try:
             facts = ModelFacts.from_json(data["model"])
             layers, dtype, arguments = tuple(data["layers"]), data["dtype"], dict(data["arguments"])
             sequences = tuple(Recording(**s) for s in data["sequences"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"a field is missing or of another type: {error}") from error
-        if not layers or not set(layers) <= set(facts.attention_layers):
-            raise ValueError(f"layers must be among {list(facts.attention_layers)}, got {list(layers)}")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        numbers = [i for i in layers if whole_number(i, 0, facts.layers)]
+        if not layers or len(set(numbers)) != len(layers) or not set(numbers) <= set(facts.attention_layers):
+            raise ValueError(f"layers must be among {list(facts.attention_layers)}, got {list(layers)!r:.200}")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r:.100}")
         for s in sequences:
-            if not isinstance(s.name, str) or not re.fullmatch(r"[\w-]+", s.name):
-                raise ValueError(f"a sequence's name must be letters, digits and dashes, got {s.name!r}")
-            numbers = {"tokens": s.tokens, "asked": s.asked, "decoded": s.decoded}
-            if any(type(n) is not int or n < 0 for n in numbers.values()) or s.asked > s.tokens:
-                raise ValueError(f"{s.name}: tokens, decoded and asked must be numbers, asked <= tokens, got {numbers}")
+            s.check()
+        if not sequences or len({s.name for s in sequences}) != len(sequences):
+            raise ValueError("sequences must be there, each by a name of its own")
         return cls(facts, layers, dtype, sequences, arguments)
 
     def differences(self, other: Manifest) -> list[str]:
@@ -115,7 +135,7 @@ def read(folder: str | Path) -> Manifest:
     """
     path = Path(folder) / FILENAME
     try:
-        return Manifest.from_json(json.loads(path.read_text(encoding="utf-8")))
+        return Manifest.from_json(read_json(path, LARGEST))
     except OSError as error:
         raise ValueError(f"{str(folder)!r} holds no capture ({error}): make one with hashattn capture") from error
     except ValueError as error:
@@ -137,16 +157,17 @@ def claim(manifest: Manifest, folder: str | Path) -> None:
                 "same ones to resume it, or another folder"
             )
         return
+    Manifest.from_json(manifest.as_json())  # what could not be read again is refused now
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / FILENAME) as scratch:
-        scratch.write_text(json.dumps(manifest.as_json(), indent=1) + "\n", encoding="utf-8")
+    write_json(folder / FILENAME, manifest.as_json())
 
 
 def check_free(folder: str | Path) -> None:
     """Raise ValueError if a folder holds something that is no capture; hidden files are what a kill left."""
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out={str(folder)!r} is a file: name a new or an empty folder")
+    if os.path.lexists(folder) and not folder.is_dir():
+        kind = "a file" if folder.exists() else "a broken link"
+        raise ValueError(f"out={str(folder)!r} is {kind}: name a new or an empty folder")
     found = [] if not folder.is_dir() else sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
     if found and FILENAME not in found:
         raise ValueError(f"out={str(folder)!r} holds other files ({found[0]}, ...): name a new or an empty folder")

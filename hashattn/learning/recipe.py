@@ -107,7 +107,8 @@ class Recipe:
             raise ValueError(f"preset={self.preset!r} is fitted already: leave pretrained out")
         encoder = self.composition().encoder
         if not isinstance(encoder, nn.Module) or not hasattr(encoder, "fit"):
-            raise ValueError(f"preset={self.preset!r} has nothing to fit: its encoder is {encoder!r}")
+            named = "none" if encoder is None else type(encoder).__name__
+            raise ValueError(f"preset={self.preset!r} has nothing to fit: its encoder is {named}")
         stored.check_class(encoder)
 
     def composition(self) -> HashAttention:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 
 from torch import Tensor
 
+from hashattn import tensor_files
 from hashattn.encoders.sample import Sample
-from hashattn.extras import require
 from hashattn.facts import ModelFacts
-from hashattn.files import replacing
 from hashattn.learning import manifest
 from hashattn.learning.manifest import Manifest, Recording
+from hashattn.tensor_files import Stored
 
+_NAMES = {"float16": "F16", "bfloat16": "BF16"}
 TOKENS = "tokens.safetensors"  # ids int32 [N] of a sequence; written last, so that its presence says "whole"
 
 
@@ -52,22 +52,26 @@ class Shards:
 
     def fault(self, sequence: Recording) -> str | None:
         """What is wrong with the files of a sequence, judged by their headers; None if they are whole."""
-        kv = [self.facts.kv_heads, sequence.keys, self.facts.head_dim]
-        for layer in self.layers:
-            path = self.path(sequence, layer)
-            try:
-                shapes = _shapes(path)
-            except ValueError as error:
-                return str(error)
-            positions = shapes.get("positions", [0])
-            wanted = {"q": [self.facts.q_heads, *positions, self.facts.head_dim], "k": kv, "positions": positions}
-            if shapes != wanted:
-                return f"{str(path)!r} holds {shapes}, but {wanted} was expected"
+        facts, dtype = self.facts, _NAMES[self.manifest.dtype]
         try:
-            ids = _shapes(self.folder / sequence.name / TOKENS)
+            for layer in self.layers:
+                path = self.path(sequence, layer)
+                found = tensor_files.header(path)
+                shape = found["positions"].shape if "positions" in found else ()
+                queries = shape[0] if len(shape) == 1 and 0 < shape[0] <= sequence.keys else 1
+                wanted = {
+                    "q": Stored(dtype, (facts.q_heads, queries, facts.head_dim)),
+                    "k": Stored(dtype, (facts.kv_heads, sequence.keys, facts.head_dim)),
+                    "positions": Stored("I32", (queries,)),
+                }
+                if found != wanted:
+                    return f"{str(path)!r} holds {_said(found)}, but {_said(wanted)} was expected"
+            path = self.folder / sequence.name / TOKENS
+            if (found := tensor_files.header(path)) != (wanted := {"ids": Stored("I32", (sequence.keys,))}):
+                return f"{str(path)!r} holds {_said(found)}, but {_said(wanted)} was expected"
         except ValueError as error:
             return str(error)
-        return None if ids == {"ids": [sequence.keys]} else f"{sequence.name!r} has tokens of another length: {ids}"
+        return None
 
     def check(self, facts: ModelFacts) -> None:
         """Raise ValueError if the shards come from another model, naming what differs."""
@@ -96,16 +100,21 @@ class Shards:
 
     def tokens(self, sequence: Recording) -> Tensor:
         """int64 [N]: the tokens of a sequence, prefilled and decoded."""
-        return load(self.folder / sequence.name / TOKENS)["ids"].long()
+        return tensor_files.read(self.folder / sequence.name / TOKENS)["ids"].long()
 
     def _sample(self, sequence: Recording, layer: int) -> Sample:
         path = self.path(sequence, layer)
-        held = load(path)
+        held = tensor_files.read(path)
         for name in ("q", "k"):
             if not held[name].isfinite().all():
                 raise ValueError(
                     f"{str(path)!r}: {name} holds values that are not finite; remove the file, capture again"
                 )
+        positions = held["positions"]
+        if not (positions[0] >= 0 and positions[-1] < sequence.keys and (positions.diff() > 0).all()):
+            raise ValueError(
+                f"{str(path)!r}: positions are no ascending columns of {sequence.keys} keys; remove the file"
+            )
         return Sample(
             held["q"].float(),
             held["k"].float(),
@@ -130,28 +139,9 @@ def layer_filename(layer: int) -> str:
 
 
 def save(path: Path, tensors: dict[str, Tensor], **notes: object) -> None:
-    """Write tensors, with notes in the header: there whole, or not at all."""
-    torch_files = require("safetensors.torch", "hf", "capturing")
-    with replacing(path) as scratch:
-        held = {name: t.contiguous() for name, t in tensors.items()}
-        # One entry: safetensors writes several in an order that differs from run to run.
-        scratch.write_bytes(torch_files.save(held, metadata={"hashattn": json.dumps(notes)}))
+    """Write a file of a sequence, with notes in its header: there whole, or not at all."""
+    tensor_files.write(path, tensors, hashattn=notes)
 
 
-def _shapes(path: Path) -> dict[str, list[int]]:
-    """What a file holds, from its header; a file that is cut short is found by its length."""
-    safetensors = require("safetensors", "hf", "reading captured shards")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except FileNotFoundError as error:
-        raise ValueError(f"{str(path)!r} is missing") from error
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{str(path)!r} is cut short or damaged: {error}") from error
-
-
-def load(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file; ValueError if it is missing or damaged."""
-    _shapes(path)
-    loaded: dict[str, Tensor] = require("safetensors.torch", "hf", "reading captured shards").load_file(path)
-    return loaded
+def _said(tensors: dict[str, Stored]) -> str:
+    return ", ".join(f"{name}: {tensor}" for name, tensor in sorted(tensors.items())) or "nothing"

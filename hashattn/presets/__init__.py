@@ -12,11 +12,12 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hashattn.attention import HashAttention
+from hashattn.extras import loaded
 from hashattn.presets.budgets import full, h2o, oracle_topk, pyramidkv, snapkv, streaming, twilight, vattention
 from hashattn.presets.dashkv import (
     dashkv,
@@ -50,7 +51,7 @@ from hashattn.presets.scores import (
 from hashattn.pretrained import fitted
 from hashattn.saving import Pretrained
 
-__all__ = ["GROUP", "PRESETS", "budget_options", "build", "options_of", "preset", "takes_budget"]
+__all__ = ["GROUP", "PRESETS", "budget_options", "build", "names", "options_of", "preset", "takes_budget"]
 
 GROUP = "hashattn.presets"
 Preset = Callable[..., HashAttention]
@@ -71,15 +72,25 @@ def preset(name: str) -> Preset:
 
     Raises:
         ValueError: there is none.
+        ImportError: an installed package offers it, but it cannot be imported; the package is named.
+        TypeError: what it offers is no function with keyword options.
     """
     if name in PRESETS:
         return PRESETS[name]
     others = {point.name: point for point in entry_points(group=GROUP)}
     if name in others:
-        found: Preset = others[name].load()
-        return found
+        return _installed(others[name])
     known = (*PRESETS, *others)
     raise ValueError(f"unknown preset {name!r}{_nearest(name, known)}; the presets are {', '.join(known)}")
+
+
+def names() -> dict[str, str]:
+    """The package of each preset, by the preset's name: the library's own first, then those of installed packages."""
+    others = {
+        point.name: point.dist.name if point.dist is not None else point.value.partition(":")[0]
+        for point in entry_points(group=GROUP)
+    }
+    return {**dict.fromkeys(PRESETS, "hashattn"), **{name: p for name, p in others.items() if name not in PRESETS}}
 
 
 def build(name: str, *, pretrained: str | Path | Pretrained | None = None, **options: Any) -> HashAttention:
@@ -91,7 +102,7 @@ def build(name: str, *, pretrained: str | Path | Pretrained | None = None, **opt
             raise TypeError(
                 f"preset {name!r} takes no option {option!r}{_nearest(option, (*known, 'pretrained'))}; {takes}"
             )
-    attn = preset(name)(**options)
+    attn = _made(name, preset(name), options)
     return attn if pretrained is None else fitted(name, attn, pretrained, options)
 
 
@@ -148,6 +159,44 @@ def takes_budget(name: str, given: Mapping[str, Any] | None = None) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _installed(point: EntryPoint) -> Preset:
+    """A preset of an installed package."""
+    found = loaded(point)
+    try:
+        usable = callable(found) and not isinstance(found, type) and inspect.signature(found) is not None
+    except (ValueError, TypeError):  # some callables have no signature
+        usable = False
+    if not usable:
+        raise TypeError(
+            f"{_offers(point)} is {found!r:.100}, which is no preset: a function with keyword options that returns a "
+            "HashAttention is"
+        )
+    return cast(Preset, found)
+
+
+def _made(name: str, made: Preset, options: Mapping[str, Any]) -> HashAttention:
+    """What a preset makes. An installed package's is named if it fails."""
+    if name in PRESETS:
+        return made(**options)
+    offered = _offers(next(p for p in entry_points(group=GROUP) if p.name == name))
+    try:
+        attn = made(**options)
+    except TypeError as error:
+        raise TypeError(f"{offered}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{offered}: {error}") from error
+    except Exception as error:
+        raise RuntimeError(f"{offered} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(attn, HashAttention):
+        raise TypeError(f"{offered} returns {attn!r:.100}, which is no HashAttention")
+    return attn
+
+
+def _offers(point: EntryPoint) -> str:
+    package = f" of {point.dist.name} {point.dist.version}" if point.dist is not None else ""
+    return f"preset {point.name!r}{package} ({point.value})"
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

@@ -6,13 +6,14 @@ from hashattn.attend import DenseAttend, ExactAttend, SampledAttend
 from hashattn.attention import HashAttention
 from hashattn.encoders import Identity, SimHash
 from hashattn.index import FlatDot, FlatHamming, Pages
-from hashattn.selectors import HeavyHitters, ObservationWindow, RandomTail, Recent, Sink, TopK, TopP, pyramid
+from hashattn.selectors import HeavyHitters, ObservationWindow, RandomTail, Recent, Sink, TopK, TopP
 
 
 def streaming(*, sinks: int = 4, recent: int = 1020, engine: str = "auto") -> HashAttention:
     """StreamingLLM, "Efficient Streaming Language Models with Attention Sinks" (arXiv 2309.17453).
 
-    4 sinks and a window; the paper's sizes run from 4+252 to 4+4092. Positions stay those of the text.
+    4 sinks and a window; the paper's sizes run from 4+252 to 4+4092. The window slides with every token, as the paper's
+    rolling cache does. Positions stay those of the text, where the paper counts them within the cache.
     """
     return HashAttention(selector=Sink(sinks) | Recent(recent), attend=ExactAttend(), engine=engine)
 
@@ -21,7 +22,8 @@ def h2o(*, share: float = 0.2, engine: str = "auto") -> HashAttention:
     """H2O, "Heavy-Hitter Oracle" (arXiv 2306.14048): accumulated attention, and half of the budget the most recent.
 
     Selection is restricted and keys are kept: the outputs are those of eviction, and no memory is saved. The original
-    fixes the budget at a share of the prompt; here it grows with the text. Votes are summed over a KV head.
+    fixes the budget at a share of the prompt and rounds it down; here it grows with the text and is rounded up. Votes
+    are summed over a KV head, where each query head of the original chooses.
     """
     return HashAttention(selector=HeavyHitters(share=share), attend=ExactAttend(), engine=engine)
 
@@ -41,11 +43,12 @@ def pyramidkv(
 ) -> HashAttention:
     """PyramidKV (arXiv 2406.02069): SnapKV with more keys in low layers than in high ones, `share` on average.
 
-    layers is the model's number. Keys are kept, as in snapkv. The authors count keys and give each layer its window
-    beside its budget, where here it is a part of the share; their LongBench runs take 8 queries and the maximum of 7.
+    layers is the model's number. Each layer keeps its window, and what the share has beside the windows falls evenly
+    over the layers, to a twentieth of its mean in the last. Keys are kept, as in snapkv. The authors count keys, which
+    replace(selector=ObservationWindow(k=, layers=)) does; their LongBench runs take 8 queries and the maximum of 7.
     """
     return HashAttention(
-        selector=ObservationWindow(shares=pyramid(layers, share), window=window, pool=pool),
+        selector=ObservationWindow(share=share, window=window, pool=pool, layers=layers),
         attend=ExactAttend(),
         engine=engine,
     )

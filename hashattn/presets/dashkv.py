@@ -11,15 +11,32 @@ from hashattn.selectors import Consensus, Momentum, Recent, Selector, Sink, Tier
 SANDWICH = (0, 1, -1)
 
 
+def sandwich(dense: tuple[int, ...] | int) -> tuple[int, ...]:
+    """Numbers of dense layers: those given, or for a number n the first n layers and the last n.
+
+    Raises:
+        ValueError: n below 1.
+    """
+    if isinstance(dense, tuple):
+        return dense
+    if isinstance(dense, bool) or not isinstance(dense, int) or dense < 1:
+        raise ValueError(
+            "dense_layers must be a tuple of layer numbers, or an int of at least 1 for as many first and last layers, "
+            f"got {dense!r}"
+        )
+    return *range(dense), *range(-dense, 0)
+
+
 def dashkv(
     *, bits: int = 128, t1: float = 0.05, t2: float = 0.10, sinks: int = 4, recent: int = 64, vote_share: float = 0.5,
-    encoder: Encoder | None = None, dense_layers: tuple[int, ...] = SANDWICH, engine: str = "auto",
+    encoder: Encoder | None = None, dense_layers: tuple[int, ...] | int = SANDWICH, engine: str = "auto",
 ) -> HashAttention:  # fmt: skip
     """DASH-KV, "Accelerating Long-Context LLM Inference via Asymmetric KV Cache Hashing" (arXiv 2604.19351).
 
     Query MLP d-256-256-bits, linear keys; consensus across heads, momentum across layers; three precision tiers;
-    sinks and neighbours always critical; first and last layers dense. Readings give 32-64 or 128 bits, and layers 0-4
-    and 27-32 of 32 as the dense ones; percentiles t1, t2 and the discounts are calibrated per model.
+    sinks and neighbours always critical; first and last layers dense. Readings give 32-64 or 128 bits. One has the
+    first and last five of 32 layers dense (0-4, 27-31): dense_layers=5, and as large a share of another model's, such
+    as 3 of 18. Percentiles t1, t2 and the discounts are calibrated per model.
     """
     return HashAttention(
         encoder=encoder or AsymmetricHash(bits),
@@ -27,13 +44,13 @@ def dashkv(
         selector=Sink(sinks) | Recent(recent) | Momentum(Consensus(Tiers(t1, t2), vote_share=vote_share)),
         attend=MixedPrecision(),
         engine=engine,
-        dense_layers=dense_layers,
+        dense_layers=sandwich(dense_layers),
     )
 
 
 def dashkv_hash_only(
     *, bits: int = 128, share: float = 0.05, sinks: int = 4, recent: int = 64,
-    dense_layers: tuple[int, ...] = SANDWICH, engine: str = "auto",
+    dense_layers: tuple[int, ...] | int = SANDWICH, engine: str = "auto",
 ) -> HashAttention:  # fmt: skip
     """DASH-KV ablation: asymmetric hashing alone, exact attention to the nearest keys (arXiv 2604.19351)."""
     return _ablation(TopK(share=share), bits, sinks, recent, dense_layers, engine)
@@ -41,7 +58,7 @@ def dashkv_hash_only(
 
 def dashkv_consensus(
     *, bits: int = 128, share: float = 0.05, sinks: int = 4, recent: int = 64, vote_share: float = 0.5,
-    dense_layers: tuple[int, ...] = SANDWICH, engine: str = "auto",
+    dense_layers: tuple[int, ...] | int = SANDWICH, engine: str = "auto",
 ) -> HashAttention:  # fmt: skip
     """DASH-KV ablation: hashing and cross-head consensus (arXiv 2604.19351)."""
     ranked = Consensus(TopK(share=share), vote_share=vote_share)
@@ -50,7 +67,7 @@ def dashkv_consensus(
 
 def dashkv_momentum(
     *, bits: int = 128, share: float = 0.05, sinks: int = 4, recent: int = 64, vote_share: float = 0.5,
-    dense_layers: tuple[int, ...] = SANDWICH, engine: str = "auto",
+    dense_layers: tuple[int, ...] | int = SANDWICH, engine: str = "auto",
 ) -> HashAttention:  # fmt: skip
     """DASH-KV ablation: hashing, consensus and cross-layer momentum (arXiv 2604.19351)."""
     ranked = Momentum(Consensus(TopK(share=share), vote_share=vote_share))
@@ -59,7 +76,7 @@ def dashkv_momentum(
 
 def dashkv_symmetric(
     *, bits: int = 128, t1: float = 0.05, t2: float = 0.10, sinks: int = 4, recent: int = 64, vote_share: float = 0.5,
-    dense_layers: tuple[int, ...] = SANDWICH, engine: str = "auto",
+    dense_layers: tuple[int, ...] | int = SANDWICH, engine: str = "auto",
 ) -> HashAttention:  # fmt: skip
     """DASH-KV ablation: everything, with one encoder for queries and keys (arXiv 2604.19351)."""
     return dashkv(
@@ -71,7 +88,7 @@ def dashkv_symmetric(
 def dashkv_fast(
     *, bits: int = 128, query_bits: int = 2, share: float = 0.05, sinks: int = 4, recent: int = 64,
     per: str = "query_head", combine: str = "sum", encoder: Encoder | None = None,
-    dense_layers: tuple[int, ...] = (0, 1), engine: str = "auto",
+    dense_layers: tuple[int, ...] | int = (0, 1), engine: str = "auto",
 ) -> HashAttention:  # fmt: skip
     """What we would ship of DASH-KV (after arXiv 2604.19351): its asymmetric hashes, exact attention to what they find.
 
@@ -86,12 +103,12 @@ def dashkv_fast(
         selector=Sink(sinks) | Recent(recent) | TopK(share=share, per=per, combine=combine),
         attend=ExactAttend(),
         engine=engine,
-        dense_layers=dense_layers,
+        dense_layers=sandwich(dense_layers),
     )
 
 
 def _ablation(
-    ranked: Selector, bits: int, sinks: int, recent: int, dense_layers: tuple[int, ...], engine: str
+    ranked: Selector, bits: int, sinks: int, recent: int, dense_layers: tuple[int, ...] | int, engine: str
 ) -> HashAttention:
     return HashAttention(
         encoder=AsymmetricHash(bits),
@@ -99,5 +116,5 @@ def _ablation(
         selector=Sink(sinks) | Recent(recent) | ranked,
         attend=ExactAttend(),
         engine=engine,
-        dense_layers=dense_layers,
+        dense_layers=sandwich(dense_layers),
     )

@@ -19,16 +19,18 @@ from hashattn.selectors import CollisionSample, Recent, Sink, TopK
 
 
 def hata(
-    *, bits: int = 128, k: int = 512, dense_layers: tuple[int, ...] = (0, 1), engine: str = "auto"
-) -> HashAttention:
+    *, bits: int = 128, k: int = 512, heads: int | None = None, dense_layers: tuple[int, ...] = (0, 1),
+    engine: str = "auto",
+) -> HashAttention:  # fmt: skip
     """HATA, "Trainable and Hardware-Efficient Hash-Aware Top-k Attention" (arXiv 2506.02572).
 
     One learned linear hash for queries and keys, 128 bits; Hamming distances summed over a KV head's queries; top 512
-    (short contexts) or 2048 (long ones) exactly; layers 0-1 dense. The paper trains a hash for each KV head and does
-    not centre keys; here one serves all heads, on centred keys.
+    (short contexts) or 2048 (long ones) exactly; layers 0-1 dense. The paper trains a hash for each KV head, which
+    heads=Hkv does, and does not centre keys; here they are centred, which finds more (docs/encoders.md has the figures,
+    and the paper's loss).
     """
     return HashAttention(
-        encoder=SymmetricHash(bits),
+        encoder=SymmetricHash(bits, heads=heads),
         index=FlatHamming(),
         selector=TopK(k=k, per="kv_head", combine="sum"),
         attend=ExactAttend(),
@@ -57,13 +59,14 @@ def hashattention(
 
 
 def spotlight(
-    *, bits: int = 128, share: float = 0.02, hidden: int = 128, dense_layers: tuple[int, ...] = (), engine: str = "auto"
-) -> HashAttention:
+    *, bits: int = 128, share: float = 0.02, hidden: int = 128, dense_layers: tuple[int, ...] = (0, 1),
+    engine: str = "auto",
+) -> HashAttention:  # fmt: skip
     """Spotlight Attention (arXiv 2508.19740): MLP hashes fitted by ranking (the default loss); the nearest 2% exactly.
 
     The authors' code for LLaMA has a residual MLP 128-128-128 with SiLU for each query head, shared by queries and
     keys, and ranks the true top 2% above others; here each side has one of its own, a ReLU beside a linear skip, for
-    all heads, and the top 5% are ranked. Its evaluations leave layers 0 and 1 dense.
+    all heads, and the top 5% are ranked. Layers 0 and 1 are dense, as in its evaluations.
     """
     return HashAttention(
         encoder=AsymmetricHash(bits, query_hidden=(hidden,), key_hidden=(hidden,)),
@@ -165,14 +168,15 @@ def reformer(
 
 
 def magicpig(
-    *, tables: int = 150, bits: int = 10, sinks: int = 4, recent: int = 64, dense_layers: tuple[int, ...] = (0, 1),
+    *, tables: int = 150, bits: int = 10, sinks: int = 4, recent: int = 64, dense_layers: tuple[int, ...] = (0, 16),
     engine: str = "auto",
 ) -> HashAttention:  # fmt: skip
     """MagicPIG, "LSH Sampling for Efficient LLM Generation" (arXiv 2410.16179): L=150 tables of K=10 bits.
 
     Keys that collide with the query in two tables are sampled and weighed by the probability of that. How many is up to
-    the data. The authors' code leaves layers 0 and 16 of 32 dense, centres keys on the mean of the prompt and attends
-    exactly to all that was generated; here layers 0 and 1, the mean of the first keys, and the last 64.
+    the data. Layers 0 and 16 are dense, each 16th as in the authors' code: a model of 16 layers or fewer wants
+    dense_layers=(0,), one of more than 32 layers more of them. That code centres keys on the mean of the prompt and
+    attends exactly to all that was generated; here it is the mean of the first keys, and the last 64.
     """
     sample = CollisionSample(tables, bits)
     return HashAttention(

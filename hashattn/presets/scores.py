@@ -93,8 +93,9 @@ def sparq(
 ) -> HashAttention:
     """SparQ Attention (arXiv 2312.04985): the query's largest channels alone score the keys; the top 128 exactly.
 
-    The last 32 are among these. Without the paper's mean-value term; a group's scores are summed as they are, where the
-    authors' code sums their softmax. Keys are multiplied in whole here: the selection is SparQ's, no bytes are saved.
+    The last 32 are among these. Without the paper's mean-value term; a group's products are summed as they are, where
+    the authors' code first divides each by the root of what its channels hold of the query. Keys are multiplied in
+    whole here: the selection is SparQ's, no bytes are saved.
     """
     return HashAttention(
         encoder=Identity(),
@@ -111,8 +112,9 @@ def double_sparsity(
 ) -> HashAttention:
     """Double Sparsity (arXiv 2408.07092): a few heavy channels, found beforehand and rounded to 4 bits, score the keys.
 
-    A sixteenth of the keys. Labels are rounded to 4 bits and stored in the keys' dtype. A KV head chooses channels and
-    keys; in the authors' code each query head does, and no layer is dense, where here 0 and 1 are.
+    A sixteenth of the keys, layers 0 and 1 dense. Labels and queries are rounded to 16 levels from the least to the
+    largest, and labels are stored in the keys' dtype. A KV head chooses channels and keys by the sum of its queries'
+    products; in the authors' code each query head does.
     """
     return HashAttention(
         encoder=HeavyChannels(channels),

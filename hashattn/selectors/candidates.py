@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from hashattn.naming import short
 from hashattn.selectors.base import Selector
 from hashattn.types import Selection
 from hashattn.view import View
@@ -15,7 +16,7 @@ from hashattn.view import View
 def check_inner(name: str, inner: Selector) -> None:
     """Raise TypeError unless this is a ranked selector without weights whose keys stand for themselves."""
     if not isinstance(inner, Selector) or not inner.ranked or inner.samples:
-        raise TypeError(f"inner must be a ranked selector such as TopK that samples nothing, got {inner!r}")
+        raise TypeError(f"inner must be a ranked selector such as TopK that samples nothing, got {short(inner)}")
     if isinstance(inner, nn.Module):
         raise TypeError(f"inner must be a selector without weights; {type(inner).__name__}({name}(...)) would do")
 

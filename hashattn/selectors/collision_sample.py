@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from hashattn.collisions import Collisions
+from hashattn.naming import short
 from hashattn.ops.hamming import popcount, words
 from hashattn.selectors.base import Selector, forced_slots
+from hashattn.shapes import keep_ints
 from hashattn.types import CRITICAL, SAMPLED, Selection, Step
 from hashattn.view import View
 
@@ -25,8 +27,8 @@ class CollisionSample(Selector):
     """Samples keys by collisions in hash tables, for SampledAttend to weigh (MagicPIG, arXiv 2410.16179).
 
     A key is found that agrees with the query in all bits of a table, for two tables at least; forced keys always are.
-    How many is up to the data. The weights, one over the probability of being found, need exact logits:
-    SampledAttend makes them.
+    How many is up to the data; a query that finds none keeps its last visible key. The weights, one over the
+    probability of being found, need exact logits: SampledAttend makes them.
 
     The probability holds for SimHash(orthogonal=False), whose bits agree independently; orthogonal blocks of planes
     bias the estimated sums (1.5% too much at head_dim 32). Bit j of table l is bit 64 ceil(tables / 64) j + l of a
@@ -44,14 +46,14 @@ class CollisionSample(Selector):
     samples = True
 
     def __post_init__(self) -> None:
-        Collisions(self.tables, self.bits)
+        keep_ints(self, tables=2, bits=1)
 
     @property
     def code_bits(self) -> int:
         """Bits that a code must have."""
         return 64 * self.bits * words(self.tables)
 
-    def budget(self, visible: int) -> int:
+    def budget(self, visible: int, forced: int = 0) -> int:
         return visible
 
     def refuses(self, encoder: Encoder, index: Index, attend: Attend) -> str | None:
@@ -71,7 +73,9 @@ class CollisionSample(Selector):
                 f"{encoder.bits}; SimHash(bits={self.code_bits}, orthogonal=False) would fit"
             )
         if not attend.weighs_samples:
-            return f"needs its keys weighed by their probability, which {attend!r} does not; SampledAttend() would fit"
+            return (
+                f"needs its keys weighed by probability, which {short(attend)} does not do; SampledAttend() would fit"
+            )
         return None
 
     def select(self, view: View, step: Step) -> Selection:
@@ -80,9 +84,13 @@ class CollisionSample(Selector):
         found = collisions(view.query, view.codes, self.tables, self.bits)
         near = (found >= 2) if view.kept is None else (found >= 2) & view.kept
         wanted = near & view.seen if view.forced is None else (near & view.seen) | view.forced
+        last = torch.arange(view.keys, device=view.device) == view.visible[..., 1:].unsqueeze(1) - 1
+        alone = last & view.seen & ~wanted.any(-1, keepdim=True)  # a query that found nothing keeps its last key
+        near, wanted = near | alone, wanted | alone
         most = int(wanted.sum(-1).max()) if found.device.type == "cpu" else view.longest  # asking costs nothing there
         ids = view.calibrate(self.tables - found, near).search(max(1, most))
-        tier = torch.where(forced_slots(view, ids), CRITICAL, SAMPLED).to(torch.int8)
+        sure = forced_slots(view, ids) | alone.any(-1, keepdim=True)
+        tier = torch.where(sure, CRITICAL, SAMPLED).to(torch.int8)
         return Selection(ids, tier, collisions=Collisions(self.tables, self.bits))
 
 

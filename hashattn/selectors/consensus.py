@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from hashattn.budget import check_share
+from hashattn.budget import check_finite_number, check_share
+from hashattn.lasting import lasting
+from hashattn.naming import short
 from hashattn.selectors.base import Selector
+from hashattn.selectors.wrapper import Wrapper
 from hashattn.types import Selection, Step
 from hashattn.view import View
 
 
-class Consensus(nn.Module, Selector):
+class Consensus(nn.Module, Wrapper):
     """Cross-head consensus of DASH-KV (arXiv 2604.19351): D + delta_spatial, smaller is nearer.
 
     Every query head votes for the keys that `inner` would select on the raw distances. A key with more than
@@ -27,32 +31,35 @@ class Consensus(nn.Module, Selector):
             straight-through gradient to it: zero in value, one in slope.
     """
 
+    @lasting
     def __init__(self, inner: Selector, *, vote_share: float = 0.5, discount: float = 2.0) -> None:
         super().__init__()
         if not isinstance(inner, Selector) or not inner.ranked:
-            raise TypeError(f"inner must be a ranked selector such as TopK or Tiers, got {inner!r}")
+            raise TypeError(f"inner must be a ranked selector such as TopK or Tiers, got {short(inner)}")
         check_share("vote_share", vote_share)
-        check_discount(discount)
+        check_finite_number("discount", discount)
         self.inner, self.vote_share = inner, vote_share
         self.discount = nn.Parameter(torch.tensor(float(discount)))
 
-    @property
-    def needs_weights(self) -> bool:  # type: ignore[override]
-        return self.inner.needs_weights
+    inner: Selector
+    needs_distances = True
 
     @property
     def matrices(self) -> int:  # type: ignore[override]
         return 1 + self.inner.matrices
 
-    @property
-    def shared(self) -> bool:
-        return self.inner.shared
+    def around(self, inner: Selector, **own: Any) -> Self:
+        discount = own.pop("consensus", None)
+        twin = type(self)(
+            inner, **({"vote_share": self.vote_share} | own), discount=discount if discount is not None else 0.0
+        )
+        twin.training = self.training
+        if discount is None:
+            twin.discount = self.discount  # the Parameter itself, not a copy
+        return twin
 
-    def budget(self, visible: int) -> int:
-        return self.inner.budget(visible)
-
-    def critical(self, visible: int) -> int:
-        return self.inner.critical(visible)
+    def own_settings(self) -> dict[str, Any]:
+        return {"vote_share": self.vote_share, "consensus": self.discount.item()}  # consensus is its discount
 
     def select(self, view: View, step: Step) -> Selection:
         votes = key_votes(self.inner.select(view.calibrate(view.raw), step).ids, view)
@@ -61,12 +68,6 @@ class Consensus(nn.Module, Selector):
 
     def extra_repr(self) -> str:
         return f"inner={self.inner!r}, vote_share={self.vote_share}, discount={self.discount.item():g}"
-
-
-def check_discount(discount: float) -> None:
-    """Raise unless the discount is a finite number of at least 0."""
-    if not 0 <= discount < float("inf"):
-        raise ValueError(f"discount must be a finite number of at least 0, got {discount!r}")
 
 
 def key_votes(ids: Tensor, view: View) -> Tensor:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Self
 
+from hashattn.budget import clamped
 from hashattn.selectors.base import Forced
+from hashattn.shapes import check_int
 
 
 @dataclass(frozen=True)
@@ -14,11 +17,17 @@ class Sink(Forced):
     keys: int = 4
 
     def __post_init__(self) -> None:
-        check_keys("Sink", self.keys)
+        object.__setattr__(self, "keys", check_int("Sink(keys)", self.keys, 1))
 
     @property
     def sinks(self) -> int:
-        return self.keys
+        return clamped(self.keys)
+
+    def settings(self) -> dict[str, Any]:
+        return {"sinks": self.keys}
+
+    def _made(self, **settings: Any) -> Self:
+        return type(self)(settings["sinks"])
 
 
 @dataclass(frozen=True)
@@ -28,14 +37,14 @@ class Recent(Forced):
     keys: int = 64
 
     def __post_init__(self) -> None:
-        check_keys("Recent", self.keys)
+        object.__setattr__(self, "keys", check_int("Recent(keys)", self.keys, 1))
 
     @property
     def recents(self) -> int:
-        return self.keys
+        return clamped(self.keys)
 
+    def settings(self) -> dict[str, Any]:
+        return {"recent": self.keys}
 
-def check_keys(name: str, keys: int) -> None:
-    """Raise unless this is a positive number of keys."""
-    if not isinstance(keys, int) or isinstance(keys, bool) or keys < 1:
-        raise ValueError(f"{name}(keys) must be an int of at least 1, got {keys!r}")
+    def _made(self, **settings: Any) -> Self:
+        return type(self)(settings["recent"])

@@ -25,6 +25,13 @@ def check_grouping(per: str, combine: str, known: tuple[str, ...] = COMBINE) -> 
         raise ValueError(f"combine must be one of {known}, got {combine!r}")
 
 
+def choices_of(per: str, combine: str, q_heads: int, kv_heads: int) -> tuple[int, int]:
+    """See :meth:`Selector.choices`: a union keeps what any head of a group would."""
+    if per != "kv_head":
+        return q_heads, 1
+    return kv_heads, q_heads // kv_heads if combine == "union" else 1
+
+
 def take(view: View, budgets: Sequence[Budget], per: str, combine: str) -> Selection:
     """Keep the nearest keys of each query under budgets[-1]; those beyond budgets[0] are of medium tier.
 

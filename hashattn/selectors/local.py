@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hashattn.budget import check_k
+from hashattn.budget import MOST_KEYS, check_k
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.nearest import most_of_span, nearest_of_chunks
+from hashattn.ops.nearest.local import RUN
 from hashattn.selectors.base import Selector
-from hashattn.selectors.grouping import check_grouping, chosen_mask, group_sum, voted
+from hashattn.selectors.grouping import check_grouping, choices_of, chosen_mask, group_sum, voted
+from hashattn.shapes import keep_ints
 from hashattn.types import Selection, Step
 from hashattn.view import View
 
@@ -40,9 +43,10 @@ class LocalTopK(Selector):
     matrices = 2
 
     def __post_init__(self) -> None:
-        check_k(self.k)
-        if isinstance(self.per_chunk, bool) or not isinstance(self.per_chunk, int) or self.per_chunk < 1:
-            raise ValueError(f"per_chunk must be an int of at least 1, got {self.per_chunk!r}")
+        object.__setattr__(self, "k", check_k(self.k))
+        keep_ints(self, per_chunk=1)
+        if self.k > MOST_KEYS:
+            raise ValueError(f"k must be at most {MOST_KEYS:,}, got {self.k}; TopK(share=1.0) keeps every key")
         if self.k % self.per_chunk:
             low = self.k // self.per_chunk * self.per_chunk
             near = f"{low} or {low + self.per_chunk}" if low else f"{self.per_chunk}"
@@ -58,8 +62,12 @@ class LocalTopK(Selector):
     def shared(self) -> bool:
         return self.per == "kv_head"
 
-    def budget(self, visible: int) -> int:
-        return min(visible, self.k)
+    def budget(self, visible: int, forced: int = 0) -> int:
+        most = sum(most_of_span(n, self.chunks) for n in (forced, 1)) if forced else 0  # in a chunk, as two spans
+        return min(visible, self.k + (max(0, forced - self.per_chunk) if most > self.per_chunk else 0))
+
+    def choices(self, q_heads: int, kv_heads: int) -> tuple[int, int]:
+        return choices_of(self.per, self.combine, q_heads, kv_heads)
 
     def rule(self, group: int) -> Rule | None:
         together = self.shared and group > 1
@@ -84,10 +92,19 @@ class LocalTopK(Selector):
         keep = view.seen if view.kept is None else view.kept & view.seen
         if view.kept is not None and view.forced is not None:
             keep = keep | view.forced
-        most_forced = sum(most_of_span(n, self.chunks) for n in (view.sinks, view.recents))
+        runs = -(-view.keys // RUN)
+        chunks = max(1, min(self.chunks, runs))  # the others hold no column, nor a chunk more than these places:
+        places = RUN * -(-runs // chunks)
+        most_forced = sum(min(places, most_of_span(n, chunks)) for n in (view.sinks, view.recents))
         ids = nearest_of_chunks(
-            view.distances(), self.chunks, self.per_chunk, keep, view.forced, most_forced=most_forced
-        ).flatten(-2)
+            view.distances(), chunks, min(self.per_chunk, places), keep, view.forced,
+            most_forced=min(places, most_forced),
+        ).flatten(-2)  # fmt: skip
         last = torch.iinfo(torch.int32).max
         ids = torch.where(ids < 0, last, ids).sort(-1).values[..., : max(1, view.longest)]
         return ids.masked_fill(ids == last, -1)
+
+    def _budgeted(self, k: int | None = None, share: float | None = None) -> dict[str, Any]:
+        if k is None:
+            raise ValueError(f"share={share} cannot be given to LocalTopK, which counts its keys: k= would work")
+        return {"k": k}

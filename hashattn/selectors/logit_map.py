@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,8 @@ class LogitMap:
                 f"distances and logits must be equally many knots, at least one, got {len(self.distances)} and "
                 f"{len(self.logits)}"
             )
+        if not all(math.isfinite(x) for x in (*self.distances, *self.logits)):
+            raise ValueError(f"knots must be finite numbers, got {self.distances!r} and {self.logits!r}")
         for name, xs in (("rise", self.distances), ("fall", tuple(-y for y in self.logits))):
             if any(not a <= b for a, b in zip(xs, (*xs[1:], xs[-1]), strict=True)):
                 what = "distances" if name == "rise" else "logits"

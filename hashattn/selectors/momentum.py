@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 
+from hashattn.budget import check_finite_number
+from hashattn.lasting import lasting
+from hashattn.naming import short
 from hashattn.selectors.base import Selector
-from hashattn.selectors.consensus import check_discount, discounted
+from hashattn.selectors.consensus import discounted
+from hashattn.selectors.wrapper import Wrapper
 from hashattn.types import Selection, Step
 from hashattn.view import View
 
 
-class Momentum(nn.Module, Selector):
+class Momentum(nn.Module, Wrapper):
     """Cross-layer momentum of DASH-KV (arXiv 2604.19351): D + delta_temporal, smaller is nearer.
 
     A sparse layer knows its attention distribution only on the keys it selected, so the prior is the previous
@@ -25,15 +31,17 @@ class Momentum(nn.Module, Selector):
         discount: start of the learnable discount; see :class:`Consensus`.
     """
 
+    inner: Selector
+    needs_distances = True
     needs_weights = True
 
+    @lasting
     def __init__(self, inner: Selector, *, ratio: float = 1.0, discount: float = 2.0) -> None:
         super().__init__()
         if not isinstance(inner, Selector) or not inner.ranked:
-            raise TypeError(f"inner must be a ranked selector such as TopK, Tiers or Consensus, got {inner!r}")
-        if not 0 <= ratio < float("inf"):
-            raise ValueError(f"ratio must be a finite number of at least 0, got {ratio!r}")
-        check_discount(discount)
+            raise TypeError(f"inner must be a ranked selector such as TopK, Tiers or Consensus, got {short(inner)}")
+        check_finite_number("ratio", ratio)
+        check_finite_number("discount", discount)
         self.inner, self.ratio = inner, ratio
         self.discount = nn.Parameter(torch.tensor(float(discount)))
 
@@ -41,15 +49,16 @@ class Momentum(nn.Module, Selector):
     def matrices(self) -> int:  # type: ignore[override]
         return 1 + self.inner.matrices
 
-    @property
-    def shared(self) -> bool:
-        return self.inner.shared
+    def around(self, inner: Selector, **own: Any) -> Self:
+        discount = own.pop("momentum", None)
+        twin = type(self)(inner, **({"ratio": self.ratio} | own), discount=discount if discount is not None else 0.0)
+        twin.training = self.training
+        if discount is None:
+            twin.discount = self.discount  # the Parameter itself, not a copy
+        return twin
 
-    def budget(self, visible: int) -> int:
-        return self.inner.budget(visible)
-
-    def critical(self, visible: int) -> int:
-        return self.inner.critical(visible)
+    def own_settings(self) -> dict[str, Any]:
+        return {"ratio": self.ratio, "momentum": self.discount.item()}  # momentum is its discount
 
     def select(self, view: View, step: Step) -> Selection:
         if step.previous is None or step.previous_weights is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -10,27 +12,34 @@ from torch import Tensor
 
 from hashattn.budget import Budget, check_k, check_share
 from hashattn.selectors.base import Selector
+from hashattn.shapes import keep_ints
 from hashattn.types import Selection, Step
 from hashattn.view import View
-from hashattn.votes import DROPPED, Votes
+from hashattn.votes import DROPPED, Shown, Votes, dense_votes
 
 
 @dataclass(frozen=True)
 class ObservationWindow(Selector):
     """The keys that the prompt's last queries voted for, and all that came later (SnapKV, arXiv 2404.14469).
 
-    Each call of at least `window` queries, in practice a prefill, chooses for the steps after it: its last `window`
-    queries' attention weights are summed over a KV head's queries and averaged over neighbouring keys; the keys of the
-    window and those of most votes before it are kept, within the budget. Later keys are all kept. So are all keys until
-    such a call, and the calls choose among what the one before kept: outputs are those of a cache that evicts the
-    others, but they stay in memory.
+    What comes in dense calls of several queries, one after the other, is a prompt. The last `window` queries of one
+    choose for the steps after it: their attention weights are summed over a KV head's queries and averaged over
+    neighbouring keys; the keys of the window and those of most votes before it are kept, within the budget. Later keys
+    are all kept. So are all keys of a prompt shorter than that, and a second prompt chooses among what the one before
+    kept: outputs are those of a cache that evicts the others, but they stay in memory.
+
+    A crop into a prompt makes it a shorter one, whose last queries choose: the last 256 before the window are
+    remembered for that, and a crop that asks for others is refused. A crop behind its end changes no choice.
 
     Args:
         k: keys of the prompt that are kept, the window's among them; or
         share: of the prompt's keys, rounded up; or
-        shares: such a share for each layer of the model, as pyramid() makes them. Exactly one of the three is given.
+        shares: such a share for each layer of the model. Exactly one of the three is given.
         window: queries that vote.
         pool: keys that votes are averaged over, odd.
+        layers: of the model. With it k or share is what a layer keeps on average: each keeps the window, and what is
+            left falls evenly from the first layer to the last (PyramidKV, arXiv 2406.02069). None: all layers alike.
+        beta: that the last layer gets 1 / beta of the average beside the window; at least 1.
     """
 
     k: int | None = None
@@ -38,6 +47,8 @@ class ObservationWindow(Selector):
     shares: tuple[float, ...] | None = None
     window: int = 64
     pool: int = 5
+    layers: int | None = None
+    beta: float = 20.0
 
     ranked = False
     needs_distances = False
@@ -49,58 +60,104 @@ class ObservationWindow(Selector):
         if sum(x is not None for x in given.values()) != 1:
             raise ValueError(f"ObservationWindow takes one of k, share and shares, got {given}")
         if self.k is not None:
-            check_k(self.k)
+            object.__setattr__(self, "k", check_k(self.k))
         if self.shares is not None and not (isinstance(self.shares, tuple) and self.shares):
             raise TypeError(f"shares must be a tuple of one share a layer, got {self.shares!r}")
         for share in self.shares or ((self.share,) if self.share is not None else ()):
             check_share("shares" if self.shares else "share", share)
-        for name, value in (("window", self.window), ("pool", self.pool)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        keep_ints(self, window=1, pool=1)
         if self.pool % 2 == 0:
             raise ValueError(f"pool must be odd, so that it has a middle, got {self.pool}")
+        _check_pyramid(1 if self.layers is None else self.layers, self.beta)
+        if self.layers is not None and self.shares is not None:
+            raise ValueError(f"layers={self.layers} shares out k or share, but was given shares={self.shares}")
 
-    def budget(self, visible: int) -> int:
-        return max(self._budget(i).count(visible) for i in range(len(self.shares or (0,))))
+    def budget(self, visible: int, forced: int = 0) -> int:
+        most = max(self._kept(i, visible) for i in range(len(self.shares or (0,))))
+        return max(most, min(visible, forced))
 
     def select(self, view: View, step: Step) -> Selection:
         votes, forced = view.voted, view.sinks + view.recents
         if votes is None or view.votes is None:
             return Selection(view.calibrate(view.nothing).search(view.longest))
-        most = view.longest if view.votes.most is None else view.votes.most + view.keys - len(view.votes) + forced
+        counted = view.votes.most(view.keys)
+        most = view.longest if counted is None else counted + forced
         kept = (votes > DROPPED).unsqueeze(2)
         return Selection(view.calibrate(view.nothing, kept).search(max(1, min(view.longest, most))))
 
-    def watched(self, tokens: int) -> int:
-        return self.window if tokens >= self.window else 0
+    def observe(self, shown: Shown, selection: Selection | None = None, weights: Tensor | None = None) -> None:
+        if shown.q.shape[2] > 1:  # a single token is one that was decoded
+            shown.votes.extend(shown, self.window)
+            self.settle(shown.votes, shown.keys, [row[0][0] for row in shown.spans], shown.layer)
 
-    def observe(self, votes: Votes, sums: Tensor, selection: Selection | None, view: View, step: Step) -> None:
-        keys, budget = sums.shape[-1], self._budget(step.layer)
-        first = view.visible[:, -1, :1]  # [B, 1]
-        columns = torch.arange(keys, device=sums.device)
-        before = (columns >= first) & (columns < keys - self.window)  # [B, N]
-        pooled = F.avg_pool1d(F.pad(sums[..., : keys - self.window], (0, 1)), self.pool, 1, self.pool // 2)[..., :-1]
-        open_to = before.unsqueeze(1) & (votes.of(keys, sums) > DROPPED)
+    def settle(self, votes: Votes, keys: Tensor, starts: Sequence[int], layer: int) -> None:
+        if not votes.prompts or votes.prompts[-1].most is not None:
+            return
+        end = votes.prompts[-1].end
+        budgets = [self._kept(layer, max(0, end - start)) for start in starts]
+        if end - votes.prompts[-1].begin < self.window:
+            return
+        q, ends = votes.window(self.window)
+        spans = [[(start, end) for end in ends] for start in starts]
+        shown = Shown(votes, q, keys[:, :, :end], spans, votes.scale, layer)
+        sums = dense_votes(q, shown.keys, shown.seen, shown.scale)
+        first = torch.tensor(starts, device=sums.device).unsqueeze(1)  # [B, 1]
+        columns = torch.arange(end, device=sums.device)
+        before = (columns >= first) & (columns < end - self.window)  # [B, N]
+        pooled = F.avg_pool1d(F.pad(sums[..., : end - self.window], (0, 1)), self.pool, 1, self.pool // 2)[..., :-1]
+        open_to = before.unsqueeze(1) & (votes.of(end, sums) > DROPPED)
         score = F.pad(pooled, (0, self.window)).masked_fill(~open_to, -torch.inf)
-        wanted = (budget.counts(view.counts[:, -1]) - self.window).clamp(min=0)[:, None, None]
+        wanted = (torch.tensor(budgets, device=sums.device) - self.window).clamp(min=0)[:, None, None]
         place = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        kept = ((place < wanted) & open_to) | (columns >= keys - self.window)
-        most = max(budget.count(end - start) for start, end in (row[-1] for row in view.spans))
-        votes.set(torch.zeros_like(sums).masked_fill(~kept, DROPPED), max(most, self.window))
+        kept = ((place < wanted) & open_to) | (columns >= end - self.window)
+        votes.choose(kept, max(*budgets, self.window))
 
-    def _budget(self, layer: int) -> Budget:
-        if self.shares is None:
-            return Budget(self.k, self.share)
-        if layer >= len(self.shares):
-            raise ValueError(f"shares must hold one for each layer, but there is none for layer {layer}: {self.shares}")
-        return Budget(share=self.shares[layer])
+    def _made(self, **settings: Any) -> Self:
+        if len({"k", "share", "shares"} & {*settings}) == 1:  # one takes the others' place
+            settings = {"k": None, "share": None, "shares": None} | settings
+        return super()._made(**settings)
+
+    def _budgeted(self, k: int | None = None, share: float | None = None) -> dict[str, Any]:
+        """A share of layers that differ is their mean."""
+        if share is None or self.shares is None:
+            return {"k": k, "share": share, "shares": None}
+        check_share("share", share)
+        return {"shares": rescaled(self.shares, share)}
+
+    def _kept(self, layer: int, visible: int) -> int:
+        """Keys that a layer keeps of a prompt of so many, the window's among them."""
+        if self.shares is not None:
+            if layer >= len(self.shares):
+                raise ValueError(
+                    f"shares must hold one for each layer, but there is none for layer {layer}: {self.shares}"
+                )
+            return Budget(share=self.shares[layer]).count(visible)
+        mean = Budget(self.k, self.share).count(visible)
+        if self.layers is None or mean <= self.window:
+            return mean
+        if layer >= self.layers:
+            raise ValueError(f"layers={self.layers} must be the model's number, but there is a layer {layer}")
+        beside = mean - self.window
+        if self.layers == 1 or visible < 2 * beside:  # too few to share out
+            return mean
+        first = min(2 * beside - int(beside // self.beta), visible - self.window)
+        return self.window + first - layer * (2 * (first - beside) // (self.layers - 1))  # whole keys, rounded as there
+
+
+def rescaled(shares: tuple[float, ...], mean: float) -> tuple[float, ...]:
+    """Shares of this mean in the proportions that they have, drawn nearer to it where one would be above 1."""
+    factor = mean * len(shares) / sum(shares)
+    scaled = [x * factor for x in shares]
+    most = max(scaled)
+    nearer = (1 - mean) / (most - mean) if most > 1 else 1.0
+    return tuple(min(1.0, mean + (x - mean) * nearer) for x in scaled)
 
 
 def pyramid(layers: int, share: float, *, beta: float = 20.0) -> tuple[float, ...]:
-    """Shares for the layers of a model that fall evenly, with this mean (PyramidKV, arXiv 2406.02069).
+    """Shares for the layers of a model that fall evenly, with this mean, as PyramidKV's do (arXiv 2406.02069).
 
     The last layer gets share / beta and the first one 2 share less that, or 1 if that is less and the last one what
-    keeps the mean.
+    keeps the mean. PyramidKV so shares out what is beside the windows: that is ObservationWindow(share=, layers=).
 
     Args:
         layers: of the model.
@@ -108,12 +165,16 @@ def pyramid(layers: int, share: float, *, beta: float = 20.0) -> tuple[float, ..
         beta: at least 1; 20 in the paper's code.
     """
     check_share("share", share)
-    if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
-        raise ValueError(f"layers must be an int of at least 1, got {layers!r}")
-    if not beta >= 1:
-        raise ValueError(f"beta must be at least 1, got {beta!r}")
+    _check_pyramid(layers, beta)
     if layers == 1:
         return (share,)
     most = min(1.0, 2 * share - share / beta)
     least = 2 * share - most
     return tuple(most + (least - most) * i / (layers - 1) for i in range(layers))
+
+
+def _check_pyramid(layers: int, beta: float) -> None:
+    if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
+        raise ValueError(f"layers must be an int of at least 1, got {layers!r}")
+    if not beta >= 1:
+        raise ValueError(f"beta must be at least 1, got {beta!r}")

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 
-from hashattn.budget import Budget, check_k, check_share
-from hashattn.selectors.base import Selector
+from hashattn.budget import Budget, check_one
+from hashattn.selectors.base import BUDGET, Selector
 from hashattn.selectors.candidates import check_inner
 from hashattn.selectors.draws import draws
 from hashattn.selectors.grouping import chosen_mask
+from hashattn.selectors.wrapper import Wrapper
+from hashattn.shapes import check_seed
 from hashattn.types import SAMPLED, Selection, Step
 from hashattn.view import View
 
 
 @dataclass(frozen=True)
-class RandomTail(Selector):
+class RandomTail(Wrapper):
     """What `inner` keeps, and of the other visible keys a uniform sample that stands for all of them.
 
     Each of m keys that are drawn without replacement from n has weight n / m, in the selection's log-weights, so that
@@ -43,29 +46,54 @@ class RandomTail(Selector):
 
     def __post_init__(self) -> None:
         check_inner("RandomTail", self.inner)
-        if (self.k is None) == (self.share is None):
-            raise ValueError(f"RandomTail takes either k or share, got k={self.k!r} and share={self.share!r}")
-        if self.k is not None:
-            check_k(self.k)
-        if self.share is not None:
-            check_share("share", self.share)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed must be an int, got {self.seed!r}")
+        object.__setattr__(self, "k", check_one("RandomTail", self.k, self.share))
+        object.__setattr__(self, "seed", check_seed(self.seed))
 
     @property
     def matrices(self) -> int:  # type: ignore[override]
         return 2 + self.inner.matrices
 
-    @property
-    def needs_distances(self) -> bool:  # type: ignore[override]
-        return self.inner.needs_distances
+    def budget(self, visible: int, forced: int = 0) -> int:
+        return min(visible, self.inner.budget(visible, forced) + Budget(self.k, self.share).count(visible))
 
-    @property
-    def shared(self) -> bool:
-        return self.inner.shared
+    def critical(self, visible: int, forced: int = 0) -> int:
+        return min(visible, self.inner.critical(visible, forced) + Budget(self.k, self.share).count(visible))
 
-    def budget(self, visible: int) -> int:
-        return min(visible, self.inner.budget(visible) + Budget(self.k, self.share).count(visible))
+    def own_settings(self) -> dict[str, Any]:
+        return {"seed": self.seed}
+
+    def settings(self) -> dict[str, Any]:
+        """k and share are those of both, where they are of one kind."""
+        inner = self.inner.settings()
+        both: dict[str, Any] = {}
+        for name, own in (("k", self.k), ("share", self.share)):
+            of_inner = inner.get(name)
+            both[name] = None if own is None or of_inner is None else own + of_inner
+        return {**inner, **both, **self.own_settings()}
+
+    def revised(self, **changes: Any) -> Self:
+        asked = {name: changes.pop(name) for name in BUDGET if name in changes}
+        found = super().revised(**changes)
+        if not asked:
+            return found
+        check_one("RandomTail", **{"k": None, "share": None, **asked})
+        return found._split(**asked)
+
+    def _split(self, k: int | None = None, share: float | None = None) -> Self:
+        """The sample keeps its part of the whole, or gets half where the two were not counted alike."""
+        whole = self.settings()
+        if whole["share"] is not None and self.share is not None:
+            part = self.share / whole["share"]
+        else:
+            part = self.k / whole["k"] if whole["k"] is not None and self.k is not None else 0.5
+        if share is not None:
+            drawn = share * part
+            return replace(self, inner=self.inner.with_budget(share=share - drawn), k=None, share=drawn)
+        assert k is not None
+        if k < 2:
+            raise ValueError(f"k must be at least 2 for RandomTail, one for inner and one for the sample, got {k}")
+        count = min(k - 1, max(1, round(k * part)))
+        return replace(self, inner=self.inner.with_budget(k=k - count), k=count, share=None)
 
     def select(self, view: View, step: Step) -> Selection:
         found = self.inner.select(view, step)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hashattn.budget import Budget
-from hashattn.selectors.base import Selector, forced_slots
+from hashattn.naming import short
+from hashattn.selectors.base import forced_slots
 from hashattn.selectors.candidates import exact_logits
 from hashattn.selectors.grouping import group_sum
 from hashattn.selectors.topk import TopK
+from hashattn.selectors.wrapper import Wrapper
+from hashattn.shapes import keep_ints
 from hashattn.types import Selection, Step
 from hashattn.view import View
 
 
 @dataclass(frozen=True)
-class Refine(Selector):
+class Refine(Wrapper):
     """Of the `factor` times as many keys that `inner` would keep, those of the largest exact logits.
 
     What ANN libraries call re-ranking: it reads the candidates' keys once more than attending does. Where the heads of
@@ -37,13 +39,16 @@ class Refine(Selector):
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, TopK):
-            raise TypeError(f"inner must be a TopK, got {self.inner!r}")
-        if isinstance(self.factor, bool) or not isinstance(self.factor, int) or self.factor < 1:
-            raise ValueError(f"factor must be an int of at least 1, got {self.factor!r}")
+            raise TypeError(f"inner must be a TopK, got {short(self.inner)}")
+        keep_ints(self, factor=1)
+        if not isinstance(self.ties, bool):
+            raise TypeError(f"ties must be True or False, got {self.ties!r}")
         if self.shared and self.inner.combine == "union":
-            raise ValueError(f'inner must have one budget for a group: combine="sum" would do, got {self.inner!r}')
+            raise ValueError(f'inner must have one budget for a group: combine="sum" would do, got {short(self.inner)}')
         if self.ties and self.shared and self.inner.combine != "sum":
-            raise ValueError(f'inner must rank by distance for ties=True: combine="sum" would do, got {self.inner!r}')
+            raise ValueError(
+                f'inner must rank by distance for ties=True: combine="sum" would do, got {short(self.inner)}'
+            )
 
     @property
     def matrices(self) -> int:  # type: ignore[override]
@@ -53,24 +58,11 @@ class Refine(Selector):
     def needs_distances(self) -> bool:  # type: ignore[override]
         return self.inner.needs_distances or self.ties
 
-    @property
-    def shared(self) -> bool:
-        return self.inner.shared
-
-    def budget(self, visible: int) -> int:
-        return self.inner.budget(visible)
-
-    def looked_at(self, visible: int) -> int:
-        return min(visible, self.factor * self.budget(visible))
+    def looked_at(self, visible: int, forced: int = 0) -> int:
+        return self.inner.times(self.factor).budget(visible, forced)
 
     def select(self, view: View, step: Step) -> Selection:
-        k, share = self.inner.k, self.inner.share
-        wider = replace(
-            self.inner,
-            k=None if k is None else self.factor * k,
-            share=None if share is None else min(1.0, self.factor * share),
-        )
-        ids, budget = wider.select(view, step).ids, Budget(k, share)
+        ids, budget = self.inner.times(self.factor).select(view, step).ids, self.inner.wanted
         wanted = view.wanted(budget)[:, None, :, None]
         logits = exact_logits(view, ids).masked_fill(ids.unsqueeze(3) < 0, -torch.inf)
         score = torch.log_softmax(logits, -1).logsumexp(3)
@@ -80,7 +72,9 @@ class Refine(Selector):
             last = (torch.minimum(wanted, (ids >= 0).sum(-1, keepdim=True)) - 1).clamp(min=0)
             cut = distances.sort(-1).values.gather(-1, last.expand(*ids.shape[:3], 1))
             score = score.masked_fill(distances > cut, -torch.inf).masked_fill(distances < cut, torch.inf)
-        score = score.masked_fill(forced, torch.inf).masked_fill(ids < 0, -torch.inf).nan_to_num(-torch.inf)
+        score = score.masked_fill(forced, torch.inf).masked_fill(ids < 0, -torch.inf)
+        least = torch.finfo(score.dtype).min  # of what is not finite: it is kept as any other key
+        score = score.nan_to_num(nan=least, posinf=torch.inf, neginf=-torch.inf)
         best, slots = score.topk(min(view.slots(budget), ids.shape[-1]), dim=-1)
         slot = torch.arange(slots.shape[-1], device=ids.device)
         return Selection(ids.gather(-1, slots).masked_fill((slot >= wanted) | (best == -torch.inf), -1))

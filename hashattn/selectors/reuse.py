@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from hashattn.selectors.base import Selector
 from hashattn.selectors.candidates import check_inner
+from hashattn.selectors.wrapper import Wrapper
+from hashattn.shapes import check_int, keep_ints
 from hashattn.types import Selection, Step
 from hashattn.view import View
 
 
 @dataclass(frozen=True)
-class Reuse(Selector):
+class Reuse(Wrapper):
     """`inner` chooses in some layers; those in between keep the same keys, and scan nothing.
 
     Neighbouring layers attend to much the same keys (TidalDecode, arXiv 2410.05076). Where the layer before ran dense,
@@ -32,28 +34,15 @@ class Reuse(Selector):
         check_inner("Reuse", self.inner)
         if (self.every is None) == (self.layers is None):
             raise ValueError(f"Reuse takes either every or layers, got every={self.every!r} and layers={self.layers!r}")
-        if self.every is not None and (not _count(self.every) or self.every < 1):
-            raise ValueError(f"every must be an int of at least 1, got {self.every!r}")
-        if self.layers is not None and not (isinstance(self.layers, tuple) and all(map(_count, self.layers))):
-            raise ValueError(f"layers must be a tuple of layer numbers from 0, got {self.layers!r}")
+        keep_ints(self, every=1)
+        if self.layers is not None:
+            if not isinstance(self.layers, tuple):
+                raise ValueError(f"layers must be a tuple of layer numbers from 0, got {self.layers!r}")
+            object.__setattr__(self, "layers", tuple(check_int("layers", i, 0) for i in self.layers))
 
     @property
-    def matrices(self) -> int:  # type: ignore[override]
-        return self.inner.matrices
-
-    @property
-    def needs_distances(self) -> bool:  # type: ignore[override]
-        return self.inner.needs_distances
-
-    @property
-    def shared(self) -> bool:
-        return self.inner.shared
-
-    def budget(self, visible: int) -> int:
-        return self.inner.budget(visible)
-
-    def critical(self, visible: int) -> int:
-        return self.inner.critical(visible)
+    def follows(self) -> bool:
+        return True
 
     def chooses(self, layer: int) -> bool:
         """Whether this layer chooses for itself."""
@@ -69,7 +58,3 @@ class Reuse(Selector):
 def _fits(before: Selection, view: View) -> bool:
     batch, heads, tokens, _ = before.ids.shape
     return (batch, tokens) == (len(view.spans), len(view.spans[0])) and heads in (view.q_heads, view.kv_heads)
-
-
-def _count(x: object) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 0

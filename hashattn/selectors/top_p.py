@@ -12,12 +12,13 @@ from hashattn.selectors.base import Selector, forced_slots
 from hashattn.selectors.candidates import check_inner, exact_logits, only, own_distances
 from hashattn.selectors.logit_map import LogitMap
 from hashattn.selectors.topk import TopK
+from hashattn.selectors.wrapper import Wrapper
 from hashattn.types import Selection, Step
 from hashattn.view import View
 
 
 @dataclass(frozen=True)
-class TopP(Selector):
+class TopP(Wrapper):
     """Of what `inner` keeps, the fewest keys whose softmax reaches p (Twilight, arXiv 2502.02770).
 
     The softmax is over the keys that `inner` keeps: p of it is less than p of all attention by what they miss. Forced
@@ -50,18 +51,9 @@ class TopP(Selector):
     def needs_distances(self) -> bool:  # type: ignore[override]
         return self.inner.needs_distances or self.logits is not None
 
-    @property
-    def shared(self) -> bool:
-        return self.inner.shared
-
-    def budget(self, visible: int) -> int:
-        return self.inner.budget(visible)
-
-    def critical(self, visible: int) -> int:
-        return self.inner.critical(visible)
-
-    def looked_at(self, visible: int) -> int:
-        return self.inner.budget(visible) if self.logits is None and self.p < 1 else 0
+    def looked_at(self, visible: int, forced: int = 0) -> int:
+        own = self.inner.budget(visible, forced) if self.logits is None and self.p < 1 else 0
+        return own + self.inner.looked_at(visible, forced)
 
     def select(self, view: View, step: Step) -> Selection:
         found = self.inner.select(view, step)
@@ -79,5 +71,5 @@ def smallest_set(logits: Tensor, p: float, ids: Tensor) -> Tensor:
     """
     latest = ids.argsort(dim=-1, descending=True).unsqueeze(3).expand_as(logits)
     weights, order = torch.softmax(logits, -1).gather(-1, latest).sort(dim=-1, descending=True, stable=True)
-    near = weights.cumsum(-1) - weights < p
+    near = ~(weights.cumsum(-1) - weights >= p)  # all of them where logits are not finite
     return torch.zeros_like(near).scatter_(-1, latest.gather(-1, order), near)

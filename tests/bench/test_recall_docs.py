@@ -37,3 +37,4 @@ def test_the_docs_show_what_peers_do_to_predictions(name, rows):
             assert f"| {above['mean']:+.4f} ± {(above['high'] - above['low']) / 2:.4f} |" in docs
             shown += 1
     assert shown == rows
+    assert f"\n{recall_tables.predictions()}\n" in docs

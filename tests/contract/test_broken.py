@@ -94,8 +94,8 @@ class Changed(Selector):
 
     how: str
 
-    def budget(self, visible):
-        return TOPK.budget(visible)
+    def budget(self, visible, forced=0):
+        return TOPK.budget(visible, forced)
 
     def select(self, view, step):
         found = TOPK.select(view, step).ids

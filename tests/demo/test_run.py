@@ -30,7 +30,7 @@ def test_the_demo_finds_the_fact_and_shows_what_it_did(tmp_path, capsys):
         assert words in shown
     assert len(result["reads"]) == 30
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert result["note"] is None  # its encoders are fitted
+    assert result["notes"] == []  # its encoders are fitted
     assert "query_bits=2" in result["composition"]
 
 

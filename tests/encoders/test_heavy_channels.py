@@ -33,15 +33,36 @@ def test_the_channels_of_largest_products_are_found_for_each_head():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_labels_of_4_bits_have_15_levels_and_err_by_half_of_one(dtype):
+def test_labels_of_4_bits_have_16_levels_from_the_least_to_the_largest(dtype):
+    """Double Sparsity (arXiv 2408.07092) keeps labels in 4 bits; the authors' code rounds queries alike."""
     encoder, plain = fitted(), fitted(label_bits=None)
-    k = qkv(1, 2, keys=70, dtype=dtype)[1]
-    labels, exact = encoder.encode_key(k), plain.encode_key(k)
-    assert labels.dtype == dtype
-    step = exact.double().abs().amax(-1, keepdim=True) / 7
-    slack = 7 * step * torch.finfo(dtype).eps + 1e-6
-    assert ((labels.double() - exact.double()).abs() <= step / 2 + slack).all()
-    assert ((labels.double() / step).round().abs() <= 7).all()
+    q, k, _ = qkv(1, 2, keys=70, tokens=9, dtype=dtype)
+    k[0, 0, 3], k[0, 1, 4] = 0.25, k[0, 1, 4].abs() + 5  # all alike; all of one sign and far from zero
+    for labels, exact in (
+        (encoder.encode_key(k), plain.encode_key(k)),
+        (encoder.encode_query(q), plain.encode_query(q)),
+    ):
+        assert labels.dtype == dtype
+        exact = exact.double()
+        least, largest = exact.amin(-1, keepdim=True), exact.amax(-1, keepdim=True)
+        step = (largest - least) / 15
+        slack = torch.finfo(dtype).eps * exact.abs().amax(-1, keepdim=True) + 1e-6
+        assert ((labels.double() - exact).abs() <= step / 2 + slack).all()
+        level = (labels.double() - least) / step.clamp(min=1e-30)
+        assert ((level - level.round()).abs() * step <= slack).all()
+        assert (level.round() >= 0).all() and (level.round() <= 15).all()
+        for end in (least, largest):  # both ends are levels, exactly
+            at = (exact == end).to(torch.int8).argmax(-1, keepdim=True)
+            assert (labels.double().gather(-1, at) - end).abs().max() <= slack.max()
+    assert torch.equal(encoder.encode_key(k)[0, 0, 3], plain.encode_key(k)[0, 0, 3])
+
+
+def test_a_broken_key_stays_broken():
+    k = qkv(2, 2, keys=70)[1]
+    k[1, 0, 5] = torch.nan
+    labels = fitted().encode_key(k)
+    assert labels[1, 0, 5].isnan().all()
+    assert labels.isnan().sum() == 6
 
 
 def test_all_channels_rank_as_exact_products_do():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hashattn.encoders.losses import LOSSES, Batch, combined, parse
+from hashattn.encoders.losses import HATA, LOSSES, Batch, combined, orthogonality, parse
 from tests.structured import generator, raises_naming
 
 HEADS, QUERIES, KEYS, BITS = 4, 3, 90, 16
@@ -68,6 +68,36 @@ def test_similarity_draws_the_best_keys_near_and_pushes_the_others_away():
     near = batch(h_k=k, v_k=k, **one_query)
     far = batch(h_k=-k, v_k=-k, **one_query)
     assert LOSSES["similarity"](near) < LOSSES["similarity"](far)
+
+
+def test_hatas_terms_are_those_of_the_paper():
+    """2506.02572, section 3.1: sum(s |h_q - h_k|^2), bits that are 0 as often as 1, near orthogonal planes."""
+    b, unit = batch(), 4.0
+    scaled = batch(v_k=unit * b.v_k, unit=unit)  # what fitting multiplies keys with is taken off again
+    h_q, h_k = (2 * torch.sigmoid(0.1 * v.double()) - 1 for v in (b.v_q, b.v_k.repeat_interleave(2, 0)))
+    similarity, total, pairs = 0.0, torch.zeros(HEADS, BITS, dtype=torch.float64), 0
+    for t in range(QUERIES):
+        seen = int(b.seen[t].sum())
+        pairs += seen
+        for h in range(HEADS):
+            best = b.teacher[h, t, :seen].argsort(descending=True).tolist()
+            top = seen // 10
+            s = {n: 20 - 19 * rank / (top - 1) for rank, n in enumerate(best[:top])}
+            for n in range(seen):
+                similarity += s.get(n, -1.0) * (h_q[h, t] - h_k[h, n]).square().sum().item()
+                total[h] += h_q[h, t] + h_k[h, n]
+    assert LOSSES["similarity"](scaled).item() == pytest.approx(similarity / pairs, rel=1e-4)
+    assert LOSSES["pair_balance"](scaled).item() == pytest.approx(
+        (total / pairs / BITS).square().sum().item(), rel=1e-4
+    )
+    planes = torch.randn(2, 8, BITS, generator=generator(1))
+    uneven = planes.double().mT @ planes.double() - torch.eye(BITS, dtype=torch.float64)
+    assert orthogonality(planes).item() == pytest.approx(uneven.norm().item(), rel=1e-5)
+    assert orthogonality(torch.linalg.qr(torch.randn(2, BITS, BITS)).Q) < 1e-5
+    whole = batch(v_k=unit * b.v_k, unit=unit, planes=planes)
+    parts = 0.01 * similarity / pairs + (total / pairs / BITS).square().sum().item() + 2 * uneven.norm().item()
+    assert combined(parse(HATA), whole).item() == pytest.approx(parts, rel=1e-4)
+    raises_naming(ValueError, "orthogonality", "planes=None")(lambda: combined(parse(HATA), b))
 
 
 def test_balance_quantisation_and_decorrelation_are_zero_where_they_should_be():

@@ -98,6 +98,23 @@ def test_files_that_hold_nothing_are_refused(tmp_path):
             read_ruler(tmp_path / f"{name}.jsonl")
 
 
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"index": NaN}', '{"index": 1, "index": 2}', '{"index": 1e999}'])
+def test_odd_json_is_named_by_its_line(line, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(RULER) + "\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: no JSON"):
+        read_ruler(path)
+
+
+def test_a_line_ends_only_where_json_says(tmp_path):
+    row = {**RULER, "input": "one\u2028two\x85three"}
+    path = tmp_path / "x.jsonl"
+    path.write_text(
+        json.dumps(row, ensure_ascii=False) + "\r\n" + json.dumps(RULER) + "\n", encoding="utf-8", newline=""
+    )
+    assert [asked.prompt for asked in read_ruler(path)] == [row["input"], RULER["input"]]
+
+
 def test_too_long_a_prompt_loses_its_middle():
     model, tokenizer = small_model(), small_tokenizer()
     long = Asked("ruler", "x", "0", "ab" * 1000, False, ("y",), 24)

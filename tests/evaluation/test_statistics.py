@@ -21,8 +21,19 @@ def test_the_mean_has_students_interval():
     )
 
 
-def test_one_value_has_no_interval():
-    assert mean_interval([3.0]).as_dict() == {"mean": 3.0, "low": None, "high": None, "n": 1}
+@pytest.mark.parametrize("interval", [mean_interval, share_interval])
+def test_fewer_than_three_values_have_no_interval(interval):
+    assert interval([1.0]).as_dict() == {"mean": 1.0, "low": None, "high": None, "n": 1}
+    assert interval([1.0, 0.0]).as_dict() == {"mean": 0.5, "low": None, "high": None, "n": 2}
+    assert interval([1.0, 0.0, 1.0]).low is not None
+
+
+def test_shares_end_at_zero_and_one():
+    found = mean_interval([0.99, 1.0, 1.0000001], shares=True)
+    assert (found.high, found.low < 0.99) == (1.0, True)
+    assert mean_interval([0.0, 0.0, 0.02], shares=True).low == 0.0
+    assert mean_interval([1.0000001] * 3, shares=True).mean == 1.0
+    assert mean_interval([0.99, 1.0, 1.0000001]).high > 1.0  # ratios may be above
 
 
 @pytest.mark.parametrize("successes", [0, 1, 7, 16])

@@ -1,4 +1,5 @@
 import copy
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -141,6 +142,23 @@ def test_copies_and_states_answer_as_the_original():
         assert all(torch.equal(a, b) for a, b in zip(other.search(query, 12), expected, strict=True))
 
 
+@pytest.mark.parametrize("factory", ["BFlat", "BIVF4", "BIVF4_HNSW", "BHNSW16", "BHash4x8"])
+def test_a_cache_that_was_searched_can_be_pickled_and_copied(factory):
+    attn = compose(factory)
+    q, cache = filled(attn, 7, keys=300, start=[0, 30])
+    query = attn.encoder.encode_query(q)
+    expected = cache.search(query, 12)
+    loaded = attn.new_cache(2, 2, 16)
+    loaded.load_state_dict(cache.state_dict())
+    loaded.search(query, 12)
+    for searched in (cache, loaded):
+        for twin in (copy.deepcopy(searched), pickle.loads(pickle.dumps(searched))):
+            assert all(torch.equal(a, b) for a, b in zip(twin.search(query, 12), expected, strict=True))
+            twin.crop(200)
+            assert int(twin.search(query, 12)[0].max()) < 200
+    assert all(torch.equal(a, b) for a, b in zip(cache.search(query, 12), expected, strict=True))
+
+
 def test_forced_keys_come_first_and_count_in_the_budget():
     attn = compose("BHNSW16", Sink(3) | Recent(4) | TopK(k=12))
     q, cache = filled(attn, 8, keys=200, start=[0, 20], tokens=2)
@@ -183,6 +201,9 @@ def test_recall_of_hamming_neighbours_on_offset_cones(factory, options, floor):
 
 
 def test_bad_parts_are_refused_when_they_are_built():
+    for served_by_faiss in ("IDMap2,BHNSW32", "BFlat,IDMap", "BIVF0", "BHNSW32x"):
+        message = raises_naming(ValueError, served_by_faiss, "BHNSW32")(lambda w=served_by_faiss: FaissBinary(w))
+        assert "FAISS makes" not in str(message)
     for wrong in ("Flat", "BFlatt", "BIVF0", "BHNSW0", "BHNSW1", "BIVF4_HNSW1", "BHash", "", "PQ8", 7):
         raises_naming(ValueError, repr(wrong), "BHNSW32")(lambda w=wrong: FaissBinary(w))
     raises_naming(ValueError, "nprobe", "BHNSW16")(lambda: FaissBinary("BHNSW16", nprobe=3))

@@ -1,3 +1,6 @@
+import random
+import struct
+
 import faiss
 import pytest
 import torch
@@ -5,6 +8,7 @@ import torch
 from hashattn import FaissBinary, FlatDot, FlatHamming, HashAttention, Identity, SimHash, TopK
 from hashattn.integrations.faiss import export_codes, import_codes
 from hashattn.ops.hamming.cpu import as_bytes
+from tests.damage import damaged, refused
 from tests.structured import qkv, raises_naming
 
 
@@ -58,3 +62,30 @@ def test_other_files_are_refused(tmp_path):
     raises_naming(ValueError, "IndexBinaryHNSW", "IndexBinaryFlat")(lambda: import_codes(path))
     faiss.write_index_binary(faiss.IndexBinaryFlat(72), str(path))
     raises_naming(ValueError, "72")(lambda: import_codes(path))
+
+
+def test_damaged_files_are_refused_before_faiss_believes_them(tmp_path):
+    cache, _ = filled(SimHash(64, centring=None))
+    path = export_codes(cache, tmp_path / "codes")
+    whole = path.read_bytes()
+    assert import_codes(path).shape[1] == 1
+    huge = struct.pack("<Q", 1 << 45)
+    for damage in (
+        b"", whole[:3], whole[:20], whole[:-1], whole + b"x",
+        whole[:12] + huge + whole[20:], whole[:25] + huge + whole[33:],
+        whole[:4] + struct.pack("<i", -64) + whole[8:], whole[:8] + struct.pack("<i", 0) + whole[12:],
+    ):  # fmt: skip
+        path.write_bytes(damage)
+        raises_naming(ValueError, str(path))(lambda: import_codes(path))
+    chance = random.Random(0)
+    for _ in range(100):
+        path.write_bytes(damaged(whole, chance))
+        refused(lambda: import_codes(path))
+
+
+def test_an_index_without_codes_gives_none(tmp_path):
+    path = tmp_path / "empty"
+    faiss.write_index_binary(faiss.IndexBinaryFlat(128), str(path))
+    codes = import_codes(path)
+    assert codes.shape == (0, 2)
+    assert codes.dtype == torch.int64

@@ -173,13 +173,14 @@ def test_a_killed_command_goes_on_to_the_same_bytes(tmp_path, capsys):
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run([sys.executable, "-c", KILLED, *command, str(out)], env=environment, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert sorted(path.name for path in out.iterdir()) == ["capture.json", "text-000", "text-001"]
+    left = sorted(path.name for path in out.iterdir())
+    assert left == [".capture.lock", "capture.json", "text-000", "text-001"]  # a lock that nobody holds any more
     for folder in (out, tmp_path / "whole"):
         assert main([*command, str(folder)]) == 0
     assert contents(out) == contents(tmp_path / "whole")
     said = capsys.readouterr()
     assert "tiny, 4 layers, 4 sequences, 376 tokens" in said.out
-    assert "text-003" in said.err
+    assert "text-003" not in said.err  # no terminal: no bar
     described = json.loads((out / "capture.json").read_text())
     assert described["model"]["name"] == "tiny"
     assert described["sequences"][1] == {
@@ -299,3 +300,23 @@ def test_the_command_refuses_bad_input_before_it_loads_a_model(options, words, t
     assert said.startswith("hashattn capture: ") and said.count("\n") == 1
     assert all(word in said for word in words), said
     assert not (tmp_path / "new").exists()
+
+
+def test_two_captures_into_one_folder_are_told_who_is_at_it(llama, tmp_path):
+    small_capture(tmp_path / "a", SHORT, llama)
+    whole = contents(tmp_path / "a")
+    hold = (
+        "import sys; from hashattn.files import locked\n"
+        "with locked(sys.argv[1], 'capturing'): print(flush=True), sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path / "a" / ".capture.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        raises_naming(ValueError, str(tmp_path / "a"), f"process {other.pid} on ", "wait")(
+            lambda: small_capture(tmp_path / "a", SHORT, llama)
+        )
+        other.kill()
+    small_capture(tmp_path / "a", SHORT, llama)
+    assert contents(tmp_path / "a") == whole
+    (tmp_path / "link").symlink_to("nowhere")
+    raises_naming(ValueError, "link", "broken")(lambda: small_capture(tmp_path / "link", SHORT, llama))

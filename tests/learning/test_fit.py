@@ -194,6 +194,31 @@ def test_two_processes_share_the_layers_and_the_last_one_saves(shards, fitted, t
     assert weights(out) == weights(fitted)
 
 
+def test_a_layer_that_another_process_fits_is_not_fitted_twice(shards, fitted, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(fitted, out)
+    (out / "layer-02.json").unlink()
+    with FitFolder(out).fitting([2, 3]):
+        raises_naming(ValueError, "layer 2", str(out), f"process {os.getpid()} on ")(
+            lambda: fit_layers(shards, out, QUICK)
+        )
+    with one_thread():
+        assert fit_layers(shards, out, QUICK) == out / "pretrained"
+    assert weights(out) == weights(fitted)
+    assert not [*out.glob(".*")]
+
+
+def test_damaged_records_are_fitted_again_and_a_damaged_run_is_named(shards, fitted, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(fitted, out)
+    for damage in ("", "{", "[]", "[" * 50_000, json.dumps(record(out, 2) | {"recall": True})):
+        (out / "layer-02.json").write_text(damage)
+        assert FitFolder(out).record(2) is None
+    for damage, word in (("[]", "object"), ("{", "cannot be read"), ('{"a": NaN}', "NaN")):
+        (out / "run.json").write_text(damage)
+        raises_naming(ValueError, "run.json", word)(lambda: fit_layers(shards, out, QUICK))
+
+
 def test_a_process_leaves_the_layers_of_others_alone(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")

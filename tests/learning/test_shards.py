@@ -1,11 +1,14 @@
 import dataclasses
 import json
+import random
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from hashattn.learning import Shards
+from tests.damage import refused, spoil_json, spoil_tensors
 from tests.learning.small import SHORT, small_capture
 from tests.structured import raises_naming
 
@@ -151,3 +154,48 @@ def test_a_folder_without_a_capture_is_refused(folder, tmp_path):
     for damaged in ("", "{", "[]", "{}"):
         (folder / "capture.json").write_text(damaged)
         raises_naming(ValueError, "capture.json")(lambda: Shards.open(folder))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_damage_of_any_kind_is_a_value_error_and_takes_no_memory(captured, tmp_path, seed):
+    chance, refusals = random.Random(seed), 0
+    for i in range(15):
+        spoiled = tmp_path / str(i)
+        shutil.copytree(captured, spoiled)
+        if chance.random() < 0.6:
+            spoil_json(spoiled / "capture.json", chance)
+        else:
+            spoil_tensors(chance.choice(sorted(spoiled.rglob("*.safetensors"))), chance)
+        refusals += refused(lambda spoiled=spoiled: [Shards.open(spoiled).layer(i) for i in (1, 3)])
+    assert refusals >= 6
+
+
+@pytest.mark.parametrize("positions", [[3, 2], [0, 0], [-1, 2], [5, 63]])
+def test_positions_that_no_query_can_have_are_refused(folder, positions):
+    path = folder / "text-001" / "layer-01.safetensors"
+    held = load_file(path)
+    held["positions"][-2:] = torch.tensor(positions, dtype=torch.int32)
+    save_file(held, path)
+    raises_naming(ValueError, str(path), "positions")(lambda: Shards.open(folder).layer(1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tokens": 10**12}, ["tokens", "1000000000000"]),
+        ({"tokens": 0}, ["tokens", "0"]),
+        ({"decoded": True}, ["decoded", "True"]),
+        ({"kind": 3}, ["kind", "3"]),
+        ({"seed": 1.5}, ["seed", "1.5"]),
+        ({"name": "text-000"}, ["name of its own"]),
+    ],
+)
+def test_numbers_and_names_of_sequences_are_bounded(folder, changes, words):
+    sequences = json.loads((folder / "capture.json").read_text())["sequences"]
+    describe(folder, sequences=[sequences[0], sequences[1] | changes])
+    raises_naming(ValueError, "capture.json", *words)(lambda: Shards.open(folder))
+
+
+def test_booleans_are_no_layers(folder):
+    describe(folder, layers=[True, 3])
+    raises_naming(ValueError, "capture.json", "layers", "True")(lambda: Shards.open(folder))

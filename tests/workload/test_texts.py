@@ -20,10 +20,10 @@ ALPHABET = Text("alphabet", "".join(chr(65 + i) for i in range(60)))
 
 def test_a_file_is_read_and_named(tmp_path: Path) -> None:
     path = tmp_path / "plain.txt"
-    path.write_bytes(b"caf\xc3\xa9 \xff!")
+    path.write_bytes(b"\xef\xbb\xbfcaf\xc3\xa9\r\n!")
     text = read_text(path)
-    assert (text.name, text.content) == ("plain.txt", "café �!")
-    assert text.sha256 == hashlib.sha256("café �!".encode()).hexdigest()
+    assert (text.name, text.content) == ("plain.txt", "café\n!")
+    assert text.sha256 == hashlib.sha256("café\n!".encode()).hexdigest()
     assert read_text(None).content.startswith("ALL'S WELL THAT ENDS WELL")
 
 
@@ -32,6 +32,13 @@ def test_files_that_hold_no_text_are_named(tmp_path: Path) -> None:
     raises_naming(ValueError, "blank.txt", "empty")(lambda: read_text(tmp_path / "blank.txt"))
     raises_naming(ValueError, "missing.txt", "cannot be read")(lambda: read_text(tmp_path / "missing.txt"))
     raises_naming(ValueError, str(tmp_path), "cannot be read")(lambda: read_text(tmp_path))
+    for name, held, words in (
+        ("latin.txt", b"caf\xe9 au lait", ["no text in UTF-8", "byte 3 is 0xe9", "iconv"]),
+        ("picture.png", b"\x89PNG\x0d\x0a\x1a\x0a\x00\x00", ["zero bytes"]),
+        ("wide.txt", "wide".encode("utf-16"), ["zero bytes", "UTF-16"]),
+    ):
+        (tmp_path / name).write_bytes(held)
+        raises_naming(ValueError, name, *words)(lambda n=name: read_text(tmp_path / n))
 
 
 def test_shares_split_a_text_without_loss() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -76,28 +77,69 @@ def attach(
     for config in configs.values():
         handle._configs.append((config, config._attn_implementation_internal))
         config._attn_implementation_internal = NAME
+    handle._hooks += around(forward, support.trunk(model, modules))
     for number, module in modules.items():
         hook = pre_hook(forward, number, module)
         handle._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     return handle
 
 
-def pre_hook(forward: Forward, number: int, module: nn.Module) -> Any:
-    """The forward pre-hook of an attention module: hands the layer's cache on to the attention function."""
+Argument = Callable[[tuple[Any, ...], dict[str, Any], str], Any]
+
+
+def arguments(module: nn.Module) -> Argument:
+    """What reads an argument of a module's call by its name; None where it is not given."""
     places = {name: i for i, name in enumerate(inspect.signature(module.forward).parameters)}
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        def argument(name: str) -> Any:
-            place = places.get(name, len(args))
-            return args[place] if place < len(args) else kwargs.get(name)
+    def argument(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+        place = places.get(name, len(args))
+        return args[place] if place < len(args) else kwargs.get(name)
 
-        cache = argument("past_key_values")
-        if cache is None:
-            cache = argument("cache")  # the same since transformers 5.24; before, a paged cache
-        hidden = argument("hidden_states")
+    return argument
+
+
+def cache_in(argument: Argument, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The cache among a call's arguments."""
+    cache = argument(args, kwargs, "past_key_values")
+    return argument(args, kwargs, "cache") if cache is None else cache  # since transformers 5.24; before, a paged one
+
+
+def around(forward: Forward, trunk: nn.Module) -> list[RemovableHandle]:
+    """Hooks that begin and end a pass with each call of the module that runs the layers, errors included."""
+    argument = arguments(trunk)
+
+    def steps(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, bool]:
+        cache, tokens = cache_in(argument, args, kwargs), argument(args, kwargs, "input_ids")
+        if tokens is None:
+            tokens = argument(args, kwargs, "inputs_embeds")
+        return cache, tokens, tokens is not None and forward.steps(cache, tokens.shape[1])
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache, tokens, stepping = steps(args, kwargs)
+        if tokens is not None and not stepping:
+            forward.open(module, cache, argument(args, kwargs, "attention_mask"), *tokens.shape[:2])
+
+    def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        _, tokens, stepping = steps(args, kwargs)
+        if tokens is not None and not stepping:
+            forward.close()
+
+    return [
+        trunk.register_forward_pre_hook(begin, with_kwargs=True),
+        trunk.register_forward_hook(end, with_kwargs=True, always_call=True),
+    ]
+
+
+def pre_hook(forward: Forward, number: int, module: nn.Module) -> Any:
+    """The forward pre-hook of an attention module: hands the layer's cache on to the attention function."""
+    argument = arguments(module)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        cache, hidden = cache_in(argument, args, kwargs), argument(args, kwargs, "hidden_states")
         stepping = forward.stepping(number, cache, hidden.shape[1])
         if stepping is False:
-            kwargs[HASHATTN_CALL] = forward.prepare(number, cache, hidden)
+            mask = argument(args, kwargs, "attention_mask")
+            kwargs[HASHATTN_CALL] = forward.prepare(number, cache, hidden, mask)
         elif stepping is not True:
             kwargs[HASHATTN_CALL] = stepping
         return args, kwargs

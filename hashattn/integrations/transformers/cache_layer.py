@@ -22,7 +22,7 @@ class HashedLayer(DynamicLayer):
 
     Args:
         attn: the composition of this layer.
-        scratch: what the layers of a model share.
+        scratch: what the layers of a cache share.
     """
 
     capacity: int | None = None
@@ -115,7 +115,7 @@ class HashedLayer(DynamicLayer):
     def __deepcopy__(self, memo: dict[int, Any]) -> HashedLayer:
         self.settle()
         twin = copy.copy(self)
-        twin.kv = copy.deepcopy(self.kv, memo)  # the composition is shared
+        twin.scratch, twin.kv = copy.deepcopy((self.scratch, self.kv), memo)  # the composition is shared
         return twin
 
     def offload(self) -> None:

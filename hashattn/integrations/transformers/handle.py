@@ -45,8 +45,9 @@ class Handle:
 
         Args:
             layers: which layers; negative numbers count from the last. All that are served by default.
-            changes: parts by name (encoder, index, selector, attend, engine, dense_layers), or fields of the selectors:
-                k, share, t1, t2, radius, limit, per, combine; sinks and recent for the forced keys.
+            changes: parts by name (encoder, index, selector, attend, engine, dense_layers), or what
+                :meth:`Selector.revised` takes: k or share for the whole budget, forced keys and samples included;
+                min_k, t1, t2, radius, limit, per, combine and the like; sinks and recent for the forced keys.
 
         Raises:
             TypeError: a name that is neither part nor field; the nearest known one is named.
@@ -75,8 +76,9 @@ class Handle:
 
     def report(self) -> Report:
         """What ran so far, per layer: sparse, dense by choice, dense because; keys and bytes read; engine and why."""
-        self._forward.ledger.look()
-        return summarise(self._forward.records, self.refused)
+        with self._forward.ledger.guard:
+            self._forward.ledger.look()
+            return summarise(self._forward.records, self.refused)
 
     def reads(self) -> Tensor:
         """How often each position was read by one-token calls: int64 [layers, positions]. Needs trace=True."""
@@ -92,9 +94,10 @@ class Handle:
 
     def reset_report(self) -> None:
         """Start counting anew."""
-        self._forward.ledger.look()
-        for number in self._forward.records:
-            self._forward.records[number] = LayerRecord()
+        with self._forward.ledger.guard:
+            self._forward.ledger.look()
+            for number in self._forward.records:
+                self._forward.records[number] = LayerRecord()
 
     def detach(self) -> None:
         """Give the model back exactly as it was, also in the middle of generate(). Calling it again does nothing.
@@ -107,7 +110,6 @@ class Handle:
         for config, implementation in self._configs:
             config._attn_implementation_internal = implementation
         self._hooks, self._configs = [], []
-        self._forward.forget()
 
     def __enter__(self) -> Handle:
         return self

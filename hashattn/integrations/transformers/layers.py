@@ -13,6 +13,7 @@ from hashattn.attention import HashAttention
 from hashattn.encoders import PerLayer
 from hashattn.integrations.transformers import support
 from hashattn.integrations.transformers.facts import facts_of
+from hashattn.naming import short
 
 DENSE_LAYERS, DENSE_COMPOSITION = "dense_layers", "the composition attends densely"
 
@@ -97,8 +98,8 @@ def overrides(layers: Mapping[int, HashAttention] | None, depth: int) -> dict[in
     if layers is None:
         return {}
     if not isinstance(layers, Mapping):
-        raise TypeError(f"layers must map layer numbers to compositions, got {layers!r}")
+        raise TypeError(f"layers must map layer numbers to compositions, got {short(layers)}")
     for i, composition in layers.items():
         if not isinstance(composition, HashAttention):
-            raise TypeError(f"layers[{i}] must be a HashAttention, got {composition!r}")
+            raise TypeError(f"layers[{i}] must be a HashAttention, got {short(composition)}")
     return dict(zip(numbers("layers", [*layers], depth), layers.values(), strict=True))

@@ -5,22 +5,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+HOLES = "the attention mask hides keys in the middle of a row; left padding and causality are served"
+
 
 def read_mask(mask: Tensor, batch: int, keys: int, tokens: int) -> tuple[list[int], str | None]:
     """The rows' first columns, and why the mask is not a left padding with causality, if it is not.
 
     Args:
-        mask: bool [B or 1, 1, T, N], or longer than N, as for a static cache; what is beyond N is not looked at.
+        mask: bool [B or 1, H or 1, T, N], or longer than N, as for a static cache; what is beyond N is not looked at.
         batch, keys, tokens: B, N, T; the queries are the last T of the N columns.
     """
-    if mask.dtype != torch.bool or mask.shape[-1] < keys or mask.shape[-2] != tokens:
-        shape = f"{mask.dtype} {[*mask.shape]}"
-        return [0] * batch, f"the attention mask is {shape}, not boolean over {tokens} x {keys}"
-    mask = mask[:, :1, :, :keys].expand(batch, 1, tokens, keys)
-    starts: list[int] = mask[:, 0, -1].int().argmax(-1).tolist()
+    fits = isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[0] in (1, batch)
+    if not fits or mask.dtype != torch.bool or mask.shape[-1] < keys or mask.shape[-2] != tokens:
+        return [0] * batch, f"the attention mask is {_named(mask)}, not boolean over {tokens} x {keys}"
+    mask = mask[..., :keys].expand(batch, -1, tokens, keys)
+    first = _first(mask[:, 0, -1])
     columns = torch.arange(keys, device=mask.device)
-    first = torch.tensor(starts, device=mask.device)[:, None, None, None]
     end = torch.arange(keys - tokens + 1, keys + 1, device=mask.device)[:, None]
-    if not torch.equal(mask, (columns >= first) & (columns < end)):
-        return starts, "the attention mask hides keys in the middle of a row; left padding and causality are served"
+    starts: list[int] = first.tolist()
+    if not bool((mask == ((columns >= first[:, None, None, None]) & (columns < end))).all()):
+        return starts, HOLES
     return starts, None
+
+
+def read_padding(mask: Tensor, batch: int, keys: int) -> tuple[list[int], str | None]:
+    """The same of a mask [B, N] of the columns that hold a token, or longer than N."""
+    if mask.shape[0] != batch or mask.shape[1] < keys:
+        return [0] * batch, f"the attention mask is {_named(mask)}, not over {batch} x {keys}"
+    mask = mask[:, :keys].bool()
+    first = _first(mask)
+    if not torch.equal(mask, torch.arange(keys, device=mask.device) >= first[:, None]):
+        return first.tolist(), HOLES
+    return first.tolist(), None
+
+
+def _first(seen: Tensor) -> Tensor:
+    """The first column that each row sees; as many as there are where it sees none, being padding so far."""
+    return torch.where(seen.any(-1), seen.int().argmax(-1), seen.shape[-1])
+
+
+def _named(mask: object) -> str:
+    return f"{mask.dtype} {[*mask.shape]}" if isinstance(mask, Tensor) else type(mask).__name__

@@ -15,6 +15,7 @@ from torch import Tensor
 from hashattn.attention import HashAttention
 from hashattn.cache import KVCache
 from hashattn.integrations.transformers.simulate import Block
+from hashattn.selectors import Selector
 from hashattn.types import MEDIUM, Selection
 
 
@@ -40,6 +41,10 @@ class LayerRecord:
     dense_bytes: int = 0  # bytes that full attention would have read
     code_bytes: int = 0  # memory of the last cache's codes
     kv_bytes: int = 0  # and of its keys and values
+    positions: int = 0  # queries of one-token calls and simulated ones, over rows
+    searched: int = 0  # of these, for which keys were ranked beyond the forced ones
+    heads: int = 0  # query heads
+    ranked: Tensor | int = 0  # (query head, key) pairs that they kept beyond the forced ones
     engine: str = ""  # of the last one-token call
     why: str = ""
     reads: Tensor | None = None  # int64 [positions], how often a query head read each (when traced)
@@ -54,27 +59,37 @@ class LayerRecord:
             self.reads = longer.clone()
             self.reads[: len(shorter)] += shorter
 
-    def add_step(self, selection: Selection | None, query: Tensor, kv: KVCache) -> None:
-        """Count a one-token call; selection is None if it ran dense."""
+    def add_step(
+        self, selection: Selection | None, query: Tensor, kv: KVCache, selector: Selector | None = None
+    ) -> None:  # fmt: skip
+        """Count a one-token call; selection is None if it ran dense, else `selector` made it."""
         cost = Cost.of(kv, query.shape[1])
         keys = len(kv) * kv.batch - sum(kv._starts) if any(kv._starts) else len(kv) * kv.batch
         self.code_bytes, self.kv_bytes = cost.code_nbytes, cost.kv_nbytes
         if selection is None:
             self.add_dense(cost, keys, 1)
+            self.positions += kv.batch
             return
-        self.add_searched(cost, keys, count(selection.ids >= 0), selection.ids.shape[1], 1)
+        kept, heads = count(selection.ids >= 0), selection.ids.shape[1]
+        self.add_searched(cost, keys, kept, heads, 1)
+        if selector is not None:
+            self.add_ranked(cost, kept, heads, Ranking.of(selector, kv.warmup, [len(kv) - s for s in kv._starts]))
         if selection.tier is not None:
             self.add_medium(cost, count((selection.tier == MEDIUM) & (selection.ids >= 0)))
 
-    def add_simulated(self, blocks: Sequence[Block], q_heads: int) -> None:
-        """Count a simulated call: each of its queries as a step."""
+    def add_simulated(self, blocks: Sequence[Block], q_heads: int, selector: Selector | None = None) -> None:
+        """Count a simulated call, in which `selector` chose: each of its queries as a step."""
         last, searched = blocks[-1], [block for block in blocks if block.selection is not None]
         for block in blocks:
             cost, chosen = Cost.of(block.cache, q_heads), block.selection
             if chosen is None:
                 self.add_dense(cost, block.keys, block.tokens)
+                self.positions += len(block.lengths)
                 continue
-            self.add_searched(cost, block.keys, count(chosen.ids >= 0), chosen.ids.shape[1], block.tokens)
+            kept, heads = count(chosen.ids >= 0), chosen.ids.shape[1]
+            self.add_searched(cost, block.keys, kept, heads, block.tokens)
+            if selector is not None:
+                self.add_ranked(cost, kept, heads, Ranking.of(selector, block.cache.warmup, block.lengths))
             if chosen.tier is not None:
                 self.add_medium(cost, count((chosen.tier == MEDIUM) & (chosen.ids >= 0)))
         self.simulated += sum(block.tokens for block in blocks)
@@ -109,6 +124,13 @@ class LayerRecord:
         self.scanned += keys * cost.kv_heads * cost.code_bytes
         self.kept = self.kept + kept * (cost.q_heads // heads)
         self.read = self.read + kept * 2 * cost.key_bytes
+
+    def add_ranked(self, cost: Cost, kept: Tensor | int, heads: int, ranking: Ranking) -> None:
+        """Count queries of which `heads` heads kept `kept` keys: what they ranked of them."""
+        self.positions += ranking.positions
+        self.searched += ranking.searched
+        self.heads = cost.q_heads
+        self.ranked = self.ranked + (kept - heads * ranking.unranked) * (cost.q_heads // heads)
 
     def add_medium(self, cost: Cost, kept: Tensor | int) -> None:
         """Count so many of the kept keys as medium: they cost a norm and a code instead of the key."""
@@ -148,6 +170,29 @@ class Cost:
         return cls(q_heads, kv.kv_heads, key_bytes, code_bytes, codes, kv.nbytes - codes)
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """What of some queries' keys is ranked.
+
+    Attributes:
+        positions: queries, over rows.
+        searched: of these, for which keys may be ranked beyond those that are kept for their position.
+        unranked: keys that they keep without ranking any, summed: forced ones, and all in rows too short for an index.
+    """
+
+    positions: int
+    searched: int
+    unranked: int
+
+    @classmethod
+    def of(cls, selector: Selector, warmup: int, lengths: Sequence[int]) -> Ranking:
+        """For queries that see so many keys each."""
+        forced, long = selector.sinks + selector.recents, [n for n in lengths if n >= warmup]
+        short = sum(lengths) - sum(long)
+        searched = sum(map(selector.chooses_at, long))
+        return cls(len(lengths), searched, max(0, short) + sum(min(n, forced) for n in long))
+
+
 def count(mask: Tensor) -> Tensor | int:
     """How many are True; on a CPU by numpy, which takes a fraction of the time."""
     return mask.sum() if mask.is_cuda else int(np.count_nonzero(mask.numpy()))
@@ -166,6 +211,9 @@ class LayerRow:
         bytes_per_step: read of keys, values, codes and norms by a one-token call, mean; None likewise.
         engine: of the last one-token call: "dense", "reference" or "cpu"; "" before the first.
         why: this engine.
+        positions: queries of one-token calls and simulated ones, over rows.
+        searched: of these, for which keys were ranked beyond the forced ones.
+        keys_ranked: keys that a query head kept beyond the forced ones there, mean.
     """
 
     layer: int
@@ -175,6 +223,9 @@ class LayerRow:
     bytes_per_step: float | None
     engine: str
     why: str
+    positions: int = 0
+    searched: int = 0
+    keys_ranked: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -192,6 +243,10 @@ class Report:
         kv_bytes: memory of its keys and values.
         refused: why the model was left as it is (only without strict).
         simulated: how many of the steps were queries of simulated calls.
+        positions: queries of one-token calls and simulated ones, over rows, of the layer that searched most.
+        searched: of these, for which keys were ranked beyond the forced ones: not where those take the whole budget,
+            nor in rows that are too short to be indexed.
+        keys_ranked: keys that a query head kept beyond the forced ones there, mean over the layers that searched.
     """
 
     layers: tuple[LayerRow, ...]
@@ -204,6 +259,9 @@ class Report:
     kv_bytes: int
     refused: tuple[str, ...] = ()
     simulated: int = 0
+    positions: int = 0
+    searched: int = 0
+    keys_ranked: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """Numbers, strings, lists and dicts only."""
@@ -225,11 +283,23 @@ class Report:
             lines += [
                 f"{self.steps} {kind}: {self.keys_read:.1%} of visible keys read "
                 f"({self.sparse_keys_read:.1%} in the layers that searched)",
+                *self._ranked(),
                 f"{self.bytes_per_step / 1e6:.1f} MB read a step, full attention "
                 f"{self.dense_bytes_per_step / 1e6:.1f} MB",
                 f"codes take {self.code_bytes / 1e6:.1f} MB beside {self.kv_bytes / 1e6:.1f} MB of keys and values",
             ]
         return "\n".join(lines)
+
+    def _ranked(self) -> list[str]:
+        if not any(row.sparse for row in self.layers):
+            return []
+        line = f"keys were ranked at {self.searched:,} of {self.positions:,} positions"
+        if self.searched:
+            return [f"{line}, {self.keys_ranked:.1f} a head and position beyond the forced ones"]
+        return [
+            f"{line}: NOTHING WAS SEARCHED, forced keys take the whole budget or rows are too short to be indexed; a "
+            "larger share or k, or min_k=, ranks some beside the forced ones"
+        ]
 
 
 def _cells(row: LayerRow) -> tuple[str, ...]:
@@ -267,13 +337,24 @@ def summarise(records: dict[int, LayerRecord], refused: tuple[str, ...]) -> Repo
         sum(r.kv_bytes for r in records.values()),
         refused,
         max((r.simulated for r in records.values()), default=0),
+        max((r.positions for r in searched), default=0),
+        max((r.searched for r in searched), default=0),
+        _ranked(searched),
     )
 
 
 def _row(number: int, r: LayerRecord) -> LayerRow:
     keys = _share([r]) if r.steps else None
     size = (r.scanned + int(r.read)) / r.steps if r.steps else None
-    return LayerRow(number, r.sparse, dict(r.dense), keys, size, r.engine, r.why)
+    return LayerRow(
+        number, r.sparse, dict(r.dense), keys, size, r.engine, r.why, r.positions, r.searched, _ranked([r])
+    )  # fmt: skip
+
+
+def _ranked(records: list[LayerRecord]) -> float:
+    """Keys a query head and searched position, mean."""
+    heads = sum(r.searched * r.heads for r in records)
+    return max(0.0, sum(int(r.ranked) for r in records if r.searched) / max(1, heads))
 
 
 def _share(records: list[LayerRecord]) -> float:

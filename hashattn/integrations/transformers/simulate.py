@@ -30,6 +30,7 @@ class Block:
         keys: that the queries see, summed over rows and queries.
         selection: what they chose; None where all of them were too short-sighted to be searched for.
         weights: softmax weights over it, if the next layer's selector wants them.
+        lengths: keys that each query sees, over rows.
     """
 
     tokens: int
@@ -37,6 +38,7 @@ class Block:
     keys: int
     selection: Selection | None
     weights: Tensor | None
+    lengths: tuple[int, ...] = ()
 
 
 def block_size(batch: int, keys: int) -> int:
@@ -51,9 +53,14 @@ def forced(attn: HashAttention, device: torch.device) -> HashAttention:
     return attn.replace(engine="cpu" if device.type == "cpu" else "reference")
 
 
+def seen_lengths(keys: int, tokens: int, starts: Sequence[int]) -> tuple[int, ...]:
+    """Keys that each of the last `tokens` of `keys` columns sees, over rows."""
+    return tuple(max(0, end - first) for first in starts for end in range(keys - tokens + 1, keys + 1))
+
+
 def seen_keys(keys: int, tokens: int, starts: Sequence[int]) -> int:
-    """Keys that the last `tokens` of `keys` columns see, summed over rows and queries."""
-    return sum(max(0, end - first) for first in starts for end in range(keys - tokens + 1, keys + 1))
+    """Their sum."""
+    return sum(seen_lengths(keys, tokens, starts))
 
 
 def simulate(
@@ -92,9 +99,11 @@ def simulate(
         before = previous[i] if i < len(previous) else None
         step = Step(number, before.selection, before.weights) if before is not None else Step(number)
         output, selection = attn.run(part, cache, scale=scale, step=step, need_weights=wants)
+        if attn.selector is not None and attn.selector.observes and not attn.selector.one_by_one:
+            attn.observe(part, cache, scale=scale, step=step)  # the next block goes on from a prompt that ends here
         outs.append(output.out)
-        seen = seen_keys(end, part.shape[2], starts)
-        blocks.append(Block(part.shape[2], cache, seen, selection, output.weights if selection is not None else None))
+        lengths, weights = seen_lengths(end, part.shape[2], starts), output.weights if selection is not None else None
+        blocks.append(Block(part.shape[2], cache, sum(lengths), selection, weights, lengths))
     return torch.cat(outs, 2), blocks
 
 
@@ -106,23 +115,26 @@ def attend_simulated(
 
     query [B, Hq, T, D], key and value [B, Hkv, N, D]; returns [B, T, Hq, D].
     """
-    record, served, tokens = forward.records[call.number], forward.served[call.number], query.shape[2]
+    one, served, tokens = call.one, call.served, query.shape[2]
     kv = call.layer.kv if call.layer is not None else None
-    if kv is not None and key.shape[2] > len(kv):  # a static cache hands out its free columns as well
-        key, value, mask = kv.keys, kv.values, mask if mask is None else mask[..., : len(kv)]
     starts, reason = [0] * query.shape[0], call.reason or served.dense
     if reason is None:
-        starts, reason = forward.starts_of(mask, query.shape[0], key.shape[2], tokens)
+        keys = len(kv) if kv is not None else key.shape[2]
+        starts, reason = forward.rows_of(call, mask, query.shape[0], keys, tokens)
+    if kv is not None and key.shape[2] > len(kv):  # a static cache hands out its free columns as well
+        key, value, mask = kv.keys, kv.values, mask if mask is None else mask[..., : len(kv)]
     if reason is None and served.attn is not None and served.attn.engine == "dense":
         reason = "engine is dense"
     if reason is not None or served.attn is None:
-        record.dense[str(reason)] += 1
-        forward.blocks = []
-        if served.attn is not None and call.reason is None:
-            record.add_simulated_dense(query, key, seen_keys(key.shape[2], tokens, starts), str(reason))
+        one.blocks = []
+        with forward.ledger.guard:
+            record = forward.records[call.number]
+            record.dense[str(reason)] += not call.again
+            if served.attn is not None and call.reason is None and not call.again:
+                record.add_simulated_dense(query, key, seen_keys(key.shape[2], tokens, starts), str(reason))
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
-    out, forward.blocks = simulate(
-        served.attn, call.number, query, key, value, starts, forward.blocks, scale=scaling
-    )  # fmt: skip
-    record.add_simulated(forward.blocks, query.shape[1])
+    out, one.blocks = simulate(served.attn, call.number, query, key, value, starts, one.blocks, scale=scaling)
+    if not call.again:
+        with forward.ledger.guard:
+            forward.records[call.number].add_simulated(one.blocks, query.shape[1], served.attn.selector)
     return out.transpose(1, 2).contiguous(), None

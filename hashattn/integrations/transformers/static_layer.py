@@ -49,7 +49,7 @@ class HashedStaticLayer(HashedLayer):
 
     Args:
         attn: the composition of this layer.
-        scratch: what the layers of a model share.
+        scratch: what the layers of a cache share.
         max_cache_len: columns.
 
     Attributes:
@@ -94,8 +94,7 @@ class HashedStaticLayer(HashedLayer):
         except ValueError:  # rows that are too short
             return
         self.armed, self.decoder, self.tally = True, decoder, Tally.of(decoder, arming.q_heads, arming.why)
-        arming.ledger.open(arming.number, self.tally)
-        arming.ledger.layers.add(self)
+        arming.ledger.open(arming.number, self.tally, self)
 
     @torch.compiler.disable
     def settle(self) -> None:

@@ -32,6 +32,18 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     return dict(sorted(found.items()))
 
 
+def trunk(model: nn.Module, modules: dict[int, nn.Module]) -> nn.Module:
+    """The module whose forward runs the layers: what holds the list that the attention modules are in."""
+    paths = [name.split(".") for name, module in model.named_modules() if module is next(iter(modules.values()))]
+    owner: nn.Module = model
+    for name in paths[0]:
+        inner = owner.get_submodule(name)
+        if isinstance(inner, nn.ModuleList | nn.ModuleDict):
+            return owner
+        owner = inner
+    return model
+
+
 def why_not(model: nn.Module) -> list[str]:
     """What keeps this model from being served: no entries if it can be."""
     if not isinstance(model, PreTrainedModel):

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from hashattn.decoder import Decoder
-from hashattn.integrations.transformers.report import Cost, LayerRecord
+from hashattn.guard import Guard
+from hashattn.integrations.transformers.report import Cost, LayerRecord, Ranking
 from hashattn.ops.decode import Rule
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Tally:
         if self.rule is None:
             record.dense[self.why] += steps
             record.add_dense(self.cost, sum(seen), steps)
+            record.positions += len(seen)
             return steps
         record.sparse += steps
         heads = self.cost.kv_heads if self.rule.shared else self.cost.q_heads
@@ -74,6 +76,9 @@ class Tally:
         if self.rule.radius is not None:
             kept, self.kept = int(self.found) - self.kept, int(self.found)
         record.add_searched(self.cost, sum(seen), kept, heads, steps)
+        forced = [min(n, self.rule.sinks + self.rule.recents) for n in seen]
+        searched = sum(self.rule.slots(n) > own for n, own in zip(seen, forced, strict=True))
+        record.add_ranked(self.cost, kept, heads, Ranking(len(seen), searched, sum(forced)))
         if self.estimated:
             record.add_medium(self.cost, heads * sum(map(self.rule.medium, seen)))
         return steps
@@ -87,39 +92,51 @@ class Ledger:
         records: by layer.
         unserved: layers that keep the model's own cache, and why: they are counted with the first tally.
         layers: of all caches that were armed and are still there.
+        guard: whoever changes or reads the records holds it, as threads share them.
     """
 
     records: dict[int, LayerRecord]
     unserved: dict[int, str]
     tallies: dict[int, Tally] = field(default_factory=dict)
     layers: weakref.WeakSet[HashedStaticLayer] = field(default_factory=weakref.WeakSet)
+    guard: Guard = field(default_factory=Guard)
 
-    def open(self, number: int, tally: Tally) -> None:
-        """Count a layer's steps by this tally from here on."""
-        before = self.tallies.get(number)
-        if before is not None and before.length is not tally.length:  # of another cache, which may be gone
-            self.book(number, before)
-        self.tallies[number] = tally
+    def open(self, number: int, tally: Tally, layer: HashedStaticLayer) -> None:
+        """Count the steps of a layer of a cache by this tally from here on."""
+        with self.guard:
+            before = self.tallies.get(number)
+            if before is not None and before.length is not tally.length:  # of another cache, which may be gone
+                self.book(number, before)
+            self.tallies[number] = tally
+            self.layers.add(layer)
+
+    def armed(self) -> list[HashedStaticLayer]:
+        """The layers that are ready for traced and captured steps."""
+        with self.guard:
+            return [layer for layer in self.layers if layer.armed]
 
     def book(self, number: int, tally: Tally) -> None:
         """Add a tally's steps to its layer's record."""
-        steps = tally.book(self.records[number])
-        if steps and number == min(self.tallies):
-            for i, why in self.unserved.items():
-                record = self.records[i]
-                record.dense[why] += steps
-                record.engine, record.why = "dense", why
+        with self.guard:
+            steps = tally.book(self.records[number])
+            if steps and number == min(self.tallies):
+                for i, why in self.unserved.items():
+                    record = self.records[i]
+                    record.dense[why] += steps
+                    record.engine, record.why = "dense", why
 
     def close(self) -> None:
         """Add all that was not yet counted, and count nothing more."""
-        self.look()
-        self.tallies.clear()
-        self.layers.clear()
+        with self.guard:
+            self.look()
+            self.tallies.clear()
+            self.layers.clear()
 
     def look(self) -> None:
         """Add all that was not yet counted."""
-        for number, tally in self.tallies.items():
-            self.book(number, tally)
-        for layer in self.layers:  # of other caches than the last
-            if layer.arming is not None and layer.arming.ledger is self and layer.tally is not None:
-                self.book(layer.arming.number, layer.tally)
+        with self.guard:
+            for number, tally in self.tallies.items():
+                self.book(number, tally)
+            for layer in list(self.layers):  # of other caches than the last
+                if layer.arming is not None and layer.arming.ledger is self and layer.tally is not None:
+                    self.book(layer.arming.number, layer.tally)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hashattn.ops.attend import cpu, reference
 from hashattn.ops.attend.reference import Parts
+from hashattn.ops.engine import on_cpu
 
 __all__ = ["Parts", "logits", "row_numbers", "weigh"]
 
@@ -20,7 +21,7 @@ def logits(
     q: Tensor, keys: Tensor, ids: Tensor, scale: float, *, rows: Tensor | None = None, engine: str = "reference"
 ) -> Tensor:
     """Logits of the selected keys; see :func:`reference.logits`. engine: "reference" or "cpu"."""
-    return (cpu if engine == "cpu" else reference).logits(q, keys, ids, scale, rows)
+    return (cpu if on_cpu(engine) else reference).logits(q, keys, ids, scale, rows)
 
 
 def weigh(
@@ -28,6 +29,6 @@ def weigh(
     rows: Tensor | None = None, need_lse: bool = False, need_weights: bool = False, engine: str = "reference",
 ) -> Parts:  # fmt: skip
     """Softmax of logits over the selected values; see :func:`reference.weigh`. engine: "reference" or "cpu"."""
-    return (cpu if engine == "cpu" else reference).weigh(
+    return (cpu if on_cpu(engine) else reference).weigh(
         logits, values, ids, dtype, log_weights=log_weights, rows=rows, need_lse=need_lse, need_weights=need_weights
     )

@@ -30,19 +30,23 @@ def weigh(
     group, slots = logits.shape[3:]
     if log_weights is not None:
         logits = logits + log_weights.unsqueeze(3)
-    empty = bool(ids.numpy().min(initial=0) < 0)
-    if empty:
+    if bool(ids.numpy().min(initial=0) < 0):
         logits = logits.masked_fill((ids < 0).unsqueeze(3), -torch.inf)
-    weights = torch.softmax(logits, -1)
-    if empty:
-        weights.nan_to_num_(0.0)  # a query that selected nothing
+    weights, nothing = torch.softmax(logits, -1), None
+    if bool(weights[..., :1].isnan().any()):  # as of a query that selected nothing, or of what is not finite
+        nothing = (ids < 0).all(-1)[..., None, None].expand(*logits.shape[:4], 1)
+        weights = weights.masked_fill(nothing, 0)
     rows = row_numbers(ids, values.shape[1], values.shape[2]) if rows is None else rows
     if group > 1:  # the group's other heads find the rows in the cache
         rows = rows.view(-1, 1, slots).expand(-1, group, -1).reshape(-1)
     out = bags(values, rows, slots, weights.to(values.dtype).view(-1)).to(dtype)
+    lse = logits.logsumexp(-1, keepdim=True) if need_lse else None
+    if nothing is not None:
+        out = out.masked_fill(nothing.reshape(-1, 1), 0)  # values may be of padding
+        lse = lse if lse is None else lse.where(nothing | ~weights[..., :1].isnan(), torch.nan)
     return (
         _by_query_head(out, logits.shape),
-        _by_query_head(logits.logsumexp(-1, keepdim=True), logits.shape).squeeze(-1) if need_lse else None,
+        _by_query_head(lse, logits.shape).squeeze(-1) if lse is not None else None,
         _by_query_head(weights, logits.shape) if need_weights else None,
     )
 

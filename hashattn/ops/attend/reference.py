@@ -38,17 +38,19 @@ def weigh(
         rows: as in :func:`logits`.
 
     Returns:
-        out [B, Hq, T, D], zero where a query selected nothing; on request lse float32 [B, Hq, T] and weights float32
+        out [B, Hq, T, D], zero where a query selected nothing, NaN where no softmax is left: logits of NaN or inf, or
+        of -inf alone; on request lse float32 [B, Hq, T] and weights float32
         [B, Hq, T, K]. The softmax is float32, weights are rounded to the values' dtype.
     """
     if log_weights is not None:
         logits = logits + log_weights.unsqueeze(3)
     logits = logits.masked_fill((ids < 0).unsqueeze(3), -torch.inf)
-    peak = logits.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    nothing = (ids < 0).all(-1)[..., None, None]  # [B, H, T, 1, 1]
+    peak = logits.detach().amax(-1, keepdim=True).masked_fill(nothing, 0)
     p = (logits - peak).exp()
     total = p.sum(-1, keepdim=True)
-    weights = p / total.clamp(min=torch.finfo(torch.float32).tiny)
-    out = (weights.to(values.dtype) @ gather(values, ids, rows)).masked_fill(total == 0, 0)  # [B, H, T, G, D]
+    weights = p / total.masked_fill(nothing, 1)
+    out = (weights.to(values.dtype) @ gather(values, ids, rows)).masked_fill(nothing, 0)  # [B, H, T, G, D]
     return (
         out.transpose(2, 3).flatten(1, 2).to(dtype),
         (peak + total.log()).squeeze(-1).transpose(2, 3).flatten(1, 2) if need_lse else None,

@@ -47,7 +47,7 @@ def append_rows(
 ):  # fmt: skip
     """Grid (count / TILE). Rows k, v [count, DIM], codes [count, WORDS] become the next T columns of B * Hkv heads.
 
-    So do float16 new_norms [count], unless they are None.
+    So do bfloat16 new_norms [count], unless they are None.
     """
     WIDTH: tl.constexpr = triton.next_power_of_2(WORDS)
     rows = tl.program_id(0) * TILE + tl.arange(0, TILE)

@@ -19,7 +19,7 @@ def append(
         k, v: [B, Hkv, n, D]; codes: int64 [B, Hkv, n, W].
         keys, values, stored: what they are appended to, [B, Hkv, room, X]. Columns beyond the smallest are dropped.
         length: int32 [1], filled columns.
-        new_norms, norms: float16 [B, Hkv, n, 1], and what they are appended to, of the codes' room; None for neither.
+        new_norms, norms: bfloat16 [B, Hkv, n, 1], and what they are appended to, of the codes' room; None for neither.
     """
     first, n = int(length), k.shape[2]
     length.add_(n)

@@ -123,7 +123,7 @@ def encode_keys(
     store_rows(key, keys, head * room + column, fits & (word == 0), DIM, PADDED)
     store_rows(value, values, head * room + column, fits & (word == 0), DIM, PADDED)
     if norms is not None:
-        norm = tl.sqrt_rn(tl.sum(x * x, 1)).to(tl.float16)
+        norm = tl.sqrt_rn(tl.sum(x * x, 1)).to(tl.bfloat16)
         tl.store(norms + head * code_room + column, norm, mask=fits & (word == 0))
     used = 64 * word + tl.arange(0, 64)[None, :] < BITS
     code = pack((project(x, h, weights, HIDDEN) >= 0) & used)
@@ -146,7 +146,7 @@ def encode_rows(
         query_last, query_bias, query_sums: float32 [HIDDEN, BITS], [BITS] and [PARTS, queries, HIDDEN] of an MLP; of
             keys likewise. HIDDEN is 0 without one.
         query: int64 [queries, PLANES, WORDS], written.
-        keys, values, codes, norms: [B * Hkv, room, DIM], int64 [B * Hkv, code_room, WORDS], float16
+        keys, values, codes, norms: [B * Hkv, room, DIM], int64 [B * Hkv, code_room, WORDS], bfloat16
             [B * Hkv, code_room] or None; the T columns from length on are written, those beyond the room are not.
         length, arrived: int32 [1], T is added to the first; the second is 0 between launches.
     """

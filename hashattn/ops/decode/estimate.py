@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+NORMS = torch.bfloat16  # two bytes that overflow where float32 does; it rounds far less than codes err by
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,7 +17,7 @@ class Estimate:
     The differing bits are those of the query's signs, its last plane (arXiv 2604.19351).
 
     Attributes:
-        norms: float16 [B, Hkv, room, 1], |k - c|; the room may be another than the keys'.
+        norms: bfloat16 [B, Hkv, room, 1], |k - c|; the room may be another than the keys'.
         centre: float32 [B, Hkv, D], c, contiguous.
         a: [1], scale of the estimate.
         bits: length of a code.
@@ -27,6 +30,6 @@ class Estimate:
 
 
 def key_norms(k: Tensor, centre: Tensor | None) -> Tensor:
-    """|k - c| of keys [B, Hkv, N, D] and a centre [B, Hkv, D], None for zero, as it is kept: float16 [B, Hkv, N, 1]."""
+    """|k - c| of keys [B, Hkv, N, D] and a centre [B, Hkv, D], None for zero, as kept: bfloat16 [B, Hkv, N, 1]."""
     centred = k.float() if centre is None else k.float() - centre.unsqueeze(2)
-    return centred.norm(dim=-1, keepdim=True).half()
+    return centred.norm(dim=-1, keepdim=True).to(NORMS)

@@ -20,7 +20,10 @@ def why_triton(device: torch.device | None = None) -> str | None:
     """
     if device is not None and torch.cuda.get_device_capability(device) < OLDEST:
         return "CUDA C++ is written for compute capability 8.0 and above"
-    return compiler.why_not()
+    reason = compiler.why_not()
+    if reason is None and device is not None and torch.cuda.is_available():  # else there is none to be tried
+        return compiler.why_not_on(torch.cuda.current_device() if device.index is None else device.index)
+    return reason
 
 
 def kernels(device: torch.device | None = None) -> str:

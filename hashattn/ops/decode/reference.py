@@ -79,8 +79,8 @@ def choose(
     if rule.chunks is not None:
         ids = search_chunks(query, codes[:, :, :filled], visible, rule)
         return ids, ids >= 0
-    forced = seen.clamp(max=rule.sinks + rule.recents)
-    wanted = torch.maximum(Budget(rule.k, rule.share).counts(seen), forced)
+    forced = rule.sinks + rule.recents
+    wanted = Budget(rule.k, rule.share, rule.min_k).counts(seen, forced)
     ids = search(
         query, codes[:, :, :filled], [wanted], max(1, rule.slots(room)), visible, shared=rule.shared,
         sinks=rule.sinks, recents=rule.recents, radius=rule.radius, biased=rule.biased,
@@ -90,7 +90,7 @@ def choose(
     ids = ids.masked_fill(ids == last, -1)
     if rule.critical is None:
         return ids, ids >= 0
-    critical = torch.maximum(Budget(share=rule.critical).counts(seen), forced)
+    critical = Budget(share=rule.critical, min_k=rule.min_k).counts(seen, forced)
     return ids, rank < critical[:, None, :, None]
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
+from hashattn.budget import MOST_KEYS, Budget
 from hashattn.ops.nearest.local import most_of_span
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a selector asks of a fused step.
+    """What a selector asks of a fused step. Numbers beyond every cache and distance are brought down to MOST_KEYS.
 
     Attributes:
         k, share: keys wanted of the visible ones: a number, or a share rounded up in float64. One of the two is given.
@@ -20,6 +20,7 @@ class Rule:
         critical: share of the visible keys, rounded up in float64, that are critical, and all forced ones; the other
             keys that are kept are medium. None if all are critical.
         chunks: k / chunks keys are kept of each chunk that columns are dealt to in runs of 8; None for k of all.
+        min_k: keys wanted beyond the forced ones, critical ones too, whatever k, share and critical say.
         biased: the last byte of a key's code is a number that is added to its distance; queries of one plane.
     """
 
@@ -31,14 +32,29 @@ class Rule:
     radius: int | None = None
     critical: float | None = None
     chunks: int | None = None
+    min_k: int = 0
     biased: bool = False
+
+    def __post_init__(self) -> None:
+        """Bring down what a user may give to what the kernels' int32 holds, sums and columns included: here alone."""
+        for name in ("k", "sinks", "recents", "radius", "min_k"):
+            given = getattr(self, name)
+            if given is not None and given > MOST_KEYS and not (name == "k" and self.chunks is not None):
+                object.__setattr__(self, name, MOST_KEYS)
 
     def within(self, room: int) -> Rule:
         """The same in smaller numbers, for queries that see no more than so many keys."""
-        if max(self.sinks, self.recents, 0 if self.chunks is not None else self.k or 0) <= room:
+        if max(self.sinks, self.recents, self.min_k, 0 if self.chunks is not None else self.k or 0) <= room:
             return self
         k = self.k if self.k is None or self.chunks is not None else min(self.k, room)
-        return replace(self, k=k, sinks=min(self.sinks, room), recents=min(self.recents, room))
+        return replace(
+            self, k=k, sinks=min(self.sinks, room), recents=min(self.recents, room), min_k=min(self.min_k, room)
+        )
+
+    @property
+    def least(self) -> int:
+        """Keys kept at least, where so many are visible and no radius leaves any out."""
+        return self.sinks + self.recents + self.min_k
 
     @property
     def per_chunk(self) -> int:
@@ -54,12 +70,11 @@ class Rule:
         """Keys kept by a query that sees so many."""
         if self.chunks is not None:
             return self.chunks * max(self.per_chunk, self.most_forced)
-        wanted = min(self.k, visible) if self.k is not None else math.ceil((self.share or 0) * visible)
-        return max(wanted, min(visible, self.sinks + self.recents))
+        return Budget(self.k, self.share, self.min_k).count(visible, self.sinks + self.recents)
 
     def medium(self, visible: int) -> int:
         """How many of them are not critical, where no radius leaves any out."""
         if self.critical is None:
             return 0
-        critical = max(math.ceil(self.critical * visible), min(visible, self.sinks + self.recents))
+        critical = Budget(share=self.critical, min_k=self.min_k).count(visible, self.sinks + self.recents)
         return max(0, self.slots(visible) - critical)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from hashattn.lasting import lasting
 
 Key = tuple[str, torch.device, int]
 
@@ -21,6 +24,7 @@ class Scratch:
         self._held: dict[Key, Tensor] = {}
         self._captured: dict[int, Tensor] = {}
 
+    @lasting
     def borrow(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A buffer of this shape; its contents are whatever the last user left, zeros at first."""
         numel, key = math.prod(shape), (name, device, stream_of(device))
@@ -30,6 +34,7 @@ class Scratch:
             held = self._held[key] = torch.zeros(numel, dtype=dtype, device=device)
         return self._handed_out(held)[:numel].view(shape)
 
+    @lasting
     def workspace(self, nbytes: int, device: torch.device) -> Tensor:
         """At least so many bytes, uint8, for one step at a time."""
         key = ("workspace", device, stream_of(device))
@@ -44,6 +49,11 @@ class Scratch:
         if held.is_cuda and torch.cuda.is_current_stream_capturing():
             self._captured[held.data_ptr()] = held
         return held
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Scratch:
+        """Another one: what is copied is used on its own."""
+        memo[id(self)] = twin = Scratch()
+        return twin
 
     @property
     def nbytes(self) -> int:

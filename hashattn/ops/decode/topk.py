@@ -159,7 +159,7 @@ def from_codes(
 @triton.jit
 def attend_topk(
     q, keys, values, query, codes, bounds, candidates, counts, starts, length, share, ids, parts, stats, arrived, out,
-    lse, critical, norms, centre, a, tier, per_bit, scale, k, radius, sinks, recents, margin, room, code_room,
+    lse, critical, norms, centre, a, tier, per_bit, scale, k, least, radius, sinks, recents, margin, room, code_room,
     norm_room, chunks, slots, kv_heads, T, G: tl.constexpr, SUM: tl.constexpr, PADDED: tl.constexpr,
     PADDED_OUT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr,
     BIASED: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr, LEVELS: tl.constexpr,
@@ -172,6 +172,7 @@ def attend_topk(
         q, keys, values: [B, Hq, T, DIM], [B, Hkv, room, DIM]; see scan for query, codes, candidates and counts.
         bounds: int32 [rows], sixteenths, rewritten for the next step: the threshold and a margin, falling slowly.
         share: of the visible keys, the bits of a float64, with SHARE; else k keys are wanted.
+        least: keys wanted whatever k, share and critical say.
         ids: int32 [rows, slots], written: columns in ascending order, then -1.
         parts, stats, arrived: scratch; arrived int32 [rows] is zero before and after.
         out, lse: [B, Hq, T, DIM] and float32 [B, Hq, T], written.
@@ -192,11 +193,11 @@ def attend_topk(
     wanted = tl.minimum(k, visible)
     if SHARE:
         wanted = tl.ceil(visible.to(tl.float64) * share.to(tl.float64, bitcast=True)).to(tl.int32)
-    wanted = tl.maximum(wanted, tl.minimum(visible, sinks + recents))
+    wanted = tl.maximum(wanted, tl.minimum(visible, least))
     wanted_1 = wanted
     if TIERS:
         wanted_1 = tl.ceil(visible.to(tl.float64) * critical.to(tl.float64, bitcast=True)).to(tl.int32)
-        wanted_1 = tl.maximum(wanted_1, tl.minimum(visible, sinks + recents))
+        wanted_1 = tl.maximum(wanted_1, tl.minimum(visible, least))
     if PDL:
         gdc_wait()
     own = counts + row.to(tl.int64) * BINS * chunks

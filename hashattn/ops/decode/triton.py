@@ -95,7 +95,7 @@ def _step(
     attend_topk[grid(slots // ROWS, rows, sizes.batch)](
         q, keys, values, query, codes, far, buffers["candidates"], buffers["counts"], starts, length,
         float_bits(rule.share or 0.0), ids, buffers["parts"], buffers["stats"], arrived, out, lse,
-        float_bits(rule.critical or 0.0), *medium, scale, rule.k or 0, radius, rule.sinks, rule.recents,
+        float_bits(rule.critical or 0.0), *medium, scale, rule.k or 0, rule.least, radius, rule.sinks, rule.recents,
         2 * math.isqrt(sizes.spread), sizes.room, sizes.code_room, estimate.norms.shape[2] if estimate else 0, chunks,
         slots, sizes.kv_heads, sizes.tokens,
         PADDED=padded if summed == 1 else max(16, padded), PADDED_OUT=padded, DIM=sizes.head_dim, WIDTH=width,

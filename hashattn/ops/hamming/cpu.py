@@ -79,7 +79,8 @@ def query_planes(projection: Tensor, query_bits: int) -> Tensor:
     half = 1 << (query_bits - 1)
     size = np.abs(values)
     scale = np.maximum(size.max(-1, keepdims=True), _TINY)
-    steps = np.minimum((size / scale * half).astype(np.uint8), half - 1)
+    with np.errstate(invalid="ignore"):  # what is not finite has no steps
+        steps = np.minimum(np.nan_to_num(size / scale * half, nan=0.0).astype(np.uint8), half - 1)
     levels = np.where(values >= 0, half + steps, half - 1 - steps)
     return _words(levels[..., None, :] & _PLANES[:query_bits])
 

@@ -37,7 +37,7 @@ def query_planes(projection: Tensor, query_bits: int) -> Tensor:
     half = 1 << (query_bits - 1)
     size = projection.float().abs()
     scale = size.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    steps = (size / scale * half).to(torch.uint8).clamp(max=half - 1)  # whole steps from zero
+    steps = (size / scale * half).nan_to_num(0.0).to(torch.uint8).clamp(max=half - 1)  # whole steps from zero
     levels = torch.where(positive, half + steps, (half - 1) - steps)
     shifts = torch.arange(query_bits, dtype=torch.uint8, device=projection.device).unsqueeze(-1)  # [b, 1]
     return pack_bits(((levels.unsqueeze(-2) >> shifts) & 1).bool())

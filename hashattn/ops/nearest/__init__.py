@@ -3,6 +3,6 @@
 from hashattn.ops.nearest.cpu import nearest_visible
 from hashattn.ops.nearest.local import most_of_span, nearest_of_chunks
 from hashattn.ops.nearest.pooled import nearest_of_pool
-from hashattn.ops.nearest.reference import nearest
+from hashattn.ops.nearest.reference import nearest, within
 
-__all__ = ["most_of_span", "nearest", "nearest_of_chunks", "nearest_of_pool", "nearest_visible"]
+__all__ = ["most_of_span", "nearest", "nearest_of_chunks", "nearest_of_pool", "nearest_visible", "within"]

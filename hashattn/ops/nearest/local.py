@@ -25,7 +25,7 @@ def nearest_of_chunks(
     Returns:
         int32 [..., chunks, max(per_chunk, most_forced)]: columns of each chunk in ascending order, then -1.
     """
-    width = max(per_chunk, most_forced)
+    width, chunks = max(per_chunk, most_forced), min(chunks, max(1, -(-distances.shape[-1] // RUN)))  # others are empty
     dealt = deal(distances, chunks)
     ahead = None if forced is None else deal(forced & keep, chunks)
     places = nearest(dealt, width, deal(keep, chunks), ahead)

@@ -8,6 +8,13 @@ from torch import Tensor
 _FAR = 1 << 40  # beyond every distance; times 2^22 keys it still fits an int64
 
 
+def within(distances: Tensor, radius: int) -> Tensor:
+    """bool, the shape of distances: which are at most `radius`, however large that is."""
+    if distances.is_floating_point():
+        return distances <= float(min(radius, 1 << 126))
+    return distances <= min(radius, torch.iinfo(distances.dtype).max)  # a larger scalar would wrap
+
+
 def nearest(distances: Tensor, k: int, keep: Tensor, forced: Tensor | None = None) -> Tensor:
     """The k nearest keys of each row, nearest first, equal distances in order of recency (the larger column first).
 
@@ -23,7 +30,8 @@ def nearest(distances: Tensor, k: int, keep: Tensor, forced: Tensor | None = Non
     keys = distances.shape[-1]
     k = min(k, keys)
     if distances.is_floating_point():
-        score = distances.float()
+        most = torch.finfo(torch.float32).max  # what is not finite is there all the same, before what is hidden
+        score = distances.float().nan_to_num(nan=most, posinf=most, neginf=-most)
         if forced is not None:
             score = score.masked_fill(forced, -torch.inf)
         score = score.masked_fill(~keep, torch.inf)

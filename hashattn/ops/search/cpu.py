@@ -34,7 +34,7 @@ def search(
             rows: IntArray = distances[:, t::tokens, first - low : end - low].reshape(-1, end - first)
             if sinks or recents:
                 rows = force(rows.copy() if tokens > 1 else rows, sinks, recents, -1)
-            kept = None if radius is None else rows <= radius
+            kept = None if radius is None else rows <= min(radius, top)
             found.append((b, part, t, shift(select(rows, counts[b][t], kept, top=top), first)))
     slots = max((columns.shape[1] for *_, columns in found), default=1)
     ids = np.full((batch, heads, 1 if shared else group, tokens, max(1, slots)), -1, np.int32)

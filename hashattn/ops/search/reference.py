@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hashattn.ops.hamming.reference import distances
-from hashattn.ops.nearest.reference import nearest
+from hashattn.ops.nearest.reference import nearest, within
 
 
 def search(
@@ -40,7 +40,7 @@ def search(
     keep = ((columns >= first) & (columns < end)).unsqueeze(1)
     forced = ((columns < first + sinks) | (columns >= end - recents)).unsqueeze(1) & keep
     if radius is not None:
-        keep = keep & ((found <= radius) | forced)
+        keep = keep & (within(found, radius) | forced)
     ids = nearest(found, slots, keep, forced)
     ids = torch.nn.functional.pad(ids, (0, slots - ids.shape[-1]), value=-1)
     slot = torch.arange(slots, device=ids.device)

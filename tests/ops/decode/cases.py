@@ -91,6 +91,10 @@ CASES: list[tuple[dict[str, Any], Rule]] = [
     ({"biased": True, "kv_heads": 2}, Rule(share=0.05, shared=True, recents=20, biased=True)),
     ({"biased": True, "filled": 800, "room": 896}, Rule(share=1.0, radius=150, biased=True)),
     ({"biased": True, "words": 2, "group": 5, "tokens": 2}, Rule(k=64, shared=True, biased=True)),
+    ({"filled": 900, "room": 912}, Rule(share=0.01, sinks=4, recents=20, min_k=40)),  # a floor beyond the forced keys
+    ({"tokens": 2, "filled": 700, "room": 704}, Rule(share=0.01, min_k=30, shared=True)),
+    ({"filled": 200, "room": 208}, Rule(k=2**40, sinks=2**31 - 1, recents=2**33)),  # beyond int32, alone and summed
+    ({"filled": 150, "room": 160, "tokens": 2}, Rule(share=1.0, min_k=2**62, recents=2**31, radius=2**33, shared=True)),
 ]
 TIER_CASES: list[tuple[dict[str, Any], Rule]] = [
     ({"kv_heads": 2, "group": 2, "words": 2, "filled": 2100, "room": 2112}, Rule(share=0.05, critical=0.025)),
@@ -111,6 +115,7 @@ TIER_CASES: list[tuple[dict[str, Any], Rule]] = [
     ({"filled": 500, "room": 512}, Rule(share=0.1, critical=0.02, sinks=9, recents=30)),  # more are forced
     ({"group": 2, "words": 4, "filled": 600, "room": 608}, Rule(share=0.9, critical=0.003)),  # further apart than bins
     ({"group": 2, "filled": 400, "room": 416}, Rule(share=0.5, critical=0.1, radius=27)),
+    ({"group": 2, "filled": 600, "room": 608}, Rule(share=0.04, critical=0.01, sinks=4, recents=9, min_k=8)),
 ]
 LOCAL_CASES: list[tuple[dict[str, Any], Rule]] = [
     ({"kv_heads": 2}, Rule(k=64, chunks=4)),
@@ -140,7 +145,7 @@ def norms_of(x: Inputs, bits: int) -> Estimate:
     """Norms of the keys about a random centre, NaN outside the filled columns; the room is another than the keys'."""
     centre = torch.randn(x.keys.shape[0], x.keys.shape[1], x.keys.shape[3], generator=generator(bits))
     centre = centre.to(x.keys.device)
-    norms = (x.keys.float() - centre.unsqueeze(2)).norm(dim=-1, keepdim=True).half()
+    norms = (x.keys.float() - centre.unsqueeze(2)).norm(dim=-1, keepdim=True).bfloat16()
     norms = torch.nn.functional.pad(norms, (0, 0, 0, 5), value=torch.nan)
     return Estimate(norms, centre, torch.tensor([0.8], device=x.keys.device), bits)
 

@@ -33,8 +33,8 @@ POINTERS = {
     "norms": "*fp16", "new_norms": "*fp16", "a": "*fp32", "tier": "*i8",
 }  # fmt: skip
 NUMBERS = (
-    "room", "code_room", "radius", "sinks", "recents", "margin", "chunks", "slots", "kv_heads", "queries", "new",
-    "count", "splits", "norm_room", "limit",
+    "room", "code_room", "least", "radius", "sinks", "recents", "margin", "chunks", "slots", "kv_heads", "queries",
+    "new", "count", "splits", "norm_room", "limit",
 )  # fmt: skip
 
 

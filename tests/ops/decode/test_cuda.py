@@ -1,5 +1,6 @@
 """The kernels in CUDA C++ without a GPU: emulated against their reference, and compiled for A100s and H100s."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import torch
 from hashattn.ops.decode import Rule, Sizes, reference
 from hashattn.ops.decode.cuda import compiler
 from hashattn.ops.decode.cuda.step import launches
-from hashattn.ops.decode.gpu import why_triton
+from hashattn.ops.decode.gpu import kernels, why_triton
 from tests.ops.decode.cases import CASES, LOCAL_CASES, agrees, inputs
 from tests.ops.decode.emulator.run import emulate
 
@@ -121,6 +122,71 @@ def test_what_is_compiled_is_kept_and_made_anew_if_it_cannot_be_read(tmp_path, m
     assert compiler.cached(one.name, one.defines, 80) == b"another"  # of another GPU
     monkeypatch.setenv("HASHATTN_CACHE", "/dev/null/nowhere")
     assert compiler.cached(one.name, one.defines, 90) == b"another"  # nothing can be kept there
+
+
+def test_damaged_kernels_and_those_of_others_are_compiled_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("HASHATTN_CACHE", str(tmp_path))
+    compiled = []
+    monkeypatch.setattr(compiler, "compile", lambda *_: compiled.append(1) or b"machine code")
+    compiler.cached("scan", (), 90)
+    folder = tmp_path / "kernels"
+    (path,) = folder.iterdir()
+    assert (folder.stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o700, 0o600)
+    for damage in (b"", b"machine cod", b"Machine code", bytes(12)):
+        path.write_bytes(damage)
+        assert compiler.cached("scan", (), 90) == path.read_bytes() == b"machine code"
+    path.chmod(0o622)
+    compiler.cached("scan", (), 90)
+    assert path.stat().st_mode & 0o777 == 0o600 and len(compiled) == 6
+    assert compiler.cached("scan", (), 90) == b"machine code" and len(compiled) == 6
+    own = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: own + 1)  # the folder is another user's
+    assert compiler.cached("scan", (), 90) == b"machine code" and len(compiled) == 7
+    monkeypatch.undo()
+    monkeypatch.setattr(compiler, "compile", lambda *_: b"machine code")
+    monkeypatch.delenv("HASHATTN_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    assert compiler.cached("scan", (), 90) == b"machine code"
+
+
+def nobody():
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of a compute capability, as far as why_not_on() asks; what it tried to load comes back."""
+    tried = []
+
+    def of(capability, loads=lambda code: None):
+        compiler.why_not_on.cache_clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(compiler, "_loaded", lambda code, name, device: tried.append((code, name)) or loads(code))
+        return tried
+
+    yield of
+    compiler.why_not_on.cache_clear()
+
+
+def test_an_architecture_that_the_compiler_does_not_know_leaves_the_step_to_triton(gpu):
+    device = torch.device("cuda", 0)
+    gpu((13, 7))
+    assert re.search(r"NVRTC \d+\.\d+ does not know compute capability 13\.7", why_triton(device))
+    assert kernels(device) == "Triton"
+    tried = gpu((9, 0))
+    assert why_triton(device) is None and kernels(device) == "CUDA C++"
+    ((code, name),) = tried
+    assert code.startswith(b"\x7fELF") and name == "nothing"
+
+
+def test_a_driver_that_does_not_load_what_was_compiled_leaves_the_step_to_triton(gpu):
+    def too_old(code):
+        raise RuntimeError("CUDA says CUDA_ERROR_UNSUPPORTED_PTX_VERSION (222)")
+
+    gpu((9, 0), too_old)
+    assert "CUDA_ERROR_UNSUPPORTED_PTX_VERSION" in why_triton(torch.device("cuda", 0))
 
 
 def test_a_kernel_that_does_not_compile_shows_the_compilers_words():

@@ -14,6 +14,7 @@ if torch.cuda.is_available():
 
 from hashattn.ops.decode.append import append
 from hashattn.ops.decode.encode import encode
+from hashattn.ops.decode.estimate import NORMS
 
 
 @pytest.mark.parametrize(("encoder", "shape"), SMALL)
@@ -36,7 +37,7 @@ def test_what_does_not_fit_is_dropped_and_counted(encoder, filled, room, code_ro
 def test_append_drops_and_counts_what_does_not_fit():
     x = inputs(6, batch=2, kv_heads=3, filled=63, room=64, dim=96, words=2)
     k, v, codes = torch.ones(2, 3, 3, 96), torch.full((2, 3, 3, 96), 2.0), torch.full((2, 3, 3, 2), 3)
-    new_norms, empty = torch.full((2, 3, 3, 1), 4, dtype=torch.float16), torch.zeros(2, 3, 64, 1, dtype=torch.float16)
+    new_norms, empty = torch.full((2, 3, 3, 1), 4, dtype=NORMS), torch.zeros(2, 3, 64, 1, dtype=NORMS)
     held, length = (x.keys.clone(), x.values.clone(), x.codes.clone()), x.length.clone()
     arrived, norms = torch.zeros(1, dtype=torch.int32), empty.clone()
     append(k, v, codes, *held, length, arrived, new_norms, norms)

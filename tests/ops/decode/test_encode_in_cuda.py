@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_dropped_and_counted(emulated, encoder, filled, roo
 
 
 def given(encoder, *, tokens=3, dim=64, filled=20, room=30):
-    """What encode is given, and float16 norms, for 12 queries and 4 keys at a time."""
+    """What encode is given, and bfloat16 norms, for 12 queries and 4 keys at a time."""
     g, (batch, kv_heads, q_heads) = generator(7), (2, 2, 6)
     maps = randomised(encoder, dim).maps(dim, torch.device("cpu"))
     q = torch.randn(batch, q_heads, tokens, dim, generator=g)
@@ -96,7 +96,7 @@ def given(encoder, *, tokens=3, dim=64, filled=20, room=30):
     keys, values = (torch.zeros(batch, kv_heads, room, dim) for _ in range(2))
     codes = torch.zeros(batch, kv_heads, room, -(-encoder.bits // 64), dtype=torch.int64)
     call = q, k, v, centre, maps, encoder.query_bits, keys, values, codes, length, *encoding_state(q, k, codes, maps)
-    return call, torch.full((batch, kv_heads, room), -1.0, dtype=torch.float16)
+    return call, torch.full((batch, kv_heads, room), -1.0, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("encoder", [SimHash(64), AsymmetricHash(64, key_hidden=(9, 9))], ids=["linear", "MLP"])
@@ -104,7 +104,7 @@ def test_norms_are_appended_if_they_are_kept(emulated, encoder):
     call, norms = given(encoder, filled=28)
     encode(*call, norms)
     expected = (call[1] - call[3].unsqueeze(2)).norm(dim=-1)[:, :, :2]
-    assert ((norms[:, :, 28:] - expected).abs() <= expected * 2**-11).all()
+    assert ((norms[:, :, 28:] - expected).abs() <= expected * 2**-8).all()
     assert (norms[:, :, :28] == -1).all()
 
 

@@ -96,7 +96,7 @@ def test_append_and_encode_are_sound(encoder, filled, with_norms):
     of_query, of_key = maps = encoder.maps(64, torch.device("cpu"))
     codes, state = query_planes(of_key(k - centre.unsqueeze(2)), 1), encoding_state(x.q, k, x.codes, maps)
     torch.library.opcheck(torch.ops.hashattn.filled, (x.length,))
-    norms = [torch.zeros(2, 2, 64, 1, dtype=torch.float16)] if with_norms else []
+    norms = [torch.zeros(2, 2, 64, 1, dtype=torch.bfloat16)] if with_norms else []
     new_norms = [key_norms(k, centre)] if with_norms else []
     torch.library.opcheck(torch.ops.hashattn.append, (k, v, codes, *held, state[0], *new_norms, *norms))
     given = x.q, k, v, centre, of_query.tensors, of_key.tensors, of_query.unit, encoder.query_bits, *held, *state

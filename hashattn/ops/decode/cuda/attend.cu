@@ -261,7 +261,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(const __g
 #else
   int wanted = min(s.k, visible);
 #endif
-  wanted = max(wanted, min(visible, s.sinks + s.recents));
+  wanted = max(wanted, min(visible, s.least));
   wait_for_the_kernel_before();
   let_the_next_kernel_start();
   const int count = __ldcg(s.totals + row * LEVELS + lane);  // candidates of at least this level

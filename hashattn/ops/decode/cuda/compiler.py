@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hashattn.files import default_cache_dir, replacing
+from hashattn.files import default_cache_dir, keep, kept, private_folder
 
 RESERVED = 1024  # bytes of shared memory that a program takes beside its own
 SOURCES = Path(__file__).parent
@@ -25,11 +25,26 @@ def why_not() -> str | None:
     try:
         from cuda.bindings import nvrtc
 
-        _checked(nvrtc.nvrtcVersion())
+        _version(nvrtc)
     except ImportError:
         return 'CUDA C++ needs cuda-bindings: pip install "hashattn[gpu]"'
     except Exception as error:  # what is raised where the library is missing depends on the version
-        return f"CUDA C++ needs NVRTC, which does not load: {str(error).splitlines()[0]}"
+        return f"CUDA C++ needs NVRTC, which does not load: {_first_line(error)}"
+    return None
+
+
+@functools.cache
+def why_not_on(device: int) -> str | None:
+    """The same of a GPU, which is tried with a kernel that does nothing; kernels can be compiled here."""
+    from cuda.bindings import nvrtc
+
+    try:
+        (major, minor), arch = _version(nvrtc), _arch(device)
+        if arch not in _checked(nvrtc.nvrtcGetSupportedArchs()):
+            return f"NVRTC {major}.{minor} does not know compute capability {arch // 10}.{arch % 10}"
+        _loaded(_compiled(b'extern "C" __global__ void nothing() {}', "nothing", [], [], arch), "nothing", device)
+    except Exception as error:  # of a driver that is too old, say
+        return f"CUDA C++ does not run on this GPU with this driver: {_first_line(error)}"
     return None
 
 
@@ -39,56 +54,36 @@ def compile(name: str, defines: Defines, arch: int) -> bytes:
     Raises:
         RuntimeError: it does not compile; the compiler's messages are in the error.
     """
-    from cuda.bindings import nvrtc
 
     headers = sorted(SOURCES.glob("*.cuh"))
-    program = _checked(
-        nvrtc.nvrtcCreateProgram(
-            (SOURCES / f"{name}.cu").read_bytes(), f"{name}.cu".encode(), len(headers),
-            [h.read_bytes() for h in headers], [h.name.encode() for h in headers],
-        )
-    )  # fmt: skip
-    options = [f"--gpu-architecture=sm_{arch}", "--std=c++17", *(f"-D{key}={value}" for key, value in defines)]
-    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
-    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
-        nvrtc.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(f"{name}.cu does not compile for sm_{arch} with {options}:\n{log.decode(errors='replace')}")
-    code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
-    _checked(nvrtc.nvrtcGetCUBIN(program, code))
-    nvrtc.nvrtcDestroyProgram(program)
-    return bytes(code)
+    options = ["--std=c++17", *(f"-D{key}={value}" for key, value in defines)]
+    return _compiled((SOURCES / f"{name}.cu").read_bytes(), f"{name}.cu", headers, options, arch)
 
 
 def cached(name: str, defines: Defines, arch: int) -> bytes:
-    """The same from the cache, where it is kept under what it was made of."""
+    """The same from the user's cache, where it is kept under what it was made of."""
     from cuda.bindings import nvrtc
 
-    made_of = hashlib.sha256(repr((name, defines, arch, nvrtc.nvrtcVersion()[1:])).encode())
+    made_of = hashlib.sha256(repr((name, defines, arch, _version(nvrtc))).encode())
     for source in sorted(SOURCES.glob("*.cu*")):
         made_of.update(source.read_bytes())
-    path = default_cache_dir() / "kernels" / f"{name}-{made_of.hexdigest()[:32]}.cubin"
-    with contextlib.suppress(OSError):
-        return path.read_bytes()
+    stem = f"{name}-{made_of.hexdigest()[:32]}"
+    folder: Path | None = None
+    with contextlib.suppress(OSError):  # a cache that cannot be used costs a second the next time
+        folder = private_folder(default_cache_dir() / "kernels")
+        if (path := kept(folder, stem, ".cubin")) is not None:
+            return path.read_bytes()
     code = compile(name, defines, arch)
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs a second the next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as scratch:
-            scratch.write_bytes(code)
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            keep(folder, stem, ".cubin", code)
     return code
 
 
 @functools.cache
 def kernel(name: str, defines: Defines, device: int) -> Any:
     """The kernel `name` of name.cu, loaded on a device. The first call of its kind compiles, which takes seconds."""
-    from cuda.bindings import driver
-
-    major, minor = torch.cuda.get_device_capability(device)
-    code = cached(name, defines, 10 * major + minor)
-    with torch.cuda.device(device):
-        torch.cuda.current_stream().synchronize()  # the device's context exists and is current
-        module = _checked(driver.cuModuleLoadData(code))
-    return _checked(driver.cuModuleGetFunction(module, name.encode()))
+    return _loaded(cached(name, defines, _arch(device)), name, device)
 
 
 @functools.cache
@@ -134,6 +129,50 @@ def launch(
         config.attrs, config.numAttrs = [attribute], 1
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
     _checked(driver.cuLaunchKernelEx(config, kernel, ctypes.addressof(pointers), 0))
+
+
+def _compiled(source: bytes, name: str, headers: list[Path], options: list[str], arch: int) -> bytes:
+    from cuda.bindings import nvrtc
+
+    program = _checked(
+        nvrtc.nvrtcCreateProgram(
+            source, name.encode(), len(headers), [h.read_bytes() for h in headers], [h.name.encode() for h in headers]
+        )
+    )
+    options = [f"--gpu-architecture=sm_{arch}", *options]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"{name} does not compile for sm_{arch} with {options}:\n{log.decode(errors='replace')}")
+    code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
+    _checked(nvrtc.nvrtcGetCUBIN(program, code))
+    nvrtc.nvrtcDestroyProgram(program)
+    return bytes(code)
+
+
+def _loaded(code: bytes, name: str, device: int) -> Any:
+    from cuda.bindings import driver
+
+    with torch.cuda.device(device):
+        torch.cuda.current_stream().synchronize()  # the device's context exists and is current
+        module = _checked(driver.cuModuleLoadData(code))
+    return _checked(driver.cuModuleGetFunction(module, name.encode()))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _arch(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _version(nvrtc: Any) -> tuple[int, int]:
+    status, major, minor = nvrtc.nvrtcVersion()
+    _checked((status,))
+    return major, minor
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

@@ -30,7 +30,7 @@ struct Encode {
   const void *v;         // [B * Hkv * T, DIM]
   void *held_keys, *held_values;  // [B * Hkv, room, DIM]
   u32 *query, *codes;    // [B * Hq * T, PLANES, 2 * WORDS], [B * Hkv, code_room, 2 * WORDS]
-  u16 *norms;            // float16 [B * Hkv, code_room]: |k - centre|; or none
+  u16 *norms;            // bfloat16 [B * Hkv, code_room]: |k - centre|; or none
   int *length, *arrived;  // [1]; the second is zero before and after
   int tokens, room, code_room;
 };
@@ -126,7 +126,7 @@ struct Rows {  // this thread's share of the group's new keys and values
       if (i >= VECTORS * DIM || !to.fits) continue;
       const size_t at = (to.head * e.room + to.column) * DIM + i % DIM;
       static_cast<Element *>(e.held_keys)[at] = keys[j], static_cast<Element *>(e.held_values)[at] = values[j];
-      if (i % DIM == 0 && e.norms != nullptr) e.norms[to.head * e.code_room + to.column] = narrow<true>(s.norms[i / DIM], 0);
+      if (i % DIM == 0 && e.norms != nullptr) e.norms[to.head * e.code_room + to.column] = narrow<false>(s.norms[i / DIM], 0);
     }
   }
 };

@@ -46,7 +46,7 @@ def encode(
     Args:
         q, k, v: of the dtype of keys and values.
         arrived: int32, zeros before and after, as many as :func:`hashattn.ops.decode.sizes.counters` says.
-        norms: float16 [B, Hkv, room], contiguous: |k - centre| of what is appended is written to it.
+        norms: bfloat16 [B, Hkv, room], contiguous: |k - centre| of what is appended is written to it.
 
     Raises:
         ValueError: arrived is too short.

@@ -37,7 +37,7 @@ struct Step {
   float *lse;                     // [B, Hq, T]
   double share;
   float scale;
-  int k, radius, sinks, recents, margin, room, code_room, chunks, count_stride, slots, kv_heads;
+  int k, least, radius, sinks, recents, margin, room, code_room, chunks, count_stride, slots, kv_heads;
 };
 
 constexpr int LEVELS = 32;  // how much nearer than the bound a candidate is, where it is no more than LEVELS - 1

@@ -24,7 +24,8 @@ _POINTERS = (
     "parts", "stats", "ids", "out", "lse",
 )  # fmt: skip
 _INTS = (
-    "k", "radius", "sinks", "recents", "margin", "room", "code_room", "chunks", "count_stride", "slots", "kv_heads",
+    "k", "least", "radius", "sinks", "recents", "margin", "room", "code_room", "chunks", "count_stride", "slots",
+    "kv_heads",
 )  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def decode(
         tensors["totals"] = tensors["parts"]
     step = Step(
         **{name: x.data_ptr() for name, x in tensors.items()}, share=rule.share or 0.0, scale=scale, k=rule.k or 0,
-        radius=min(rule.radius or 0, sizes.farthest), sinks=rule.sinks, recents=rule.recents,
+        least=rule.least, radius=min(rule.radius or 0, sizes.farthest), sinks=rule.sinks, recents=rule.recents,
         margin=2 * math.isqrt(sizes.spread), room=sizes.room, code_room=sizes.code_room, chunks=sizes.cuda_chunks,
         count_stride=sizes.count_stride, slots=sizes.slots, kv_heads=sizes.kv_heads,
     )  # fmt: skip

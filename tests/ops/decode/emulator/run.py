@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from hashattn.files import default_cache_dir, keep, kept, private_folder
 from hashattn.ops.decode.cuda import compiler, step
 
 HERE = Path(__file__).parent
@@ -36,21 +37,19 @@ extern "C" void run(const void *argument, int x, int y, int z, int threads, int 
 @functools.cache
 def kernel(name: str, defines: compiler.Defines) -> ctypes.CDLL:
     """The library whose run() launches a kernel."""
-    folder = Path(tempfile.gettempdir()) / "hashattn-emulated"
-    folder.mkdir(exist_ok=True)
     sources = b"".join(p.read_bytes() for p in (*sorted(compiler.SOURCES.glob("*.cu*")), HERE / "emulator.h"))
-    made_of = hashlib.sha256(sources + repr((name, defines)).encode()).hexdigest()[:24]
-    path = folder / f"{name}-{made_of}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            source = Path(scratch, "kernel.cpp")
+    stem = f"{name}-{hashlib.sha256(sources + repr((name, defines)).encode()).hexdigest()[:24]}"
+    folder = private_folder(default_cache_dir() / "emulated")
+    path = kept(folder, stem, ".so")
+    if path is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            source, made = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
             source.write_text(KERNEL.format(name=name, argument="Encode" if name == "encode" else "Step"))
             options = ["-O1", "-std=c++20", "-shared", "-fPIC", "-w", "-fvisibility-inlines-hidden", "-fno-gnu-unique"]
             options += [f"-D{key}={value}" for key, value in defines]
-            files = ["-include", HERE / "emulator.h", "-I", compiler.SOURCES, source, "-o", Path(scratch, "kernel.so")]
-            command = ["g++", *options, *files]
-            subprocess.run(command, check=True)
-            Path(scratch, "kernel.so").replace(path)
+            files = ["-include", HERE / "emulator.h", "-I", compiler.SOURCES, source, "-o", made]
+            subprocess.run(["g++", *options, *files], check=True)
+            path = keep(folder, stem, ".so", made.read_bytes())
     return ctypes.CDLL(str(path))
 
 

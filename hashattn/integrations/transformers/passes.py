@@ -1,0 +1,137 @@
+"""Pass: one forward pass of an attached model. Passes: those that are under way, each in a thread of its own."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers import Cache
+
+from hashattn.guard import Guard
+from hashattn.integrations.transformers.cache_layer import HashedLayer
+from hashattn.integrations.transformers.layers import Served
+from hashattn.integrations.transformers.mask import read_mask, read_padding
+from hashattn.integrations.transformers.simulate import Block
+from hashattn.ops.decode import Scratch
+from hashattn.types import Step
+
+
+@dataclass(eq=False)
+class Pass:
+    """What the layers tell each other in one forward pass. Nothing of it outlives the pass.
+
+    Attributes:
+        served: what serves the layers, as it was when the pass began.
+        given: the attention mask that the model was given: [B, N], or one that it takes as it is, or those by type.
+        begun: whether what can be refused has been looked at.
+        vetted: whether `given` has been.
+        interrupted: whether another call has used its cache meanwhile.
+        scratch: memory of the cache's layers.
+        step: what the layer before chose.
+        blocks: the same of a simulated call.
+    """
+
+    served: dict[int, Served]
+    given: Any = None
+    begun: bool = False
+    vetted: bool = False
+    interrupted: bool = False
+    scratch: Scratch = field(default_factory=Scratch)
+    step: Step = field(default_factory=Step)
+    blocks: list[Block] = field(default_factory=list)
+    _cache: weakref.ref[Cache] | None = None
+    _rows: tuple[Tensor, int, list[int], str | None] | None = None
+    _beginning: tuple[Tensor, list[int], str | None] | None = None
+
+    @property
+    def cache(self) -> Cache | None:
+        """The cache it has claimed."""
+        return self._cache() if self._cache is not None else None
+
+    def uses(self, cache: Cache) -> None:
+        """Its layers share memory that steps write within themselves: it belongs to the cache, as a graph's does."""
+        self._cache = weakref.ref(cache)
+        held = [layer.scratch for layer in getattr(cache, "layers", []) if isinstance(layer, HashedLayer)]
+        self.scratch = held[0] if held else self.scratch
+
+    def rows(self, mask: Tensor | None, batch: int, keys: int, tokens: int) -> tuple[list[int], str | None]:
+        """The rows' first columns, and why a layer's mask cannot be served; read once for all layers it is given to."""
+        if mask is None:
+            return [0] * batch, None
+        if self._rows is None or self._rows[0] is not mask or self._rows[1] != keys:
+            self._rows = (mask, keys, *read_mask(mask, batch, keys, tokens))
+        return self._rows[2:]
+
+    def beginnings(self, mask: Tensor, batch: int, keys: int) -> tuple[list[int], str | None]:
+        """What the last query of a layer's mask says of the rows."""
+        if self._beginning is None or self._beginning[0] is not mask:  # the mask of a long prompt is large
+            self._beginning = (mask, *read_mask(mask[:, :, -1:], batch, keys, 1))
+        return self._beginning[1:]
+
+    def why_not_given(self, batch: int, keys: int, tokens: int) -> str | None:
+        """Why the mask that the model was given cannot be served; None also where only a layer's mask will tell."""
+        mask = self.given.get("full_attention") if isinstance(self.given, Mapping) else self.given
+        self.vetted = mask is None or (isinstance(mask, Tensor) and mask.ndim in (2, 4))
+        if mask is None or not self.vetted:
+            return None
+        read = read_padding(mask, batch, keys) if mask.ndim == 2 else read_mask(mask, batch, keys, tokens)
+        return read[1]
+
+
+class Passes:
+    """The passes of one attached model. A copy has none."""
+
+    def __init__(self) -> None:
+        self._mine = threading.local()
+        self._users: weakref.WeakKeyDictionary[Cache, threading.Thread] = weakref.WeakKeyDictionary()
+        self._guard = Guard()
+
+    def current(self) -> Pass | None:
+        """The innermost one of this thread."""
+        stack = self._stack
+        return stack[-1] if stack else None
+
+    def open(self, one: Pass) -> None:
+        self._stack.append(one)
+
+    def claim(self, one: Pass, cache: Cache) -> None:
+        """Let a pass have a cache to itself.
+
+        Raises:
+            RuntimeError: another thread's pass uses it.
+        """
+        me = threading.current_thread()
+        with self._guard:
+            user = self._users.get(cache)
+            if user is not None and user is not me and user.is_alive():
+                raise RuntimeError(
+                    f"this cache is in use by a call of the model in thread {user.name!r}: "
+                    "give each thread that generates a cache of its own"
+                )
+            self._users[cache] = me
+        for other in self._stack:  # a call inside of a call, or one that was broken off
+            other.interrupted |= other is not one and other.cache is cache
+        one.uses(cache)
+
+    def close(self) -> None:
+        """End the innermost pass of this thread, if there is one."""
+        if not self._stack:
+            return
+        cache = self._stack.pop().cache
+        with self._guard:
+            if cache is not None and self._users.get(cache) is threading.current_thread():
+                del self._users[cache]
+
+    def __reduce__(self) -> tuple[type[Passes], tuple[()]]:
+        return Passes, ()
+
+    @property
+    def _stack(self) -> list[Pass]:
+        if not hasattr(self._mine, "stack"):
+            self._mine.stack = []
+        stack: list[Pass] = self._mine.stack
+        return stack
