@@ -272,6 +272,6 @@ def attend_topk(
             tl.store(arrived + row, 0)
             row0 = head * SUM * T + t
             combine(
-                parts, stats, part, programs, tl.load(length) > limit, out, lse, row0, T, DIM, WIDTH, SUM, PADDED_OUT,
-                16,
+                parts, stats, part, programs, wanted > 0, tl.load(length) > limit, out, lse, row0, T, DIM, WIDTH, SUM,
+                PADDED_OUT, 16,
             )  # fmt: skip
