@@ -87,8 +87,9 @@ def search_splits(
 @triton.jit
 def attend_chunks(
     q, keys, values, entries, starts, length, ids, parts, stats, arrived, out, lse, scale, limit, room, chunks,
-    splits, T, G: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr, ENTRIES: tl.constexpr,
-    SPLIT: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, PDL: tl.constexpr,
+    splits, kv_heads, T, G: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, KEEP: tl.constexpr,
+    ENTRIES: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, CAUSAL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(chunks * KEEP / ROWS), Hkv * G * T, B).
 
@@ -136,7 +137,10 @@ def attend_chunks(
         gdc_launch_dependents()
     if tl.atomic_add(arrived + row, 1, sem="acq_rel") == programs - 1:
         tl.store(arrived + row, 0)
-        combine(parts, stats, part, programs, tl.load(length) > limit, out, lse, row, T, DIM, WIDTH, 1, 1, 16)
+        first, end = span(starts, length, limit, kv // kv_heads, row % T, T, CAUSAL)
+        combine(
+            parts, stats, part, programs, end > first, tl.load(length) > limit, out, lse, row, T, DIM, WIDTH, 1, 1, 16
+        )  # fmt: skip
 
 
 def decode(
@@ -167,8 +171,9 @@ def decode(
     if not scan_only:
         attend_chunks[grid(programs, rows, sizes.batch)](
             q, keys, values, buffers["entries"], starts, length, ids, buffers["parts"], buffers["stats"], arrived, out,
-            lse, scale, sizes.limit, sizes.room, chunks, splits, tokens, DIM=dim, WIDTH=width,
-            ENTRIES=triton.next_power_of_2(splits * keep), ROWS=ROWS, num_warps=attend_warps(width, splits), **common,
+            lse, scale, sizes.limit, sizes.room, chunks, splits, sizes.kv_heads, tokens, CAUSAL=causal, DIM=dim,
+            WIDTH=width, ENTRIES=triton.next_power_of_2(splits * keep), ROWS=ROWS,
+            num_warps=attend_warps(width, splits), **common,
         )  # fmt: skip
     return out, lse, ids.view(sizes.batch, -1, tokens, chunks * keep)
 

@@ -105,12 +105,13 @@ def store_part(
 
 @triton.jit
 def combine(
-    parts, stats, first, n, spoilt, out, lse, row0, T, DIM: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr,
-    PADDED: tl.constexpr, TILE: tl.constexpr,
+    parts, stats, first, n, kept, spoilt, out, lse, row0, T, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Join parts first to first + n of HEADS heads, and write their rows of out and lse (natural logarithm).
 
-    Head g's row is row0 + g * T. A spoilt result is NaN.
+    Head g's row is row0 + g * T. A spoilt result is NaN, and so is one of keys that were kept whose logits are all
+    -infinity; without any it is zero.
     """
     dims, heads, pieces = tl.arange(0, WIDTH), tl.arange(0, PADDED), tl.arange(0, TILE)
     first = first.to(tl.int64)
@@ -129,9 +130,10 @@ def combine(
         total += tl.sum(weight * tl.load(stats + one * 2 + 1, mask=mask, other=0.0), 0)
         own = tl.load(parts + one[:, :, None] * WIDTH + dims[None, None, :], mask=mask[:, :, None], other=0.0)
         acc += tl.sum(own * weight[:, :, None], 0)
-    result = tl.where(total[:, None] == 0, 0.0, acc / tl.where(total == 0, 1.0, total)[:, None])
-    result = tl.where(spoilt, float("nan"), result)
+    result = acc / tl.where(total == 0, 1.0, total)[:, None]
+    result = tl.where(spoilt | kept & (total == 0)[:, None], float("nan"), result)
     row = row0.to(tl.int64) + heads * T
     mask = (heads < HEADS)[:, None] & (dims < DIM)[None, :]
     tl.store(out + row[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty), mask=mask)
-    tl.store(lse + row, (peak + tl.log2(total)) / LOG2E, mask=heads < HEADS)
+    logarithm = tl.where(kept & (total == 0), float("nan"), (peak + tl.log2(total)) / LOG2E)
+    tl.store(lse + row, logarithm, mask=heads < HEADS)

@@ -183,6 +183,7 @@ def attend_topk(
     s = tl.program_id(0)
     row = program_row()
     HEADS: tl.constexpr = G // SUM  # rows of a KV head
+    TILE: tl.constexpr = 512 if LEVELS <= 1024 else 256  # a histogram's counts are in registers
     t = row % T
     head = row // T  # of [B, Hkv * HEADS]
     kv = head // HEADS
@@ -229,7 +230,7 @@ def attend_topk(
         if missed:
             threshold = from_codes(
                 own_ids, own_tier, query_at, T * PLANES * WORDS, own_codes, first, end, sinks, recents, radius, wanted,
-                wanted_1, code_room, rank0, rank1, SUM, WORDS, PLANES, BIASED, LEVELS, RADIUS, TIERS, 512,
+                wanted_1, code_room, rank0, rank1, SUM, WORDS, PLANES, BIASED, LEVELS, RADIUS, TIERS, TILE,
             )  # fmt: skip
         else:
             threshold = bound - (BINS - 1 - bin)
@@ -271,6 +272,6 @@ def attend_topk(
             tl.store(arrived + row, 0)
             row0 = head * SUM * T + t
             combine(
-                parts, stats, part, programs, tl.load(length) > limit, out, lse, row0, T, DIM, WIDTH, SUM, PADDED_OUT,
-                16,
+                parts, stats, part, programs, wanted > 0, tl.load(length) > limit, out, lse, row0, T, DIM, WIDTH, SUM,
+                PADDED_OUT, 16,
             )  # fmt: skip

@@ -137,6 +137,7 @@ def main(arch: int) -> None:
             width = attend["WIDTH"]
             for splits in (1, 4):
                 chunks = near | {"DIM": dim, "WIDTH": width, "ENTRIES": 16 * splits, "ROWS": LOCAL_ROWS}
+                chunks["CAUSAL"] = True
                 found = compiled(attend_chunks, chunks, {"num_warps": local_warps(width, splits)}, arch, dtype)
                 print(json.dumps({"kernel": f"local attend, {splits} splits {name}", **found}), flush=True)
     if arch > 90:

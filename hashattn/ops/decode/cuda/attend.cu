@@ -308,5 +308,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(const __g
 #endif
   if (!is_last(s.arrived + row, programs)) return;
   if (threadIdx.x < LEVELS) s.totals[row * LEVELS + threadIdx.x] = 0;
-  combine(s, row * programs_most, programs, q_row, filled(s) > room_of(s));
+  combine(s, row * programs_most, programs, q_row, wanted > 0, filled(s) > room_of(s));
 }

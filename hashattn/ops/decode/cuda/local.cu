@@ -315,5 +315,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, WORDS > 2 || DEPTH > 1 ? 2
   const int joint = blockIdx.z * gridDim.y + blockIdx.y;  // whose parts lie together
   const size_t parts = (size_t)joint * CHUNKS;
   attend_lanes(s, row0, keys, values, columns, parts + number, space.teams);
-  if (is_last(s.arrived + joint, CHUNKS)) combine(s, parts, CHUNKS, row0, filled(s) > room_of(s));
+  if (is_last(s.arrived + joint, CHUNKS)) combine(s, parts, CHUNKS, row0, c.end > c.first, filled(s) > room_of(s));
 }

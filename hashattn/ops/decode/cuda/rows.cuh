@@ -218,8 +218,9 @@ constexpr bool NARROW = LOCAL && TYPE != 2;
 constexpr int NUMBERS = NARROW ? 8 : 4;  // in 16 bytes
 
 // Join `programs` parts from `part` on and write JOINED rows of out and lse from row0 on, TOKENS apart. A spoilt result is
-// NaN. 16 bytes of a part are a piece; where threads outnumber pieces, they share the parts.
-__device__ __forceinline__ void combine(const Step &s, size_t part, int programs, size_t row0, bool spoilt) {
+// NaN, and so is one of keys that were kept whose logits are all -infinity; without any it is zero. 16 bytes of a part are a
+// piece; where threads outnumber pieces, they share the parts.
+__device__ __forceinline__ void combine(const Step &s, size_t part, int programs, size_t row0, bool kept, bool spoilt) {
   constexpr int TILE = 64, AT_ONCE = 8, ALL = JOINED * PART / NUMBERS;
   constexpr int SHARES = ALL >= THREADS ? 1 : THREADS / ALL, OUTPUTS = (ALL + THREADS - 1) / THREADS;
   __shared__ float weights[JOINED][TILE], peaks[JOINED], sums[JOINED], shrinks[JOINED];
@@ -293,9 +294,10 @@ __device__ __forceinline__ void combine(const Step &s, size_t part, int programs
     }
     __syncthreads();
   }
+  const float nan = __int_as_float(0x7fffffff), empty = kept ? nan : 0;
   auto finish = [&](int number, float x) {
     const int head = number / PART, d = dim_of(number % PART);
-    const float sum = sums[head], result = spoilt ? __int_as_float(0x7fffffff) : sum == 0 ? 0 : x / sum;
+    const float sum = sums[head], result = spoilt ? nan : sum == 0 ? empty : x / sum;
     if (d < DIM) store(s.out, (row0 + (size_t)head * TOKENS) * DIM + d, result);
   };
   if (SHARES > 1) {
@@ -318,7 +320,8 @@ __device__ __forceinline__ void combine(const Step &s, size_t part, int programs
         if (first + output * THREADS < ALL) finish((first + output * THREADS) * NUMBERS + e, x[output][e]);
   }
   if (threadIdx.x < JOINED) {
-    const float peak = peaks[threadIdx.x];
-    s.lse[row0 + (size_t)threadIdx.x * TOKENS] = ((peak == -infinity() ? 0 : peak) + log2f(sums[threadIdx.x])) / LOG2E;
+    const float peak = peaks[threadIdx.x], sum = sums[threadIdx.x];
+    const float lse = ((peak == -infinity() ? 0 : peak) + log2f(sum)) / LOG2E;
+    s.lse[row0 + (size_t)threadIdx.x * TOKENS] = kept && sum == 0 ? nan : lse;
   }
 }
