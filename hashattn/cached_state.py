@@ -69,7 +69,7 @@ def _check_ready(state: Mapping[str, Any], cache: KVCache) -> None:
     _expect("ready", state["ready"], (cache.batch,), torch.bool)
     for row, (ready, first) in enumerate(zip(state["ready"].tolist(), state["start"].tolist(), strict=True)):
         visible = state["keys"].shape[2] - first
-        if ready and visible < cache.warmup:
+        if ready and cache.warmup > max(0, visible):
             raise ValueError(
                 f"ready in state says that row {row} has a centre, but of its {max(0, visible)} keys none can be "
                 f"made: {cache.warmup} are needed"

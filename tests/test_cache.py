@@ -253,6 +253,7 @@ def test_deepcopies_share_nothing_that_changes():
 
 def test_a_crop_below_the_start_can_be_saved_and_loaded():
     cache = filled(make(PLAIN), 0, start=torch.tensor([0, 9]))
+    cache.encode()
     cache.crop(5)
     twin = make(PLAIN)
     twin.load_state_dict(cache.state_dict())

@@ -60,7 +60,7 @@ def encodes(
         torch.randint(-(2**63), 2**63 - 1, (batch, kv_heads, code_room, words), generator=g).to(device),
     )
     if norms:
-        held += (torch.randn(batch, kv_heads, code_room, 1, generator=g).to(device, torch.float16),)
+        held += (torch.randn(batch, kv_heads, code_room, 1, generator=g).to(device, torch.bfloat16),)
     before, (arrived, workspace) = [x.clone() for x in held], encoding_state(q, k, held[2], maps)
     length = torch.tensor([filled], dtype=torch.int32, device=device)
     with poisoned():
@@ -83,10 +83,10 @@ def encodes(
 
 
 def same_norms(found: Tensor, k: Tensor, centre: Tensor) -> None:
-    """Norms are exact ones, rounded to bfloat16 from float32."""
+    """Norms are exact ones, rounded to bfloat16 from float32, or cut off to it as by Triton's interpreter."""
     exact = (k.double() - centre.double().unsqueeze(2)).norm(dim=-1, keepdim=True)
     assert found.dtype == torch.bfloat16
-    assert ((found.double() - exact).abs() <= exact * (2**-8 + 1e-6)).all()
+    assert ((found.double() - exact).abs() <= exact * (2**-7 + 1e-6)).all()
 
 
 def encoding_state(q: Tensor, k: Tensor, codes: Tensor, maps: tuple[Map, Map]) -> tuple[Tensor, Tensor]:
