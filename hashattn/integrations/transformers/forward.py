@@ -113,7 +113,8 @@ class Forward:
             ValueError: a mask that cannot be served (strict), or a static cache that was outgrown.
             RuntimeError: a cache that another thread is using, or gradients that would ask layers out of turn.
         """
-        one = Pass(self.served, given)
+        config = getattr(trunk, "config", None)
+        one = Pass(self.served, getattr(config, "num_hidden_layers", None), given)
         self.passes.open(one)
         if self.simulated:
             self._check_checkpoints(trunk)
@@ -309,7 +310,7 @@ class Forward:
                 self._tell_outgrown(cache)
                 one.uses(cache)
                 self._check_given(one, cache, *hidden.shape[:2])
-            for number, served in one.served.items():
+            for number, served in one.running.items():
                 if served.attn is None:
                     continue
                 self._why_not(cache, number, hidden)
@@ -319,7 +320,7 @@ class Forward:
 
     def _check_given(self, one: Pass, cache: Any, batch: int, tokens: int) -> None:
         """Refuse a mask by what the model itself was given, whatever layers come first (strict)."""
-        numbers = [number for number, served in one.served.items() if searches(served)]
+        numbers = [number for number, served in one.running.items() if searches(served)]
         if not self.strict or not numbers:
             return
         held = layers_of(cache)[numbers[0]] if numbers[0] < len(layers_of(cache)) else None

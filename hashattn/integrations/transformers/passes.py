@@ -26,6 +26,7 @@ class Pass:
 
     Attributes:
         served: what serves the layers, as it was when the pass began.
+        depth: only layers before this one run (early exit); None if not known.
         given: the attention mask that the model was given: [B, N], or one that it takes as it is, or those by type.
         begun: whether what can be refused has been looked at.
         vetted: whether `given` has been.
@@ -36,6 +37,7 @@ class Pass:
     """
 
     served: dict[int, Served]
+    depth: int | None = None
     given: Any = None
     begun: bool = False
     vetted: bool = False
@@ -46,6 +48,11 @@ class Pass:
     _cache: weakref.ref[Cache] | None = None
     _rows: tuple[Tensor, int, list[int], str | None] | None = None
     _beginning: tuple[Tensor, list[int], str | None] | None = None
+
+    @property
+    def running(self) -> dict[int, Served]:
+        """What serves the layers that run."""
+        return {i: served for i, served in self.served.items() if self.depth is None or i < self.depth}
 
     @property
     def cache(self) -> Cache | None:
