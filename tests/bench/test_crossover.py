@@ -82,7 +82,9 @@ def test_the_command_writes_how_its_results_came_about(tmp_path, monkeypatch, ca
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     out = tmp_path / "x.json"
     assert main(["bench", "--crossover", "--batch", "3", "--out", str(out)]) == 0
-    assert asked == [(((32, 8, 128, "bfloat16"), [3]), {"bits": 64, "pers": ("query_head", "kv_head"), "progress": True})]
+    assert asked == [
+        (((32, 8, 128, "bfloat16"), [3]), {"bits": 64, "pers": ("query_head", "kv_head"), "progress": True})
+    ]
     printed = capsys.readouterr().out
     assert f"'a GPU': Gpu(capability=(8, 0), eager=7, captured=3, source={str(out)!r})," in printed
     assert "note: a remark" in printed
