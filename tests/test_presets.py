@@ -53,7 +53,8 @@ def test_rows_alone_and_in_a_padded_batch_agree(name, engine):
 @pytest.mark.parametrize("name", [n for n in PRESETS if n not in SEARCH_AT_ONCE])
 @pytest.mark.parametrize("keys", [1, 30, 258])
 def test_short_rows_attend_densely_and_exactly(name, keys):
-    q, k, v = qkv(1, keys=keys, tokens=min(3, keys), dim=32)
+    tokens = 1 if name == "h2o" else min(3, keys)  # its second query leaves out what the first one did not ask for
+    q, k, v = qkv(1, keys=keys, tokens=tokens, dim=32)
     attn = forced(name, "reference")
     if name == "streaming":
         attn = HashAttention.from_preset(name, engine="reference", recent=1020)  # a window beyond every key

@@ -129,8 +129,6 @@ LARGE = {
     "TopK": lambda n: TopK(k=n),
     "TopK of a group": lambda n: TopK(k=n, per="kv_head"),
     "TopK of any head": lambda n: TopK(k=n, per="kv_head", combine="union"),
-    "LocalTopK": lambda n: LocalTopK(8 * n, 8),
-    "LocalTopK in one chunk": lambda n: LocalTopK(n, n),
     "Threshold": Threshold,
     "Threshold of a group": lambda n: Threshold(n, per="kv_head"),
     "Threshold of any head": lambda n: Threshold(n, per="kv_head", combine="union"),

@@ -73,7 +73,7 @@ def import_codes(path: str | Path) -> Tensor:
     except (RuntimeError, MemoryError) as error:
         raise ValueError(f"{str(path)!r} is no binary index of FAISS: {error}") from error
     index = faiss.downcast_IndexBinary(owner)  # which keeps what it shows
-    octets = faiss.vector_to_array(index.xb).reshape(index.ntotal, -1)
+    octets = faiss.vector_to_array(index.xb).reshape(index.ntotal, index.d // 8)
     return torch.from_numpy(octets).view(torch.int64)
 
 

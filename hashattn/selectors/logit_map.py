@@ -41,7 +41,7 @@ class LogitMap:
                 f"{len(self.logits)}"
             )
         if not all(math.isfinite(x) for x in (*self.distances, *self.logits)):
-            raise ValueError(f"knots must be finite numbers, got {self.distances!r} and {self.logits!r}")
+            raise ValueError(f"distances and logits must be finite numbers, got {self.distances!r} and {self.logits!r}")
         for name, xs in (("rise", self.distances), ("fall", tuple(-y for y in self.logits))):
             if any(not a <= b for a, b in zip(xs, (*xs[1:], xs[-1]), strict=True)):
                 what = "distances" if name == "rise" else "logits"

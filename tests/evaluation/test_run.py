@@ -217,10 +217,7 @@ def test_settings_that_cannot_be_are_refused(changes, message):
 
 
 def test_a_length_beyond_the_models_is_refused(text):
-    with pytest.raises(
-        ValueError,
-        match=r"at most 864 for this model .1024 positions, 160 of them for what it writes., got 1000",
-    ):
+    with pytest.raises(ValueError, match=r"at most 864 for this model \(1024 positions, 160 .* got 1000"):
         run(small_model(), small_tokenizer(), text, contenders(["hata"], [0.1]), Settings(tokens=(1000,)))
 
 

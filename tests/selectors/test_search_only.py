@@ -64,4 +64,4 @@ def test_a_tail_of_all_that_was_not_found_is_dense_attention():
 )
 def test_what_asks_for_every_distance_is_refused_when_composed(selector):
     good = HashAttention(ENCODER, FlatHamming(), selector)
-    raises_naming(ValueError, repr(selector), "MultiProbe", "distance")(lambda: good.replace(index=PROBES))
+    raises_naming(ValueError, type(selector).__name__, "MultiProbe", "distance")(lambda: good.replace(index=PROBES))

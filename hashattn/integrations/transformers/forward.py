@@ -121,6 +121,9 @@ class Forward:
         if isinstance(cache, Cache):
             self.passes.claim(one, cache)
             self._tell_outgrown(cache)
+            for number, served in self.served.items():
+                if served.attn is not None and number < len(layers_of(cache)):
+                    support.check_room(cache.layers[number], tokens)
         if isinstance(cache, Cache) or self.simulated:
             self._check_given(one, cache, batch, tokens)
 

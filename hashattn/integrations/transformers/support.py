@@ -241,6 +241,17 @@ def why_not_cache(cache: object, number: int) -> str | None:
     return None if reason is None else f"layer {number} of the {type(cache).__name__} {reason}; {use}"
 
 
+def check_room(layer: object, tokens: int) -> None:
+    """Raise ValueError if a layer of a cache is a static one without the room for so many tokens."""
+    if isinstance(layer, StaticLayer | HashedStaticLayer):
+        filled, room = int(layer.get_seq_length()), layer.max_cache_len
+        if filled + tokens > room:
+            raise ValueError(
+                f"the static cache holds {filled} of max_cache_len={room} tokens, but the input has {tokens}: make it "
+                "longer, or use a dynamic cache"
+            )
+
+
 def check_append(layer: object, hidden: Tensor, one_device: bool) -> None:
     """Raise unless a layer of a cache can take what attention makes of hidden states [B, T, hidden size].
 
@@ -251,13 +262,7 @@ def check_append(layer: object, hidden: Tensor, one_device: bool) -> None:
         TypeError: the model has another dtype or device than what the layer holds.
         ValueError: another number of rows, or a static layer without the room.
     """
-    if isinstance(layer, StaticLayer | HashedStaticLayer):
-        filled, room = int(layer.get_seq_length()), layer.max_cache_len
-        if filled + hidden.shape[1] > room:
-            raise ValueError(
-                f"the static cache holds {filled} of max_cache_len={room} tokens, but the input has "
-                f"{hidden.shape[1]}: make it longer, or use a dynamic cache"
-            )
+    check_room(layer, hidden.shape[1])
     kv = layer.kv if isinstance(layer, HashedLayer) else None
     if kv is None or len(kv) == 0:
         return
