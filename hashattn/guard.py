@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Guard:
@@ -39,7 +40,7 @@ def guarded(method: Callable[Concatenate[Owner, P], R]) -> Callable[Concatenate[
     """A method that holds its object's guard: threads that call it come one after the other."""
 
     @functools.wraps(method)
-    def alone(self: Owner, *args: P.args, **kwargs: P.kwargs) -> R:
+    def alone(self: Owner, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with self.guard:
             return method(self, *args, **kwargs)
 
