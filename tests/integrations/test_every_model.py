@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 
 from benchmarks.supported_models import PAGE, row
 from tests.integrations.tiny import KINDS, UNTRIED, build, outcome, write
@@ -39,7 +40,7 @@ def test_it_is_served_or_refused_with_a_reason(kind):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", UNTRIED)
 def test_what_is_not_tried_cannot_be(kind):
-    with pytest.raises((ImportError, IndexError, RuntimeError, ValueError)):
+    with pytest.raises((ImportError, IndexError, RuntimeError, ValueError, StrictDataclassError)):
         write(build(kind), 1)
 
 

@@ -23,7 +23,7 @@ HYBRID = tuple(
 STATES = tuple(vars(LinearAttentionLayer()))  # what the recurrent part keeps
 
 
-class HashedHybridLayer(LinearAttentionLayer, HashedLayer):
+class HashedHybridLayer(LinearAttentionLayer, HashedLayer):  # type: ignore[misc, override]
     """A HashedLayer with the recurrent states of the layer whose place it takes."""
 
     is_compileable = False
@@ -43,7 +43,7 @@ class HashedHybridLayer(LinearAttentionLayer, HashedLayer):
         HashedLayer.reset(self)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
         HashedLayer.reorder_cache(self, beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -57,7 +57,7 @@ class HashedHybridLayer(LinearAttentionLayer, HashedLayer):
         return copy_states(HashedLayer.__deepcopy__(self, memo), memo)
 
 
-class HashedStaticHybridLayer(LinearAttentionLayer, HashedStaticLayer):
+class HashedStaticHybridLayer(LinearAttentionLayer, HashedStaticLayer):  # type: ignore[misc, override]
     """The same for a static cache."""
 
     def __init__(self, attn: HashAttention, scratch: Scratch, max_cache_len: int, before: CacheLayerMixin) -> None:
@@ -75,7 +75,7 @@ class HashedStaticHybridLayer(LinearAttentionLayer, HashedStaticLayer):
         HashedStaticLayer.reset(self)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
         HashedStaticLayer.reorder_cache(self, beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 # what an attention function may be given and needs no part in the softmax, or is looked at in each call
@@ -43,21 +42,25 @@ class Source:
     given: tuple[tuple[str, str], ...]
 
 
-def calls_interface(kind: type[nn.Module]) -> bool:
+def calls_interface(kind: type) -> bool:
     """Whether modules of this class call what is registered with transformers' attention interface."""
     return _caller(kind) is not None
 
 
-def eager_of(kind: type[nn.Module]) -> Callable[..., Any] | None:
+def eager_of(kind: type) -> Callable[..., Any] | None:
     """The eager attention function that stands beside a class of attention modules."""
     function = _caller(kind)
     eager = function.__globals__.get("eager_attention_forward") if function is not None else None
     return eager if callable(eager) else None
 
 
-@functools.cache
-def source_of(kind: type[nn.Module]) -> Source | None:
+def source_of(kind: type) -> Source | None:
     """What the source of a class of attention modules says; None where it cannot be read."""
+    return _read(kind)
+
+
+@functools.cache
+def _read(kind: type) -> Source | None:
     function = _caller(kind)
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))) if function is not None else None
@@ -66,7 +69,9 @@ def source_of(kind: type[nn.Module]) -> Source | None:
     if function is None or tree is None:
         return None
     names = {name for name, value in function.__globals__.items() if isinstance(value, AttentionInterface)}
-    nodes = sorted((n for n in ast.walk(tree) if hasattr(n, "lineno")), key=lambda n: (n.lineno, n.col_offset))
+    nodes = sorted(
+        (n for n in ast.walk(tree) if isinstance(n, ast.expr | ast.stmt)), key=lambda n: (n.lineno, n.col_offset)
+    )
     functions = {t for n in nodes if isinstance(n, ASSIGNMENTS) and names & _names(n.value) for t in _targets(n)}
     calls = [n for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in functions]
     updates = [n for n in nodes if _is_update(n)]
@@ -90,7 +95,7 @@ def source_of(kind: type[nn.Module]) -> Source | None:
 
 
 @functools.cache
-def _caller(kind: type[nn.Module]) -> Callable[..., Any] | None:
+def _caller(kind: type) -> Callable[..., Any] | None:
     """The method that uses the attention interface."""
     if issubclass(kind, PreTrainedModel):  # they choose the function, their attention modules call it
         return None
