@@ -41,7 +41,7 @@ def check_votes(state: Mapping[str, Any], batch: int, kv_heads: int, head_dim: i
         marks = _table("votes_marks", state["votes_marks"], 2)
         at = state["votes_at_marks"]
         wide = sum(marks[1])
-        if any(not 0 <= column <= columns for column in marks[0]) or any(not 1 <= n <= columns for n in marks[1]):
+        if any(not 0 <= column <= columns for column in marks[0]) or any(not 0 <= n <= columns for n in marks[1]):
             raise ValueError(f"votes_marks in state must be of columns up to {columns}, got {marks}")
         _columns("votes_at_marks", at, (batch, kv_heads), wide, torch.float32, least=wide)
     if "votes_prompts" in state:

@@ -146,7 +146,10 @@ class Choice:
         self.rule, self.own, self.first, self.end = rule, distances, first, end
         self.columns = range(first, max(first, end))
         self.visible = len(self.columns)
-        self.forced = {n for n in self.columns if n < first + rule.sinks or n >= end - rule.recents}
+        self.recents = (
+            max(rule.recents, 1) if rule.kind == "threshold" else rule.recents
+        )  # it keeps the last key anyway
+        self.forced = {n for n in self.columns if n < first + rule.sinks or n >= end - self.recents}
 
     def choose(self) -> list[Kept]:
         """One for each head; the same for all where they choose together."""
@@ -186,7 +189,7 @@ class Choice:
         )
 
     def _wanted(self, count: int) -> int:
-        return max(count, min(self.visible, self.rule.sinks + self.rule.recents))
+        return max(count, min(self.visible, self.rule.sinks + self.recents))
 
     def _nearest(self, distances: Array, allowed: set[int]) -> Kept:
         order, rule = self._ranked(distances, allowed), self.rule

@@ -103,9 +103,9 @@ class Trunk:
             self.forward.close()
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """The cache, and the tokens."""
+        """The cache, and the tokens, or what they have become where the layers are run by a part of the model."""
         cache = self.arguments.find(args, kwargs, *CACHES)
-        return cache, self.arguments.find(args, kwargs, "input_ids", "inputs_embeds")
+        return cache, self.arguments.find(args, kwargs, "input_ids", "inputs_embeds", "hidden_states")
 
 
 @dataclass

@@ -356,6 +356,8 @@ class Forward:
         asks = self.simulated or looks or tokens <= self.max_sparse_q or (self.strict and not one.vetted)
         if not searches(served) or not asks or (layer is None and not self.simulated):
             return None
+        if mask is not None and not isinstance(mask, Tensor):  # of which the module makes its own
+            return None
         found = one.rows(mask, batch, length(layer) + tokens, tokens)
         self._refuse(found[1])
         return found
