@@ -81,4 +81,4 @@ def _columns(name: str, x: Tensor, rows: tuple[int, int], most: int, dtype: torc
 def _table(name: str, x: Tensor, rows: int) -> list[list[int]]:
     if x.ndim != 2 or x.shape[0] != rows or x.dtype != torch.int64:
         raise ValueError(f"{name} in state must be int64 [{rows}, n], got {x.dtype} {[*x.shape]}")
-    return x.tolist()  # type: ignore[no-any-return]
+    return x.tolist()

@@ -182,12 +182,9 @@ class Decoder:
     def fits(self, cache: KVCache) -> bool:
         """Whether it is of this cache, whose memory is where it was, and its encoder what it was."""
         encoder = self.attn.encoder
-        same = self.cache is cache and self.keys.data_ptr() == cache.storage("keys").data_ptr()
-        return (
-            same
-            and self.keys.shape == cache.storage("keys").shape
-            and (encoder is None or encoder.fits == self._encoder_fits)
-        )
+        held = cache.storage("keys")
+        same = self.cache is cache and (self.keys.data_ptr(), self.keys.shape) == (held.data_ptr(), held.shape)
+        return same and (encoder is None or encoder.fits == self._encoder_fits)
 
     def _check_filled(self, cache: KVCache) -> None:
         least = max(1, 0 if self.dense else cache.warmup)

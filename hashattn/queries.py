@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ class Queries:
             "votes_known": self.known, "votes_wanted": self.wanted,
         }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.at, self.ends, narrow = state["votes_columns"].tolist()
         self.narrow = [bool(x) for x in narrow]
         self.known, self.wanted = state["votes_known"], state["votes_wanted"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -254,7 +254,7 @@ class Votes:
             state |= self.queries.state_dict() | {"votes_scale": self._scale}
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Be what a state_dict tells, while still empty; what else is in it is not looked at."""
         if "votes" in state:
             self.set(state["votes"], state["votes_left_out"])

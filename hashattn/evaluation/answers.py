@@ -36,8 +36,8 @@ def run(
     records: list[dict[str, Any]] = []
     with refusals(ValueError):
         prompts = [prompt_ids(model, tokenizer, question) for question in asked]
-        for entry in entries:
-            with entry.composition(min(ids.shape[1] for ids in prompts)).attach(model):
+        for judged in entries:
+            with judged.composition(min(ids.shape[1] for ids in prompts)).attach(model):
                 pass
     total = len(asked) * (1 + len(entries))
     with bar("hf", "an evaluation", total=total, unit="answer", shown=progress) as shown:

@@ -146,9 +146,8 @@ class Choice:
         self.rule, self.own, self.first, self.end = rule, distances, first, end
         self.columns = range(first, max(first, end))
         self.visible = len(self.columns)
-        self.recents = (
-            max(rule.recents, 1) if rule.kind == "threshold" else rule.recents
-        )  # it keeps the last key anyway
+        # a threshold keeps the last key anyway
+        self.recents = max(rule.recents, 1) if rule.kind == "threshold" else rule.recents
         self.forced = {n for n in self.columns if n < first + rule.sinks or n >= end - self.recents}
 
     def choose(self) -> list[Kept]:
