@@ -20,7 +20,7 @@ def lasting(make: Callable[Given, Made]) -> Callable[Given, Made]:
 
     @functools.wraps(make)
     def made(*args: Given.args, **kwargs: Given.kwargs) -> Made:
-        if not torch.is_inference_mode_enabled():
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():  # traced code makes nothing to keep
             return make(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad():
             return make(*args, **kwargs)
