@@ -28,6 +28,14 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
+def registers(capability: tuple[int, int], many: bool = False) -> dict[str, int]:
+    """Launch option of a Triton kernel of few warps: with many, and on GPUs later than Hopper, as many as it wants.
+
+    The assembler else stops at what lets six programs run on a multiprocessor, and spills the few that are left over.
+    """
+    return {"maxnreg": 255} if many or capability >= (10, 0) else {}
+
+
 def starts_early(device: torch.device) -> bool:
     """Whether a kernel may start while the one before it ends (Hopper and later)."""
     return capability(device) >= (9, 0)

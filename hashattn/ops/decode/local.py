@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hashattn.ops.decode.codes import RUN, distance, load_runs, program_row, span
+from hashattn.ops.decode.device import capability, registers
 from hashattn.ops.decode.rows import combine, one_head, store_part
 from hashattn.ops.decode.sizes import ROWS, SPLIT, Sizes, carve, grid
 
@@ -173,7 +174,7 @@ def decode(
             q, keys, values, buffers["entries"], starts, length, ids, buffers["parts"], buffers["stats"], arrived, out,
             lse, scale, sizes.limit, sizes.room, chunks, splits, sizes.kv_heads, tokens, CAUSAL=causal, DIM=dim,
             WIDTH=width, ENTRIES=triton.next_power_of_2(splits * keep), ROWS=ROWS,
-            num_warps=attend_warps(width, splits), **common,
+            **attend_options(width, splits, capability(q.device)), **common,
         )  # fmt: skip
     return out, lse, ids.view(sizes.batch, -1, tokens, chunks * keep)
 
@@ -183,6 +184,7 @@ def level_bits(words: int, planes: int) -> int:
     return (64 * words * (2**planes - 1) + 2).bit_length()
 
 
-def attend_warps(width: int, splits: int) -> int:
-    """Warps of a program of the second kernel: two unless its registers would not suffice."""
-    return 2 if width <= 128 and splits <= 8 else 4 if splits <= 32 else 8
+def attend_options(width: int, splits: int, capability: tuple[int, int]) -> dict[str, int]:
+    """How the second kernel is compiled: for two warps unless their registers would not suffice."""
+    warps = 2 if width <= 128 and splits <= 8 else 4 if splits <= 32 else 8
+    return {"num_warps": warps, **registers(capability)}

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from hashattn.ops.decode import local
-from hashattn.ops.decode.device import capability, on_its_device, starts_early
+from hashattn.ops.decode.device import capability, on_its_device, registers, starts_early
 from hashattn.ops.decode.estimate import Estimate
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.scan import scan
@@ -122,10 +122,6 @@ def scan_warps(words: int, planes: int, summed: int) -> int:
 
 
 def attend_options(width: int, levels: int, tiers: bool, capability: tuple[int, int]) -> dict[str, int]:
-    """How the second kernel is compiled: for two warps unless their registers would not suffice.
-
-    With tiers, and on GPUs later than Hopper, a thread may have as many registers as it wants: the assembler else stops
-    at what lets six programs run on a multiprocessor, and spills the few that are left over.
-    """
-    options = {"num_warps": 2 if width <= 128 and levels <= 1024 else 8 if tiers and levels > 1024 else 4}
-    return options | ({"maxnreg": 255} if tiers or capability >= (10, 0) else {})
+    """How the second kernel is compiled: for two warps unless their registers would not suffice."""
+    warps = 8 if levels > 1024 else 4 if width > 128 else 2
+    return {"num_warps": warps, **registers(capability, many=tiers)}

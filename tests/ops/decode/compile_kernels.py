@@ -19,7 +19,7 @@ from hashattn.ops.decode.encode import encode_rows, vectors
 from hashattn.ops.decode.hidden import hidden_sums
 from hashattn.ops.decode.local import ROWS as LOCAL_ROWS
 from hashattn.ops.decode.local import SPLIT, attend_chunks, level_bits, search_splits
-from hashattn.ops.decode.local import attend_warps as local_warps
+from hashattn.ops.decode.local import attend_options as local_options
 from hashattn.ops.decode.scan import scan
 from hashattn.ops.decode.sizes import blocking
 from hashattn.ops.decode.topk import attend_topk
@@ -138,7 +138,7 @@ def main(arch: int) -> None:
             for splits in (1, 4):
                 chunks = near | {"DIM": dim, "WIDTH": width, "ENTRIES": 16 * splits, "ROWS": LOCAL_ROWS}
                 chunks["CAUSAL"] = True
-                found = compiled(attend_chunks, chunks, {"num_warps": local_warps(width, splits)}, arch, dtype)
+                found = compiled(attend_chunks, chunks, local_options(width, splits, divmod(arch, 10)), arch, dtype)
                 print(json.dumps({"kernel": f"local attend, {splits} splits {name}", **found}), flush=True)
     if arch > 90:
         return
