@@ -7,11 +7,13 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
 .NOTPARALLEL:
-.PHONY: help demo test clean FORCE
+.PHONY: help demo test test-oldest test-newest clean FORCE
 
 help:
 	@echo "make demo [ARGS=...]   ask a small model about a long text: full attention against hashed"
 	@echo "make test              ruff, mypy and pytest"
+	@echo "make test-oldest       pytest with the oldest versions that are supported, in .venv-oldest"
+	@echo "make test-newest       pytest with what pip installs today, in .venv-newest"
 	@echo "make clean             remove .venv and caches"
 	@echo "PYTHON=python3.12 chooses the Python (3.11 or newer) that .venv is made with."
 
@@ -29,8 +31,16 @@ test: .venv/.test
 	@echo "== pytest (some minutes; the first time it also fetches 104 MB of model and text)"
 	@.venv/bin/pytest $(PYTEST_ARGS)
 
+test-oldest: .venv-oldest/.test
+	@echo "== pytest with the oldest versions"
+	@.venv-oldest/bin/pytest $(PYTEST_ARGS)
+
+test-newest: .venv-newest/.test
+	@echo "== pytest with the newest versions"
+	@.venv-newest/bin/pytest $(PYTEST_ARGS)
+
 clean:
-	rm -rf .venv .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist
+	rm -rf .venv .venv-oldest .venv-newest .pytest_cache .hypothesis .mypy_cache .ruff_cache build dist
 	find hashattn tests -name __pycache__ -type d -exec rm -rf {} +
 
 # Each stamp is touched last, so an interrupted step is done again.
@@ -50,6 +60,18 @@ clean:
 	@echo "== making .venv with $$($(PYTHON) --version) (a few seconds)"
 	@rm -rf .venv
 	@$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv-oldest/.test: pyproject.toml constraints-oldest.txt
+	@echo "== installing the oldest versions (1 to 10 minutes, some GB, the first time)"
+	@rm -rf .venv-oldest && $(PYTHON) -m venv .venv-oldest
+	@.venv-oldest/bin/python -m pip --disable-pip-version-check install -qq -c constraints-oldest.txt -e '.[test]'
+	@touch $@
+
+.venv-newest/.test: pyproject.toml
+	@echo "== installing the newest versions (1 to 10 minutes, some GB, the first time)"
+	@rm -rf .venv-newest && $(PYTHON) -m venv .venv-newest
+	@.venv-newest/bin/python -m pip --disable-pip-version-check install -qq --upgrade -e '.[test]'
 	@touch $@
 
 # A .venv whose Python does not run (moved, upgraded away, half made) is made afresh, whatever its stamps say.
