@@ -54,7 +54,7 @@ def attend_dense(
     tl.debug_barrier()  # all threads have stored before one says so
     if tl.atomic_add(arrived + kv, 1, sem="acq_rel") == splits - 1:
         tl.store(arrived + kv, 0)
-        combine(parts, stats, kv * splits, splits, False, out, lse, kv * G, 1, DIM, WIDTH, G, PADDED_OUT, 16)
+        combine(parts, stats, kv * splits, splits, n, False, out, lse, kv * G, 1, DIM, WIDTH, G, PADDED_OUT, 16)
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, scratch: Scratch, programs: int) -> Tensor:
