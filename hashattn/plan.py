@@ -112,7 +112,7 @@ def explain(
             assert attn.index is not None
             scan_bytes = round(codes * attn.index.read_bytes(code_row))
         scan_bytes += batch * heads * min(keys, times * attn.selector.looked_at(keys)) * row
-    stages = _stages(attn, engine, kind, least, unfused, q_heads // kv_heads)
+    stages = _stages(attn, engine, torch.device(device), least, unfused, q_heads // kv_heads)
     return Plan(
         engine, stages, kv_bytes, scan_bytes, attend_bytes, code_bytes, kv_bytes, least, provenance(device, shape)
     )
@@ -125,7 +125,7 @@ def _crossover(least: int | None) -> str:
 
 
 def _stages(
-    attn: HashAttention, engine: str, device: str, least: int | None, unfused: str | None, group: int
+    attn: HashAttention, engine: str, device: torch.device, least: int | None, unfused: str | None, group: int
 ) -> tuple[tuple[str, str, str], ...]:
     if engine == "dense":
         why = "the composition attends densely"
@@ -133,7 +133,7 @@ def _stages(
             why = 'engine="dense" was asked for'
             if attn.engine == "auto":
                 why = "below the crossover" if least is not None else "nothing faster was measured on this device"
-                if device == "cuda" and unfused is not None:
+                if device.type == "cuda" and unfused is not None:
                     why = f'engine="triton" cannot take it: {unfused}'
         return (("attend", "full attention (PyTorch SDPA, grouped heads)", why),)
     binary = attn.index is not None and attn.index.flat_codes
@@ -142,7 +142,7 @@ def _stages(
     slow = ""
     if engine == "reference":
         slow = 'engine="cpu" scans faster here' if binary else ""
-        if device != "cpu":
+        if device.type != "cpu":
             slow = 'engine="triton" is faster' if unfused is None else f'engine="triton" cannot: {unfused}'
     elif not binary and attn.encoder is not None:
         slow = "the reference serves it"
@@ -151,7 +151,7 @@ def _stages(
     if attn.index is not None and attn.index.remark():
         scan, slow = "its own search", attn.index.remark()
     if engine == "triton":
-        return _fused_stages(attn, group)
+        return _fused_stages(attn, device, group)
     rows = []
     if attn.encoder is not None and attn.selector is not None and attn.selector.ranked:
         rows = [
@@ -165,10 +165,11 @@ def _stages(
     return tuple(rows)
 
 
-def _fused_stages(attn: HashAttention, group: int) -> tuple[tuple[str, str, str], ...]:
+def _fused_stages(attn: HashAttention, device: torch.device, group: int) -> tuple[tuple[str, str, str], ...]:
+    gpu = device if torch.cuda.is_available() else None  # a plan may be of one that is not there
     rule = rule_of(attn, group)
     assert rule is not None
-    slower, language = why_triton(_gpu()), kernels(_gpu())
+    slower, language = why_triton(gpu), kernels(gpu)
     if rule.critical is not None and attn.attend.needs_norms:
         slower, language = "estimates of medium keys are made there", "Triton"
     listed = "lists the keys near the last step's threshold"
@@ -178,27 +179,22 @@ def _fused_stages(attn: HashAttention, group: int) -> tuple[tuple[str, str, str]
         listed += f"; {slower}"
     one = "the same kernel" if rule.chunks is not None and slower is None else "one kernel"
     return (
-        _encode_on_a_gpu(attn.encoder),
+        _encode_on_a_gpu(attn.encoder, gpu),
         ("scan", f"{_name(attn.index)}: {language}, one kernel", listed),
         ("select", f"{_select(attn.selector)}: {language}, {one} with attend", "exact, ties to the most recent key"),
         ("attend", f"{_name(attn.attend)}: {language}", "split over the selected keys"),
     )
 
 
-def _encode_on_a_gpu(encoder: Encoder | None) -> tuple[str, str, str]:
+def _encode_on_a_gpu(encoder: Encoder | None, gpu: torch.device | None) -> tuple[str, str, str]:
     reason = why_not_encode(encoder.widths()) if encoder is not None else None
     if reason is not None:
         return "encode", f"{_name(encoder)}: PyTorch", reason
     return (
         "encode",
-        f"{_name(encoder)}: {kernels(_gpu())} in a decoder, else PyTorch",
+        f"{_name(encoder)}: {kernels(gpu)} in a decoder, else PyTorch",
         "a decoder appends in the same kernel",
     )
-
-
-def _gpu() -> torch.device | None:
-    """The GPU that is there; a plan may be of one that is not."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
 def _select(selector: Selector | None) -> str:

@@ -122,6 +122,7 @@ def test_without_a_gpu_the_message_says_what_to_do(monkeypatch, capsys):
 
 def pretend(monkeypatch, name, capability):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
 
@@ -134,6 +135,12 @@ def test_a_gpu_is_found_by_name_then_by_its_class(monkeypatch):
         assert this_gpu() == (expected, table[expected])
     pretend(monkeypatch, "x", (7, 5))
     assert this_gpu() is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: ("a", "b")[device.index])
+    for index, expected in enumerate("ab"):  # whichever is the current one
+        assert this_gpu(torch.device("cuda", index)) == (expected, table[expected])
+    monkeypatch.setattr(torch.version, "hip", "7.1.0")
+    assert this_gpu(torch.device("cuda", 0)) is None  # an AMD GPU, of which nothing was measured
+    monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert this_gpu() is None
 
