@@ -106,4 +106,4 @@ def test_damaged_models_are_named(tmp_path: Path) -> None:
     path = tmp_path / "b.gguf"
     for damage in (b"", b"GGUF", b"GGUF\x03\0\0\0" + b"\xff" * 16, b"no model" * 20):
         path.write_bytes(damage)
-        raises_naming(ValueError, str(path), "GGUF")(lambda: load(path))
+        raises_naming(ValueError, str(path), ".gguf")(lambda: load(path))
