@@ -89,7 +89,7 @@ class CollisionSample(Selector):
         near, wanted = near | alone, wanted | alone
         most = int(wanted.sum(-1).max()) if found.device.type == "cpu" else view.longest  # asking costs nothing there
         ids = view.calibrate(self.tables - found, near).search(max(1, most))
-        sure = forced_slots(view, ids) | alone.any(-1, keepdim=True)
+        sure = forced_slots(view, ids) | alone.any(-1, keepdim=True) & (ids >= 0)
         tier = torch.where(sure, CRITICAL, SAMPLED).to(torch.int8)
         return Selection(ids, tier, collisions=Collisions(self.tables, self.bits))
 
