@@ -20,11 +20,11 @@ import transformers
 
 from hashattn import Centring, FlatHamming, HashAttention, Recent, SimHash, Sink, TopK
 from hashattn import __version__ as version
-from hashattn.demo.story import build_story
-from hashattn.files import replacing
+from hashattn.core.files import replacing
 from hashattn.integrations.transformers import capture
-from hashattn.workload.assets import SHAKESPEARE, fetch
-from hashattn.workload.model import load
+from hashattn.lab.demo.story import build_story
+from hashattn.lab.workload.assets import SHAKESPEARE, fetch
+from hashattn.lab.workload.model import load
 
 
 def main() -> None:

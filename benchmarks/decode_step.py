@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from hashattn import PRESETS, FlatHamming, HashAttention, SimHash, TopK
 from hashattn import __version__ as version
-from hashattn.files import replacing
+from hashattn.core.files import replacing
 
 NAMES = ("simhash_topk", "hata", "dashkv_hash_only", "dashkv")
 

@@ -31,13 +31,13 @@ from torch import Tensor
 
 from hashattn import SymmetricHash
 from hashattn import __version__ as version
+from hashattn.core.files import replacing
 from hashattn.encoders.fitting import fit, grouped_product
 from hashattn.encoders.losses import HATA
-from hashattn.encoders.recall import recall_and_mass
 from hashattn.encoders.sample import Sample
-from hashattn.files import replacing
-from hashattn.learning import Shards
-from hashattn.learning.fit import held_out
+from hashattn.lab.learning import Shards
+from hashattn.lab.learning.fit import held_out
+from hashattn.lab.recall import recall_and_mass
 
 BITS, STEPS = 128, 15 * 20
 Fit = Callable[[Sequence[Sample]], SymmetricHash]

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from hashattn import FlatHamming, HashAttention, KVCache, LocalTopK, Recent, Selector, SimHash, Sink, TopK
 from hashattn import __version__ as version
-from hashattn.demo.story import build_story
-from hashattn.files import replacing
+from hashattn.core.files import replacing
 from hashattn.integrations.transformers import Captured, capture
-from hashattn.workload.assets import SHAKESPEARE, fetch
-from hashattn.workload.model import load
+from hashattn.lab.demo.story import build_story
+from hashattn.lab.workload.assets import SHAKESPEARE, fetch
+from hashattn.lab.workload.model import load
 
 LAYERS = range(2, 29)
 PER_CHUNK = (16, 32)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hashattn import Centring, FlatHamming, HashAttention, MultiProbe, SimHash, TopK
-from hashattn.bench.report import environment, write
+from hashattn.lab.bench.report import environment, write
 
 BITS, PLANES, GROUP, TOKENS = 128, 8, 4, 8
 TABLES = ((8, 8), (8, 12), (10, 12), (8, 16))

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from hashattn.core.files import replacing
 from hashattn.encoders.losses import HATA
-from hashattn.evaluation.report import summarise
-from hashattn.files import replacing
+from hashattn.lab.evaluation.report import summarise
 
 RESULTS = Path(__file__).parent / "results"
 LINEAR = ["--query-hidden", "none"]

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hashattn.extras import require
-from hashattn.files import replacing
+from hashattn.core.extras import require
+from hashattn.core.files import replacing
 
 Row = dict[str, Any]
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hashattn.bench.recall_report import HEAD, cells, save_plot, sorted_rows
+from hashattn.lab.bench.recall_report import HEAD, cells, save_plot, sorted_rows
 
 Row = dict[str, Any]
 

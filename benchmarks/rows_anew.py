@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hashattn.evaluation.report import summarise
-from hashattn.files import replacing
+from hashattn.core.files import replacing
+from hashattn.lab.evaluation.report import summarise
 
 COMPARED = ("full attention", "oracle_topk")
 Result = dict[str, Any]

@@ -7,9 +7,9 @@ from torch import nn
 
 from hashattn.attend import Attend, DenseAttend, ExactAttend, MixedPrecision, PerLayerAttend, SampledAttend, merge
 from hashattn.attention import HashAttention
-from hashattn.cache import KVCache
-from hashattn.calibration import Calibration
-from hashattn.decoder import Decoder
+from hashattn.cache.kv_cache import KVCache
+from hashattn.core.model_facts import ModelFacts
+from hashattn.core.types import Output, Selection, Step
 from hashattn.encoders import (
     ITQ,
     L2ALSH,
@@ -28,7 +28,9 @@ from hashattn.encoders import (
     SpectralHash,
     SymmetricHash,
 )
-from hashattn.facts import ModelFacts
+from hashattn.engines.decoder import Decoder
+from hashattn.fitted.calibration import Calibration
+from hashattn.fitted.saving import Pretrained, from_pretrained, save_pretrained, shipped
 from hashattn.index import (
     Channels,
     FaissBinary,
@@ -42,7 +44,6 @@ from hashattn.index import (
     Pages,
 )
 from hashattn.presets import PRESETS
-from hashattn.saving import Pretrained, from_pretrained, save_pretrained, shipped
 from hashattn.selectors import (
     CollisionSample,
     Consensus,
@@ -63,7 +64,6 @@ from hashattn.selectors import (
     TopP,
     pyramid,
 )
-from hashattn.types import Output, Selection, Step
 
 
 def detach(model: nn.Module) -> None:

@@ -9,25 +9,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hashattn import fused
 from hashattn.attend import Attend, ExactAttend
 from hashattn.attend.dense import dense
-from hashattn.cache import KVCache
-from hashattn.composition import check_composition
-from hashattn.decoder import Decoder
+from hashattn.cache.kv_cache import KVCache
+from hashattn.core.checks import check_finite, check_float, check_kv, check_q
+from hashattn.core.lasting import lasting
+from hashattn.core.naming import short
+from hashattn.core.types import Output, Selection, Step
+from hashattn.core.votes import Shown
 from hashattn.encoders import Encoder
-from hashattn.engines import Shape, crossover, resolve
+from hashattn.engines import gpu as fused
+from hashattn.engines.choose import Shape, crossover, resolve
+from hashattn.engines.decoder import Decoder
+from hashattn.engines.parts import check_composition
+from hashattn.engines.plan import Plan, explain
+from hashattn.engines.stages import Call, joined
 from hashattn.index import Index
-from hashattn.lasting import lasting
-from hashattn.naming import short
 from hashattn.ops.decode.scratch import Scratch
-from hashattn.plan import Plan, explain
-from hashattn.searching import Call, joined
 from hashattn.selectors import Selector
 from hashattn.selectors.base import nearest_word
-from hashattn.shapes import check_finite, check_float, check_kv, check_q
-from hashattn.types import Output, Selection, Step
-from hashattn.votes import Shown
 
 if TYPE_CHECKING:
     from hashattn.integrations.transformers import Handle
@@ -44,7 +44,7 @@ class HashAttention:
         attend: the softmax over what is kept.
         engine: "reference" (plain PyTorch, any device), "cpu" (FAISS's scan and numpy), "triton" (a fused step on an
             NVIDIA GPU), "dense" (full attention, no index), or "auto": the fastest of these, by what a step reads and
-            does (hashattn/engines.py).
+            does (hashattn/engines/choose.py).
         dense_layers: layers of a model that attend densely; negative numbers count from the last.
 
     Raises:

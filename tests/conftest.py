@@ -32,6 +32,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct in float32 on the CPU, and its tokenizer; downloaded by the first test that needs it."""
-    from hashattn.workload.model import load
+    from hashattn.lab.workload.model import load
 
     return load(None)

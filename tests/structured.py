@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hashattn import Encoder, FlatDot, FlatHamming, HashAttention, TopK
-from hashattn.view import View
+from hashattn.index.view import View
 
 # ---- random inputs
 

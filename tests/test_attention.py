@@ -31,9 +31,9 @@ from hashattn import (
     TopK,
 )
 from hashattn import attention as attention_module
-from hashattn import plan as plan_module
 from hashattn.attend.mixed import CodeResidual
-from hashattn.engines import Shape, crossover
+from hashattn.engines import plan as plan_module
+from hashattn.engines.choose import Shape, crossover
 from tests.structured import (
     attention64,
     poison,

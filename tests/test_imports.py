@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from hashattn.extras import require
+from hashattn.core.extras import require
 from tests.structured import raises_naming
 
 OPTIONAL = ["accelerate", "faiss", "gguf", "matplotlib", "safetensors", "scipy", "tqdm", "transformers", "triton"]

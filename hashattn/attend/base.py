@@ -8,9 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hashattn.core.types import Output, Selection
+from hashattn.index.view import View
 from hashattn.ops.decode import Estimate
-from hashattn.types import Output, Selection
-from hashattn.view import View
 
 
 class Keys(Protocol):

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hashattn.attend.base import Attend, Keys
-from hashattn.types import Output, Selection
-from hashattn.view import View
+from hashattn.core.types import Output, Selection
+from hashattn.index.view import View
 
 # Keys up to which two products beat SDPA on a CPU (benchmarks/results/bench_cpu_auto.json).
 _MATMUL = {torch.float32: 1 << 14, torch.bfloat16: 1 << 11, torch.float16: 1 << 11}

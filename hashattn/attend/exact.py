@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hashattn.attend.base import Attend, Keys, serving
+from hashattn.core.types import Output, Selection
+from hashattn.index.view import View
 from hashattn.ops import attend as ops
-from hashattn.types import Output, Selection
-from hashattn.view import View
 
 
 @dataclass(frozen=True)

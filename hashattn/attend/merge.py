@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hashattn.types import Output
+from hashattn.core.types import Output
 
 
 def merge(parts: Sequence[Output]) -> Output:

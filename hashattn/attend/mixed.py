@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from hashattn.attend.base import Attend, Keys, serving
 from hashattn.attend.medium import Medium, nearest_of
+from hashattn.core.checks import check_int
+from hashattn.core.lasting import lasting
+from hashattn.core.naming import short
+from hashattn.core.types import MEDIUM, Output, Selection
 from hashattn.encoders.base import Encoder
-from hashattn.lasting import lasting
-from hashattn.naming import short
+from hashattn.index.view import View
 from hashattn.ops import attend as ops
 from hashattn.ops.decode import Estimate
 from hashattn.ops.hamming import differing, unpack_bits
-from hashattn.shapes import check_int
-from hashattn.types import MEDIUM, Output, Selection
-from hashattn.view import View
 
 
 class CodeResidual(nn.Module):

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from hashattn.attend.base import Attend, Keys
-from hashattn.types import Output, Selection
-from hashattn.view import View
+from hashattn.core.types import Output, Selection
+from hashattn.index.view import View
 
 
 class PerLayerAttend(nn.Module, Attend):

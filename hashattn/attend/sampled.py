@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from hashattn.attend.base import Attend, Keys, serving
+from hashattn.core.types import SAMPLED, Output, Selection
+from hashattn.index.view import View
 from hashattn.ops import attend as ops
-from hashattn.types import SAMPLED, Output, Selection
-from hashattn.view import View
 
 
 @dataclass(frozen=True)

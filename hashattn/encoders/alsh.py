@@ -9,12 +9,12 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from hashattn.core.checks import check_int, check_seed
+from hashattn.core.lasting import lasting
 from hashattn.encoders.base import check_bits, key_bits, query_planes, subtract
 from hashattn.encoders.fitted import FittedEncoder
 from hashattn.encoders.simhash import orthogonal_planes
-from hashattn.lasting import lasting
 from hashattn.ops.hamming import pack_bits
-from hashattn.shapes import check_int, check_seed
 
 
 class ALSH(FittedEncoder, ABC):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hashattn.core.checks import check_int
 from hashattn.encoders.centring import Centring
 from hashattn.encoders.learned import DEFAULT_CENTRING, HashNet, LearnedHash
-from hashattn.shapes import check_int
 
 
 class AsymmetricHash(LearnedHash):

@@ -7,10 +7,10 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from hashattn.core.checks import check_int
 from hashattn.encoders.centring import Centring
 from hashattn.ops.decode import Map
 from hashattn.ops.hamming import query_planes
-from hashattn.shapes import check_int
 
 __all__ = ["Encoder", "check_bits", "key_bits", "query_planes", "subtract"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hashattn.shapes import keep_ints
+from hashattn.core.checks import keep_ints
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hashattn.core.checks import check_int, check_seed, keep_ints
+from hashattn.core.lasting import lasting
 from hashattn.encoders.base import Encoder, subtract
 from hashattn.encoders.centring import Centring
-from hashattn.lasting import lasting
-from hashattn.shapes import check_int, check_seed, keep_ints
 
 
 @lru_cache(maxsize=64)

@@ -7,8 +7,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
+from hashattn.core.lasting import lasting
 from hashattn.encoders.base import Encoder
-from hashattn.lasting import lasting
 
 
 class FittedEncoder(nn.Module, Encoder):

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hashattn.core.lasting import lasting
 from hashattn.encoders.losses import Batch, combined, parse
 from hashattn.encoders.sample import Sample
-from hashattn.lasting import lasting
 
 if TYPE_CHECKING:
     from hashattn.encoders.learned import LearnedHash

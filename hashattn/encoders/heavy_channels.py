@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hashattn.core.checks import check_int
+from hashattn.core.lasting import lasting
 from hashattn.encoders.base import Encoder
-from hashattn.lasting import lasting
-from hashattn.shapes import check_int
 
 _STEPS = 15  # between the 16 levels of 4 bits
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hashattn.core.checks import check_int, check_seed
+from hashattn.core.extras import require
 from hashattn.encoders.base import check_bits, key_bits, query_planes, subtract
 from hashattn.encoders.fitted import FittedEncoder
-from hashattn.extras import require
-from hashattn.shapes import check_int, check_seed
 
 
 class ITQ(FittedEncoder):

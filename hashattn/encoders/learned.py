@@ -11,6 +11,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from hashattn.core.checks import check_int, check_seed
+from hashattn.core.lasting import lasting
 from hashattn.encoders.base import (
     Encoder,
     check_bits,
@@ -22,9 +24,7 @@ from hashattn.encoders.bias import NEUTRAL, KeyBias, check_bias, write_bias
 from hashattn.encoders.centring import Centring
 from hashattn.encoders.progress import progress_of
 from hashattn.encoders.simhash import orthogonal_planes
-from hashattn.lasting import lasting
 from hashattn.ops.decode import Map
-from hashattn.shapes import check_int, check_seed
 
 DEFAULT_CENTRING = Centring()
 

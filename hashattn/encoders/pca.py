@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hashattn.core.checks import check_int
 from hashattn.encoders.fitted import FittedEncoder
-from hashattn.shapes import check_int
 
 
 class PCA(FittedEncoder):

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from hashattn.core.model_facts import ModelFacts
 from hashattn.encoders.base import Encoder
-from hashattn.facts import ModelFacts
 
 _UNBOUND = "PerLayer holds one encoder a layer: call attn.layer(i), or encoder.layer(i), and encode with that"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hashattn.core.checks import check_int, check_seed
+from hashattn.core.extras import require
+from hashattn.core.lasting import lasting
 from hashattn.encoders.base import Encoder
-from hashattn.extras import require
-from hashattn.lasting import lasting
-from hashattn.shapes import check_int, check_seed
 
 _BLOCK = 8192  # keys whose distances to all centroids are held at a time
 

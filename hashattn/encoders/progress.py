@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from hashattn.progress import bar as progress_bar
+from hashattn.core.progress import bar as progress_bar
 
 
 @contextlib.contextmanager

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hashattn.core.checks import check_seed, keep_ints
 from hashattn.encoders.base import Encoder, check_bits, key_bits, subtract
 from hashattn.encoders.centring import Centring
 from hashattn.encoders.simhash import orthogonal_planes
 from hashattn.ops.hamming import words
-from hashattn.shapes import check_seed, keep_ints
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from hashattn.core.checks import check_seed, keep_ints
+from hashattn.core.lasting import lasting
 from hashattn.encoders.base import (
     Encoder,
     check_bits,
@@ -16,9 +18,7 @@ from hashattn.encoders.base import (
     subtract,
 )
 from hashattn.encoders.centring import Centring
-from hashattn.lasting import lasting
 from hashattn.ops.decode import Map
-from hashattn.shapes import check_seed, keep_ints
 
 
 @lru_cache(maxsize=64)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hashattn.buffer import TokenBuffer
-from hashattn.naming import short
+from hashattn.core.buffer import TokenBuffer
+from hashattn.core.naming import short
 
 
 class Store:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hashattn.buffer import TokenBuffer
+from hashattn.core.buffer import TokenBuffer
+from hashattn.core.lasting import lasting
 from hashattn.index.base import Store
-from hashattn.lasting import lasting
 from hashattn.ops.hamming.reference import unpack_bits
 
 _TAIL = 1024  # keys that may wait unsorted; or an eighth of those that are sorted

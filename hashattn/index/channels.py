@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hashattn.core.checks import keep_ints
 from hashattn.index.base import Index, Store
 from hashattn.index.flat_dot import FlatDot
-from hashattn.shapes import keep_ints
 
 
 @dataclass(frozen=True)

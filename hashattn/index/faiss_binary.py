@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hashattn.extras import require
+from hashattn.core.checks import check_int
+from hashattn.core.extras import require
 from hashattn.index.base import Index, Spans, Store
 from hashattn.index.faiss_store import FaissStore
 from hashattn.ops.hamming.cpu import faiss as installed_faiss
-from hashattn.shapes import check_int
 
 _TEMPORARY = 64 << 20  # bytes of a GPU
 GPU_LIMIT = 2048  # the largest k of FAISS's search on a GPU

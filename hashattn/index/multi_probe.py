@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hashattn.core.checks import check_int, keep_ints
 from hashattn.index.base import Index, Spans, Store
 from hashattn.index.buckets import BucketStore
 from hashattn.ops.hamming.reference import popcount, unpack_bits
-from hashattn.shapes import check_int, keep_ints
 
 _UNSURE = 12  # bits of a table that are flipped, at most
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hashattn.core.checks import keep_ints
 from hashattn.index.base import Index, Store
-from hashattn.shapes import keep_ints
 
 UNIT = 1024  # of a product, in what distances are counted
 _MOST = 1 << 17  # no bound is larger, so that sums over a group fit an int32

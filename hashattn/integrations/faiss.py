@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hashattn.cache import KVCache
-from hashattn.files import replacing
+from hashattn.cache.kv_cache import KVCache
+from hashattn.core.files import replacing
+from hashattn.core.naming import short
 from hashattn.index.faiss_binary import load_faiss
-from hashattn.naming import short
 from hashattn.ops.hamming.cpu import as_bytes
 
 # A file of an IndexBinaryFlat: kind, bits, bytes a vector, vectors, whether trained, metric, and how many bytes follow.

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from hashattn.attention import HashAttention
-from hashattn.extras import loaded
+from hashattn.core.extras import loaded
+from hashattn.fitted.pretrained import fitted
+from hashattn.fitted.saving import Pretrained
 from hashattn.presets.budgets import full, h2o, oracle_topk, pyramidkv, snapkv, streaming, twilight, vattention
 from hashattn.presets.dashkv import (
     dashkv,
@@ -48,8 +50,6 @@ from hashattn.presets.scores import (
     rabitq,
     sparq,
 )
-from hashattn.pretrained import fitted
-from hashattn.saving import Pretrained
 
 __all__ = ["GROUP", "PRESETS", "budget_options", "build", "names", "options_of", "preset", "takes_budget"]
 

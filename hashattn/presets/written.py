@@ -6,8 +6,8 @@ import ast
 import re
 from typing import Any
 
+from hashattn.fitted.saving import from_pretrained
 from hashattn.presets import build
-from hashattn.saving import from_pretrained
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:

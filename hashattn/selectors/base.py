@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
-from hashattn.budget import check_one
+from hashattn.core.budget import check_one
+from hashattn.core.types import Selection, Step
+from hashattn.core.votes import Shown, Votes
+from hashattn.index.view import View, forced_ids
 from hashattn.ops.decode.rule import Rule
-from hashattn.types import Selection, Step
-from hashattn.view import View, forced_ids
-from hashattn.votes import Shown, Votes
 
 if TYPE_CHECKING:
     from hashattn.attend import Attend

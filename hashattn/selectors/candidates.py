@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from hashattn.naming import short
+from hashattn.core.naming import short
+from hashattn.core.types import Selection
+from hashattn.index.view import View
 from hashattn.selectors.base import Selector
-from hashattn.types import Selection
-from hashattn.view import View
 
 
 def check_inner(name: str, inner: Selector) -> None:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hashattn.collisions import Collisions
-from hashattn.naming import short
+from hashattn.core.checks import keep_ints
+from hashattn.core.collisions import Collisions
+from hashattn.core.naming import short
+from hashattn.core.types import CRITICAL, SAMPLED, Selection, Step
+from hashattn.index.view import View
 from hashattn.ops.hamming import popcount, words
 from hashattn.selectors.base import Selector, forced_slots
-from hashattn.shapes import keep_ints
-from hashattn.types import CRITICAL, SAMPLED, Selection, Step
-from hashattn.view import View
 
 if TYPE_CHECKING:
     from hashattn.attend import Attend

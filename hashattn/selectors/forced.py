@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
-from hashattn.budget import clamped
+from hashattn.core.budget import clamped
+from hashattn.core.checks import check_int
 from hashattn.selectors.base import Forced
-from hashattn.shapes import check_int
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hashattn.budget import Budget
-from hashattn.types import Selection
-from hashattn.view import View
+from hashattn.core.budget import Budget
+from hashattn.core.types import Selection
+from hashattn.index.view import View
 
 PER = ("query_head", "kv_head")
 COMBINE = ("sum", "union", "vote")

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hashattn.budget import Budget, check_min_k, check_one, check_share
+from hashattn.core.budget import Budget, check_min_k, check_one, check_share
+from hashattn.core.types import Selection, Step
+from hashattn.core.votes import DROPPED, UNDO, Shown, dense_votes, selected_votes
+from hashattn.index.view import View
 from hashattn.selectors.base import Selector
 from hashattn.selectors.grouping import chosen_mask
-from hashattn.types import Selection, Step
-from hashattn.view import View
-from hashattn.votes import DROPPED, UNDO, Shown, dense_votes, selected_votes
 
 _FAR = 1e37  # no sum of votes comes near
 

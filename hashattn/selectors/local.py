@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hashattn.budget import MOST_KEYS, check_k
+from hashattn.core.budget import MOST_KEYS, check_k
+from hashattn.core.checks import keep_ints
+from hashattn.core.types import Selection, Step
+from hashattn.index.view import View
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.nearest import most_of_span, nearest_of_chunks
 from hashattn.ops.nearest.local import RUN
 from hashattn.selectors.base import Selector
 from hashattn.selectors.grouping import check_grouping, choices_of, chosen_mask, group_sum, voted
-from hashattn.shapes import keep_ints
-from hashattn.types import Selection, Step
-from hashattn.view import View
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hashattn.extras import require
+from hashattn.core.extras import require
 
 if TYPE_CHECKING:
     from hashattn.encoders import Encoder

@@ -7,14 +7,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from hashattn.budget import check_finite_number
-from hashattn.lasting import lasting
-from hashattn.naming import short
+from hashattn.core.budget import check_finite_number
+from hashattn.core.lasting import lasting
+from hashattn.core.naming import short
+from hashattn.core.types import Selection, Step
+from hashattn.index.view import View
 from hashattn.selectors.base import Selector
 from hashattn.selectors.consensus import discounted
 from hashattn.selectors.wrapper import Wrapper
-from hashattn.types import Selection, Step
-from hashattn.view import View
 
 
 class Momentum(nn.Module, Wrapper):

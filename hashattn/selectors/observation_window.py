@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hashattn.budget import Budget, check_k, check_share
+from hashattn.core.budget import Budget, check_k, check_share
+from hashattn.core.checks import keep_ints
+from hashattn.core.types import Selection, Step
+from hashattn.core.votes import DROPPED, Shown, Votes, dense_votes
+from hashattn.index.view import View
 from hashattn.selectors.base import Selector
-from hashattn.shapes import keep_ints
-from hashattn.types import Selection, Step
-from hashattn.view import View
-from hashattn.votes import DROPPED, Shown, Votes, dense_votes
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,15 @@ from typing import Any, Self
 
 import torch
 
-from hashattn.budget import Budget, check_one
+from hashattn.core.budget import Budget, check_one
+from hashattn.core.checks import check_seed
+from hashattn.core.types import SAMPLED, Selection, Step
+from hashattn.index.view import View
 from hashattn.selectors.base import BUDGET, Selector
 from hashattn.selectors.candidates import check_inner
 from hashattn.selectors.draws import draws
 from hashattn.selectors.grouping import chosen_mask
 from hashattn.selectors.wrapper import Wrapper
-from hashattn.shapes import check_seed
-from hashattn.types import SAMPLED, Selection, Step
-from hashattn.view import View
 
 
 @dataclass(frozen=True)

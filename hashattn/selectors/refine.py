@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hashattn.naming import short
+from hashattn.core.checks import keep_ints
+from hashattn.core.naming import short
+from hashattn.core.types import Selection, Step
+from hashattn.index.view import View
 from hashattn.selectors.base import forced_slots
 from hashattn.selectors.candidates import exact_logits
 from hashattn.selectors.grouping import group_sum
 from hashattn.selectors.topk import TopK
 from hashattn.selectors.wrapper import Wrapper
-from hashattn.shapes import keep_ints
-from hashattn.types import Selection, Step
-from hashattn.view import View
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hashattn.core.checks import check_int, keep_ints
+from hashattn.core.types import Selection, Step
+from hashattn.index.view import View
 from hashattn.selectors.base import Selector
 from hashattn.selectors.candidates import check_inner
 from hashattn.selectors.wrapper import Wrapper
-from hashattn.shapes import check_int, keep_ints
-from hashattn.types import Selection, Step
-from hashattn.view import View
 
 
 @dataclass(frozen=True)

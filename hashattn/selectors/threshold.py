@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from hashattn.budget import Budget, check_k
+from hashattn.core.budget import Budget, check_k
+from hashattn.core.checks import keep_ints
+from hashattn.core.types import Selection, Step
+from hashattn.index.view import View
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.nearest import within
 from hashattn.selectors.base import Selector
 from hashattn.selectors.grouping import check_grouping
-from hashattn.shapes import keep_ints
-from hashattn.types import Selection, Step
-from hashattn.view import View
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hashattn.budget import check_share
+from hashattn.core.budget import check_share
+from hashattn.core.types import Selection, Step
+from hashattn.index.view import View
 from hashattn.selectors.base import Selector, forced_slots
 from hashattn.selectors.candidates import check_inner, exact_logits, only, own_distances
 from hashattn.selectors.logit_map import LogitMap
 from hashattn.selectors.topk import TopK
 from hashattn.selectors.wrapper import Wrapper
-from hashattn.types import Selection, Step
-from hashattn.view import View
 
 
 @dataclass(frozen=True)

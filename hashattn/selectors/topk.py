@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hashattn.budget import Budget, check_min_k, check_one
+from hashattn.core.budget import Budget, check_min_k, check_one
+from hashattn.core.types import Selection, Step
+from hashattn.index.view import View
 from hashattn.ops.decode.rule import Rule
 from hashattn.selectors.base import Selector
 from hashattn.selectors.grouping import RANKED, check_grouping, choices_of, take
-from hashattn.types import Selection, Step
-from hashattn.view import View
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
+from hashattn.core.types import Selection
+from hashattn.core.votes import Shown, Votes
 from hashattn.selectors.base import Selector, check_settings
-from hashattn.types import Selection
-from hashattn.votes import Shown, Votes
 
 if TYPE_CHECKING:
     from hashattn.attend import Attend

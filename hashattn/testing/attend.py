@@ -7,6 +7,7 @@ from torch import nn
 
 from hashattn.attend import Attend, merge
 from hashattn.attention import HashAttention
+from hashattn.core.types import Output, Selection
 from hashattn.encoders import Encoder, SimHash
 from hashattn.index import FlatHamming, Index
 from hashattn.selectors import Selector, TopK
@@ -14,7 +15,6 @@ from hashattn.testing.attention import check_attention, filled
 from hashattn.testing.inputs import DTYPES, Inputs, Shape, attention64, inputs, visible
 from hashattn.testing.promise import check_description, near, promise, reloaded
 from hashattn.testing.selector import kept
-from hashattn.types import Output, Selection
 
 
 def check_attend(

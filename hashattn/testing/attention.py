@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hashattn.attention import HashAttention
-from hashattn.cache import KVCache
-from hashattn.cached_codes import alike
+from hashattn.cache.check_codes import alike
+from hashattn.cache.kv_cache import KVCache
 from hashattn.testing.inputs import DTYPES, Inputs, Shape, inputs
 from hashattn.testing.promise import near, promise
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hashattn import stored
 from hashattn.attention import HashAttention
+from hashattn.core.model_facts import ModelFacts
 from hashattn.encoders import Encoder, PerLayer
-from hashattn.facts import ModelFacts
+from hashattn.fitted import stored
+from hashattn.fitted.saving import from_pretrained, save_pretrained
 from hashattn.index import FlatBuckets, FlatDot, FlatHamming, FlatPQ, FlatRaBitQ, Index
-from hashattn.saving import from_pretrained, save_pretrained
 from hashattn.selectors import Recent, Sink, TopK
 from hashattn.testing.attention import check_attention, close_codes
 from hashattn.testing.inputs import DTYPES, Inputs, Shape, inputs

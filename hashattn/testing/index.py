@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hashattn.attention import HashAttention
-from hashattn.cache import KVCache
+from hashattn.cache.kv_cache import KVCache
 from hashattn.encoders import Encoder
 from hashattn.index import FlatHamming, Index
 from hashattn.selectors import Recent, Sink, TopK

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from hashattn.attend import Attend, ExactAttend
 from hashattn.attention import HashAttention
-from hashattn.cache import KVCache
+from hashattn.cache.kv_cache import KVCache
+from hashattn.core.types import CRITICAL, Selection
 from hashattn.encoders import Encoder, SimHash
 from hashattn.index import FlatHamming, Index
 from hashattn.selectors import Recent, Selector, Sink
@@ -15,7 +16,6 @@ from hashattn.selectors.base import Forced, Joined
 from hashattn.testing.attention import check_attention, filled
 from hashattn.testing.inputs import Inputs, Shape, attention64, inputs, visible
 from hashattn.testing.promise import check_description, near, promise, reloaded
-from hashattn.types import CRITICAL, Selection
 
 
 def check_selector(

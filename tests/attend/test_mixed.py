@@ -21,8 +21,8 @@ from hashattn import (
     Tiers,
 )
 from hashattn.attend.mixed import CodeResidual
+from hashattn.core.types import MEDIUM
 from hashattn.ops import hamming
-from hashattn.types import MEDIUM
 from tests.structured import (
     cones,
     generator,

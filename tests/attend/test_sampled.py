@@ -15,7 +15,7 @@ from hashattn import (
     Sink,
     TopK,
 )
-from hashattn.collisions import Collisions
+from hashattn.core.collisions import Collisions
 from tests.structured import attention64, odd_lengths, qkv, raises_naming, seeds, tolerance, visible_mask
 
 PLAIN = SimHash(64, centring=None)

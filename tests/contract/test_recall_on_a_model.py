@@ -9,7 +9,7 @@ import copy
 import pytest
 
 from hashattn.integrations.transformers import capture
-from hashattn.workload.texts import read_text, windows
+from hashattn.lab.workload.texts import read_text, windows
 from tests.contract.test_recall import FAMILIES, recall
 from tests.structured import Cones
 

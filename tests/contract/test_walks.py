@@ -38,7 +38,7 @@ from hashattn import (
     Tiers,
     TopK,
 )
-from hashattn.types import MEDIUM
+from hashattn.core.types import MEDIUM
 from tests.contract.oracle import (
     Array,
     Contents,

@@ -6,8 +6,8 @@ import torch
 from hashattn import AsymmetricHash, FlatHamming, HashAttention, MixedPrecision, Recent, SimHash, Sink, TopK
 from hashattn.encoders.bias import NEUTRAL, KeyBias, write_bias
 from hashattn.encoders.fitting import fit
-from hashattn.encoders.recall import recall_and_mass
 from hashattn.encoders.sample import Sample
+from hashattn.lab.recall import recall_and_mass
 from tests.structured import generator, qkv, raises_naming
 
 unfitted = pytest.mark.filterwarnings("ignore:this .* is not fitted:UserWarning")

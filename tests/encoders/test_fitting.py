@@ -8,8 +8,8 @@ import torch
 from hashattn import AsymmetricHash, SymmetricHash
 from hashattn.encoders import losses
 from hashattn.encoders.fitting import fit
-from hashattn.encoders.recall import recall_and_mass, spaced
 from hashattn.encoders.sample import Sample
+from hashattn.lab.recall import recall_and_mass, spaced
 from tests.structured import generator, raises_naming
 
 

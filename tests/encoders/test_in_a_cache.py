@@ -24,7 +24,7 @@ from hashattn import (
     SpectralHash,
     TopK,
 )
-from hashattn.cached_codes import alike
+from hashattn.cache.check_codes import alike
 from tests.structured import attention64, poison, qkv, selected, tolerance, visible_mask
 
 SMALL = Centring(0.5, 16)

@@ -1,6 +1,6 @@
 import json
 
-from hashattn.facts import ModelFacts
+from hashattn.core.model_facts import ModelFacts
 from hashattn.integrations.transformers.facts import facts_of
 from tests.integrations.models import MODELS, make
 from tests.structured import raises_naming

@@ -3,8 +3,8 @@ import dataclasses
 import pytest
 
 from hashattn import FlatHamming, HashAttention, PerLayer, SymmetricHash, TopK
+from hashattn.fitted.saving import from_pretrained, save_pretrained
 from hashattn.integrations.transformers import capture, facts_of
-from hashattn.saving import from_pretrained, save_pretrained
 from tests.integrations.models import TENTH, make, prompt, write
 from tests.structured import raises_naming
 

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from hashattn import ExactAttend, HashAttention, HeavyHitters
-from hashattn.integrations.transformers.mask import read_mask, read_padding
+from hashattn.integrations.attached.mask import read_mask, read_padding
 from tests.integrations.models import CACHE, LENGTH, ON_CPU, TENTH, make, prompt, write
 
 CACHES = {

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from hashattn import FlatHamming, HashAttention, Recent, SimHash, Sink, TopK
-from hashattn.demo.story import ANSWER, build_story, contains_answer
 from hashattn.integrations.transformers import capture
-from hashattn.workload.assets import SHAKESPEARE, fetch
+from hashattn.lab.demo.story import ANSWER, build_story, contains_answer
+from hashattn.lab.workload.assets import SHAKESPEARE, fetch
 from tests.integrations.models import cache_of, check_codes
 
 pytestmark = pytest.mark.xdist_group("smollm2")

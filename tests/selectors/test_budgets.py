@@ -39,8 +39,8 @@ from hashattn import (
     TopP,
     pyramid,
 )
-from hashattn.budget import MOST_KEYS, Budget
-from hashattn.engines import Shape, step_microseconds
+from hashattn.core.budget import MOST_KEYS, Budget
+from hashattn.engines.choose import Shape, step_microseconds
 from hashattn.ops import attend, hamming
 from hashattn.ops.decode.rule import Rule
 from hashattn.presets import budget_options, options_of
@@ -357,7 +357,7 @@ def test_a_fused_plan_asks_for_the_group(monkeypatch):
             asked.append(group)
             return self.inner.rule(group) if group == 4 else None
 
-    monkeypatch.setattr("hashattn.plan.resolve", lambda *_: "triton")
+    monkeypatch.setattr("hashattn.engines.plan.resolve", lambda *_: "triton")
     attn = HashAttention(RANDOM, FlatHamming(), Groups(TopK(share=0.1, per="kv_head")))
     plan = attn.explain(q_heads=8, kv_heads=2, head_dim=64, keys=10_000)
     assert plan.engine == "triton"

@@ -20,10 +20,10 @@ from hashattn import (
     SimHash,
     Sink,
 )
-from hashattn.collisions import Collisions
+from hashattn.core.collisions import Collisions
+from hashattn.core.types import CRITICAL, SAMPLED
 from hashattn.ops.hamming import unpack_bits
 from hashattn.selectors.collision_sample import collisions
-from hashattn.types import CRITICAL, SAMPLED
 from tests.structured import generator, heads, odd_lengths, qkv, raises_naming, seeds, selected, visible_mask
 
 

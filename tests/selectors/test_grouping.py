@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hashattn import FlatDot, HashAttention, Identity, Step, Threshold, Tiers, TopK
-from hashattn.types import CRITICAL, MEDIUM
+from hashattn.core.types import CRITICAL, MEDIUM
 from tests.structured import (
     attention64,
     brute_nearest,

@@ -20,8 +20,8 @@ from hashattn import (
     TopK,
     TopP,
 )
+from hashattn.core.types import SAMPLED
 from hashattn.selectors.draws import draws
-from hashattn.types import SAMPLED
 from tests.structured import (
     heads,
     make_view,

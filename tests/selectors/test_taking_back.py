@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashattn import ExactAttend, HashAttention, HeavyHitters, ObservationWindow, Recent, Sink, votes
+from hashattn import ExactAttend, HashAttention, HeavyHitters, ObservationWindow, Recent, Sink
+from hashattn.core import votes
 from hashattn.selectors import heavy_hitters
 from tests.structured import qkv, seeds
 

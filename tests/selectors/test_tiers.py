@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hashattn import Recent, Sink, Step, Tiers, TopK
-from hashattn.types import CRITICAL, MEDIUM
+from hashattn.core.types import CRITICAL, MEDIUM
 from tests.structured import make_view, odd_lengths, raises_naming, seeds, tied_distances
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hashattn import FlatHamming, HashAttention, Recent, SimHash, Sink, Step, TopK
-from hashattn.budget import Budget
+from hashattn.core.budget import Budget
 from tests.structured import (
     brute_nearest,
     hamming_numpy,

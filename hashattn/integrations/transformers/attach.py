@@ -8,13 +8,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hashattn.attention import HashAttention
+from hashattn.integrations.attached.report import LayerRecord
 from hashattn.integrations.transformers import support
 from hashattn.integrations.transformers.attached import Attached, is_attached
 from hashattn.integrations.transformers.forward import Forward
 from hashattn.integrations.transformers.handle import Handle
 from hashattn.integrations.transformers.heads import devices_of
 from hashattn.integrations.transformers.layers import check_facts, overrides, serve
-from hashattn.integrations.transformers.report import LayerRecord
 
 
 def attach(

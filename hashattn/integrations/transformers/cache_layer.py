@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from hashattn.attention import HashAttention
-from hashattn.cache import KVCache
+from hashattn.cache.kv_cache import KVCache
 from hashattn.ops.decode import Scratch
 
 

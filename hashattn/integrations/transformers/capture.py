@@ -92,7 +92,7 @@ def capture(
 ) -> dict[int, Captured]:
     """Run a model over a text once, densely, and keep what its attention layers were given.
 
-    hashattn.learning.capture writes the same to files, for texts that do not fit into memory.
+    hashattn.lab.learning.capture writes the same to files, for texts that do not fit into memory.
 
     Args:
         model: a causal language model that can be attached.

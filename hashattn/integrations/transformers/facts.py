@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from hashattn.facts import ModelFacts
+from hashattn.core.model_facts import ModelFacts
 from hashattn.integrations.transformers import support
 from hashattn.integrations.transformers.heads import heads
 

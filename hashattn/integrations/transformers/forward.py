@@ -13,19 +13,19 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hashattn.attend.dense import dense
 from hashattn.attention import HashAttention
-from hashattn.cache import KVCache
+from hashattn.cache.kv_cache import KVCache
+from hashattn.core.types import Selection, Step
+from hashattn.integrations.attached.report import LayerRecord
+from hashattn.integrations.attached.tally import Ledger
 from hashattn.integrations.transformers import support
 from hashattn.integrations.transformers.cache_layer import HashedLayer
 from hashattn.integrations.transformers.given import attend_as_the_model, why_not_dropped, why_not_given
 from hashattn.integrations.transformers.layers import Served
 from hashattn.integrations.transformers.passes import Pass, Passes
-from hashattn.integrations.transformers.report import LayerRecord
 from hashattn.integrations.transformers.simulate import attend_simulated, forced
 from hashattn.integrations.transformers.static_layer import Arming, HashedStaticLayer
 from hashattn.integrations.transformers.swap import hashed_layer
-from hashattn.integrations.transformers.tally import Ledger
 from hashattn.ops import decode
-from hashattn.types import Selection, Step
 
 Rows = tuple[list[int], str | None]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hashattn.cache import KVCache
+from hashattn.cache.kv_cache import KVCache
 from hashattn.integrations.transformers.source import eager_of
 
 # change the softmax, or whose weights are wanted; SDPA honours the first where its signature names it

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from hashattn.attention import HashAttention
+from hashattn.integrations.attached.report import LayerRecord, Report, summarise
+from hashattn.integrations.attached.update import revised
 from hashattn.integrations.transformers import support
 from hashattn.integrations.transformers.attached import Attached
 from hashattn.integrations.transformers.heads import devices_of
 from hashattn.integrations.transformers.layers import Served, check_facts, numbers, serve
-from hashattn.integrations.transformers.report import LayerRecord, Report, summarise
-from hashattn.integrations.transformers.update import revised
 
 
 @dataclass

@@ -10,11 +10,11 @@ from torch import nn
 
 from hashattn.attend import DenseAttend
 from hashattn.attention import HashAttention
+from hashattn.core.naming import short
 from hashattn.encoders import PerLayer
 from hashattn.integrations.transformers import support
 from hashattn.integrations.transformers.facts import facts_of
 from hashattn.integrations.transformers.heads import heads
-from hashattn.naming import short
 
 DENSE_LAYERS, DENSE_COMPOSITION = "dense_layers", "the composition attends densely"
 

@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache
 
-from hashattn.guard import Guard
+from hashattn.core.guard import Guard
+from hashattn.core.types import Step
+from hashattn.integrations.attached.mask import read_mask, read_padding
 from hashattn.integrations.transformers.cache_layer import HashedLayer
 from hashattn.integrations.transformers.layers import Served
-from hashattn.integrations.transformers.mask import read_mask, read_padding
 from hashattn.integrations.transformers.simulate import Block
 from hashattn.ops.decode import Scratch
-from hashattn.types import Step
 
 
 @dataclass(eq=False)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hashattn.attention import HashAttention
-from hashattn.cache import KVCache
-from hashattn.types import Selection, Step
+from hashattn.cache.kv_cache import KVCache
+from hashattn.core.types import Selection, Step
 
 if TYPE_CHECKING:
     from hashattn.integrations.transformers.forward import Call, Forward

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from hashattn.attention import HashAttention
-from hashattn.cache import KVCache
-from hashattn.decoder import Decoder
+from hashattn.cache.kv_cache import KVCache
+from hashattn.engines.decoder import Decoder
+from hashattn.integrations.attached.tally import Ledger, Tally
 from hashattn.integrations.transformers.cache_layer import HashedLayer
-from hashattn.integrations.transformers.tally import Ledger, Tally
 from hashattn.ops.decode import Scratch
 
 

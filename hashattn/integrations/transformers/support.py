@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from hashattn import fused
 from hashattn.attention import HashAttention
-from hashattn.engines import resolve
+from hashattn.engines import gpu as fused
+from hashattn.engines.choose import resolve
 from hashattn.integrations.transformers.cache_layer import HashedLayer
 from hashattn.integrations.transformers.heads import devices_of, dtype_of, heads, layer_config
 from hashattn.integrations.transformers.source import calls_interface, source_of

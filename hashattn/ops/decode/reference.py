@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hashattn.budget import Budget
+from hashattn.core.budget import Budget
+from hashattn.core.types import CRITICAL, MEDIUM
 from hashattn.ops.attend.reference import gather, logits, weigh
 from hashattn.ops.decode.estimate import Estimate
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.hamming.reference import differing, distances
 from hashattn.ops.nearest import nearest_of_chunks
 from hashattn.ops.search.reference import search
-from hashattn.types import CRITICAL, MEDIUM
 
 
 def decode(

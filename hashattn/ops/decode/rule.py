@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hashattn.budget import MOST_KEYS, Budget
+from hashattn.core.budget import MOST_KEYS, Budget
 from hashattn.ops.nearest.local import most_of_span
 
 

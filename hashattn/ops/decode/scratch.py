@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hashattn.lasting import lasting
+from hashattn.core.lasting import lasting
 
 Key = tuple[str, torch.device, int]
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hashattn.core.types import Selection
 from hashattn.ops.decode import Estimate, Rule, reference, reference_tiers
 from hashattn.ops.decode.sizes import Sizes
-from hashattn.types import Selection
 from tests.structured import generator
 
 WORST = 2**31 - 1

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hashattn import ExactAttend, FlatHamming, HashAttention, SimHash, TopK, fused
+from hashattn import ExactAttend, FlatHamming, HashAttention, SimHash, TopK
+from hashattn.engines import gpu as fused
 from hashattn.ops.decode import Rule, Scratch, append_reference
 from tests.ops.decode.broken import RULES, TIERS, breaks_as_the_reference_does
 from tests.ops.decode.cases import BEYOND, agrees, inputs, shifted

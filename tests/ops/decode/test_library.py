@@ -16,7 +16,7 @@ from hashattn import (
     Sink,
     Tiers,
 )
-from hashattn.fused import step
+from hashattn.engines.gpu import step
 from hashattn.ops.decode import Rule, library, reference, reference_tiers
 from hashattn.ops.decode.estimate import key_norms
 from hashattn.ops.hamming import query_planes

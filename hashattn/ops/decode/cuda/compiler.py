@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hashattn.files import default_cache_dir, keep, kept, private_folder
+from hashattn.core.files import default_cache_dir, keep, kept, private_folder
 
 RESERVED = 1024  # bytes of shared memory that a program takes beside its own
 SOURCES = Path(__file__).parent

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from hashattn.files import default_cache_dir, keep, kept, private_folder
+from hashattn.core.files import default_cache_dir, keep, kept, private_folder
 from hashattn.ops.decode.cuda import compiler, step
 
 HERE = Path(__file__).parent

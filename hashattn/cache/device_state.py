@@ -1,0 +1,42 @@
+"""DeviceState: what fused steps keep of a cache on its device, beside keys, values and codes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hashattn.core.lasting import lasting
+from hashattn.ops.decode import Scratch
+
+
+class DeviceState:
+    """The rows' first columns, and what a step leaves for the next one like it.
+
+    A captured CUDA graph may point to what was handed out: it changes in place and stays allocated.
+
+    Args:
+        scratch: memory that steps write within themselves, which caches of one model may share.
+    """
+
+    def __init__(self, scratch: Scratch) -> None:
+        self.scratch = scratch
+        self._starts: tuple[list[int], Tensor] | None = None
+        self._bounds: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
+
+    @lasting
+    def starts(self, starts: list[int], device: torch.device) -> Tensor:
+        """These as int32 [B]; copied to the device when they change."""
+        if self._starts is None or self._starts[0] != starts or self._starts[1].device != device:
+            fresh = torch.tensor(starts, dtype=torch.int32, device=device)
+            held = self._starts[1] if self._starts is not None else fresh
+            if held is not fresh and held.shape == fresh.shape and held.device == device:
+                fresh = held.copy_(fresh)
+            self._starts = list(starts), fresh
+        return self._starts[1]
+
+    @lasting
+    def bounds(self, shape: tuple[int, int], device: torch.device) -> Tensor:
+        """What steps of Sizes.state `shape` leave for the next one, int32, zeros at first: see ops.decode."""
+        if (shape, device) not in self._bounds:
+            self._bounds[shape, device] = torch.zeros(shape, dtype=torch.int32, device=device)
+        return self._bounds[shape, device]

@@ -1,0 +1,569 @@
+"""KVCache: keys, values and what is indexed of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hashattn.cache.check_codes import check_codes
+from hashattn.cache.check_state import check_state
+from hashattn.cache.device_state import DeviceState
+from hashattn.core.buffer import TokenBuffer
+from hashattn.core.checks import check_int, check_kv
+from hashattn.core.guard import Guard, guarded
+from hashattn.core.lasting import lasting
+from hashattn.core.votes import Votes
+from hashattn.encoders.base import Encoder
+from hashattn.index.base import Index
+from hashattn.index.view import View
+from hashattn.ops.attend import logits as exact_logits
+from hashattn.ops.attend import row_numbers
+from hashattn.ops.decode.estimate import NORMS, key_norms
+from hashattn.ops.decode.scratch import Scratch
+from hashattn.ops.nearest.cpu import Table
+
+_INTEGERS = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
+
+
+class KVCache:
+    """Keys and values of one layer with the index over them: the database of that layer.
+
+    Made by attn.new_cache(). It owns its index store and alone appends, crops and reorders it. Columns are shared by
+    the batch; row b begins at column start[b] (left padding). Keys are encoded late and in bulk, when a search first
+    needs them: codes == encode_key(keys[:, :, :encoded]) always holds.
+
+    Threads that change or search one cache come one after the other; what each of them asks is for them to settle.
+
+    An encoder that asks for centring gets, per row and KV head, a share of the mean of the row's first keys after the
+    sinks, frozen as soon as the row has that many; until then the row is "short" and attends densely.
+
+    It holds numbers, not the graph that computed them. Gradients reach the keys and values of the last append, until
+    the cache changes again; those before are constants. attn(q, k, v) appends once: there all of them get theirs.
+
+    Args:
+        batch, kv_heads, head_dim: B, Hkv, D.
+        encoder, index: of the composition; None for one that ranks nothing.
+        norms: keep |k - centre| of each key, bfloat16.
+        capacity: fixed number of columns; None grows by a quarter when full.
+        scratch: device memory of the fused steps, to share among the caches of a model; None for one of its own.
+    """
+
+    def __init__(
+        self, batch: int, kv_heads: int, head_dim: int, *, encoder: Encoder | None = None, index: Index | None = None,
+        norms: bool = False, capacity: int | None = None, scratch: Scratch | None = None,
+    ) -> None:  # fmt: skip
+        self.batch, self.kv_heads = check_int("batch", batch, 1), check_int("kv_heads", kv_heads, 1)
+        self.head_dim = check_int("head_dim", head_dim, 1)
+        self.capacity = capacity = None if capacity is None else check_int("capacity", capacity, 1)
+        self.encoder, self.index, self.with_norms = encoder, index, norms
+        self._keys, self._values, self._norms = TokenBuffer(capacity), TokenBuffer(capacity), TokenBuffer(capacity)
+        self._store = index.new_store(capacity) if index is not None else None
+        self._starts = [0] * self.batch  # host copy of start
+        self._ready = [self.warmup == 0] * self.batch  # rows whose centre is frozen
+        self._centre: Tensor | None = None
+        self._fits = encoder.fits if encoder is not None else 0
+        self.admitted: tuple[object, int | None, str | None] | None = None  # HashAttention's: the last call checked
+        self.votes = Votes(capacity)
+        self.guard = Guard()
+        self.on_device = DeviceState(scratch if scratch is not None else Scratch())
+
+    # ---- what is in it
+
+    def __len__(self) -> int:
+        return self._keys.length
+
+    @property
+    def keys(self) -> Tensor:
+        """[B, Hkv, N, D], a view."""
+        self._check_filled()
+        return self._keys.traced.narrow(2, 0, len(self))
+
+    @property
+    def values(self) -> Tensor:
+        """[B, Hkv, N, D], a view."""
+        self._check_filled()
+        return self._values.traced.narrow(2, 0, len(self))
+
+    @property
+    def allocated(self) -> tuple[Tensor, Tensor]:
+        """Keys and values with the room behind them, [B, Hkv, room, D]; that is zeros where there is a capacity."""
+        self._check_filled()
+        return self._keys.traced, self._values.traced
+
+    @property
+    def wants_grad(self) -> bool:
+        """Whether gradients go on to keys or values that were appended, if any arrive."""
+        return self._keys.wants_grad or self._values.wants_grad
+
+    @property
+    def codes(self) -> Tensor:
+        """Codes of all keys (of none while every row is short), a view: int64 [B, heads, encoded, W]."""
+        self.encode()
+        if self._store is None or len(self._store) == 0:
+            raise ValueError("nothing is encoded: the composition has no index, or every row is still short")
+        return self._store.codes
+
+    @property
+    def norms(self) -> Tensor:
+        """|k - centre|, bfloat16 [B, Hkv, encoded, 1], a view."""
+        self.encode()
+        return self._norms.traced.narrow(2, 0, self._norms.length)
+
+    @property
+    def centre(self) -> Tensor:
+        """What is subtracted from the keys before encoding: float32 [B, Hkv, D]; zero for short rows."""
+        self.encode()
+        centre = self._subtracted
+        if centre is None:
+            return torch.zeros(self.batch, self.kv_heads, self.head_dim, device=self.keys.device)
+        return centre
+
+    @property
+    def bits(self) -> int:
+        """Length of a code; 0 without binary codes."""
+        return self.encoder.bits if self.encoder is not None else 0
+
+    @property
+    def encoded(self) -> int:
+        """Keys that the index holds."""
+        return len(self._store) if self._store is not None else 0
+
+    @property
+    def start(self) -> Tensor:
+        """First column of each row, int64 [B]."""
+        device = None if self._keys.empty else self._keys.storage.device
+        return torch.tensor(self._starts, device=device)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Visible keys of each row, int64 [B]."""
+        return (len(self) - self.start).clamp(min=0)
+
+    @property
+    def longest(self) -> int:
+        """Visible keys of the longest row."""
+        return max(0, len(self) - min(self._starts))
+
+    @property
+    def shortest(self) -> int:
+        """Visible keys of the shortest row."""
+        return max(0, len(self) - max(self._starts))
+
+    @property
+    def warmup(self) -> int:
+        """Visible keys that a row needs before its centre is frozen; 0 if the encoder asks for none."""
+        centring = self.encoder.centring if self.encoder is not None else None
+        return centring.warmup if centring is not None else 0
+
+    @property
+    def crossover(self) -> int | None:
+        """Visible keys from which the last composition that attended here searches with engine="auto"."""
+        return self.admitted[1] if self.admitted is not None else None
+
+    @property
+    def ready(self) -> list[bool]:
+        """For each row, whether a search can serve it."""
+        need = self.warmup
+        return [r or len(self) - s >= need for r, s in zip(self._ready, self._starts, strict=True)]
+
+    @property
+    def code_nbytes(self) -> int:
+        """Bytes allocated for codes, norms, centres and votes."""
+        centre = 0 if self._centre is None else self._centre.numel() * self._centre.element_size()
+        return (self._store.nbytes if self._store is not None else 0) + self._norms.nbytes + centre + self.votes.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated in all."""
+        return self._keys.nbytes + self._values.nbytes + self.code_nbytes
+
+    # ---- changing it
+
+    @guarded
+    def append(self, k: Tensor, v: Tensor, *, start: Tensor | None = None) -> None:
+        """Append keys and values [B, Hkv, n, D] of the next n columns.
+
+        Args:
+            start: int [B], columns of left padding of each row, which are kept as zeros; only with the first append.
+
+        Raises:
+            TypeError: dtypes that are not floating point, differ, or differ from what the cache holds.
+            ValueError: shapes that disagree, no room left, or a start that is out of range. The cache is as before.
+        """
+        check_kv(k, v, self.batch, self.kv_heads, self.head_dim)
+        if not self._keys.empty and (k.dtype, k.device) != (self._keys.storage.dtype, self._keys.storage.device):
+            held = self._keys.storage
+            raise TypeError(f"k must match the cache, {held.dtype} on {held.device}, got {k.dtype} on {k.device}")
+        if self.capacity is not None and len(self) + k.shape[2] > self.capacity:
+            raise ValueError(
+                f"k has {k.shape[2]} columns, but {self.capacity - len(self)} of capacity {self.capacity} are left"
+            )
+        starts = None
+        if start is not None:
+            if len(self):
+                raise ValueError("start is given with the first append only, or changed by set_start")
+            starts = self._check_start(start, k.shape[2])
+        before = len(self)
+        try:
+            self._keys.append(k)
+            self._values.append(v)
+        except BaseException:  # out of memory: as before
+            self._keys.truncate(before)
+            raise
+        if starts is not None:
+            self._starts = starts
+            for row, first in enumerate(starts):  # padding may hold NaN, and 0 * NaN would reach a masked sum
+                self._keys.storage[row, :, :first] = 0
+                self._values.storage[row, :, :first] = 0
+
+    @guarded
+    def adopt(self, length: int, *, codes: bool = True) -> None:
+        """Count columns that a Decoder wrote in place, with or without their codes and norms, up to `length`."""
+        length = check_int("length", length, 0)
+        self._keys.adopt(length)
+        self._values.adopt(length)
+        if self._store is not None and codes:
+            self._store.adopt(length)
+            if self.with_norms:
+                self._norms.adopt(length)
+
+    @guarded
+    def set_start(self, start: Tensor) -> None:
+        """Change the first column of each row, int [B]; rows that change lose their centre.
+
+        Columns that were padding in the first append hold zeros: they do not come back.
+        """
+        starts = self._check_start(start, len(self))
+        for row, (old, new) in enumerate(zip(self._starts, starts, strict=True)):
+            if old != new:
+                self._forget_centre(row)
+        self._starts = starts
+
+    @guarded
+    def crop(self, length: int) -> None:
+        """Keep the first `length` columns. Rows left with too few keys for their centre lose it.
+
+        Raises:
+            NotAnInteger, ValueError: not a number from 0 to the columns there are, or one at which the votes of a
+                selector that looks back are no longer known. The cache is as before.
+        """
+        length = check_int("length", length, 0, len(self))
+        reason = self.votes.why_not_crop(length)
+        if reason is not None:
+            raise ValueError(f"length {length} is a crop that cannot be made: {reason}")
+        self.votes.crop(length, None if self._keys.empty else self._keys.view, self._starts)
+        for buffer in (self._keys, self._values, self._norms):
+            buffer.truncate(length)
+        if self._store is not None:
+            self._store.truncate(length)
+        for row, first in enumerate(self._starts):
+            if length - first < self.warmup:
+                self._forget_centre(row)
+
+    @guarded
+    @lasting
+    def select_rows(self, rows: Tensor | Sequence[int] | Sequence[bool]) -> None:
+        """Keep these batch rows, in this order; rows may repeat.
+
+        Args:
+            rows: numbers, int [n], or a mask, bool [batch]: of the rows to keep. A list or tuple of either will do.
+
+        Raises:
+            TypeError: neither numbers nor a mask.
+            ValueError: none, one that is not there, or a mask of another length; the cache is as before.
+        """
+        rows = row_index(rows, self.batch)
+        picked: list[int] = rows.tolist()
+        if not self._keys.empty:
+            rows = rows.to(self._keys.storage.device)
+        for held in (self._keys, self._values, self._norms, self.votes):
+            held.select(rows)
+        if self._store is not None:
+            self._store.select_rows(rows)
+        if self._centre is not None:
+            self._centre = self._centre.index_select(0, rows)
+        self._starts = [self._starts[r] for r in picked]
+        self._ready = [self._ready[r] for r in picked]
+        self.batch, self.admitted = len(picked), None
+
+    def reorder(self, rows: Tensor | Sequence[int]) -> None:
+        """Reorder rows, as beam search does: row i becomes what row rows[i] was; int [batch].
+
+        Raises:
+            TypeError, ValueError: as select_rows(); a mask; another number of rows.
+        """
+        given = torch.as_tensor(rows)
+        if given.dtype == torch.bool:
+            raise TypeError(f"rows must be numbers of rows, got the mask {given.tolist()}, which tells no order")
+        if given.shape != (self.batch,):
+            raise ValueError(f"rows must have shape ({self.batch},), got {(*given.shape,)}")
+        self.select_rows(given)
+
+    def repeat(self, times: int) -> None:
+        """Repeat every row `times` times, next to each other."""
+        self.select_rows(torch.arange(self.batch).repeat_interleave(check_int("times", times, 1)))
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays."""
+        self.crop(0)
+        self._starts = [0] * self.batch
+
+    # ---- searching it
+
+    @guarded
+    @lasting
+    def encode(self) -> None:
+        """Encode the keys that are not yet encoded, unless every row is short."""
+        if self.encoder is None or self._store is None:
+            return
+        self._store.align(self._starts)
+        if self._fits != self.encoder.fits:  # fitted meanwhile: everything is encoded anew
+            self._fits, self._centre, self._ready = self.encoder.fits, None, [self.warmup == 0] * self.batch
+            self._store.truncate(0)
+        if not all(self._ready):
+            ready = self.ready
+            if not any(ready):
+                return
+            if ready != self._ready:
+                self._freeze_centres()
+        encoded, keys = self.encoded, len(self)
+        if encoded == keys:
+            return
+        self._norms.truncate(encoded)
+        k = self._keys.storage.narrow(2, encoded, keys - encoded)
+        with torch.no_grad():
+            codes = self.encoder.encode_key(k, self._centre)
+        if self.with_norms:
+            self._norms.append(key_norms(self._keys.traced.narrow(2, encoded, keys - encoded), self._subtracted))
+        self._store.add(codes)
+
+    def forget_code(self) -> None:
+        """Let the newest key wait to be encoded again, as it does after an append: for benchmarks."""
+        if self._store is not None:
+            self._store.truncate(len(self) - 1)
+
+    def spans(self, tokens: int, causal: bool = True) -> list[list[tuple[int, int]]]:
+        """The columns (first, end) seen by `tokens` queries that are the last ones, for each row and query."""
+        last = len(self)
+        ends = range(last - tokens + 1, last + 1) if causal else [last] * tokens
+        return [[(first, end) for end in ends] for first in self._starts]
+
+    def seen(self, tokens: int, causal: bool = True) -> Tensor | None:
+        """The same as a mask, bool [B, 1, T, N]; None if every query sees every column."""
+        if not any(self._starts) and (tokens == 1 or not causal):
+            return None
+        visible = torch.tensor(self.spans(tokens, causal), device=self.keys.device)
+        columns = torch.arange(len(self), device=visible.device)
+        return ((columns >= visible[..., :1]) & (columns < visible[..., 1:])).unsqueeze(1)
+
+    def view(
+        self, query: Tensor | None, q_heads: int, spans: Table, *, engine: str = "reference", q: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> View:  # fmt: skip
+        """What a selector sees, for encoded queries and the columns visible to them; see :meth:`spans`.
+
+        Args:
+            q: the queries themselves, for selectors that ask for exact logits, which are scaled by `scale`.
+        """
+        self.encode()
+        index, store = self.index, self._store
+        biased = self.encoder is not None and self.encoder.biased
+
+        def scan() -> Tensor:
+            if index is None or store is None or query is None:
+                raise TypeError("this composition has no index, so there are no distances")
+            return index.distances(store, query, biased=biased, engine=engine)
+
+        def logits(ids: Tensor) -> Tensor:
+            assert q is not None
+            return exact_logits(q.detach(), self._keys.storage, ids, scale, engine=engine)  # they choose: no gradients
+
+        def find(k: int) -> tuple[Tensor, Tensor]:
+            assert index is not None and store is not None and query is not None
+            return index.search(store, query, k, spans)
+
+        searches = query is not None and index is not None and not index.scans
+        binary = index is not None and (index.flat_codes or searches)
+        codes = store.codes if store is not None and binary and len(store) else None
+        device = self._keys.storage.device
+        return View(
+            spans, q_heads, self.kv_heads, len(self), scan, device, query, codes, engine, biased=biased,
+            find=find if searches else None, logits=None if q is None else logits, votes=self.votes,
+        )  # fmt: skip
+
+    def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The ANN view: the k nearest keys of encoded queries, among all keys of their row.
+
+        Args:
+            query: from encoder.encode_query: int64 [B, Hq, T, W] or planes [B, Hq, T, b, W].
+            k: how many.
+
+        Returns:
+            ids int32 [B, Hq, T, min(k, N)], nearest first, ties to the most recent, -1 where a row has no more;
+            distances of the same shape (int32; float32 for exact scores), meaningless where ids are -1.
+
+        Raises:
+            ValueError: an empty cache, k < 1, or a row too short to have a centre.
+        """
+        self._check_filled()
+        k = check_int("k", k, 1)
+        if not all(self.ready):
+            short = [b for b, r in enumerate(self.ready) if not r]
+            raise ValueError(f"rows {short} hold fewer than {self.warmup} keys, from which their centre is made")
+        view = self.view(query, query.shape[1], self.spans(query.shape[2], causal=False))
+        if view.find is not None:
+            ids, distances = view.find(min(k, view.longest))
+        else:
+            ids = view.search(k)
+            distances = view.raw.gather(-1, ids.clamp(min=0).long())
+        empty = 0, min(k, len(self)) - ids.shape[-1]  # the longest row may be shorter than N
+        return F.pad(ids, empty, value=-1), F.pad(distances, empty)
+
+    def gather(self, what: str, ids: Tensor) -> Tensor:
+        """Rows of "keys", "values", "codes" or "norms" at columns ids [B, H, T, K]: [B, H, T, K, X].
+
+        Empty slots (-1) read a row that is kept anyway, so that no padding is touched while anything is kept.
+        """
+        storage = self.storage(what)
+        rows = row_numbers(ids, storage.shape[1], storage.shape[2])
+        return storage.view(-1, storage.shape[-1]).index_select(0, rows).view(*ids.shape, -1)
+
+    def storage(self, what: str) -> Tensor:
+        """All that is allocated for "keys", "values", "codes" or "norms", contiguous [B, heads, room, X]."""
+        if what == "codes":
+            if self._store is None:
+                raise ValueError("the composition has no index, so there are no codes")
+            return self._store._codes.storage
+        return {"keys": self._keys, "values": self._values, "norms": self._norms}[what].traced
+
+    # ---- keeping it
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """Everything it holds, as contiguous tensors and plain numbers."""
+        self._check_filled()
+        state: dict[str, Any] = {"keys": self.keys.clone(), "values": self.values.clone(), "start": self.start}
+        current = self.encoder is not None and self._fits == self.encoder.fits
+        if self.encoded and self._store is not None and current:
+            if self._store.per_key:
+                state["codes"] = self._store.codes.clone()
+            state["ready"] = torch.tensor(self._ready)
+            if self.with_norms:
+                state["norms"] = self._norms.view.clone()
+            if self._centre is not None:
+                state["centre"] = self._centre.clone()
+        return state | self.votes.state_dict()
+
+    @lasting
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace the contents by a state_dict of a cache of the same composition and shape.
+
+        Raises:
+            TypeError, ValueError: a field that is missing, unknown, or does not fit the others, this cache or its
+                composition. The cache is as before.
+        """
+        other = KVCache(
+            self.batch, self.kv_heads, self.head_dim, encoder=self.encoder, index=self.index, norms=self.with_norms,
+            capacity=self.capacity, scratch=self.on_device.scratch,
+        )  # fmt: skip
+        check_state(state, other)
+        other.append(state["keys"], state["values"])
+        other._starts = state["start"].tolist()
+        if "ready" in state:
+            other._ready = state["ready"].tolist()
+            other._centre = state["centre"].clone() if "centre" in state else None
+        if "codes" in state or "norms" in state:
+            check_codes(state, other.encoder if other._store is not None else None, other.with_norms)
+            assert other._store is not None
+            other._store.align(other._starts)
+            other._store.add(state["codes"])
+            if other.with_norms:
+                other._norms.append(state["norms"].to(NORMS))
+        other.votes.load_state_dict(state)
+        self.__dict__.update(other.__dict__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        twin = copy.copy(self)
+        for name, value in self.__dict__.items():
+            if name not in ("encoder", "index", "admitted", "on_device"):  # parts are shared
+                twin.__dict__[name] = copy.deepcopy(value, memo)
+        twin.on_device = DeviceState(copy.deepcopy(self.on_device.scratch, memo))
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "admitted": None, "on_device": None}  # pointed to by steps of this process alone
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, on_device=DeviceState(Scratch()))
+
+    def __repr__(self) -> str:
+        return (
+            f"KVCache(batch={self.batch}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, keys={len(self)}, "
+            f"encoded={self.encoded}, nbytes={self.nbytes})"
+        )
+
+    # ---- inside
+
+    @property
+    def _subtracted(self) -> Tensor | None:
+        """The encoder's fitted mean, or the rows' own centres, [B, Hkv, D]; None for zero."""
+        fitted = getattr(self.encoder, "mean", None)
+        if isinstance(fitted, Tensor) and fitted.numel():
+            return fitted.expand(self.batch, -1, -1)
+        return self._centre
+
+    def _check_filled(self) -> None:
+        if len(self) == 0:
+            raise ValueError("the cache is empty: append keys and values first")
+
+    def _check_start(self, start: Tensor, columns: int | None) -> list[int]:
+        if not isinstance(start, Tensor) or start.shape != (self.batch,) or start.dtype not in _INTEGERS:
+            raise ValueError(f"start must be integers of shape ({self.batch},), got {start!r}")
+        starts: list[int] = start.tolist()
+        if min(starts) < 0 or (columns is not None and max(starts) > columns):
+            raise ValueError(f"start must be from 0 to {columns}, the columns there are, got {starts}")
+        return starts
+
+    @torch.no_grad()
+    def _freeze_centres(self) -> None:
+        """Fix the centre of rows that have become long enough; what was encoded with another one is encoded anew."""
+        assert self.encoder is not None and self.encoder.centring is not None and self._store is not None
+        centring = self.encoder.centring
+        centre = self._centre
+        if centre is None:
+            centre = torch.zeros(self.batch, self.kv_heads, self.head_dim, device=self.keys.device)
+        for row, (was, now) in enumerate(zip(self._ready, self.ready, strict=True)):
+            if now and not was:
+                first = self._starts[row] + centring.skip
+                centre[row] = centring.strength * self.keys[row, :, first : first + centring.keys].float().mean(1)
+        self._centre, self._ready = centre, self.ready
+        self._store.truncate(0)
+        self._norms.truncate(0)
+
+    def _forget_centre(self, row: int) -> None:
+        if self.warmup and self._ready[row]:
+            self._ready[row] = False
+            if self._centre is not None:
+                self._centre[row] = 0
+            if self._store is not None:
+                self._store.truncate(0)
+                self._norms.truncate(0)
+
+
+def row_index(rows: Tensor | Sequence[int] | Sequence[bool], batch: int) -> Tensor:
+    """Row numbers, or a mask of rows, as int64 [n] on the CPU; see :meth:`KVCache.select_rows`."""
+    given = torch.as_tensor(rows).cpu()
+    if given.dtype == torch.bool:
+        if given.shape != (batch,) or not bool(given.any()):
+            raise ValueError(f"rows as a mask must be bool of shape ({batch},) that keeps one, got {given.tolist()}")
+        return given.nonzero().squeeze(1)
+    if given.numel() and given.dtype not in _INTEGERS:
+        raise TypeError(f"rows must be row numbers or a mask, got {given.dtype}: {given.tolist()}")
+    if given.ndim != 1 or len(given) == 0 or int(given.min()) < 0 or int(given.max()) >= batch:
+        raise ValueError(f"rows must be row numbers from 0 to {batch - 1}, at least one, got {given.tolist()}")
+    return given.long()

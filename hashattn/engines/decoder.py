@@ -1,0 +1,202 @@
+"""Decoder: decode steps that CUDA graphs and torch.compile can capture, because lengths live on the device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hashattn.core.checks import check_float, check_kv, check_q
+from hashattn.core.lasting import lasting
+from hashattn.engines import dense_steps
+from hashattn.engines import gpu as fused
+from hashattn.ops.decode import Map, why_not_encode
+from hashattn.ops.decode.estimate import key_norms
+from hashattn.ops.decode.sizes import counters
+
+if TYPE_CHECKING:
+    from hashattn.attention import HashAttention
+    from hashattn.cache.kv_cache import KVCache
+
+
+class Decoder:
+    """Appends and attends without asking the device or telling the host. Made by attn.decoder(cache).
+
+    A captured step serves every later length up to the cache's capacity; its graph points to what this object holds, so
+    keep it. Until :meth:`finish` the cache itself does not know of what was appended, and must not be changed; after a
+    change, :meth:`follow`. Beyond the capacity nothing is written and the output is NaN.
+
+    Args:
+        attn: a composition that engine="triton" serves, or one that attends densely (engine="dense").
+        cache: made by it with a capacity, filled, beyond the warm-up of its centring if it is searched.
+
+    Attributes:
+        length: int32 [1], filled columns.
+        found: int64 [1], keys that were kept, counted only where a radius decides how many.
+
+    Raises:
+        ValueError: what does not fit, and what would.
+    """
+
+    @lasting
+    def __init__(self, attn: HashAttention, cache: KVCache) -> None:
+        attn.check_cache(cache)
+        if cache.capacity is None:
+            raise ValueError("cache must have a capacity, which a graph cannot change: new_cache(..., capacity=...)")
+        self.dense = attn.engine == "dense" or not attn.attend.needs_selection
+        self._check_filled(cache)
+        device, encoder = cache.keys.device, attn.encoder
+        self.attn, self.cache = attn, cache
+        self.keys, self.values = cache.storage("keys").detach(), cache.storage("values").detach()
+        self.starts = cache.on_device.starts(cache._starts, device)
+        self.length = torch.empty(1, dtype=torch.int32, device=device)
+        self.found = torch.zeros(1, dtype=torch.int64, device=device)
+        self._arrived: dict[tuple[int, int], Tensor] = {}
+        self._encoder_fits = encoder.fits if encoder is not None else 0
+        self.maps: tuple[Map, Map] | None = None
+        self.centre: Tensor | None = None
+        if not self.dense and encoder is not None:
+            if why_not_encode(encoder.widths()) is None:
+                self.maps = encoder.maps(cache.head_dim, device)
+            self.centre = cache.centre.float().clone(memory_format=torch.contiguous_format)
+        self._prepared: dict[tuple[int, int], fused.Prepared] = {}
+        self.follow()
+        of_maps = [x for by in self.maps or () for x in by.tensors]
+        held = self.keys, self.values, self.starts, self.length, self.found, self.centre
+        for tensor in (*held, *of_maps):
+            _stays(tensor)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+        """Append keys and values [B, Hkv, T, D] and attend with the queries [B, Hq, T, D] of the same positions.
+
+        Returns:
+            [B, Hq, T, D].
+        """
+        cache = self.cache
+        check_float(q=q, k=k, v=v, keys=self.keys)
+        check_kv(k, v, cache.batch, cache.kv_heads, cache.head_dim)
+        check_q(q, cache.batch, cache.kv_heads, cache.head_dim, k.shape[2])
+        if q.shape[2] != k.shape[2]:
+            raise ValueError(f"q and k must be of the same positions, got T = {q.shape[2]} and {k.shape[2]}")
+        if not self.dense and (q.shape[1], q.shape[2]) not in self._prepared:
+            self.prepare(q.shape[1], q.shape[2])
+        return self.step(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+
+    @lasting
+    def prepare(self, q_heads: int, tokens: int = 1) -> None:
+        """Allocate what steps of so many query heads and queries need, so that a traced one need not.
+
+        Raises:
+            ValueError: they are not served.
+        """
+        cache, encoder = self.cache, self.attn.encoder
+        if self.dense:
+            return
+        reason = fused.why_not(
+            self.attn, device=self.keys.device.type, dtype=self.keys.dtype, q_heads=q_heads, kv_heads=cache.kv_heads,
+            head_dim=cache.head_dim, tokens=tokens, batch=cache.batch,
+        )  # fmt: skip
+        if reason is not None:
+            raise ValueError(f'engine="triton" cannot take this step: {reason}')
+        assert encoder is not None
+        encoder.check_model(q_heads, cache.kv_heads, cache.head_dim)
+        prepared, estimate = fused.prepare(self.attn, cache, q_heads, tokens), None
+        if prepared.estimate is not None:
+            assert self.centre is not None
+            estimate = replace(prepared.estimate, centre=self.centre)  # which stays where it is
+            _stays(estimate.a)
+        count = counters(cache.batch * q_heads * tokens, cache.batch * cache.kv_heads * tokens)
+        arrived = self._arrived[q_heads, tokens] = torch.zeros(count, dtype=torch.int32, device=self.keys.device)
+        for held in (prepared.codes, prepared.norms, prepared.bounds, prepared.workspace, arrived):
+            _stays(held)
+        self._prepared[q_heads, tokens] = replace(prepared, estimate=estimate)
+
+    def warm_up(self, q_heads: int) -> None:
+        """Load the kernels, which a capture cannot do, by a step on zeros that leaves nothing behind."""
+        cache = self.cache
+        q = self.keys.new_zeros((cache.batch, q_heads, 1, cache.head_dim))
+        k = self.keys.new_zeros((cache.batch, cache.kv_heads, 1, cache.head_dim))
+        self.step(q, k, k, 1.0)  # into a column that is free
+        self.follow()
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """The same as a call, of a kind that was prepared, without its checks."""
+        if self.dense:
+            dense_steps.append(k, v, self.keys, self.values, self.length)
+            return dense_steps.attend(q, self.keys, self.values, self.starts, self.length, scale)
+        from hashattn.ops.decode.library import append, encode  # registers operators
+
+        kind, encoder = (q.shape[1], q.shape[2]), self.attn.encoder
+        prepared, arrived = self._prepared[kind], self._arrived[kind]
+        assert encoder is not None and self.centre is not None
+        held = self.keys, self.values, prepared.codes, self.length, arrived
+        if self.maps is not None:
+            query = encode(
+                q, k, v, self.centre, self.maps, encoder.query_bits, *held, prepared.workspace, prepared.norms
+            )
+        else:
+            query = fused.packed(encoder, q)
+            new_norms = key_norms(k, self.centre) if prepared.norms is not None else None
+            append(k, v, encoder.encode_key(k, self.centre), *held, new_norms, prepared.norms)
+        output, selection = prepared.step(q, query, self.length, scale, True)
+        if prepared.rule.radius is not None:
+            self.found.add_((selection.ids >= 0).sum())
+        return output.out
+
+    def filled(self) -> Tensor:
+        """Filled columns, int64 [], without waiting for the device: see ops.decode.library."""
+        from hashattn.ops.decode.library import filled
+
+        return filled(self.length)
+
+    def finish(self) -> KVCache:
+        """Wait for the device and let the cache know what was appended. Returns it.
+
+        Raises:
+            ValueError: the captured steps went beyond the capacity; the cache holds what fitted.
+        """
+        length, room = int(self.length), self.cache.capacity or 0
+        self.cache.adopt(min(length, room), codes=not self.dense)
+        if length > room:
+            self.length.fill_(len(self.cache))
+            raise ValueError(
+                f"capacity is {room} columns, but {length} were appended: their outputs are NaN; make the cache larger"
+            )
+        return self.cache
+
+    def follow(self) -> None:
+        """Take up what the cache now holds, in place: captured steps go on from there.
+
+        Raises:
+            ValueError: a row holds too few keys.
+        """
+        cache = self.cache
+        self._check_filled(cache)
+        self.length.fill_(len(cache))
+        self.found.zero_()
+        cache.on_device.starts(cache._starts, self.length.device)
+        if self.centre is not None:
+            self.centre.copy_(cache.centre)  # encodes what was not
+
+    def fits(self, cache: KVCache) -> bool:
+        """Whether it is of this cache, whose memory is where it was, and its encoder what it was."""
+        encoder = self.attn.encoder
+        held = cache.storage("keys")
+        same = self.cache is cache and (self.keys.data_ptr(), self.keys.shape) == (held.data_ptr(), held.shape)
+        return same and (encoder is None or encoder.fits == self._encoder_fits)
+
+    def _check_filled(self, cache: KVCache) -> None:
+        least = max(1, 0 if self.dense else cache.warmup)
+        if cache.shortest < least:
+            raise ValueError(
+                f"every row must hold at least {least} keys, so that its centre is frozen; the shortest holds "
+                f"{cache.shortest}"
+            )
+
+
+def _stays(held: Tensor | None) -> None:
+    """Tell torch.compile that a tensor keeps its address: graphs then write to it in place."""
+    if held is not None:
+        torch._dynamo.mark_static_address(held)

@@ -1,0 +1,1 @@
+"""Encoders that were fitted: saving, loading, and those that come with the library."""

@@ -1,0 +1,1 @@
+"""What serving any framework needs: reports, tallies, masks, changes while attached."""

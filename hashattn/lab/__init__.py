@@ -1,0 +1,1 @@
+"""Everything that is not needed to attend: capturing, fitting, judging, timing, the demo."""

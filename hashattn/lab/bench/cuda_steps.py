@@ -1,0 +1,143 @@
+"""The decode steps that are measured on a GPU: the fused step alone, and with everything that a token needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from hashattn.attention import HashAttention
+from hashattn.cache.kv_cache import KVCache
+from hashattn.core.naming import short
+from hashattn.encoders import AsymmetricHash, SimHash
+from hashattn.encoders.base import Encoder
+from hashattn.index import FlatHamming
+from hashattn.lab.bench.caches import random_cache, twin
+from hashattn.lab.bench.cases import DTYPES, Case
+from hashattn.lab.bench.cuda_inputs import Layer
+from hashattn.ops import decode
+from hashattn.ops.decode import Rule, Scratch, Sizes, gpu
+from hashattn.selectors import LocalTopK, Selector, TopK
+
+Result = tuple[Tensor, ...]  # out, lse, ids, and tiers where the rule has them
+
+
+def selectors(case: Case, per: str) -> dict[str, Selector]:
+    """What chooses the keys, by name: each is a line of the table, where it is served. TopK must be.
+
+    Args:
+        per: "query_head" or "kv_head".
+    """
+    return {
+        "TopK": TopK(k=case.k, per=per),
+        "LocalTopK": LocalTopK(k=-(-case.k // 16) * 16, per=per),
+    }
+
+
+def encoders(bits: int) -> dict[str, Encoder]:
+    """What encodes the newest query and key of a whole step, by name: each is a column of the table."""
+    return {
+        "linear": SimHash(bits),
+        "MLP": AsymmetricHash(bits),  # d-256-256-bits for queries, as in DASH-KV
+    }
+
+
+def rule(case: Case, selector: Selector) -> Rule:
+    """What the selector asks of the fused step.
+
+    Raises:
+        ValueError: it cannot be asked.
+    """
+    found = selector.rule(case.q_heads // case.kv_heads)
+    if found is None:
+        raise ValueError(f"the fused step does not serve {short(selector)}")
+    return found
+
+
+def why_not(case: Case, bits: int, selector: Selector, planes: int = 1) -> str | None:
+    """Why the fused step does not serve a case, as the end of a sentence; None if it does."""
+    asked = rule(case, selector)
+    reason = decode.why_not(
+        device="cuda", dtype=DTYPES[case.dtype], head_dim=case.head_dim, group=case.q_heads // case.kv_heads,
+        tokens=1, words=bits // 64, planes=planes, rule=asked,
+    )  # fmt: skip
+    if reason is not None:
+        return reason
+    try:
+        Sizes(
+            case.batch, case.q_heads, case.kv_heads, 1, case.head_dim, case.keys, case.keys, planes, bits // 64, asked
+        )
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def kernels() -> str:
+    """What the step is written in that runs on the current GPU: "CUDA C++" or "Triton"."""
+    return gpu.kernels(torch.device("cuda"))
+
+
+def has_stages(rule: Rule) -> bool:
+    """Whether the step's scan is a kernel of its own."""
+    return rule.chunks is None or kernels() == "Triton"
+
+
+def first_bounds(layer: Layer, rule: Rule) -> Tensor:
+    """The bounds of a layer's first step, which rewrites them for the next one."""
+    return torch.zeros(_sizes(layer, 0, rule).state, dtype=torch.int32, device=layer.keys.device)
+
+
+def fused(
+    layer: Layer, i: int, bounds: Tensor, rule: Rule, scratch: Scratch, scan_only: bool = False, triton: bool = False
+) -> Result:  # fmt: skip
+    """The step with a layer's query i, or its first kernel alone; with tiers, logits of medium keys are estimated."""
+    workspace = scratch.workspace(_sizes(layer, i, rule).workspace, layer.keys.device)
+    scale = layer.q[i].shape[-1] ** -0.5
+    given = (
+        layer.q[i], layer.query[i], layer.keys, layer.values, layer.codes, layer.starts, layer.length, bounds,
+    )  # fmt: skip
+    if not triton and rule.critical is None:
+        return gpu.decode(*given, rule, workspace, scale=scale, scan_only=scan_only)
+    from hashattn.ops.decode import triton as written_in_triton
+
+    if rule.critical is None:
+        return written_in_triton.decode(*given, rule, workspace, scale=scale, scan_only=scan_only)
+    assert layer.estimate is not None
+    return written_in_triton.decode_tiers(*given, layer.estimate, rule, workspace, scale=scale)
+
+
+def _sizes(layer: Layer, i: int, rule: Rule) -> Sizes:
+    return Sizes.of(layer.q[i], layer.query[i], layer.keys, layer.codes, rule)
+
+
+def whole_caches(
+    case: Case, encoder: Encoder, layers: Sequence[Layer], *, room: int, scratch: Scratch
+) -> list[KVCache]:  # fmt: skip
+    """A cache for each layer, of as many other keys, with room for more."""
+    attn = HashAttention(encoder, FlatHamming(), TopK(k=1))
+    return [
+        random_cache(
+            attn, (case.batch, case.kv_heads, case.head_dim), case.keys, capacity=case.keys + room, scratch=scratch,
+            dtype=DTYPES[case.dtype], seed=seed, device=layer.keys.device,
+        )
+        for seed, layer in enumerate(layers)
+    ]  # fmt: skip
+
+
+def whole(
+    attn: HashAttention, layers: Sequence[Layer], caches: Sequence[KVCache]
+) -> Callable[[Layer, int], Tensor]:  # fmt: skip
+    """A step with encode and append: of a layer and the number of its query, whose newest key it appends."""
+    decoders = {id(layer): attn.decoder(twin(cache)) for layer, cache in zip(layers, caches, strict=True)}
+    newest = {id(layer): [newest_of(layer, i) for i in range(len(layer.q))] for layer in layers}
+
+    def step(layer: Layer, i: int) -> Tensor:
+        return decoders[id(layer)](layer.q[i], *newest[id(layer)][i])
+
+    return step
+
+
+def newest_of(layer: Layer, i: int) -> tuple[Tensor, Tensor]:
+    """A key and a value, [B, Hkv, 1, D], for query i to come with."""
+    return layer.keys[:, :, i : i + 1].contiguous(), layer.values[:, :, i : i + 1].contiguous()

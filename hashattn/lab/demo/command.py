@@ -1,0 +1,86 @@
+"""`hashattn demo`: its arguments, and what it says."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from hashattn.core.errors import UserError, refusals
+from hashattn.lab.bench.report import environment
+from hashattn.lab.commands import Help, add_device, check_file, check_picture, device_of, for_people, write_json
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to argparse's subparsers."""
+    demo: argparse.ArgumentParser = commands.add_parser(
+        "demo", help="find a fact in a long text with full attention and with a preset",
+        description="A fact is placed in a long text and asked for, with full attention and with a preset.",
+        formatter_class=Help,
+    )  # fmt: skip
+    demo.add_argument(
+        "--model", metavar="ID|DIR|GGUF", help="hub id, folder or GGUF file; SmolLM2-135M-Instruct if left out"
+    )
+    demo.add_argument(
+        "--preset", default="dashkv_fast", metavar="NAME[:OPTION=X,...]",
+        help="with options, such as simhash_topk:query_bits=4; hashattn presets lists the names",
+    )  # fmt: skip
+    demo.add_argument("--text", metavar="FILE", help="the long text, in UTF-8; Shakespeare if left out")
+    demo.add_argument(
+        "--question", help="your own about the text, in which no fact is placed then; about that fact if left out"
+    )
+    demo.add_argument("--context", type=int, metavar="N", help="length of the prompt in tokens; about 8000 if left out")
+    demo.add_argument(
+        "--budget", type=float, metavar="X", help="share of the keys to read; the preset's own if left out"
+    )
+    demo.add_argument(
+        "--encoder", metavar="DIR|NAME|none",
+        help="fitted encoders; those that come with the library for its own model if left out, none for unfitted ones",
+    )  # fmt: skip
+    add_device(demo)
+    demo.add_argument("--json", metavar="FILE", help="write all figures to this file, - for standard output")
+    demo.add_argument("--plot", metavar="FILE.png", help="write the picture of the keys read to this file")
+    demo.set_defaults(run=run, stopped=stopped)
+    return demo
+
+
+def stopped(arguments: argparse.Namespace) -> str:
+    """What a stopped run leaves, and how to go on."""
+    return "nothing was written; the same command begins anew, and a shorter --context takes less time"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check the arguments, run, write and print; returns the exit status."""
+    with refusals():
+        check_file("json", arguments.json, stdout=True)
+        check_picture("plot", arguments.plot)
+        if arguments.context is not None and arguments.context < 1:
+            raise UserError(f"--context must be at least 1 token, got {arguments.context}")
+        if arguments.question is not None and not arguments.question.strip():
+            raise UserError("--question is empty: ask something, or leave it out for the fact that is placed")
+        device = device_of(arguments.device)
+
+        from hashattn.lab.demo.run import run_demo
+        from hashattn.lab.demo.show import picture, save_plot, table
+
+    result = run_demo(
+        model=arguments.model, preset=arguments.preset, text=arguments.text, question=arguments.question,
+        context=arguments.context, budget=arguments.budget, encoder=arguments.encoder, device=str(device),
+        progress=not arguments.quiet,
+    )  # fmt: skip
+    try:
+        if arguments.json:
+            write_json(arguments.json, environment(arguments.command_line, device.type) | result.as_json())
+        if arguments.plot:
+            save_plot(result, arguments.plot)
+    finally:  # what was measured is shown, whether or not it could be written
+        say = for_people(arguments.json)
+        say(f"\n{result.tokens:,} tokens were read in {result.prefill_seconds:.0f} s (densely, once for all).")
+        say(f"Question: {result.question}\n")
+        say(table(result))
+        say(f"\nThe answers of full attention and {result.preset} {'agree' if result.agree else 'differ'}.")
+        say('"full, our cache" is full attention over a cache that appends in place: the honest baseline for speed.\n')
+        say(result.layers)
+        for note in result.notes:
+            say(f"note: {note}")
+        say(f"\n{picture(result)}")
+    return 0

@@ -1,0 +1,39 @@
+"""`hashattn presets`: all presets in a table."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from hashattn.core.errors import refusals
+from hashattn.lab.commands import STDOUT, Help, check_file, write_json
+from hashattn.presets.listing import listing, table
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to argparse's subparsers."""
+    each: argparse.ArgumentParser = commands.add_parser(
+        "presets", help="a table of all presets",
+        description="All presets: paper, what must be fitted first (hashattn fit --preset), whether they take a share "
+        "of the keys (--budget), and which engines serve a decode step on this machine. hashattn explain NAME says "
+        "more of one.",
+        formatter_class=Help,
+    )  # fmt: skip
+    each.add_argument(
+        "--json", nargs="?", const=STDOUT, metavar="FILE",
+        help="the same with all options for programs, to this file; standard output if none is named",
+    )  # fmt: skip
+    each.set_defaults(run=run)
+    return each
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table, or write it; returns the exit status."""
+    with refusals():
+        check_file("json", arguments.json, stdout=True)
+    lines = listing()
+    if arguments.json is None:
+        print(table(lines))
+    else:
+        write_json(arguments.json, [line.as_json() for line in lines])
+    return 0
