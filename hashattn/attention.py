@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hashattn.attend import Attend, ExactAttend
-from hashattn.attend.dense import dense
 from hashattn.cache.kv_cache import KVCache
-from hashattn.core.checks import check_finite, check_float, check_kv, check_q
+from hashattn.core.checks import check_finite, check_float, check_int, check_kv, check_q
 from hashattn.core.lasting import lasting
-from hashattn.core.naming import short
 from hashattn.core.types import Output, Selection, Step
-from hashattn.core.votes import Shown
 from hashattn.encoders import Encoder
-from hashattn.engines import gpu as fused
-from hashattn.engines.choose import Shape, crossover, resolve
+from hashattn.engines.base import Call, Request
+from hashattn.engines.choose import AUTO, DENSE, Choice, choose, engine_name, ever_searches, searching
 from hashattn.engines.decoder import Decoder
-from hashattn.engines.parts import check_composition
+from hashattn.engines.dense import show
+from hashattn.engines.parts import Parts
 from hashattn.engines.plan import Plan, explain
-from hashattn.engines.stages import Call, joined
 from hashattn.index import Index
 from hashattn.ops.decode.scratch import Scratch
 from hashattn.selectors import Selector
@@ -42,9 +41,9 @@ class HashAttention:
         index: keeps the codes and scans them; None likewise.
         selector: which keys a query keeps; None for DenseAttend.
         attend: the softmax over what is kept.
-        engine: "reference" (plain PyTorch, any device), "cpu" (FAISS's scan and numpy), "triton" (a fused step on an
-            NVIDIA GPU), "dense" (full attention, no index), or "auto": the fastest of these, by what a step reads and
-            does (hashattn/engines/choose.py).
+        engine: "reference" (plain PyTorch, any device), "cpu" (FAISS's scan and numpy), "gpu" (a fused step on an
+            NVIDIA GPU, in CUDA C++ or Triton; "triton" is its other name), "dense" (full attention, no index), or
+            "auto": the fastest of these, by what a step reads and does (hashattn/engines/choose.py).
         dense_layers: layers of a model that attend densely; negative numbers count from the last.
 
     Raises:
@@ -59,7 +58,10 @@ class HashAttention:
     dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        check_composition(self)
+        object.__setattr__(self, "engine", engine_name(self.engine))
+        if not isinstance(self.dense_layers, tuple) or not all(type(i) is int for i in self.dense_layers):
+            raise TypeError(f"dense_layers must be a tuple of layer numbers, got {self.dense_layers!r}")
+        _ = self.parts  # which raises for those that do not fit
 
     @classmethod
     def from_preset(cls, name: str, **options: Any) -> HashAttention:
@@ -128,7 +130,7 @@ class HashAttention:
 
     def decoder(self, cache: KVCache) -> Decoder:
         """Decode steps on a cache with a capacity that a CUDA graph can capture; see :class:`hashattn.Decoder`."""
-        return Decoder(self, cache)
+        return Decoder(self.parts, cache, searches=self.searches)
 
     def __call__(
         self, q: Tensor, k: Tensor | KVCache, v: Tensor | None = None, *, scale: float | None = None,
@@ -177,36 +179,10 @@ class HashAttention:
             need_lse, need_weights: whether Output carries these.
         """
         with cache.guard:
-            return self._run(q, cache, scale, causal, step or Step(), need_lse, need_weights)
-
-    def _run(
-        self, q: Tensor, cache: KVCache, scale: float | None, causal: bool, step: Step, need_lse: bool,
-        need_weights: bool,
-    ) -> tuple[Output, Selection | None]:  # fmt: skip
-        engine = self.engine_for(q, cache)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        tokens = q.shape[2]
-        warmup = cache.warmup if self.encoder is not None else 0  # what ranks nothing needs no centre
-        if engine == "dense" or cache.longest == 0 or (warmup and not any(cache.ready)):
-            self.observe(q, cache, scale=scale, causal=causal, step=step)
-            seen = cache.seen(tokens, causal)
-            return dense(q, cache.keys, cache.values, seen, scale, need_lse=need_lse, need_weights=need_weights), None
-        assert self.selector is not None
-        fewest = cache.shortest - (tokens - 1 if causal else 0)  # keys that the shortest-sighted query sees
-        if engine == "triton" and fewest >= warmup and not need_weights and not needs_grad(q, cache, self.attend):
-            return fused.step(self, q, cache, scale, causal)
-        call = Call(self, cache, scale, engine, step, need_lse, need_weights)
-        spans = cache.spans(tokens, causal)
-        if not self.selector.observes:
-            return call.search(q, spans)
-        self.selector.settle(cache.votes, cache.keys, cache._starts, step.layer)
-        if not self.selector.one_by_one:
-            return call.search(q, spans)
-        parts = [
-            call.search_and_vote(q[:, :, t : t + 1], [row[t : t + 1] for row in spans], len(cache) - tokens + t)
-            for t in range(tokens)
-        ]
-        return parts[0] if tokens == 1 else joined(parts)
+            choice = self.choice(q, cache)
+            engine = choice.at(cache.longest) if self.parts.can_search(cache) else DENSE
+            call = Call(_scale(q, scale), causal, step or Step(), need_lse, need_weights)
+            return engine.prepare(self.parts, cache, Request.of(q, cache))(q, cache, call)
 
     def observe(
         self, q: Tensor, cache: KVCache, *, scale: float | None = None, causal: bool = True, step: Step | None = None
@@ -216,41 +192,47 @@ class HashAttention:
         run() does so by itself; who attends elsewhere, as in a prefill, calls it. Most selectors look at nothing, and
         none at a position twice.
         """
-        if self.selector is None or not self.selector.observes or cache.longest == 0:
-            return
-        tokens = q.shape[2]
-        known = max(0, cache.votes.queries.end - (len(cache) - tokens))
-        if known < tokens:
-            scale = q.shape[-1] ** -0.5 if scale is None else scale
-            layer = step.layer if step is not None else 0
-            shown = Shown(cache.votes, q.detach(), cache.keys, cache.spans(tokens, causal), scale, layer)
-            self.selector.observe(shown.part(known, tokens) if known else shown)
+        show(self.selector, q, cache, Call(_scale(q, scale), causal, step or Step()))
 
-    def engine_for(self, q: Tensor, cache: KVCache) -> str:
-        """The engine that serves these queries on this cache: "dense", "reference", "cpu" or "triton".
+    @cached_property
+    def parts(self) -> Parts:
+        """What engines need of it."""
+        return Parts(self.encoder, self.index, self.selector, self.attend)
+
+    @property
+    def searches(self) -> bool:
+        """Whether it may search at all: not with engine="dense", nor with DenseAttend."""
+        return ever_searches(self.parts, self.engine)
+
+    def searching(self, device: torch.device | str) -> HashAttention:
+        """The same, which searches at any length on such a device: "auto" becomes an engine that serves everything."""
+        return self if self.engine != AUTO else self.replace(engine=searching(self.parts, device))
+
+    def choice(self, q: Tensor, cache: KVCache) -> Choice:
+        """Which engine serves these queries on this cache, from how many keys on, and why not another.
 
         Raises:
-            TypeError, ValueError: they do not go together.
+            TypeError, ValueError: they do not go together, or the engine that was named does not serve them.
         """
         if not isinstance(q, Tensor):
             raise TypeError(f"q must be a tensor, got {type(q).__name__}")
         fits = self.encoder.fits if self.encoder is not None else 0
-        call = (self, fits, q.shape, q.dtype, q.device, torch.get_num_threads())
-        if cache.admitted is None or cache.admitted[0] != call or q.shape[2] > len(cache):
+        threads = torch.get_num_threads()
+        kind = (q.shape, q.dtype, q.device, cache.batch, cache.kv_heads, cache.head_dim, cache.kind, fits, threads)
+        own = (cache.encoder, cache.index, cache.with_norms) == (self.encoder, self.index, self.attend.needs_norms)
+        known = self._choices.get(kind) if own and q.shape[2] <= len(cache) else None
+        if known is None:
             self.check_call(q, cache)
-            kind = q.device.type
-            shape = Shape(cache.batch, q.shape[1], cache.kv_heads, cache.head_dim, q.element_size())
-            unfused = fused.why_not(
-                self, device=kind, dtype=q.dtype, q_heads=q.shape[1], kv_heads=cache.kv_heads,
-                head_dim=cache.head_dim, tokens=q.shape[2], batch=cache.batch,
-            )  # fmt: skip
-            least = crossover(self, q.device, shape) if kind != "cuda" or unfused is None else None
-            cache.admitted = call, least, unfused  # the next call like it needs no second look
-        return resolve(self, q.device.type, cache.longest, *cache.admitted[1:])
+            known = self._choices[kind] = choose(self.parts, Request.of(q, cache), self.engine)
+        return known
+
+    @cached_property
+    def _choices(self) -> dict[Hashable, Choice]:
+        return {}
 
     def check_call(self, q: Tensor, cache: KVCache) -> None:
         """Raise unless these queries can attend to this cache."""
-        self.check_cache(cache)
+        self.parts.check_cache(cache)
         if len(cache) == 0:
             raise ValueError("the cache is empty: append keys and values first")
         check_float(q=q, keys=cache.keys)
@@ -258,26 +240,17 @@ class HashAttention:
         if self.encoder is not None:
             self.encoder.check_model(q.shape[1], cache.kv_heads, cache.head_dim)
 
-    def check_cache(self, cache: KVCache) -> None:
-        """Raise ValueError unless the cache was made by a composition with the same encoder, index and norms."""
-        if self.encoder is None:  # keys and values are all it reads
-            return
-        for name, own, held in (
-            ("encoder", self.encoder, cache.encoder),
-            ("index", self.index, cache.index),
-            ("norms", self.attend.needs_norms, cache.with_norms),
-        ):
-            if own != held and (name != "norms" or own):
-                raise ValueError(
-                    f"this cache is of another composition: its {name} is {short(held)}, here it is {short(own)}"
-                )
-
     def explain(
         self, *, batch: int = 1, q_heads: int, kv_heads: int, head_dim: int, keys: int, device: str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
     ) -> Plan:  # fmt: skip
         """The query plan of one decode step of one layer: engines, bytes against dense, memory of codes, crossover."""
-        return explain(self, batch, q_heads, kv_heads, head_dim, keys, device, dtype)
+        sizes = {"batch": batch, "q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim, "keys": keys}
+        batch, q_heads, kv_heads, head_dim, keys = (check_int(name, size, 1) for name, size in sizes.items())
+        if q_heads % kv_heads:
+            raise ValueError(f"q_heads must be a multiple of kv_heads, got {q_heads} and {kv_heads}")
+        request = Request(torch.device(device), dtype, batch, q_heads, kv_heads, head_dim)
+        return explain(self.parts, request, keys, self.engine)
 
     def attach(self, model: nn.Module, *, strict: bool = True, **options: Any) -> Handle:
         """Serve a Hugging Face model's decoding; see :func:`hashattn.integrations.transformers.attach`."""
@@ -285,14 +258,14 @@ class HashAttention:
 
         return attach(self, model, strict=strict, **options)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # what is derived is made again
+
     def __repr__(self) -> str:
         fields = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)]
         shown = [f"{name}={value!r}" for name, value, default in fields if value != default]
         return f"HashAttention({', '.join(shown)})"
 
 
-def needs_grad(q: Tensor, cache: KVCache, attend: Attend) -> bool:
-    """Whether a gradient of queries, keys, values or weights is wanted, which only the reference gives."""
-    weights = attend.parameters() if isinstance(attend, nn.Module) else ()
-    wanted = q.requires_grad or cache.wants_grad or any(w.requires_grad for w in weights)
-    return torch.is_grad_enabled() and wanted
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale

@@ -1,5 +1,6 @@
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,10 +31,10 @@ from hashattn import (
     Tiers,
     TopK,
 )
-from hashattn import attention as attention_module
 from hashattn.attend.mixed import CodeResidual
-from hashattn.engines import plan as plan_module
-from hashattn.engines.choose import Shape, crossover
+from hashattn.engines import cost
+from hashattn.engines.base import Request
+from hashattn.engines.choose import choose
 from tests.structured import (
     attention64,
     poison,
@@ -135,7 +136,7 @@ BINARY = {"encoder": SimHash(64), "index": FlatHamming()}
             ["MixedPrecision", "binary", "Identity()", "SimHash(bits=128)"],
         ),
         (ValueError, {"selector": Sink(4), "attend": MixedPrecision()}, ["MixedPrecision", "binary", "None"]),
-        (ValueError, {**BINARY, "selector": TopK(k=3), "engine": "gpu"}, ["engine", "gpu", "reference"]),
+        (ValueError, {**BINARY, "selector": TopK(k=3), "engine": "npu"}, ["engine", "npu", "reference"]),
         (TypeError, {"encoder": "simhash", "index": FlatHamming(), "selector": TopK(k=3)}, ["encoder", "simhash"]),
         (TypeError, {**BINARY, "selector": 3}, ["selector", "3"]),
         (TypeError, {**BINARY, "index": SimHash(), "selector": TopK(k=3)}, ["index", "SimHash"]),
@@ -286,8 +287,8 @@ def test_auto_searches_from_the_crossover_on(monkeypatch):
     q, k, v = qkv(7, keys=65)
     attn = HashAttention(WARM, FlatHamming(), Sink(1) | Momentum(TopK(share=0.2, per="kv_head")))
     for bound in (64, 65, 66, None):
-        monkeypatch.setattr(attention_module, "crossover", lambda *_, least=bound: least)
-        monkeypatch.setattr(plan_module, "crossover", lambda *_, least=bound: least)
+        monkeypatch.setattr(cost, "crossover", lambda *_, least=bound: least)
+        attn = attn.replace()  # which knows no choices yet
         cache = attn.new_cache(1, 2, 16)
         cache.append(k, v)
         searches = bound is not None and bound <= 65
@@ -298,29 +299,32 @@ def test_auto_searches_from_the_crossover_on(monkeypatch):
 
 
 def test_the_crossover_follows_what_a_step_reads_and_does():
-    shape = Shape(1, 32, 8, 128, 4)
+    shape = Request(torch.device("cpu"), torch.float32, 1, 32, 8, 128)
 
-    def least(selector, attend=ExactAttend(), encoder=SimHash(128), shape=shape, threads=1):  # noqa: B008
-        return crossover(HashAttention(encoder, FlatHamming(), selector, attend), "cpu", shape, threads)
+    def crossover(attn, **changes):
+        return choose(attn.parts, replace(shape, **changes)).crossover
+
+    def least(selector, attend=ExactAttend(), encoder=SimHash(128), **changes):  # noqa: B008
+        return crossover(HashAttention(encoder, FlatHamming(), selector, attend), **{"threads": 1, **changes})
 
     shared = TopK(k=256, per="kv_head")
     assert 512 <= least(shared) <= 4096
     assert least(shared) < least(TopK(k=256))
     assert least(shared) < least(Consensus(shared))
     assert least(shared) < least(TopK(k=2048, per="kv_head"))
-    assert least(shared, shape=Shape(1, 32, 8, 128, 2)) < 2 * least(shared)  # 16-bit keys are converted to be read
-    assert least(shared) < least(shared, shape=Shape(1, 9, 3, 64, 4))
+    assert least(shared, dtype=torch.bfloat16) < 2 * least(shared)  # 16-bit keys are converted to be read
+    assert least(shared) < least(shared, q_heads=9, kv_heads=3, head_dim=64)
     assert least(TopK(k=256), encoder=SimHash(128, 8)) > least(TopK(k=256))
     assert least(shared, threads=2) > least(shared)
     assert least(Tiers(0.3, 0.9), MixedPrecision()) is None  # reads more than dense attention does
     assert least(TopK(k=256), attend=MixedPrecision()) > least(TopK(k=256))
     attn = HashAttention(SimHash(128), FlatHamming(), shared)
-    assert crossover(attn, "cuda", shape) is None
-    assert crossover(HashAttention(attend=DenseAttend()), "cpu", shape) is None
-    assert crossover(HashAttention(Identity(), FlatDot(), shared), "cpu", shape) is None
-    assert crossover(HashAttention(selector=Sink(4) | Recent(60)), "cpu", shape, 1) < least(shared)
+    assert crossover(attn, device=torch.device("cuda")) is None
+    assert crossover(HashAttention(attend=DenseAttend())) is None
+    assert crossover(HashAttention(Identity(), FlatDot(), shared)) is None
+    assert crossover(HashAttention(selector=Sink(4) | Recent(60)), threads=1) < least(shared)
     with pytest.raises(ValueError, match="threads must be an int of at least 1, got 0"):
-        crossover(attn, "cpu", shape, threads=0)
+        crossover(attn, threads=0)
 
 
 @pytest.mark.parametrize("other", [HashAttention(selector=Sink(1) | Recent(3), engine="reference")])
@@ -492,7 +496,7 @@ def test_explain_of_dense_attention_reads_keys_and_values_once():
 
 def test_explain_says_what_auto_would_run_and_why():
     shared = ATTN.replace(engine="auto", selector=TopK(share=0.2, per="kv_head"))
-    least = crossover(shared, "cpu", Shape(3, 8, 2, 64, 2))
+    least = choose(shared.parts, Request(torch.device("cpu"), torch.bfloat16, 3, 8, 2, 64)).crossover
     assert shared.explain(**{**SIZES, "keys": least}).engine == "cpu"
     below = str(shared.explain(**{**SIZES, "keys": least - 1}))
     assert below.startswith("engine: dense")
@@ -500,7 +504,7 @@ def test_explain_says_what_auto_would_run_and_why():
     assert f"dense below {least:,} keys" in below
     assert "nothing faster was measured" in str(ATTN.replace(engine="auto").explain(**SIZES, device="cuda"))
     text = str(ATTN.explain(**SIZES))
-    assert 'engine="cpu" scans faster here' in text
+    assert 'engine="cpu" is faster here' in text
     assert "full attention reads" in text
 
 
@@ -542,8 +546,8 @@ def test_an_unfitted_encoder_warns_in_a_call():
 
 def test_the_fused_engine_says_what_it_cannot_take():
     q, k, v = qkv(1, keys=400, dim=64)
-    attn = HashAttention(SimHash(128), FlatHamming(), TopK(k=9), engine="triton")
-    with pytest.raises(ValueError, match='engine="triton" cannot take this step: its kernels need an NVIDIA GPU'):
+    attn = HashAttention(SimHash(128), FlatHamming(), TopK(k=9), engine="gpu")
+    with pytest.raises(ValueError, match='engine="gpu" cannot take this step: its kernels need an NVIDIA GPU'):
         attn(q, k, v)
     shape = {"q_heads": 4, "kv_heads": 2, "head_dim": 64, "keys": 4000, "device": "cuda"}
     pytest.importorskip("triton")
@@ -565,15 +569,15 @@ def test_the_fused_engine_says_what_it_cannot_take():
     ):
         assert reason in str(other.explain(**shape))
         with pytest.raises(ValueError, match=reason):
-            other.replace(engine="triton").explain(**shape)
+            other.replace(engine="gpu").explain(**shape)
     for served in (
         TopK(k=9, per="kv_head"), Sink(4) | Recent(4) | TopK(share=0.1), Threshold(radius=20, limit=9),
         Recent(4) | Tiers(0.1, 0.2, per="kv_head"),
     ):  # fmt: skip
         for attend in (ExactAttend(), MixedPrecision()):
-            assert attn.replace(selector=served, attend=attend).explain(**shape).engine == "triton"
+            assert attn.replace(selector=served, attend=attend).explain(**shape).engine == "gpu"
     local = attn.replace(selector=Sink(4) | LocalTopK(64)).explain(**shape)
-    assert local.engine == "triton" and "keeps the nearest of each chunk" in str(local)
+    assert local.engine == "gpu" and "keeps the nearest of each chunk" in str(local)
 
 
 def test_a_decoder_refuses_what_a_graph_could_not_keep():

@@ -1,4 +1,4 @@
-"""Gradients where engine="triton" is asked for: the reference gives them, whichever of q, k and v wants one."""
+"""Gradients where engine="gpu" is asked for: the reference gives them, whichever of q, k and v wants one."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_each_of_q_k_and_v_is_asked(wanted, monkeypatch):
     monkeypatch.setattr(decode, "DEVICES", ("cuda", "cpu"))
     named = dict(zip("qkv", qkv(3, 1, keys=90, dim=64), strict=True))
     named[wanted].requires_grad_()
-    attn = HashAttention(SimHash(64), FlatHamming(), Sink(2) | TopK(k=20), engine="triton")
+    attn = HashAttention(SimHash(64), FlatHamming(), Sink(2) | TopK(k=20), engine="gpu")
     found, expected = [], []
     for own, gradients in ((attn, found), (attn.replace(engine="reference"), expected)):
         out = own(*named.values())

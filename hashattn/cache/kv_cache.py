@@ -67,7 +67,6 @@ class KVCache:
         self._ready = [self.warmup == 0] * self.batch  # rows whose centre is frozen
         self._centre: Tensor | None = None
         self._fits = encoder.fits if encoder is not None else 0
-        self.admitted: tuple[object, int | None, str | None] | None = None  # HashAttention's: the last call checked
         self.votes = Votes(capacity)
         self.guard = Guard()
         self.on_device = DeviceState(scratch if scratch is not None else Scratch())
@@ -161,9 +160,9 @@ class KVCache:
         return centring.warmup if centring is not None else 0
 
     @property
-    def crossover(self) -> int | None:
-        """Visible keys from which the last composition that attended here searches with engine="auto"."""
-        return self.admitted[1] if self.admitted is not None else None
+    def kind(self) -> tuple[torch.dtype, torch.device] | None:
+        """Type and device of what it holds; None before the first keys."""
+        return None if self._keys.empty else (self._keys.storage.dtype, self._keys.storage.device)
 
     @property
     def ready(self) -> list[bool]:
@@ -289,7 +288,7 @@ class KVCache:
             self._centre = self._centre.index_select(0, rows)
         self._starts = [self._starts[r] for r in picked]
         self._ready = [self._ready[r] for r in picked]
-        self.batch, self.admitted = len(picked), None
+        self.batch = len(picked)
 
     def reorder(self, rows: Tensor | Sequence[int]) -> None:
         """Reorder rows, as beam search does: row i becomes what row rows[i] was; int [batch].
@@ -490,13 +489,13 @@ class KVCache:
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         twin = copy.copy(self)
         for name, value in self.__dict__.items():
-            if name not in ("encoder", "index", "admitted", "on_device"):  # parts are shared
+            if name not in ("encoder", "index", "on_device"):  # parts are shared
                 twin.__dict__[name] = copy.deepcopy(value, memo)
         twin.on_device = DeviceState(copy.deepcopy(self.on_device.scratch, memo))
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "admitted": None, "on_device": None}  # pointed to by steps of this process alone
+        return {**self.__dict__, "on_device": None}  # pointed to by steps of this process alone
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, on_device=DeviceState(Scratch()))

@@ -1,1 +1,1 @@
-"""Which engine serves a step, and how."""
+"""Which engine serves a step, and how: dense, reference, cpu and gpu, and the one choice between them."""

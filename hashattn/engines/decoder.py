@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hashattn.cache.kv_cache import KVCache
 from hashattn.core.checks import check_float, check_kv, check_q
 from hashattn.core.lasting import lasting
 from hashattn.engines import dense_steps
-from hashattn.engines import gpu as fused
+from hashattn.engines.base import Request
+from hashattn.engines.dense import Dense
+from hashattn.engines.gpu import Gpu, Prepared, packed
+from hashattn.engines.parts import Parts
 from hashattn.ops.decode import Map, why_not_encode
 from hashattn.ops.decode.estimate import key_norms
 from hashattn.ops.decode.sizes import counters
-
-if TYPE_CHECKING:
-    from hashattn.attention import HashAttention
-    from hashattn.cache.kv_cache import KVCache
 
 
 class Decoder:
@@ -29,7 +28,8 @@ class Decoder:
     change, :meth:`follow`. Beyond the capacity nothing is written and the output is NaN.
 
     Args:
-        attn: a composition that engine="triton" serves, or one that attends densely (engine="dense").
+        parts: of a composition that engine="gpu" serves, if its steps search.
+        searches: whether they do; otherwise they attend densely.
         cache: made by it with a capacity, filled, beyond the warm-up of its centring if it is searched.
 
     Attributes:
@@ -41,14 +41,14 @@ class Decoder:
     """
 
     @lasting
-    def __init__(self, attn: HashAttention, cache: KVCache) -> None:
-        attn.check_cache(cache)
+    def __init__(self, parts: Parts, cache: KVCache, *, searches: bool = True) -> None:
+        parts.check_cache(cache)
         if cache.capacity is None:
             raise ValueError("cache must have a capacity, which a graph cannot change: new_cache(..., capacity=...)")
-        self.dense = attn.engine == "dense" or not attn.attend.needs_selection
+        self.dense, self.engine = not searches, Gpu() if searches else Dense()
         self._check_filled(cache)
-        device, encoder = cache.keys.device, attn.encoder
-        self.attn, self.cache = attn, cache
+        device, encoder = cache.keys.device, parts.encoder
+        self.parts, self.cache = parts, cache
         self.keys, self.values = cache.storage("keys").detach(), cache.storage("values").detach()
         self.starts = cache.on_device.starts(cache._starts, device)
         self.length = torch.empty(1, dtype=torch.int32, device=device)
@@ -61,7 +61,7 @@ class Decoder:
             if why_not_encode(encoder.widths()) is None:
                 self.maps = encoder.maps(cache.head_dim, device)
             self.centre = cache.centre.float().clone(memory_format=torch.contiguous_format)
-        self._prepared: dict[tuple[int, int], fused.Prepared] = {}
+        self._prepared: dict[tuple[int, int], Prepared] = {}
         self.follow()
         of_maps = [x for by in self.maps or () for x in by.tensors]
         held = self.keys, self.values, self.starts, self.length, self.found, self.centre
@@ -91,18 +91,16 @@ class Decoder:
         Raises:
             ValueError: they are not served.
         """
-        cache, encoder = self.cache, self.attn.encoder
+        cache, encoder = self.cache, self.parts.encoder
         if self.dense:
             return
-        reason = fused.why_not(
-            self.attn, device=self.keys.device.type, dtype=self.keys.dtype, q_heads=q_heads, kv_heads=cache.kv_heads,
-            head_dim=cache.head_dim, tokens=tokens, batch=cache.batch,
-        )  # fmt: skip
-        if reason is not None:
-            raise ValueError(f'engine="triton" cannot take this step: {reason}')
+        shape = cache.batch, q_heads, cache.kv_heads, cache.head_dim, tokens
+        reasons = Gpu().why_not(self.parts, Request(self.keys.device, self.keys.dtype, *shape))
+        if reasons:
+            raise ValueError(f'engine="gpu" cannot take this step: {"; ".join(reasons)}')
         assert encoder is not None
         encoder.check_model(q_heads, cache.kv_heads, cache.head_dim)
-        prepared, estimate = fused.prepare(self.attn, cache, q_heads, tokens), None
+        prepared, estimate = Prepared.of(self.parts, cache, q_heads, tokens), None
         if prepared.estimate is not None:
             assert self.centre is not None
             estimate = replace(prepared.estimate, centre=self.centre)  # which stays where it is
@@ -128,7 +126,7 @@ class Decoder:
             return dense_steps.attend(q, self.keys, self.values, self.starts, self.length, scale)
         from hashattn.ops.decode.library import append, encode  # registers operators
 
-        kind, encoder = (q.shape[1], q.shape[2]), self.attn.encoder
+        kind, encoder = (q.shape[1], q.shape[2]), self.parts.encoder
         prepared, arrived = self._prepared[kind], self._arrived[kind]
         assert encoder is not None and self.centre is not None
         held = self.keys, self.values, prepared.codes, self.length, arrived
@@ -137,7 +135,7 @@ class Decoder:
                 q, k, v, self.centre, self.maps, encoder.query_bits, *held, prepared.workspace, prepared.norms
             )
         else:
-            query = fused.packed(encoder, q)
+            query = packed(encoder, q)
             new_norms = key_norms(k, self.centre) if prepared.norms is not None else None
             append(k, v, encoder.encode_key(k, self.centre), *held, new_norms, prepared.norms)
         output, selection = prepared.step(q, query, self.length, scale, True)
@@ -182,7 +180,7 @@ class Decoder:
 
     def fits(self, cache: KVCache) -> bool:
         """Whether it is of this cache, whose memory is where it was, and its encoder what it was."""
-        encoder = self.attn.encoder
+        encoder = self.parts.encoder
         held = cache.storage("keys")
         same = self.cache is cache and (self.keys.data_ptr(), self.keys.shape) == (held.data_ptr(), held.shape)
         return same and (encoder is None or encoder.fits == self._encoder_fits)

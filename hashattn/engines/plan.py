@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-import torch
-
-from hashattn.core.checks import check_int
-from hashattn.engines.choose import Shape, crossover, provenance, resolve
-from hashattn.engines.gpu import rule_of, why_not
-from hashattn.ops.decode import why_not_encode
-from hashattn.ops.decode.gpu import kernels, why_triton
-
-if TYPE_CHECKING:
-    from hashattn.attention import HashAttention
-    from hashattn.encoders import Encoder
-    from hashattn.selectors import Selector
+from hashattn.engines.base import Engine, PlanRow, Request
+from hashattn.engines.choose import AUTO, ENGINES, Choice, choose
+from hashattn.engines.parts import Parts
 
 
 @dataclass(frozen=True)
@@ -24,7 +15,7 @@ class Plan:
     """One decode step (T = 1) of one layer.
 
     Attributes:
-        engine: "dense", "reference", "cpu" or "triton".
+        engine: "dense", "reference", "cpu" or "gpu".
         stages: (stage, part and engine, remark) for encode, scan, select and attend.
         dense_bytes: read by full attention.
         scan_bytes: read to rank the keys: codes, and the keys that a selector looks at itself.
@@ -36,7 +27,7 @@ class Plan:
     """
 
     engine: str
-    stages: tuple[tuple[str, str, str], ...]
+    stages: tuple[PlanRow, ...]
     dense_bytes: int
     scan_bytes: int
     attend_bytes: int
@@ -69,142 +60,81 @@ class Plan:
         return "\n".join(lines)
 
 
-def explain(
-    attn: HashAttention, batch: int, q_heads: int, kv_heads: int, head_dim: int, keys: int, device: str,
-    dtype: torch.dtype,
-) -> Plan:  # fmt: skip
+def explain(parts: Parts, request: Request, keys: int, wanted: str) -> Plan:
     """See :meth:`HashAttention.explain`.
 
     Raises:
-        ValueError: sizes below 1, or q_heads that is no multiple of kv_heads.
+        ValueError: the engine that is wanted does not serve the step.
     """
-    sizes = {"batch": batch, "q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim, "keys": keys}
-    batch, q_heads, kv_heads, head_dim, keys = (check_int(name, size, 1) for name, size in sizes.items())
-    if q_heads % kv_heads:
-        raise ValueError(f"q_heads must be a multiple of kv_heads, got {q_heads} and {kv_heads}")
-    kind = torch.device(device).type
-    unfused = why_not(
-        attn, device=kind, dtype=dtype, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, batch=batch
-    )
-    shape, least = Shape(batch, q_heads, kv_heads, head_dim, dtype.itemsize), None
-    if kind != "cuda" or unfused is None:
-        least = crossover(attn, device, shape)
-    engine = resolve(attn, kind, keys, least, unfused)
-    row = head_dim * dtype.itemsize
-    kv_bytes = 2 * batch * kv_heads * keys * row
-    code_bytes = code_row = codes = 0
-    if attn.encoder is not None:
-        assert attn.index is not None
-        code_row = attn.encoder.code_bytes(head_dim, dtype.itemsize)
-        codes = batch * attn.encoder.code_heads(kv_heads) * keys
-        code_bytes = round(codes * attn.index.key_bytes(code_row))
-    if attn.attend.needs_norms:
-        code_bytes += 2 * batch * kv_heads * keys
-    scan_bytes, attend_bytes = 0, kv_bytes
-    if engine != "dense" and attn.selector is not None:
-        heads, times = attn.selector.choices(q_heads, kv_heads)
-        kept, critical = (min(keys, times * n) for n in (attn.selector.budget(keys), attn.selector.critical(keys)))
-        if attn.attend.needs_norms:  # medium keys cost a value, a norm and a code, not a key
-            attend_bytes = batch * heads * (critical * 2 * row + (kept - critical) * (row + 2 + code_row))
-        else:
-            attend_bytes = batch * heads * kept * 2 * row
-        if attn.selector.ranked and attn.encoder is not None:
-            assert attn.index is not None
-            scan_bytes = round(codes * attn.index.read_bytes(code_row))
-        scan_bytes += batch * heads * min(keys, times * attn.selector.looked_at(keys)) * row
-    stages = _stages(attn, engine, torch.device(device), least, unfused, q_heads // kv_heads)
-    return Plan(
-        engine, stages, kv_bytes, scan_bytes, attend_bytes, code_bytes, kv_bytes, least, provenance(device, shape)
-    )
+    choice = choose(parts, request, wanted)
+    engine = choice.at(keys)
+    size = step_bytes(parts, request, keys, engine.searches)
+    stage, remark = ("scan" if engine.searches else "attend"), _why(engine, choice, parts, request)
+    rows = [
+        row._replace(remark=remark) if row.stage == stage and not row.remark else row
+        for row in engine.rows(parts, request)
+    ]
+    return Plan(engine.name, tuple(rows), *size, choice.crossover, choice.measured)
+
+
+def _why(engine: Engine, choice: Choice, parts: Parts, request: Request) -> str:
+    """Why it is this engine, where a faster one might have been expected."""
+    if not parts.searches:
+        return "the composition attends densely"
+    home = next((e for e in ENGINES if e.device == request.device.type), engine)
+    cannot = choice.reasons[home.name]
+    if not engine.searches:
+        if choice.wanted != AUTO:
+            return f'engine="{choice.wanted}" was asked for'
+        if choice.crossover is not None:
+            return "below the crossover"
+        if not cannot:
+            return "nothing faster was measured on this device"
+        return f'engine="{home.name}" cannot take it: {"; ".join(cannot)}'
+    if engine.device is not None or home.runs_as(parts)[0] == engine.name:
+        return ""
+    return f'engine="{home.name}" cannot: {"; ".join(cannot)}' if cannot else f'engine="{home.name}" is faster here'
+
+
+class Bytes(NamedTuple):
+    """What a step reads, and what is kept: see :class:`Plan`."""
+
+    dense: int
+    scan: int
+    attend: int
+    code: int
+    kv: int
+
+
+def step_bytes(parts: Parts, request: Request, keys: int, searches: bool) -> Bytes:
+    """Bytes of a step over so many keys, if it searches or if it attends densely."""
+    encoder, index, selector, row = parts.encoder, parts.index, parts.selector, request.row_bytes
+    kv = keys * request.key_bytes
+    code = code_row = codes = 0
+    if encoder is not None and index is not None:
+        code_row = encoder.code_bytes(request.head_dim, request.dtype.itemsize)
+        codes = request.batch * encoder.code_heads(request.kv_heads) * keys
+        code = round(codes * index.key_bytes(code_row))
+    if parts.attend.needs_norms:
+        code += 2 * request.batch * request.kv_heads * keys
+    if not searches or selector is None:
+        return Bytes(kv, 0, kv, code, kv)
+    heads, times = selector.choices(request.q_heads, request.kv_heads)
+    heads *= request.batch
+    kept, critical = (min(keys, times * n) for n in (selector.budget(keys), selector.critical(keys)))
+    attend = heads * kept * 2 * row
+    if parts.attend.needs_norms:  # medium keys cost a value, a norm and a code, not a key
+        attend = heads * (critical * 2 * row + (kept - critical) * (row + 2 + code_row))
+    scan = heads * min(keys, times * selector.looked_at(keys)) * row
+    if parts.ranks and index is not None:
+        scan += round(codes * index.read_bytes(code_row))
+    return Bytes(kv, scan, attend, code, kv)
 
 
 def _crossover(least: int | None) -> str:
     if least is None:
         return '"auto" runs dense here: no length is known from which this kind of step wins'
     return f'"auto" runs dense below {least:,} keys on this device'
-
-
-def _stages(
-    attn: HashAttention, engine: str, device: torch.device, least: int | None, unfused: str | None, group: int
-) -> tuple[tuple[str, str, str], ...]:
-    if engine == "dense":
-        why = "the composition attends densely"
-        if attn.attend.needs_selection:
-            why = 'engine="dense" was asked for'
-            if attn.engine == "auto":
-                why = "below the crossover" if least is not None else "nothing faster was measured on this device"
-                if device.type == "cuda" and unfused is not None:
-                    why = f'engine="triton" cannot take it: {unfused}'
-        return (("attend", "full attention (PyTorch SDPA, grouped heads)", why),)
-    binary = attn.index is not None and attn.index.flat_codes
-    fast = engine == "cpu" and binary
-    scan = "FAISS's scan (numpy without FAISS)" if fast else "PyTorch, plain operations" if binary else "PyTorch"
-    slow = ""
-    if engine == "reference":
-        slow = 'engine="cpu" scans faster here' if binary else ""
-        if device.type != "cpu":
-            slow = 'engine="triton" is faster' if unfused is None else f'engine="triton" cannot: {unfused}'
-    elif not binary and attn.encoder is not None:
-        slow = "the reference serves it"
-    elif attn.selector is not None and attn.selector.matrices:
-        slow = "a matrix of all distances is made"
-    if attn.index is not None and attn.index.remark():
-        scan, slow = "its own search", attn.index.remark()
-    if engine == "triton":
-        return _fused_stages(attn, device, group)
-    rows = []
-    if attn.encoder is not None and attn.selector is not None and attn.selector.ranked:
-        rows = [
-            ("encode", f"{_name(attn.encoder)}: PyTorch", "one token's query and key; keys late and in bulk"),
-            ("scan", f"{_name(attn.index)}: {scan}", slow),
-        ]
-    select = "numpy or PyTorch" if fast else "PyTorch top-k"
-    exact = "exact, ties to the most recent key" if attn.index is None or attn.index.scans else "of what was found"
-    rows.append(("select", f"{_select(attn.selector)}: {select}", exact))
-    rows.append(("attend", f"{_name(attn.attend)}: gather and softmax in PyTorch", ""))
-    return tuple(rows)
-
-
-def _fused_stages(attn: HashAttention, device: torch.device, group: int) -> tuple[tuple[str, str, str], ...]:
-    gpu = device if torch.cuda.is_available() else None  # a plan may be of one that is not there
-    rule = rule_of(attn, group)
-    assert rule is not None
-    slower, language = why_triton(gpu), kernels(gpu)
-    if rule.critical is not None and attn.attend.needs_norms:
-        slower, language = "estimates of medium keys are made there", "Triton"
-    listed = "lists the keys near the last step's threshold"
-    if rule.chunks is not None:
-        listed = "keeps the nearest of each chunk"
-    if slower is not None:
-        listed += f"; {slower}"
-    one = "the same kernel" if rule.chunks is not None and slower is None else "one kernel"
-    return (
-        _encode_on_a_gpu(attn.encoder, gpu),
-        ("scan", f"{_name(attn.index)}: {language}, one kernel", listed),
-        ("select", f"{_select(attn.selector)}: {language}, {one} with attend", "exact, ties to the most recent key"),
-        ("attend", f"{_name(attn.attend)}: {language}", "split over the selected keys"),
-    )
-
-
-def _encode_on_a_gpu(encoder: Encoder | None, gpu: torch.device | None) -> tuple[str, str, str]:
-    reason = why_not_encode(encoder.widths()) if encoder is not None else None
-    if reason is not None:
-        return "encode", f"{_name(encoder)}: PyTorch", reason
-    return (
-        "encode",
-        f"{_name(encoder)}: {kernels(gpu)} in a decoder, else PyTorch",
-        "a decoder appends in the same kernel",
-    )
-
-
-def _select(selector: Selector | None) -> str:
-    text = repr(selector)
-    return text if selector is None or (len(text) <= 60 and "\n" not in text) else selector.name()
-
-
-def _name(part: object) -> str:
-    text = repr(part)
-    return text if len(text) <= 60 and "\n" not in text else type(part).__name__
 
 
 def _bytes(n: int) -> str:

@@ -1,67 +1,142 @@
-"""Call: a search by the reference or the CPU's engine, of several queries at once or of one."""
+"""Reference and Host: the stages one after the other, as plain PyTorch and as FAISS and numpy have them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hashattn.cache.kv_cache import KVCache
-from hashattn.core.types import Output, Selection, Step
+from hashattn.core.types import Output, Selection
 from hashattn.core.votes import Shown
+from hashattn.engines import cost
+from hashattn.engines.base import Answer, Call, Engine, PlanRow, PreparedStep, Request, part_name, selector_name
+from hashattn.engines.parts import Parts
 from hashattn.ops.nearest.cpu import Table
 
-if TYPE_CHECKING:
-    from hashattn.attention import HashAttention
+
+class Reference(Engine):
+    """Plain PyTorch, on any device: the specification."""
+
+    name = "reference"
+
+    def why_not(self, parts: Parts, request: Request) -> list[str]:
+        return []
+
+    def prepare(self, parts: Parts, cache: KVCache, request: Request) -> PreparedStep:
+        return Stages(parts, host=False)
+
+    def rows(self, parts: Parts, request: Request) -> list[PlanRow]:
+        binary = parts.index is not None and parts.index.flat_codes
+        return stage_rows(parts, "PyTorch, plain operations" if binary else "PyTorch", "PyTorch top-k")
+
+
+class Host(Engine):
+    """FAISS's scan and numpy, on a CPU, for binary codes; everything else as the reference has it."""
+
+    name = device = "cpu"
+
+    def why_not(self, parts: Parts, request: Request) -> list[str]:
+        kind = request.device.type
+        return [] if kind == "cpu" else [f"it needs tensors on the CPU, got {kind}"]
+
+    def prepare(self, parts: Parts, cache: KVCache, request: Request) -> PreparedStep:
+        return Stages(parts, host=True)
+
+    def crossover(self, parts: Parts, request: Request) -> int | None:
+        if parts.encoder is not None and not (parts.index is not None and parts.index.flat_codes):
+            return None  # of the others no cost is known; scores of floats read as much as dense attention does
+        return cost.crossover(parts, request)
+
+    def measured(self, request: Request) -> str:
+        return cost.SOURCE
+
+    def runs_as(self, parts: Parts) -> tuple[str, str]:
+        if parts.encoder is not None and parts.encoder.code != "binary":
+            return Reference.name, f'"{self.name}" scans binary codes only'
+        return self.name, ""
+
+    def rows(self, parts: Parts, request: Request) -> list[PlanRow]:
+        if parts.index is None or not parts.index.flat_codes:
+            return stage_rows(parts, "PyTorch", "PyTorch top-k", "the reference serves it" if parts.encoder else "")
+        matrix = parts.selector is not None and parts.selector.matrices
+        remark = "a matrix of all distances is made" if matrix else ""
+        return stage_rows(parts, "FAISS's scan (numpy without FAISS)", "numpy or PyTorch", remark)
+
+
+def stage_rows(parts: Parts, scan: str, select: str, remark: str = "") -> list[PlanRow]:
+    """The rows of a plan whose stages come one after the other."""
+    rows, index, encoder = [], parts.index, part_name(parts.encoder)
+    if index is not None and index.remark():
+        scan, remark = "its own search", index.remark()
+    if parts.ranks:
+        rows = [
+            PlanRow("encode", f"{encoder}: PyTorch", "one token's query and key; keys late and in bulk"),
+            PlanRow("scan", f"{part_name(index)}: {scan}", remark),
+        ]
+    exact = "exact, ties to the most recent key" if index is None or index.scans else "of what was found"
+    rows.append(PlanRow("select", f"{selector_name(parts.selector)}: {select}", exact))
+    rows.append(PlanRow("attend", f"{part_name(parts.attend)}: gather and softmax in PyTorch"))
+    return rows
 
 
 @dataclass(frozen=True, eq=False)
-class Call:
-    """What the queries of a call share.
+class Stages:
+    """A step of them: encode, view, select, attend.
 
     Attributes:
-        engine: "reference" or "cpu", or "triton" for what that leaves to the reference.
-        need_lse, need_weights: what the Output carries.
+        host: whether FAISS and numpy scan and choose, where they can.
     """
 
-    attn: HashAttention
-    cache: KVCache
-    scale: float
-    engine: str
-    step: Step
-    need_lse: bool
-    need_weights: bool
+    parts: Parts
+    host: bool
 
-    def search(self, q: Tensor, spans: Table, need_weights: bool = False) -> tuple[Output, Selection]:
-        """Choose keys for queries [B, Hq, T, D] among the columns that they see, and attend to them."""
-        attn, cache = self.attn, self.cache
-        assert attn.selector is not None
+    def __call__(self, q: Tensor, cache: KVCache, call: Call) -> Answer:
+        """Choose keys for queries [B, Hq, T, D], the last ones of the cache, and attend to them."""
+        selector, tokens, spans = self.parts.selector, q.shape[2], cache.spans(q.shape[2], call.causal)
+        assert selector is not None
+        if not selector.observes:
+            return self.search(q, cache, call, spans)
+        selector.settle(cache.votes, cache.keys, cache._starts, call.step.layer)
+        if not selector.one_by_one:
+            return self.search(q, cache, call, spans)
+        found = [
+            self.search_and_vote(q[:, :, t : t + 1], cache, call, [row[t : t + 1] for row in spans], tokens - t)
+            for t in range(tokens)
+        ]
+        return found[0] if tokens == 1 else joined(found)
+
+    def search(
+        self, q: Tensor, cache: KVCache, call: Call, spans: Table, need_weights: bool = False
+    ) -> tuple[Output, Selection]:
+        """The same for queries that see these columns."""
+        encoder, selector, attend = self.parts.encoder, self.parts.selector, self.parts.attend
+        assert selector is not None
         with torch.no_grad():  # codes choose: gradients go through what is chosen
-            query = attn.encoder.encode_query(q) if attn.encoder is not None else None
-        view = cache.view(query, q.shape[1], spans, engine=self.engine, q=q, scale=self.scale)
-        selection = attn.selector.select(view, self.step)
-        warmup = cache.warmup if attn.encoder is not None else 0  # what ranks nothing needs no centre
+            query = encoder.encode_query(q) if encoder is not None else None
+        engine = "cpu" if self.host else "reference"
+        view = cache.view(query, q.shape[1], spans, engine=engine, q=q, scale=call.scale)
+        selection = selector.select(view, call.step)
+        warmup = self.parts.warmup(cache)
         if min(end - first for row in spans for first, end in row) < warmup:
             selection = keep_short(selection, view.visible, warmup)
-        need_weights = need_weights or self.need_weights
-        output = attn.attend.attend(
-            q, cache, selection, self.scale, view=view, need_lse=self.need_lse, need_weights=need_weights
-        )
-        return output, selection
+        wanted = {"need_lse": call.need_lse, "need_weights": need_weights or call.need_weights}
+        return attend.attend(q, cache, selection, call.scale, view=view, **wanted), selection
 
-    def search_and_vote(self, q: Tensor, spans: Table, column: int) -> tuple[Output, Selection]:
-        """The same for the query [B, Hq, 1, D] of a column, which the selector is shown unless it has been before."""
-        attn, cache = self.attn, self.cache
-        assert attn.selector is not None
-        output, selection = self.search(q, spans, need_weights=True)
+    def search_and_vote(
+        self, q: Tensor, cache: KVCache, call: Call, spans: Table, from_end: int
+    ) -> tuple[Output, Selection]:
+        """The same for the query [B, Hq, 1, D] so many columns from the end; the selector is shown it, but once."""
+        selector, column = self.parts.selector, len(cache) - from_end
+        assert selector is not None
+        output, selection = self.search(q, cache, call, spans, need_weights=True)
         if column >= cache.votes.queries.end:
             keys = cache.keys[:, :, : column + 1]
-            shown = Shown(cache.votes, q.detach(), keys, spans, self.scale, self.step.layer)
-            attn.selector.observe(shown, selection, output.weights)
+            shown = Shown(cache.votes, q.detach(), keys, spans, call.scale, call.step.layer)
+            selector.observe(shown, selection, output.weights)
         return output, selection
 
 

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from hashattn.attention import HashAttention
+from hashattn.engines.base import Request
+from hashattn.engines.choose import serving
 from hashattn.presets import build, names, options_of, preset, takes_budget
 
 # The step that engines are asked about, of the most common shape.
-_Q_HEADS, _KV_HEADS, _HEAD_DIM, _KEYS = 32, 8, 128, 131072
+_Q_HEADS, _KV_HEADS, _HEAD_DIM = 32, 8, 128
 
 
 @dataclass(frozen=True)
@@ -69,22 +71,9 @@ def table(lines: Sequence[Line]) -> str:
 
 def engines_here(attn: HashAttention) -> tuple[str, ...]:
     """The engines that serve a decode step of a common shape on this machine's devices, "dense" aside."""
-    if not attn.attend.needs_selection:
-        return ("dense",)
-    devices = [("reference", "cpu"), ("cpu", "cpu")]
-    if torch.cuda.is_available():
-        devices.append(("triton", "cuda"))
-    return tuple(engine for engine, device in devices if _serves(attn, engine, device))
-
-
-def _serves(attn: HashAttention, engine: str, device: str) -> bool:
-    try:
-        attn.replace(engine=engine).explain(
-            q_heads=_Q_HEADS, kv_heads=_KV_HEADS, head_dim=_HEAD_DIM, keys=_KEYS, device=device
-        )
-    except ValueError:
-        return False
-    return True
+    devices = [torch.device(name) for name in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))]
+    requests = [Request(device, torch.bfloat16, 1, _Q_HEADS, _KV_HEADS, _HEAD_DIM) for device in devices]
+    return serving(attn.parts, requests)
 
 
 def _line(name: str, package: str) -> Line:

@@ -58,7 +58,7 @@ def test_layers_have_the_widths_of_the_first():
     ids=str,
 )
 def test_explain_says_what_encodes_on_a_gpu(encoder, words):
-    attn = HashAttention(encoder, FlatHamming(), TopK(k=9), engine="triton")
+    attn = HashAttention(encoder, FlatHamming(), TopK(k=9), engine="gpu")
     plan = attn.explain(q_heads=32, kv_heads=8, head_dim=128, keys=9999, device="cuda")
     stage = next(s for s in plan.stages if s[0] == "encode")
     assert all(part in found for part, found in zip(words, stage[1:], strict=True))

@@ -25,18 +25,18 @@ from tests.structured import qkv
 
 pytestmark = pytest.mark.filterwarnings("ignore:this AsymmetricHash is not fitted:UserWarning")
 FUSED = {
-    "sign": HashAttention(SimHash(64), FlatHamming(), Sink(4) | Recent(8) | TopK(share=0.1), engine="triton"),
+    "sign": HashAttention(SimHash(64), FlatHamming(), Sink(4) | Recent(8) | TopK(share=0.1), engine="gpu"),
     "networks": HashAttention(
-        AsymmetricHash(128, query_bits=2), FlatHamming(), TopK(k=30, per="kv_head"), engine="triton"
+        AsymmetricHash(128, query_bits=2), FlatHamming(), TopK(k=30, per="kv_head"), engine="gpu"
     ),
-    "networks of heads": HashAttention(AsymmetricHash(64, heads=2), FlatHamming(), TopK(k=30), engine="triton"),
+    "networks of heads": HashAttention(AsymmetricHash(64, heads=2), FlatHamming(), TopK(k=30), engine="gpu"),
     "tiers": HashAttention(
-        SimHash(128, 2), FlatHamming(), Sink(4) | Recent(8) | Tiers(0.05, 0.2), MixedPrecision(a=1.3), engine="triton"
+        SimHash(128, 2), FlatHamming(), Sink(4) | Recent(8) | Tiers(0.05, 0.2), MixedPrecision(a=1.3), engine="gpu"
     ),
     "tiers of heads": HashAttention(
-        AsymmetricHash(64, heads=2), FlatHamming(), Tiers(0.1, 0.3, per="kv_head"), MixedPrecision(), engine="triton"
+        AsymmetricHash(64, heads=2), FlatHamming(), Tiers(0.1, 0.3, per="kv_head"), MixedPrecision(), engine="gpu"
     ),
-    "radius": HashAttention(SimHash(64, centring=None), FlatHamming(), Sink(2) | Threshold(radius=29), engine="triton"),
+    "radius": HashAttention(SimHash(64, centring=None), FlatHamming(), Sink(2) | Threshold(radius=29), engine="gpu"),
 }
 DENSE = FUSED["sign"].replace(engine="dense")
 
@@ -67,7 +67,7 @@ def test_steps_are_those_of_the_engine_in_one_graph_for_all_lengths(attn, backen
         counter = CompileCounterWithBackend(backend)
         step = torch.compile(decoder.step, fullgraph=True, backend=counter)
     plain = filled(attn)[3]
-    exact = attn.replace(engine="reference" if attn.engine == "triton" else "dense")
+    exact = attn.replace(engine="reference" if attn.engine == "gpu" else "dense")
     for n in range(600, 608):
         new = k[:, :, n : n + 1], v[:, :, n : n + 1]
         plain.append(*new)
@@ -127,7 +127,7 @@ def test_several_queries_at_a_time_and_what_is_refused():
 )
 def test_tiers_of_any_shape_and_what_the_host_changes_between(encoder, heads, group, dim, per, dtype):
     selector = Sink(2) | Recent(3) | Tiers(0.1, 0.4, per=per)
-    attn = HashAttention(encoder, FlatHamming(), selector, MixedPrecision(), engine="triton")
+    attn = HashAttention(encoder, FlatHamming(), selector, MixedPrecision(), engine="gpu")
     queries, k, v = qkv(1, 3, kv_heads=heads, group=group, tokens=420, keys=420, dim=dim, dtype=dtype)
     k = k + 1
     caches = [attn.new_cache(3, heads, dim, capacity=420) for _ in range(2)]

@@ -196,10 +196,10 @@ def test_a_paged_cache_is_refused(llama):
 
 def test_an_engine_that_cannot_serve_the_model_is_refused_when_it_is_attached(llama):
     before = llama.config._attn_implementation
-    with pytest.raises(ValueError, match=r'engine="triton" cannot take this step: .* NVIDIA GPU'):
-        ON_CPU.replace(engine="triton").attach(llama)
+    with pytest.raises(ValueError, match=r'engine="gpu" cannot take this step: .* NVIDIA GPU'):
+        ON_CPU.replace(engine="gpu").attach(llama)
     assert llama.config._attn_implementation == before
     with ON_CPU.attach(llama) as handle:
         with pytest.raises(ValueError, match="NVIDIA GPU"):
-            handle.update(engine="triton")
+            handle.update(engine="gpu")
         write(llama, prompt())

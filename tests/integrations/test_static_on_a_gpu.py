@@ -57,7 +57,7 @@ def eager(model, attn):
 @torch.no_grad()
 def test_one_captured_step_of_a_model_serves_growing_lengths(model, attn):
     expected, full = eager(model, attn)
-    with attn.replace(engine="triton").attach(model) as handle:
+    with attn.replace(engine="gpu").attach(model) as handle:
         cache, mask = prefilled(model)
         ids = ids_of(TOKENS[0])
         stream = torch.cuda.Stream()
@@ -75,7 +75,7 @@ def test_one_captured_step_of_a_model_serves_growing_lengths(model, attn):
             graph.replay()
             assert (logits - exact).abs().max() < 1e-3 < (logits - dense).abs().max()
         assert int(cache.get_seq_length()) == LENGTH + len(TOKENS)
-        assert [(row.sparse, row.engine) for row in handle.report().layers] == [(len(TOKENS), "triton")] * 2
+        assert [(row.sparse, row.engine) for row in handle.report().layers] == [(len(TOKENS), "gpu")] * 2
         for layer in cache.layers:
             layer.settle()
             assert layer.kv.encoded == LENGTH + len(TOKENS)
@@ -93,7 +93,7 @@ def test_one_captured_step_of_a_model_serves_growing_lengths(model, attn):
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_one_compiled_step_of_a_model_serves_growing_lengths(model, mode, attn):
     expected, _ = eager(model, attn)
-    with attn.replace(engine="triton").attach(model):
+    with attn.replace(engine="gpu").attach(model):
         cache, mask = prefilled(model)
         forward = torch.compile(model.forward, fullgraph=True, mode=mode)
         for i, (token, exact) in enumerate(zip(TOKENS, expected, strict=True)):
@@ -108,10 +108,10 @@ def test_generate_with_a_static_cache_writes_the_same(model, attn):
     options = {
         "cache_implementation": "static", "return_dict_in_generate": True, "eos_token_id": None, "pad_token_id": 0,
     }  # fmt: skip
-    with attn.replace(engine="triton").attach(model) as handle:
+    with attn.replace(engine="gpu").attach(model) as handle:
         expected = write(model, inputs, **options, disable_compile=True).sequences
         handle.reset_report()
         out = write(model, inputs, **options)
         assert torch.equal(out.sequences, expected)
-        assert [(row.sparse, row.engine) for row in handle.report().layers] == [(11, "triton")] * 2
+        assert [(row.sparse, row.engine) for row in handle.report().layers] == [(11, "gpu")] * 2
         assert all(layer.armed for layer in cache_of(out).layers)

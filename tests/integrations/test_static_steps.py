@@ -17,7 +17,7 @@ from hashattn.integrations.transformers import HashedLayer, static_layer
 from hashattn.ops import decode
 from tests.integrations.models import CACHE, LENGTH, TENTH, TIERS, cache_of, check_codes, hashed, make, prompt, write
 
-FUSED = TENTH.replace(engine="triton")
+FUSED = TENTH.replace(engine="gpu")
 MEDIUM = {"selector": TIERS.selector, "attend": TIERS.attend}
 ROOM = LENGTH + 20
 
@@ -89,7 +89,7 @@ def test_one_graph_decodes_what_eager_steps_decode(name, backend, changes):
         for own, other in zip(found.layers, report.layers, strict=True):
             assert (own.sparse, sum(own.dense.values())) == (other.sparse, sum(other.dense.values()))
             assert own.keys_read == other.keys_read and own.bytes_per_step == other.bytes_per_step
-            assert own.engine == ("triton" if own.sparse else other.engine)
+            assert own.engine == ("gpu" if own.sparse else other.engine)
         assert (found.steps, found.keys_read) == (report.steps, report.keys_read)
         assert str(handle.report()) == str(found)  # counted once
         for layer in cache.layers:

@@ -40,7 +40,8 @@ from hashattn import (
     pyramid,
 )
 from hashattn.core.budget import MOST_KEYS, Budget
-from hashattn.engines.choose import Shape, step_microseconds
+from hashattn.engines.base import Request
+from hashattn.engines.cost import step_microseconds
 from hashattn.ops import attend, hamming
 from hashattn.ops.decode.rule import Rule
 from hashattn.presets import budget_options, options_of
@@ -319,13 +320,13 @@ class Around(Wrapper):
     ids=repr,
 )
 def test_a_wrapper_is_planned_as_what_it_wraps_whatever_it_calls_it(inner, expected):
-    shape, attend_with = Shape(1, 8, 2, 64, 2), ExactAttend()
+    shape, attend_with = Request(torch.device("cpu"), torch.bfloat16, 1, 8, 2, 64, threads=2), ExactAttend()
     for selector in (inner, Around(inner), Sink(3) | Around(inner) if not isinstance(inner, Sink) else inner):
         assert selector.choices(8, 2) == expected
     if inner.ranked:
         plain = HashAttention(RANDOM, FlatHamming(), inner, attend_with)
-        own = step_microseconds(plain, shape, 5000, 2)
-        assert step_microseconds(plain.replace(selector=Around(inner)), shape, 5000, 2) == own
+        own = step_microseconds(plain.parts, shape, 5000)
+        assert step_microseconds(plain.replace(selector=Around(inner)).parts, shape, 5000) == own
         assert Around(inner).revised(**({"k": 16} if "k" in inner.settings() else {"limit": 16})) == Around(
             inner.revised(**({"k": 16} if "k" in inner.settings() else {"limit": 16}))
         )
@@ -357,10 +358,10 @@ def test_a_fused_plan_asks_for_the_group(monkeypatch):
             asked.append(group)
             return self.inner.rule(group) if group == 4 else None
 
-    monkeypatch.setattr("hashattn.engines.plan.resolve", lambda *_: "triton")
-    attn = HashAttention(RANDOM, FlatHamming(), Groups(TopK(share=0.1, per="kv_head")))
-    plan = attn.explain(q_heads=8, kv_heads=2, head_dim=64, keys=10_000)
-    assert plan.engine == "triton"
+    pytest.importorskip("triton")
+    attn = HashAttention(RANDOM, FlatHamming(), Groups(TopK(share=0.1, per="kv_head")), engine="gpu")
+    plan = attn.explain(q_heads=8, kv_heads=2, head_dim=64, keys=10_000, device="cuda")
+    assert plan.engine == "gpu"
     assert set(asked) == {4}
 
 

@@ -138,13 +138,7 @@ class LayerRecord:
 
     def set_engine(self, attn: HashAttention, query: Tensor, kv: KVCache) -> None:
         """Note what serves a search of these queries, and why."""
-        engine = attn.engine_for(query, kv)
-        if engine == "cpu" and attn.encoder is not None and attn.encoder.code != "binary":
-            self.engine, self.why = "reference", f'engine="{attn.engine}", but "cpu" scans binary codes only'
-        elif attn.engine == "auto":
-            self.engine, self.why = engine, f"auto, faster from {kv.crossover} keys on"
-        else:
-            self.engine, self.why = engine, f'engine="{engine}"'
+        self.engine, self.why = attn.choice(query, kv).why(attn.parts)
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,11 @@ class Tally:
     @classmethod
     def of(cls, decoder: Decoder, q_heads: int, why: str) -> Tally:
         """Of a decoder that has just taken up what its cache holds."""
-        kv, selector = decoder.cache, decoder.attn.selector
+        kv, selector = decoder.cache, decoder.parts.selector
         rule = selector.rule(q_heads // kv.kv_heads) if not decoder.dense and selector is not None else None
         return cls(
             decoder.length, decoder.found, len(kv), 0, kv.capacity or 0, list(kv._starts), Cost.of(kv, q_heads), rule,
-            decoder.attn.attend.needs_norms, "dense" if decoder.dense else "triton", why,
+            decoder.parts.attend.needs_norms, decoder.engine.name, why,
         )  # fmt: skip
 
     def book(self, record: LayerRecord) -> int:

@@ -22,7 +22,7 @@ from hashattn.integrations.transformers.cache_layer import HashedLayer
 from hashattn.integrations.transformers.given import attend_as_the_model, why_not_dropped, why_not_given
 from hashattn.integrations.transformers.layers import Served
 from hashattn.integrations.transformers.passes import Pass, Passes
-from hashattn.integrations.transformers.simulate import attend_simulated, forced
+from hashattn.integrations.transformers.simulate import attend_simulated
 from hashattn.integrations.transformers.static_layer import Arming, HashedStaticLayer
 from hashattn.integrations.transformers.swap import hashed_layer
 from hashattn.ops import decode
@@ -395,16 +395,13 @@ class Forward:
         assert served.attn is not None and kv is not None
         if served.dense is None and served.attn.selector is not None and served.attn.selector.observes:
             return  # it has to see every query
-        attn, why = served.attn, f'engine="{served.attn.engine}"'
-        engine = attn.engine_for(kv.keys.new_empty((kv.batch, q_heads, 1, kv.head_dim)), kv)
-        if served.dense is not None or engine == "dense":
-            attn = attn.replace(engine="dense")
-            why = served.dense or ("auto: dense is faster" if served.attn.engine == "auto" else "engine is dense")
-        elif engine != "triton":
+        attn = served.attn
+        choice = attn.choice(kv.keys.new_empty((kv.batch, q_heads, 1, kv.head_dim)), kv)
+        dense = served.dense or choice.why_dense(kv.longest)
+        if dense is None and not choice.engine.captures:
             return
-        elif attn.engine == "auto":
-            why = f"auto, faster from {kv.crossover} keys on"
-        layer.arm(Arming(attn, number, q_heads, why, self.ledger))
+        why = dense or choice.why(attn.parts)[1]
+        layer.arm(Arming(attn.parts, dense is None, number, q_heads, why, self.ledger))
 
     def _why_not(self, cache: Any, number: int, hidden: Tensor) -> str | None:
         """Why this layer of the cache is not searched; raises ValueError if it should be (strict)."""
@@ -429,9 +426,7 @@ class Forward:
         if starts != kv._starts:
             kv.set_start(torch.tensor(starts))
         attn = self._searching(call, query)
-        if attn.engine_for(query, kv) == "dense":
-            return "auto: dense is faster" if attn.engine == "auto" else "engine is dense"
-        return None
+        return attn.choice(query, kv).why_dense(kv.longest)
 
     def _observe(self, call: Call, query: Tensor, kv: KVCache, mask: Tensor | None, scaling: float | None) -> None:
         """Show a dense call to a selector that looks back."""
@@ -448,7 +443,7 @@ class Forward:
         """The composition of a layer that is not dense by choice."""
         attn = call.served.attn
         assert attn is not None
-        return forced(attn, query.device) if self.simulated else attn
+        return attn.searching(query.device) if self.simulated else attn
 
     def _count(self, call: Call, selection: Selection | None, query: Tensor, kv: KVCache, reason: str | None) -> None:
         """Book a one-token call; reason says why it ran dense."""
@@ -473,7 +468,7 @@ def layers_of(cache: Any) -> list[Any]:
 
 def searches(served: Served) -> bool:
     """Whether calls of this layer may search, so that their masks matter."""
-    return served.attn is not None and served.dense is None and served.attn.engine != "dense"
+    return served.attn is not None and served.dense is None and served.attn.searches
 
 
 def length(layer: Any) -> int:

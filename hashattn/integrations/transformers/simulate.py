@@ -46,13 +46,6 @@ def block_size(batch: int, keys: int) -> int:
     return max(FEWEST, min(MOST, ENTRIES // max(1, batch * keys)))
 
 
-def forced(attn: HashAttention, device: torch.device) -> HashAttention:
-    """The composition with an engine that searches: "auto" may run dense, and one step's speed is not the point."""
-    if attn.engine != "auto":
-        return attn
-    return attn.replace(engine="cpu" if device.type == "cpu" else "reference")
-
-
 def seen_lengths(keys: int, tokens: int, starts: Sequence[int]) -> tuple[int, ...]:
     """Keys that each of the last `tokens` of `keys` columns sees, over rows."""
     return tuple(max(0, end - first) for first in starts for end in range(keys - tokens + 1, keys + 1))
@@ -84,7 +77,7 @@ def simulate(
     Returns:
         [B, Hq, T, D], zero for queries in the padding, and the blocks.
     """
-    attn = forced(attn, query.device)
+    attn = attn.searching(query.device)
     batch, tokens, keys = query.shape[0], query.shape[2], key.shape[2]
     size, wants = block_size(batch, keys), attn.selector is not None and attn.selector.needs_weights
     cache = attn.new_cache(batch, key.shape[1], key.shape[3], capacity=keys)
@@ -123,7 +116,7 @@ def attend_simulated(
         starts, reason = forward.rows_of(call, mask, query.shape[0], keys, tokens)
     if kv is not None and key.shape[2] > len(kv):  # a static cache hands out its free columns as well
         key, value, mask = kv.keys, kv.values, mask if mask is None else mask[..., : len(kv)]
-    if reason is None and served.attn is not None and served.attn.engine == "dense":
+    if reason is None and served.attn is not None and not served.attn.searches:
         reason = "engine is dense"
     if reason is not None or served.attn is None:
         one.blocks = []

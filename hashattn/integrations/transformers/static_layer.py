@@ -11,6 +11,7 @@ from torch import Tensor
 from hashattn.attention import HashAttention
 from hashattn.cache.kv_cache import KVCache
 from hashattn.engines.decoder import Decoder
+from hashattn.engines.parts import Parts
 from hashattn.integrations.attached.tally import Ledger, Tally
 from hashattn.integrations.transformers.cache_layer import HashedLayer
 from hashattn.ops.decode import Scratch
@@ -21,21 +22,18 @@ class Arming:
     """How a layer's traced or captured steps are served, and where they are counted.
 
     Attributes:
-        attn: a composition that engine="triton" serves, or one with engine="dense".
+        parts: of a composition that engine="gpu" serves, if its steps search.
+        searches: whether they do.
         number: of the layer.
         why: for the report.
     """
 
-    attn: HashAttention
+    parts: Parts
+    searches: bool
     number: int
     q_heads: int
     why: str
     ledger: Ledger
-
-    @property
-    def dense(self) -> bool:
-        """Whether the steps attend densely."""
-        return self.attn.engine == "dense" or not self.attn.attend.needs_selection
 
 
 class HashedStaticLayer(HashedLayer):
@@ -64,7 +62,7 @@ class HashedStaticLayer(HashedLayer):
         super().__init__(attn, scratch)
         self.capacity = self.max_cache_len = max_cache_len
         self.decoder: Decoder | None = None
-        self._decoders: dict[bool, Decoder] = {}  # by whether they are dense
+        self._decoders: dict[bool, Decoder] = {}  # by whether they search
         self.armed = False
         self.arming: Arming | None = None
         self.tally: Tally | None = None
@@ -99,15 +97,15 @@ class HashedStaticLayer(HashedLayer):
         """Make the decoder ready for what the cache now holds; leave it unready where that cannot be searched yet."""
         assert self.kv is not None
         self.arming, self.armed = arming, False
-        decoder = self._decoders.get(arming.dense)
+        decoder = self._decoders.get(arming.searches)
         try:
             if decoder is None or not decoder.fits(self.kv):
-                decoder = self._decoders[arming.dense] = Decoder(arming.attn, self.kv)
+                decoder = self._decoders[arming.searches] = Decoder(arming.parts, self.kv, searches=arming.searches)
                 decoder.prepare(arming.q_heads)
                 decoder.warm_up(arming.q_heads)
             else:
-                if decoder.attn != arming.attn:  # of the same encoder
-                    decoder.attn = arming.attn
+                if decoder.parts != arming.parts:  # of the same encoder
+                    decoder.parts = arming.parts
                     decoder.prepare(arming.q_heads)
                 decoder.follow()
         except ValueError:  # rows that are too short

@@ -12,8 +12,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from hashattn.attention import HashAttention
-from hashattn.engines import gpu as fused
-from hashattn.engines.choose import resolve
+from hashattn.engines.base import Request
+from hashattn.engines.choose import choose
 from hashattn.integrations.transformers.cache_layer import HashedLayer
 from hashattn.integrations.transformers.heads import devices_of, dtype_of, heads, layer_config
 from hashattn.integrations.transformers.source import calls_interface, source_of
@@ -212,10 +212,7 @@ def check_engine(attn: HashAttention, module: nn.Module) -> None:
     device = devices_of({0: module})[0].type
     if device == "meta":  # offloaded: not yet known
         return
-    unfused = fused.why_not(
-        attn, device=device, dtype=dtype_of(module), q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim
-    )
-    resolve(attn, device, 0, None, unfused)
+    choose(attn.parts, Request(torch.device(device), dtype_of(module), 1, q_heads, kv_heads, head_dim), attn.engine)
 
 
 def why_not_input(hidden: Tensor) -> str | None:

@@ -135,9 +135,10 @@ def _measure(case: Case, bits: int, per: str, rounds: int, sparse: bool, bandwid
         calls["encode key"] = lambda i: encoder.encode_key(layers[i].cache.keys[:, :, -1:], layers[i].cache.centre)
     times = take_turns(calls, count, max(rounds, 60 // count))
     baseline = min(DENSE, key=lambda name: times[name])
+    chosen = auto.choice(layers[0].q, layers[0].cache).at(case.keys)
     return {
         "shape": case.shape, "keys": case.keys, "k": case.k, "per": per, "bits": bits, "threads": case.threads,
-        "layers": count, "dense": baseline, "us": times, "auto_engine": auto.engine_for(layers[0].q, layers[0].cache),
+        "layers": count, "dense": baseline, "us": times, "auto_engine": chosen.name,
         "speedup": times[baseline] / times["step"] if "step" in times else None,
         "auto_cost": times["auto"] / times[baseline],
         "floor_us": plan.step_bytes / bandwidth * 1e6, "dense_floor_us": case.dense_bytes / bandwidth * 1e6,

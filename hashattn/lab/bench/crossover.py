@@ -57,7 +57,7 @@ def first_win(tried: Sequence[int], measure: Callable[[int], Times]) -> tuple[in
 
 def eager(case: Case, bits: int, per: str) -> Times:
     """Microseconds of attn.run from Python, the newest key's encoding included, searching and dense."""
-    attn = HashAttention(SimHash(bits), FlatHamming(), selectors(case, per)["TopK"], engine="triton")
+    attn = HashAttention(SimHash(bits), FlatHamming(), selectors(case, per)["TopK"], engine="gpu")
     device, dtype, shape = torch.device("cuda"), DTYPES[case.dtype], (case.batch, case.kv_heads, case.head_dim)
     scratch = Scratch()
     caches = [

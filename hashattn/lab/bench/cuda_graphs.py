@@ -105,7 +105,7 @@ def step_graphs(
     if has_stages(asked):
         calls["scan"] = lambda layer, i: step(layer, i, scan_only=True)
     for name, held in caches.items():
-        attn = HashAttention(held[0].encoder, FlatHamming(), selector, engine="triton")
+        attn = HashAttention(held[0].encoder, FlatHamming(), selector, engine="gpu")
         check_whole(f"{case}: the step with its {name} encoder", attn, held[0], layers[0])
         calls[name] = whole(attn, layers, held)
     return {name: capture_turns(call, turns) for name, call in calls.items()}

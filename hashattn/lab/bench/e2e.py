@@ -14,7 +14,8 @@ from hashattn.attention import HashAttention
 from hashattn.core.errors import Failure, refusals
 from hashattn.core.progress import bar
 from hashattn.encoders import SimHash
-from hashattn.engines import gpu as fused
+from hashattn.engines.base import Request
+from hashattn.engines.gpu import Gpu
 from hashattn.index import FlatHamming
 from hashattn.lab.bench import cuda_contenders
 from hashattn.lab.bench.cuda import need_gpu
@@ -37,10 +38,10 @@ FEW = 1000  # keys of the check with a budget of all of them
 def compositions(k: int, bits: int, pers: Sequence[str], preset: str | None) -> dict[str, HashAttention]:
     """What is measured, by name: a preset; or the k nearest keys by linear codes, for each way to choose."""
     if preset is not None:
-        return {preset: HashAttention.from_preset(preset, engine="triton")}
+        return {preset: HashAttention.from_preset(preset, engine="gpu")}
     return {
         f"TopK per {per}": HashAttention(
-            SimHash(bits), FlatHamming(), TopK(k=k, per=per), engine="triton", dense_layers=DENSE_LAYERS
+            SimHash(bits), FlatHamming(), TopK(k=k, per=per), engine="gpu", dense_layers=DENSE_LAYERS
         )
         for per in pers
     }
@@ -68,7 +69,7 @@ def run(
 
     Raises:
         RuntimeError: something is wrong: nothing is measured then.
-        ValueError: there is no GPU, engine="triton" does not serve a composition, or a case does not fit the memory.
+        ValueError: there is no GPU, engine="gpu" does not serve a composition, or a case does not fit the memory.
     """
     size, where = model_size or Llama(), torch.device(device)
     with refusals():
@@ -77,16 +78,10 @@ def run(
             need_gpu("--e2e")
         first = next(iter(choices[sizes[0][1]].values()))
         for name, attn in choices[sizes[0][1]].items():
-            reason = fused.why_not(
-                attn,
-                device=device,
-                dtype=size.dtype,
-                q_heads=size.q_heads,
-                kv_heads=size.kv_heads,
-                head_dim=size.head_dim,
-            )
-            if reason is not None:
-                raise ValueError(f'--e2e: engine="triton" does not serve {name}: {reason}')
+            request = Request(where, size.dtype, 1, size.q_heads, size.kv_heads, size.head_dim)
+            reasons = Gpu().why_not(attn.parts, request)
+            if reasons:
+                raise ValueError(f'--e2e: engine="gpu" does not serve {name}: {"; ".join(reasons)}')
         assert first.encoder is not None
         first.encoder.check_fitted()
         todo = plan(size, first.encoder, sizes, batches, where)

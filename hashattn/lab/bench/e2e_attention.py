@@ -55,7 +55,7 @@ class HashedLayers:
     """Appends and attends as a composition does, from `keys` keys on; its dense layers as DenseLayers do.
 
     Args:
-        attn: what engine="triton" serves.
+        attn: what engine="gpu" serves.
         caches: one a layer, of one key less.
         dense: of the layers that attn.dense_layers names.
     """

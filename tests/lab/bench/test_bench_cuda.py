@@ -284,7 +284,7 @@ def test_a_whole_step_is_the_reference_but_for_a_few_heads(monkeypatch, name):
     case = Case(4, 2, 64, "float32", 300, 40)
     layer = make_layer(case, 64, steps=2, clustered=False, seed=0, device=torch.device("cpu"))
     caches = whole_caches(case, encoders(64)[name], [layer], room=8, scratch=Scratch())
-    attn = HashAttention(caches[0].encoder, FlatHamming(), TopK(k=40, per="kv_head"), engine="triton")
+    attn = HashAttention(caches[0].encoder, FlatHamming(), TopK(k=40, per="kv_head"), engine="gpu")
     check_whole("it", attn, caches[0], layer)
     assert len(caches[0]) == 301
     call = whole(attn, [layer], caches)

@@ -6,9 +6,9 @@ import torch
 
 from hashattn import FlatHamming, HashAttention, SimHash, TopK
 from hashattn.cli import main
-from hashattn.engines import choose as engines
 from hashattn.engines import gpus
-from hashattn.engines.choose import Shape
+from hashattn.engines.base import Request
+from hashattn.engines.choose import choose
 from hashattn.engines.gpus import GPUS, Gpu, this_gpu
 from hashattn.lab.bench import crossover, crossover_report
 from hashattn.lab.bench.crossover import LEAST, MARGIN, first_win, sizes
@@ -154,10 +154,11 @@ def test_eager_steps_go_by_the_eager_crossover_and_explain_names_both(monkeypatc
     assert attn.explain(**size, keys=5000).provenance == ""
     monkeypatch.setattr(gpus, "GPUS", {H100: Gpu((9, 0), 5_000_000, 1_000_001, "x.json")})
     pretend(monkeypatch, H100, (9, 0))
-    least = engines.crossover(attn, "cuda", Shape(2, 8, 2, 64, 2))
+    request = Request(torch.device("cuda"), torch.bfloat16, 2, 8, 2, 64)
+    least = choose(attn.parts, request).crossover
     assert least == -(-5_000_000 // (2 * 2 * 2 * 64 * 2))
     below, above = (attn.explain(**size, keys=n) for n in (least - 1, least))
-    assert (below.engine, above.engine, above.crossover) == ("dense", "triton", least)
+    assert (below.engine, above.engine, above.crossover) == ("dense", "gpu", least)
     assert f'"auto" runs dense below {least:,} keys' in str(above)
     assert f"{H100}, x.json; in a CUDA graph a step wins from 977 keys on" in str(above)
 

@@ -28,12 +28,12 @@ def fresh(tmp_path, monkeypatch):
 def test_the_probe_lets_it_run_and_explain_says_so(fresh):
     assert compiler.why_not_on(torch.cuda.current_device()) is None
     assert why_triton(torch.device("cuda")) is None
-    attn = HashAttention(SimHash(64), FlatHamming(), TopK(k=64), engine="triton")
+    attn = HashAttention(SimHash(64), FlatHamming(), TopK(k=64), engine="gpu")
     assert "CUDA C++" in str(attn.explain(q_heads=8, kv_heads=2, head_dim=64, keys=4096, device="cuda"))
 
 
 def test_damaged_kernels_are_compiled_again(fresh):
-    attn = HashAttention(SimHash(64), FlatHamming(), TopK(k=64), engine="triton")
+    attn = HashAttention(SimHash(64), FlatHamming(), TopK(k=64), engine="gpu")
     q, k, v = (x.cuda().bfloat16() for x in qkv(0, keys=600, dim=64))
     first = attn(q, k, v)
     paths = [*fresh.iterdir()]

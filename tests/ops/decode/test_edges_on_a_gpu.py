@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hashattn import ExactAttend, FlatHamming, HashAttention, SimHash, TopK
-from hashattn.engines import gpu as fused
+from hashattn.engines.gpu import Prepared, packed
 from hashattn.ops.decode import Rule, Scratch, append_reference
 from tests.ops.decode.broken import RULES, TIERS, breaks_as_the_reference_does
 from tests.ops.decode.cases import BEYOND, agrees, inputs, shifted
@@ -137,18 +137,18 @@ def test_streams_have_scratch_of_their_own_and_what_is_outgrown_is_freed():
 @torch.no_grad()
 def test_a_captured_step_keeps_its_scratch_when_it_is_outgrown():
     q, k, v = (x.cuda() for x in qkv(7, 1, keys=3000, dim=64, group=4, dtype=torch.bfloat16))
-    attn = HashAttention(SimHash(64), FlatHamming(), TopK(k=300), ExactAttend(), engine="triton")
+    attn = HashAttention(SimHash(64), FlatHamming(), TopK(k=300), ExactAttend(), engine="gpu")
     scratch, stream = Scratch(), torch.cuda.Stream()
     small, large = (attn.new_cache(1, k.shape[1], 64, scratch=scratch) for _ in range(2))
     small.append(k[:, :, :500], v[:, :, :500])
     large.append(k, v)
     for cache in (small, large):
         cache.encode()
-    query, lengths = fused.packed(attn.encoder, q), torch.tensor([500, 3000], dtype=torch.int32, device="cuda")
+    query, lengths = packed(attn.encoder, q), torch.tensor([500, 3000], dtype=torch.int32, device="cuda")
     torch.cuda.synchronize()
 
     def step(cache, length):
-        return fused.prepare(attn, cache, q.shape[1], 1).step(q, query, length, 0.125, True)[0].out
+        return Prepared.of(attn.parts, cache, q.shape[1], 1).step(q, query, length, 0.125, True)[0].out
 
     with torch.cuda.stream(stream):
         expected = step(small, lengths[:1])

@@ -66,7 +66,7 @@ def test_a_decoder_does_what_the_reference_does_until_the_cache_is_full(
         monkeypatch.setattr(library, name, kernel)
     q, k, v = qkv(7, 2, keys=607, dim=64, group=4)
     queries = torch.randn(7, *q.shape)
-    attn = HashAttention(encoder, FlatHamming(), Sink(4) | Recent(9) | selector, attend, engine="triton")
+    attn = HashAttention(encoder, FlatHamming(), Sink(4) | Recent(9) | selector, attend, engine="gpu")
     plain, caches = attn.replace(engine="reference"), [attn.new_cache(2, 2, 64, capacity=607) for _ in range(2)]
     for cache in caches:
         cache.append(k[:, :, :600], v[:, :, :600], start=torch.tensor([0, 50]))

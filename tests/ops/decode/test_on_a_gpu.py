@@ -109,7 +109,7 @@ def test_steps_that_start_while_the_last_ones_end_see_nothing_of_theirs(decode, 
 @pytest.mark.parametrize("selector", [TopK(k=256), LocalTopK(k=256)], ids=str)
 @torch.inference_mode()
 def test_so_do_steps_with_their_encoding(encoder, selector):
-    attn = HashAttention(encoder, FlatHamming(), Sink(4) | selector, engine="triton").to("cuda")
+    attn = HashAttention(encoder, FlatHamming(), Sink(4) | selector, engine="gpu").to("cuda")
     k, v = (torch.randn(1, 8, 5016, 128, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     queries = torch.randn(16, 1, 32, 1, 128, dtype=torch.bfloat16, device="cuda")
     caches = [attn.new_cache(1, 8, 128, capacity=5016) for _ in range(2)]
@@ -136,7 +136,7 @@ def test_so_do_steps_with_their_encoding(encoder, selector):
 @pytest.mark.filterwarnings("ignore:this AsymmetricHash is not fitted:UserWarning")
 @torch.inference_mode()
 def test_a_step_runs_where_its_tensors_are_whichever_gpu_is_current():
-    attn = HashAttention(AsymmetricHash(64), FlatHamming(), TopK(k=32), engine="triton").to("cuda:1")
+    attn = HashAttention(AsymmetricHash(64), FlatHamming(), TopK(k=32), engine="gpu").to("cuda:1")
     q, k, v = (x.to("cuda:1") for x in qkv(9, 1, keys=501, dim=64, group=4))
     cache, plain = attn.new_cache(1, k.shape[1], 64, capacity=501), attn.replace(engine="reference")
     cache.append(k[:, :, :500], v[:, :, :500])
@@ -166,7 +166,7 @@ def test_the_step_waits_for_nothing(decode):
 )
 def test_the_engine_gives_what_the_reference_gives_while_decoding(selector):
     q, k, v = (x.cuda() for x in qkv(5, 2, keys=900, dim=64, group=4, dtype=torch.bfloat16))
-    attn = HashAttention(SimHash(128), FlatHamming(), Sink(4) | Recent(8) | selector, engine="triton")
+    attn = HashAttention(SimHash(128), FlatHamming(), Sink(4) | Recent(8) | selector, engine="gpu")
     plain, caches = attn.replace(engine="reference"), [attn.new_cache(2, 2, 64) for _ in range(2)]
     start = torch.tensor([0, 70], device="cuda")
     for cache in caches:
@@ -177,7 +177,7 @@ def test_the_engine_gives_what_the_reference_gives_while_decoding(selector):
         (out, found), (exact, expected) = attn.run(q, caches[0]), plain.run(q, caches[1])
         assert torch.equal(found.ids.sort(-1).values[..., -expected.ids.shape[-1] :], expected.ids.sort(-1).values)
         assert (out.out - exact.out).abs().max() < 2e-2
-        assert attn.engine_for(q, caches[0]) == "triton"
+        assert attn.choice(q, caches[0]).engine.name == "gpu"
         if n == 840:
             for cache in caches:
                 cache.crop(700)
@@ -192,7 +192,7 @@ def test_the_engine_gives_what_the_reference_gives_while_decoding(selector):
 def test_tiers_of_a_composition(per, query_bits):
     q, k, v = (x.cuda() for x in qkv(9, 2, tokens=3, keys=900, dim=64, group=4, dtype=torch.bfloat16))
     selector = Sink(4) | Recent(8) | Tiers(0.05, 0.2, per=per)
-    attn = HashAttention(SimHash(128, query_bits), FlatHamming(), selector, MixedPrecision(), engine="triton")
+    attn = HashAttention(SimHash(128, query_bits), FlatHamming(), selector, MixedPrecision(), engine="gpu")
     cache = attn.new_cache(2, 2, 64)
     cache.append(k + 1, v, start=torch.tensor([0, 70], device="cuda"))
     exact, expected = attn.replace(engine="reference").run(q, cache)
@@ -209,7 +209,7 @@ def test_tiers_of_a_composition(per, query_bits):
 
 def test_what_it_cannot_take_is_refused_by_name_and_left_alone_by_auto():
     q, k, v = (x.cuda() for x in qkv(6, keys=700, dim=80, dtype=torch.bfloat16))
-    attn = HashAttention(SimHash(128), FlatHamming(), TopK(k=9), engine="triton")
+    attn = HashAttention(SimHash(128), FlatHamming(), TopK(k=9), engine="gpu")
     with pytest.raises(ValueError, match="head_dim 64, 96, 128, 256, not 80"):
         attn(q, k, v)
     assert torch.isfinite(attn.replace(engine="auto")(q, k, v)).all()
@@ -218,7 +218,7 @@ def test_what_it_cannot_take_is_refused_by_name_and_left_alone_by_auto():
 def test_auto_searches_long_rows():
     attn = HashAttention(SimHash(128), FlatHamming(), TopK(k=64))
     plan = attn.explain(batch=8, q_heads=32, kv_heads=8, head_dim=128, keys=1 << 20, device="cuda")
-    assert plan.engine == ("triton" if torch.cuda.get_device_capability() == (9, 0) else "dense")
+    assert plan.engine == ("gpu" if torch.cuda.get_device_capability() == (9, 0) else "dense")
 
 
 @torch.no_grad()
@@ -236,7 +236,7 @@ def test_a_captured_decoder_serves_until_the_cache_is_full(encoder, per, tiers):
     selector, attend = TopK(share=0.1, per=per), ExactAttend()
     if tiers:
         selector, attend = Tiers(0.05, 0.1, per=per), MixedPrecision()
-    attn = HashAttention(encoder, FlatHamming(), Sink(4) | selector, attend, engine="triton").to("cuda")
+    attn = HashAttention(encoder, FlatHamming(), Sink(4) | selector, attend, engine="gpu").to("cuda")
     caches = [attn.new_cache(2, 2, 64, capacity=1024) for _ in range(2)]
     for cache in caches:
         cache.append(k[:, :, :600], v[:, :, :600], start=torch.tensor([0, 50], device="cuda"))
@@ -271,7 +271,7 @@ def test_a_captured_decoder_serves_until_the_cache_is_full(encoder, per, tiers):
 
 def test_a_decoder_needs_room_and_a_served_composition():
     q, k, v = (x.cuda() for x in qkv(8, keys=600, dim=64, dtype=torch.bfloat16))
-    attn = HashAttention(SimHash(64), FlatHamming(), TopK(k=9), engine="triton")
+    attn = HashAttention(SimHash(64), FlatHamming(), TopK(k=9), engine="gpu")
     growing, short = attn.new_cache(1, 2, 64), attn.new_cache(1, 2, 64, capacity=700)
     growing.append(k, v)
     short.append(k[:, :, :9], v[:, :, :9])
