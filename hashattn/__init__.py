@@ -10,6 +10,7 @@ from hashattn.attention import HashAttention
 from hashattn.cache.kv_cache import KVCache
 from hashattn.core.model_facts import ModelFacts
 from hashattn.core.types import Output, Selection, Step
+from hashattn.core.version import __version__ as __version__
 from hashattn.encoders import (
     ITQ,
     L2ALSH,
@@ -76,8 +77,6 @@ def detach(model: nn.Module) -> None:
 
     give_back(model)
 
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ITQ",

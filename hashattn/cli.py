@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import torch
 
-import hashattn
 from hashattn.core.errors import Failure, UserError, reason
+from hashattn.core.version import __version__
 from hashattn.lab import explain_command
 from hashattn.lab import presets_command as presets
 from hashattn.lab.bench import command as bench
@@ -123,7 +123,7 @@ def _leave_stdout() -> None:
 
 
 def _versions() -> str:
-    said = [f"hashattn {hashattn.__version__}", f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    said = [f"hashattn {__version__}", f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     for package in ("transformers", "triton", "faiss-cpu", "faiss-gpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             said.append(f"{package} {importlib.metadata.version(package)}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hashattn.encoders.base import Encoder
+from hashattn.core.kinds import MakesCodes
 from hashattn.ops.hamming import distances, unpack_bits
 
 
@@ -44,18 +44,14 @@ class Medium:
 
 @torch.no_grad()
 def nearest_of(
-    q: Tensor, k: Tensor, encoder: Encoder, positions: Tensor | None, critical: float, share: float, scale: float
+    q: Tensor, k: Tensor, encoder: MakesCodes, positions: Tensor | None, critical: float, share: float, scale: float
 ) -> Medium:
     """What MixedPrecision.fit looks at; its arguments are described there."""
     rows, tokens, keys = q.shape[0], q.shape[2], k.shape[2]
     if positions is None:
         positions = torch.arange(keys - tokens, keys, device=k.device).expand(rows, -1)
-    centring, mean = encoder.centring, getattr(encoder, "mean", None)
-    centre = torch.zeros_like(k[:, :, 0]).float()
-    if isinstance(mean, Tensor) and mean.numel():
-        centre = mean.expand(rows, -1, -1)
-    elif centring is not None:
-        centre = centring.strength * k[:, :, centring.skip : centring.warmup].float().mean(2)
+    found_centre = encoder.centre_of(k)
+    centre = torch.zeros_like(k[:, :, 0]).float() if found_centre is None else found_centre
     query, codes = encoder.encode_query(q), encoder.encode_key(k, centre)
     signs = query if query.ndim == 4 else query[..., -1, :]
     group, own = q.shape[1] // k.shape[1], q.shape[1] // codes.shape[1]

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from hashattn.attend.base import Attend, Keys, serving
 from hashattn.attend.medium import Medium, nearest_of
 from hashattn.core.checks import check_int
+from hashattn.core.kinds import MakesCodes
 from hashattn.core.lasting import lasting
 from hashattn.core.naming import short
 from hashattn.core.types import MEDIUM, Output, Selection
-from hashattn.encoders.base import Encoder
 from hashattn.index.view import View
 from hashattn.ops import attend as ops
 from hashattn.ops.decode import Estimate
@@ -110,7 +110,7 @@ class MixedPrecision(nn.Module, Attend):
 
     @lasting
     def fit(
-        self, q: Tensor, k: Tensor, encoder: Encoder, *, positions: Tensor | None = None, critical: float = 0.05,
+        self, q: Tensor, k: Tensor, encoder: MakesCodes, *, positions: Tensor | None = None, critical: float = 0.05,
         share: float = 0.1, scale: float | None = None, steps: int = 200, queries: int = 8,
     ) -> MixedPrecision:  # fmt: skip
         """Fit a and the residual, so that softmax weights over critical and medium keys change least. Returns itself.

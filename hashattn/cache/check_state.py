@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hashattn.cache.check_votes import VOTES, check_votes
 
-if TYPE_CHECKING:
-    from hashattn.cache.kv_cache import KVCache
-
 _NEEDED = "keys", "values", "start"
 _KNOWN = {*_NEEDED, "codes", "ready", "norms", "centre", *VOTES}
 _FARTHEST = 2**31 - 1  # columns are int32
 
 
-def check_state(state: Mapping[str, Any], cache: KVCache) -> None:
+class Shape(NamedTuple):
+    """What a state must be of; warmup: keys that a row needs before it has a centre, 0 where it asks for none."""
+
+    batch: int
+    kv_heads: int
+    head_dim: int
+    warmup: int
+
+
+def check_state(state: Mapping[str, Any], shape: Shape) -> None:
     """Raise unless an empty cache can take over such a state: every field whole, and of its composition.
 
     Raises:
         TypeError: not a mapping, or a field of another type.
-        ValueError: a field that is missing or unknown, or does not fit the others or the cache.
+        ValueError: a field that is missing or unknown, or does not fit the others or the shape.
     """
     if not isinstance(state, Mapping):
         raise TypeError(f"state must be what state_dict() returned, got {type(state).__name__}")
@@ -39,12 +45,12 @@ def check_state(state: Mapping[str, Any], cache: KVCache) -> None:
             raise ValueError(f"{name} in state must be on the device of keys, {keys.device}, got {value.device}")
     if keys.ndim != 4:
         raise ValueError(f"keys in state must be [B, Hkv, N, D], got {[*keys.shape]}")
-    batch, heads, columns = cache.batch, cache.kv_heads, keys.shape[2]
+    batch, heads, columns = shape.batch, shape.kv_heads, keys.shape[2]
     start = state["start"]
     _expect("start", start, (batch,), torch.int64, torch.int32)
     if int(start.min()) < 0 or int(start.max()) > _FARTHEST:
         raise ValueError(f"start in state must be from 0 to {_FARTHEST}, got {start.tolist()}")
-    _check_ready(state, cache)
+    _check_ready(state, shape)
     held = 0
     if "codes" in state:
         codes = state["codes"]
@@ -57,34 +63,34 @@ def check_state(state: Mapping[str, Any], cache: KVCache) -> None:
         if not held:
             raise ValueError("state holds norms, but no codes that they stand beside")
         _expect("norms", state["norms"], (batch, heads, held, 1), torch.bfloat16, torch.float16)
-    check_votes(state, batch, heads, cache.head_dim, columns)
+    check_votes(state, batch, heads, shape.head_dim, columns)
 
 
-def _check_ready(state: Mapping[str, Any], cache: KVCache) -> None:
+def _check_ready(state: Mapping[str, Any], shape: Shape) -> None:
     """Raise ValueError unless rows and their centres fit a cache whose rows are not yet ready."""
     if "ready" not in state:
         if "centre" in state:
             raise ValueError("state holds a centre, but not ready, which says of which rows")
         return
-    _expect("ready", state["ready"], (cache.batch,), torch.bool)
+    _expect("ready", state["ready"], (shape.batch,), torch.bool)
     for row, (ready, first) in enumerate(zip(state["ready"].tolist(), state["start"].tolist(), strict=True)):
         visible = state["keys"].shape[2] - first
-        if ready and cache.warmup > max(0, visible):
+        if ready and shape.warmup > max(0, visible):
             raise ValueError(
                 f"ready in state says that row {row} has a centre, but of its {max(0, visible)} keys none can be "
-                f"made: {cache.warmup} are needed"
+                f"made: {shape.warmup} are needed"
             )
-        if not ready and not cache.warmup:
+        if not ready and not shape.warmup:
             raise ValueError(
                 f"ready in state says that row {row} waits for a centre, which this encoder does not ask for"
             )
-    if ("centre" in state) != (cache.warmup > 0):
-        asked = "asks for one" if cache.warmup else "does not ask for"
+    if ("centre" in state) != (shape.warmup > 0):
+        asked = "asks for one" if shape.warmup else "does not ask for"
         raise ValueError(
-            f"state {'lacks a' if cache.warmup else 'holds a'} centre, which this composition's encoder {asked}"
+            f"state {'lacks a' if shape.warmup else 'holds a'} centre, which this composition's encoder {asked}"
         )
     if "centre" in state:
-        _expect("centre", state["centre"], (cache.batch, cache.kv_heads, cache.head_dim), torch.float32)
+        _expect("centre", state["centre"], (shape.batch, shape.kv_heads, shape.head_dim), torch.float32)
 
 
 def _expect(name: str, x: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:

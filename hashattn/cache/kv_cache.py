@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hashattn.cache.check_codes import check_codes
-from hashattn.cache.check_state import check_state
+from hashattn.cache.check_state import Shape, check_state
 from hashattn.cache.device_state import DeviceState
 from hashattn.core.buffer import TokenBuffer
 from hashattn.core.checks import check_int, check_kv
 from hashattn.core.guard import Guard, guarded
 from hashattn.core.lasting import lasting
+from hashattn.core.types import Table
 from hashattn.core.votes import Votes
 from hashattn.encoders.base import Encoder
 from hashattn.index.base import Index
@@ -25,7 +26,6 @@ from hashattn.ops.attend import logits as exact_logits
 from hashattn.ops.attend import row_numbers
 from hashattn.ops.decode.estimate import NORMS, key_norms
 from hashattn.ops.decode.scratch import Scratch
-from hashattn.ops.nearest.cpu import Table
 
 _INTEGERS = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 
@@ -470,7 +470,7 @@ class KVCache:
             self.batch, self.kv_heads, self.head_dim, encoder=self.encoder, index=self.index, norms=self.with_norms,
             capacity=self.capacity, scratch=self.on_device.scratch,
         )  # fmt: skip
-        check_state(state, other)
+        check_state(state, Shape(self.batch, self.kv_heads, self.head_dim, self.warmup))
         other.append(state["keys"], state["values"])
         other._starts = state["start"].tolist()
         if "ready" in state:
@@ -511,10 +511,8 @@ class KVCache:
     @property
     def _subtracted(self) -> Tensor | None:
         """The encoder's fitted mean, or the rows' own centres, [B, Hkv, D]; None for zero."""
-        fitted = getattr(self.encoder, "mean", None)
-        if isinstance(fitted, Tensor) and fitted.numel():
-            return fitted.expand(self.batch, -1, -1)
-        return self._centre
+        fitted = self.encoder.fitted_centre if self.encoder is not None else None
+        return self._centre if fitted is None else fitted.expand(self.batch, -1, -1)
 
     def _check_filled(self) -> None:
         if len(self) == 0:
@@ -538,8 +536,7 @@ class KVCache:
             centre = torch.zeros(self.batch, self.kv_heads, self.head_dim, device=self.keys.device)
         for row, (was, now) in enumerate(zip(self._ready, self.ready, strict=True)):
             if now and not was:
-                first = self._starts[row] + centring.skip
-                centre[row] = centring.strength * self.keys[row, :, first : first + centring.keys].float().mean(1)
+                centre[row] = centring.centre(self.keys[row, :, self._starts[row] :])
         self._centre, self._ready = centre, self.ready
         self._store.truncate(0)
         self._norms.truncate(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from hashattn.core.collisions import Collisions
 
 CRITICAL, MEDIUM, SAMPLED = 0, 1, 2
+Table = Sequence[Sequence[Sequence[int]]]  # [B][T], some numbers for each query
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hashattn.core.buffer import TokenBuffer
 from hashattn.core.queries import Queries
-from hashattn.ops.nearest.cpu import Table
+from hashattn.core.types import Table
 
 DROPPED = float("-inf")
 NEVER = torch.iinfo(torch.int32).max  # instead of the column whose query left a key out

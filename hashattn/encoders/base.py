@@ -45,6 +45,27 @@ class Encoder(ABC):
     def encode_query(self, q: Tensor) -> Tensor:
         """Queries [B, Hq, T, D] as their index scores them: int64 [B, Hq, T, W], or planes [B, Hq, T, b, W]."""
 
+    @property
+    def fitted_centre(self) -> Tensor | None:
+        """What fit() found to subtract from every row's keys, [Hkv, D]; None where rows have centres of their own."""
+        return None
+
+    def centre_of(self, k: Tensor) -> Tensor | None:
+        """What a cache subtracts from rows of keys [B, Hkv, N, D] from their start on: [B, Hkv, D]; None for zero."""
+        if self.fitted_centre is not None:
+            return self.fitted_centre.expand(len(k), -1, -1)
+        return None if self.centring is None else self.centring.centre(k)
+
+    def for_heads(self, first: int, count: int) -> Encoder:
+        """The encoder for `count` of the KV heads from `first` on and their query heads, as tensor parallelism asks.
+
+        One that serves every head returns itself; one that was fitted shares memory with its part.
+
+        Raises:
+            ValueError: heads that it was not fitted to.
+        """
+        return self
+
     def code_bytes(self, head_dim: int, itemsize: int) -> int:
         """Bytes of a key's code, for keys of head_dim numbers of itemsize bytes."""
         return 8 * -(-self.bits // 64) if self.code == "binary" else head_dim * itemsize

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from hashattn.core.checks import keep_ints
 
 
@@ -29,6 +31,10 @@ class Centring:
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength must be above 0 and at most 1 (centring=None for none), got {self.strength!r}")
         keep_ints(self, keys=1, skip=0)
+
+    def centre(self, k: Tensor) -> Tensor:
+        """Of a row's visible keys [..., N, D], warmup of them at least: float32 [..., D]."""
+        return self.strength * k[..., self.skip : self.warmup, :].float().mean(-2)
 
     @property
     def warmup(self) -> int:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from hashattn.core.checks import check_int
 from hashattn.core.lasting import lasting
 from hashattn.encoders.base import Encoder
+
+Part = TypeVar("Part", bound=nn.Module)
 
 
 class FittedEncoder(nn.Module, Encoder):
@@ -52,6 +58,10 @@ class FittedEncoder(nn.Module, Encoder):
                 f"head_dim {head_dim}"
             )
 
+    def for_heads(self, first: int, count: int) -> Self:
+        self.check_fitted()
+        return part_of_heads(self, len(self._first), first, count, {name: 1 for name in self._names})
+
     def _pooled(self, k: Tensor, fewest: int) -> Tensor:
         """Keys [B, Hkv, N, D] of all rows, float64 [Hkv, B*N, D] on the CPU; ValueError if they are too few."""
         keys = k.detach().double().transpose(0, 1).flatten(1, 2).cpu()
@@ -83,3 +93,25 @@ class FittedEncoder(nn.Module, Encoder):
                 setattr(self, name, torch.empty_like(state_dict[prefix + name], device=self._first.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.fits += 1
+
+
+def part_of_heads(module: Part, kv_heads: int, first: int, count: int, rows: Mapping[str, int]) -> Part:
+    """A copy of a module that was fitted to so many KV heads, for `count` of them from `first` on; they share memory.
+
+    Args:
+        rows: of each parameter or buffer, how many rows a KV head has in it; 0 for what all heads share.
+
+    Raises:
+        ValueError: heads that are not there.
+    """
+    first, count = check_int("first", first, 0, kv_heads - 1), check_int("count", count, 1)
+    if first + count > kv_heads:
+        raise ValueError(f"heads {first} to {first + count - 1} were asked for, but it was fitted to {kv_heads}")
+    part = copy.copy(module)
+    part._parameters, part._buffers = dict(module._parameters), dict(module._buffers)
+    for name, each in rows.items():
+        held = getattr(module, name)
+        if each and held is not None:
+            own = held[first * each : (first + count) * each]
+            setattr(part, name, nn.Parameter(own, held.requires_grad) if isinstance(held, nn.Parameter) else own)
+    return part

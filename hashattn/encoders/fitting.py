@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hashattn.core.lasting import lasting
+from hashattn.encoders.bias import KeyBias
+from hashattn.encoders.hash_net import HashNet
 from hashattn.encoders.losses import Batch, combined, parse
 from hashattn.encoders.sample import Sample
-
-if TYPE_CHECKING:
-    from hashattn.encoders.learned import LearnedHash
 
 FEWEST = 64  # a query that sees fewer keys teaches nothing
 LARGEST_GRADIENT = 1.0
 
 
+class Learner(Protocol):
+    """What is fitted: see :class:`hashattn.encoders.learned.LearnedHash`."""
+
+    query_bits: int
+    seed: int
+    fits: int
+    mean: Tensor
+    query_net: HashNet | None
+    key_net: HashNet | None
+    key_bias: KeyBias | None
+
+    @property
+    def sign_bits(self) -> int: ...
+    def build(self, head_dim: int, device: torch.device | str = "cpu") -> Any: ...
+    def build_bias(self, heads: int) -> Any: ...
+    def code_heads(self, kv_heads: int) -> int: ...
+    def check_model(self, q_heads: int, kv_heads: int, head_dim: int) -> None: ...
+    def centred(self, k: Tensor, centre: Tensor | None = None) -> Tensor: ...
+    def project_query(self, q: Tensor) -> Tensor: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
+
+
 @lasting
 def fit(
-    encoder: LearnedHash,
+    encoder: Learner,
     samples: Sequence[Sample],
     *,
     loss: str = "ranking",
@@ -97,7 +120,7 @@ class Run:
     """One optimisation: its optimiser, its schedule and its random numbers."""
 
     def __init__(
-        self, encoder: LearnedHash, samples: Sequence[Sample], weights: dict[str, float], steps: int, queries: int,
+        self, encoder: Learner, samples: Sequence[Sample], weights: dict[str, float], steps: int, queries: int,
         keys: int, lr: float, temperature: float, scale: float, continuation: float, seed: int,
     ) -> None:  # fmt: skip
         questions = [asked for sample in samples if (asked := sample.question()) is not None and teaches(asked)]
@@ -193,7 +216,7 @@ def check_options(**numbers: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {number}")
 
 
-def check_samples(encoder: LearnedHash, samples: Sequence[Sample]) -> None:
+def check_samples(encoder: Learner, samples: Sequence[Sample]) -> None:
     """Raise ValueError unless there are samples, of one shape of heads, that the encoder can be fitted to."""
     if not samples:
         raise ValueError("samples must hold at least one, got none")
@@ -231,12 +254,12 @@ def samples_of(q: Tensor, k: Tensor) -> list[Sample]:
     return [Sample(own_q, own_k, positions, keys, f"row {i}") for i, (own_q, own_k) in enumerate(pairs)]
 
 
-def state_of(encoder: LearnedHash) -> dict[str, Tensor]:
+def state_of(encoder: Learner) -> dict[str, Tensor]:
     """A copy of its weights."""
     return {name: value.detach().clone() for name, value in encoder.state_dict().items()}
 
 
-def restore(encoder: LearnedHash, state: dict[str, Tensor]) -> None:
+def restore(encoder: Learner, state: dict[str, Tensor]) -> None:
     """Give it the weights of :func:`state_of`, without counting as a fit."""
     fits = encoder.fits
     if "key_net.skip" in state:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from hashattn.core.checks import check_int
 from hashattn.core.lasting import lasting
 from hashattn.encoders.base import Encoder
+from hashattn.encoders.fitted import part_of_heads
 
 _STEPS = 15  # between the 16 levels of 4 bits
 
@@ -75,6 +76,10 @@ class HeavyChannels(nn.Module, Encoder):
                 f"these HeavyChannels were fitted to {len(self.heavy)} KV heads and channels {least} to {most}, but "
                 f"were given {kv_heads} heads of head_dim {head_dim}"
             )
+
+    def for_heads(self, first: int, count: int) -> HeavyChannels:
+        self.check_fitted()
+        return part_of_heads(self, len(self.heavy), first, count, {"heavy": 1})
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         """Labels [B, Hkv, N, r], in the keys' dtype."""

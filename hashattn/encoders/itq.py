@@ -63,6 +63,10 @@ class ITQ(FittedEncoder):
     def shapes(self, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
         return (kv_heads, head_dim, self.bits), (kv_heads, head_dim)
 
+    @property
+    def fitted_centre(self) -> Tensor | None:
+        return self.mean if self.fitted else None
+
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         self.check_fitted()
         return key_bits(subtract(k, self.mean.unsqueeze(0)) @ self.projection)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import warnings
 from abc import abstractmethod
 from typing import Any, Self
@@ -22,58 +20,13 @@ from hashattn.encoders.base import (
 )
 from hashattn.encoders.bias import NEUTRAL, KeyBias, check_bias, write_bias
 from hashattn.encoders.centring import Centring
+from hashattn.encoders.fitted import part_of_heads
+from hashattn.encoders.hash_net import HashNet
 from hashattn.encoders.progress import progress_of
 from hashattn.encoders.simhash import orthogonal_planes
 from hashattn.ops.decode import Map
 
 DEFAULT_CENTRING = Centring()
-
-
-class HashNet(nn.Module):
-    """A linear map plus an MLP that starts at zero, with one set of weights for `heads` heads each.
-
-    Args:
-        planes: float32 [D, bits], where the linear map starts.
-        hidden: widths of the MLP's hidden layers; () for the linear map alone.
-        heads: number of weight sets; 1 is shared by all heads.
-        seed: of the MLP's initial weights.
-    """
-
-    def __init__(self, planes: Tensor, hidden: tuple[int, ...], heads: int, seed: int) -> None:
-        super().__init__()
-        self.skip = nn.Parameter(planes.repeat(heads, 1, 1))
-        generator = torch.Generator().manual_seed(seed)
-        widths = (planes.shape[0], *hidden, planes.shape[1])
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
-            if hidden:
-                last = i == len(hidden)
-                start = torch.randn(heads, fan_in, fan_out, generator=generator) * math.sqrt(2 / fan_in)
-                start = torch.zeros_like(start) if last else start
-                self.weights.append(nn.Parameter(start.to(planes.device)))
-                self.biases.append(nn.Parameter(torch.zeros(heads, 1, fan_out, device=planes.device)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, H, N, D] -> [B, H, N, bits]; head h takes weight set h * heads // H."""
-        shape, one = x.shape, len(self.skip) == 1  # one set of weights is a plain matrix product, which starts quicker
-        x = x.reshape(-1, shape[-1]) if one else x.reshape(shape[0], len(self.skip), -1, shape[-1])
-        out = x @ (self.skip[0] if one else self.skip)  # [B, heads, H/heads * N, bits]
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = x @ weight[0] + bias[0] if one else x @ weight + bias
-            x = torch.relu(x) if i < len(self.weights) - 1 else x
-        if len(self.weights):
-            out = out + x
-        return out.view(*shape[:-1], -1)
-
-    def as_map(self, unit: bool) -> Map:
-        """Its one set of weights, and whether what it takes is scaled to unit mean square first."""
-        weights, biases = (tuple(p[0].detach() for p in of) for of in (self.weights, self.biases))
-        return Map(self.skip[0].detach(), weights, tuple(b[0] for b in biases), unit)
-
-    def __repr__(self) -> str:
-        heads, dim, bits = self.skip.shape
-        widths = [int(w.shape[-1]) for w in self.weights[:-1]]
-        return f"HashNet(dim={dim}, hidden={widths}, bits={bits}, heads={heads})"
 
 
 class LearnedHash(nn.Module, Encoder):
@@ -186,6 +139,31 @@ class LearnedHash(nn.Module, Encoder):
         x = subtract(k, self.mean.unsqueeze(0) if self.fitted else centre)
         repeats = self.code_heads(k.shape[1]) // k.shape[1]
         return x if repeats == 1 else x.repeat_interleave(repeats, dim=1)
+
+    @property
+    def fitted_centre(self) -> Tensor | None:
+        return self.mean if self.fitted else None
+
+    def for_heads(self, first: int, count: int) -> Self:
+        if not self.fitted:
+            if self.heads in (None, 1) and not self.biased:
+                return self
+            raise RuntimeError(f"this {type(self).__name__} is not fitted: nobody knows which of its weights are whose")
+        kv_heads, sets = len(self.mean), self.heads or 1
+        part = part_of_heads(self, kv_heads, first, count, {"mean": 1})
+        part._modules = dict(self._modules)
+        each = sets // kv_heads
+        if each:
+            part.heads = count * each
+            part.query_net, part.key_net = (
+                None if net is None else net.for_heads(kv_heads, first, count, each)
+                for net in (self.query_net, self.key_net)
+            )
+        if self.key_bias is not None:
+            rows = self.code_heads(kv_heads) // kv_heads
+            names = ("weight", "bias", "out", "shift")
+            part.key_bias = part_of_heads(self.key_bias, kv_heads, first, count, dict.fromkeys(names, rows))
+        return part
 
     def check_fitted(self) -> None:
         """Random planes serve until it is; encode_key() warns."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
@@ -81,6 +82,13 @@ class PerLayer(nn.Module, Encoder):
         encoder = self.encoders[str(i)]
         assert isinstance(encoder, Encoder)
         return encoder
+
+    def for_heads(self, first: int, count: int) -> PerLayer:
+        part = copy.copy(self)
+        part._modules = {
+            "encoders": nn.ModuleDict({str(i): self.layer(i).for_heads(first, count) for i in self.layers})
+        }
+        return part
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         raise TypeError(_UNBOUND)

@@ -9,6 +9,7 @@ from hashattn.core.checks import check_int, check_seed
 from hashattn.core.extras import require
 from hashattn.core.lasting import lasting
 from hashattn.encoders.base import Encoder
+from hashattn.encoders.fitted import part_of_heads
 
 _BLOCK = 8192  # keys whose distances to all centroids are held at a time
 
@@ -98,6 +99,10 @@ class PQ(nn.Module, Encoder):
                 f"this PQ has codebooks {[*self.codebooks.shape]}, but {kv_heads} KV heads of head_dim {head_dim} need "
                 f"{[*wanted]}"
             )
+
+    def for_heads(self, first: int, count: int) -> PQ:
+        self.check_fitted()
+        return self if self.shared else part_of_heads(self, len(self.codebooks), first, count, {"codebooks": 1})
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         """Numbers of the nearest centroids, uint8 [B, Hkv, N, m]."""

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hashattn.cache.kv_cache import KVCache
-from hashattn.core.types import Output, Selection
+from hashattn.core.types import Output, Selection, Table
 from hashattn.core.votes import Shown
 from hashattn.engines import cost
 from hashattn.engines.base import Answer, Call, Engine, PlanRow, PreparedStep, Request, part_name, selector_name
 from hashattn.engines.parts import Parts
-from hashattn.ops.nearest.cpu import Table
 
 
 class Reference(Engine):

@@ -23,6 +23,7 @@ from hashattn.core.files import locked, replacing
 from hashattn.core.files import sha256 as _sha256
 from hashattn.core.json_files import is_number, parse_json, read_json, whole_number, write_json
 from hashattn.core.model_facts import ModelFacts
+from hashattn.core.version import __version__
 from hashattn.encoders import Encoder, PerLayer
 from hashattn.fitted import stored
 from hashattn.fitted.calibration import Calibration
@@ -107,7 +108,7 @@ def save_pretrained(
     data = tensor_files.packed(tensors)
     sha256 = hashlib.sha256(data).hexdigest()
     config = {
-        "format_version": FORMAT_VERSION, "library_version": _version(), "model": facts.as_json(),
+        "format_version": FORMAT_VERSION, "library_version": __version__, "model": facts.as_json(),
         "bits": encoder.bits, "bit_order": BIT_ORDER, "post_rope": True, "encoders": described,
         "dense_layers": list(Pretrained(encoder, facts).dense_layers),
         "calibration": {
@@ -319,9 +320,3 @@ def _staged(folder: Path, sha256: str) -> Path:
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in tensors.items()}
-
-
-def _version() -> str:
-    from hashattn import __version__  # the package imports this module
-
-    return __version__

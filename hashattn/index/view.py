@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from hashattn.core.budget import Budget
+from hashattn.core.types import Table
 from hashattn.core.votes import Votes
 from hashattn.ops.engine import on_cpu
 from hashattn.ops.nearest import nearest, nearest_of_pool, nearest_visible, within
-from hashattn.ops.nearest.cpu import Table
 from hashattn.ops.search import search
 
 

@@ -7,20 +7,16 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 
 from hashattn.core.budget import check_one
+from hashattn.core.kinds import HoldsCodes, MakesCodes, Weighs
 from hashattn.core.types import Selection, Step
 from hashattn.core.votes import Shown, Votes
 from hashattn.index.view import View, forced_ids
 from hashattn.ops.decode.rule import Rule
-
-if TYPE_CHECKING:
-    from hashattn.attend import Attend
-    from hashattn.encoders import Encoder
-    from hashattn.index import Index
 
 BUDGET = ("k", "share")  # settings that every selector understands, if only to say what it takes instead
 
@@ -142,7 +138,7 @@ class Selector(ABC):
     ) -> None:
         """Bring votes up to date before a search; keys [B, Hkv, N, D] and the rows' first columns are the cache's."""
 
-    def refuses(self, encoder: Encoder, index: Index, attend: Attend) -> str | None:
+    def refuses(self, encoder: MakesCodes, index: HoldsCodes, attend: Weighs) -> str | None:
         """Why it cannot work with these parts, and what would fit, as the end of a sentence; None if it can."""
         return None
 
@@ -327,7 +323,7 @@ class Joined(Selector):
         if self.ranked_part is not None:
             self.ranked_part.settle(votes, keys, starts, layer)
 
-    def refuses(self, encoder: Encoder, index: Index, attend: Attend) -> str | None:
+    def refuses(self, encoder: MakesCodes, index: HoldsCodes, attend: Weighs) -> str | None:
         return self.ranked_part.refuses(encoder, index, attend) if self.ranked_part is not None else None
 
     def rule(self, group: int) -> Rule | None:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hashattn.core.checks import keep_ints
 from hashattn.core.collisions import Collisions
+from hashattn.core.kinds import HoldsCodes, MakesCodes, Weighs
 from hashattn.core.naming import short
 from hashattn.core.types import CRITICAL, SAMPLED, Selection, Step
 from hashattn.index.view import View
 from hashattn.ops.hamming import popcount, words
 from hashattn.selectors.base import Selector, forced_slots
-
-if TYPE_CHECKING:
-    from hashattn.attend import Attend
-    from hashattn.encoders import Encoder
-    from hashattn.index import Index
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ class CollisionSample(Selector):
     def budget(self, visible: int, forced: int = 0) -> int:
         return visible
 
-    def refuses(self, encoder: Encoder, index: Index, attend: Attend) -> str | None:
+    def refuses(self, encoder: MakesCodes, index: HoldsCodes, attend: Weighs) -> str | None:
         if (
             encoder.code != "binary"
             or encoder.query_bits != 1

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hashattn.core.extras import require
-
-if TYPE_CHECKING:
-    from hashattn.encoders import Encoder
-    from hashattn.index import Index
+from hashattn.core.kinds import HoldsCodes, MakesCodes
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class LogitMap:
 
     @staticmethod
     def fit(
-        q: Tensor, k: Tensor, encoder: Encoder, index: Index, *, scale: float | None = None, knots: int = 64
+        q: Tensor, k: Tensor, encoder: MakesCodes, index: HoldsCodes, *, scale: float | None = None, knots: int = 64
     ) -> LogitMap:
         """Isotonic regression of attention weights on distances (scipy); every query sees every key.
 
@@ -74,11 +70,8 @@ class LogitMap:
         """
         isotonic = require("scipy.optimize", "fit", "LogitMap.fit").isotonic_regression
         with torch.no_grad():
-            centre, centring = None, encoder.centring
-            if centring is not None:
-                centre = centring.strength * k[:, :, centring.skip : centring.warmup].float().mean(2)
             store = index.new_store()
-            store.add(encoder.encode_key(k, centre))
+            store.add(encoder.encode_key(k, encoder.centre_of(k)))
             distances = index.distances(store, encoder.encode_query(q), biased=encoder.biased)
             grouped = q.float().unflatten(1, (k.shape[1], -1))  # [B, Hkv, G, T, D]
             logits = (grouped @ k.float().unsqueeze(2).transpose(-1, -2)).flatten(1, 2)

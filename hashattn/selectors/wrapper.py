@@ -7,14 +7,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
+from hashattn.core.kinds import HoldsCodes, MakesCodes, Weighs
 from hashattn.core.types import Selection
 from hashattn.core.votes import Shown, Votes
 from hashattn.selectors.base import Selector, check_settings
-
-if TYPE_CHECKING:
-    from hashattn.attend import Attend
-    from hashattn.encoders import Encoder
-    from hashattn.index import Index
 
 
 class Wrapper(Selector):
@@ -113,5 +109,5 @@ class Wrapper(Selector):
     def settle(self, votes: Votes, keys: Tensor, starts: Sequence[int], layer: int) -> None:
         self.inner.settle(votes, keys, starts, layer)
 
-    def refuses(self, encoder: Encoder, index: Index, attend: Attend) -> str | None:
+    def refuses(self, encoder: MakesCodes, index: HoldsCodes, attend: Weighs) -> str | None:
         return self.inner.refuses(encoder, index, attend)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import hashattn
+from hashattn import index as indexes
 from hashattn.attention import HashAttention
 from hashattn.encoders.base import Encoder
 from hashattn.encoders.learned import LearnedHash
@@ -133,9 +133,9 @@ def parse_index(text: str) -> Index:
         named = {str(part.arg): ast.literal_eval(part.value) for part in call.keywords}
     except (SyntaxError, ValueError):
         raise ValueError(f"""--index must look like 'FaissBinary("BHNSW32")', got {text!r}""") from None
-    kind = getattr(hashattn, call.func.id, None) if call.func.id in hashattn.__all__ else None
+    kind = getattr(indexes, call.func.id, None) if call.func.id in indexes.__all__ else None
     if not (isinstance(kind, type) and issubclass(kind, Index)) or inspect.isabstract(kind):
-        known = [name for name in hashattn.__all__ if _is_index(getattr(hashattn, name))]
+        known = [name for name in indexes.__all__ if _is_index(getattr(indexes, name))]
         raise ValueError(f"--index: {call.func.id!r} is no index; there are {', '.join(known)}")
     try:
         return kind(*values, **named)

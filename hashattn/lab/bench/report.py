@@ -15,8 +15,8 @@ from typing import Any
 import numpy
 import torch
 
-import hashattn
 from hashattn.core.files import replacing
+from hashattn.core.version import __version__
 
 
 def environment(command: list[str], device: str = "cpu") -> dict[str, Any]:
@@ -28,7 +28,7 @@ def environment(command: list[str], device: str = "cpu") -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {os.cpu_count()} cores",
         "versions": {
-            "hashattn": hashattn.__version__, "torch": torch.__version__, "numpy": numpy.__version__,
+            "hashattn": __version__, "torch": torch.__version__, "numpy": numpy.__version__,
             "faiss": faiss, "python": platform.python_version(), **gpu,
         },
     }  # fmt: skip

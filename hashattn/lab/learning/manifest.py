@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hashattn import __version__
 from hashattn.core.json_files import read_json, whole_number, write_json
 from hashattn.core.model_facts import ModelFacts
+from hashattn.core.version import __version__
 
 FORMAT_VERSION = 1
 FILENAME = "capture.json"

@@ -10,8 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hashattn.core.types import Table
+
 IntArray = npt.NDArray[Any]
-Table = Sequence[Sequence[Sequence[int]]]  # [B][T], some numbers for each query
 
 _COLUMNS = np.arange(1 << 14, dtype=np.int32)
 _SAMPLE = 4096  # of more columns than four times this, a sample says which are worth a look

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hashattn.ops.nearest.cpu import IntArray, Table, force, select, shift
+from hashattn.core.types import Table
+from hashattn.ops.nearest.cpu import IntArray, force, select, shift
 from hashattn.ops.search.scan import scanned
 
 

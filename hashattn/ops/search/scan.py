@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 from torch import Tensor
 
+from hashattn.core.types import Table
 from hashattn.ops.hamming.cpu import add_bias, as_bytes, merge_planes, weighted_distances
-from hashattn.ops.nearest.cpu import IntArray, Table
+from hashattn.ops.nearest.cpu import IntArray
 from hashattn.ops.scratch import borrow
 
 AT_ONCE = 1 << 17  # distances held at a time: half a megabyte
