@@ -101,7 +101,7 @@ def test_a_stream_of_keys_with_gradients_chains_no_graph(engine):
         _, k, v = qkv(step, keys=1)
         newest = k * parameter
         cache.append(newest, v * parameter)
-    assert not cache._keys.storage.requires_grad
+    assert not cache.kv.keys.storage.requires_grad
     q, _, _ = qkv(99)
     newest.retain_grad()
     attn(q.requires_grad_(), cache).sum().backward()

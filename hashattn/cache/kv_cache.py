@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hashattn.cache.centres import Centres
 from hashattn.cache.check_codes import check_codes
 from hashattn.cache.check_state import Shape, check_state
 from hashattn.cache.device_state import DeviceState
 from hashattn.core.buffer import TokenBuffer
-from hashattn.core.checks import check_int, check_kv
+from hashattn.core.checks import check_int, check_kv, check_start, row_index
 from hashattn.core.guard import Guard, guarded
 from hashattn.core.lasting import lasting
 from hashattn.core.types import Table
@@ -23,11 +24,9 @@ from hashattn.encoders.base import Encoder
 from hashattn.index.base import Index
 from hashattn.index.view import View
 from hashattn.ops.attend import logits as exact_logits
-from hashattn.ops.attend import row_numbers
 from hashattn.ops.decode.estimate import NORMS, key_norms
 from hashattn.ops.decode.scratch import Scratch
-
-_INTEGERS = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
+from hashattn.store.resident import Resident, rows_of
 
 
 class KVCache:
@@ -61,11 +60,10 @@ class KVCache:
         self.head_dim = check_int("head_dim", head_dim, 1)
         self.capacity = capacity = None if capacity is None else check_int("capacity", capacity, 1)
         self.encoder, self.index, self.with_norms = encoder, index, norms
-        self._keys, self._values, self._norms = TokenBuffer(capacity), TokenBuffer(capacity), TokenBuffer(capacity)
+        self.kv, self._norms = Resident(capacity), TokenBuffer(capacity)
         self._store = index.new_store(capacity) if index is not None else None
         self._starts = [0] * self.batch  # host copy of start
-        self._ready = [self.warmup == 0] * self.batch  # rows whose centre is frozen
-        self._centre: Tensor | None = None
+        self.centres = Centres(encoder, self.batch)
         self._fits = encoder.fits if encoder is not None else 0
         self.votes = Votes(capacity)
         self.guard = Guard()
@@ -74,30 +72,30 @@ class KVCache:
     # ---- what is in it
 
     def __len__(self) -> int:
-        return self._keys.length
+        return len(self.kv)
 
     @property
     def keys(self) -> Tensor:
         """[B, Hkv, N, D], a view."""
         self._check_filled()
-        return self._keys.traced.narrow(2, 0, len(self))
+        return self.kv.storage("keys").narrow(2, 0, len(self))
 
     @property
     def values(self) -> Tensor:
         """[B, Hkv, N, D], a view."""
         self._check_filled()
-        return self._values.traced.narrow(2, 0, len(self))
+        return self.kv.storage("values").narrow(2, 0, len(self))
 
     @property
     def allocated(self) -> tuple[Tensor, Tensor]:
         """Keys and values with the room behind them, [B, Hkv, room, D]; that is zeros where there is a capacity."""
         self._check_filled()
-        return self._keys.traced, self._values.traced
+        return self.kv.storage("keys"), self.kv.storage("values")
 
     @property
     def wants_grad(self) -> bool:
         """Whether gradients go on to keys or values that were appended, if any arrive."""
-        return self._keys.wants_grad or self._values.wants_grad
+        return self.kv.wants_grad
 
     @property
     def codes(self) -> Tensor:
@@ -117,7 +115,7 @@ class KVCache:
     def centre(self) -> Tensor:
         """What is subtracted from the keys before encoding: float32 [B, Hkv, D]; zero for short rows."""
         self.encode()
-        centre = self._subtracted
+        centre = self.centres.subtracted
         if centre is None:
             return torch.zeros(self.batch, self.kv_heads, self.head_dim, device=self.keys.device)
         return centre
@@ -135,8 +133,7 @@ class KVCache:
     @property
     def start(self) -> Tensor:
         """First column of each row, int64 [B]."""
-        device = None if self._keys.empty else self._keys.storage.device
-        return torch.tensor(self._starts, device=device)
+        return torch.tensor(self._starts, device=self.kind[1] if self.kind else None)
 
     @property
     def lengths(self) -> Tensor:
@@ -156,30 +153,32 @@ class KVCache:
     @property
     def warmup(self) -> int:
         """Visible keys that a row needs before its centre is frozen; 0 if the encoder asks for none."""
-        centring = self.encoder.centring if self.encoder is not None else None
-        return centring.warmup if centring is not None else 0
+        return self.centres.warmup
 
     @property
     def kind(self) -> tuple[torch.dtype, torch.device] | None:
         """Type and device of what it holds; None before the first keys."""
-        return None if self._keys.empty else (self._keys.storage.dtype, self._keys.storage.device)
+        return self.kv.kind
 
     @property
     def ready(self) -> list[bool]:
         """For each row, whether a search can serve it."""
-        need = self.warmup
-        return [r or len(self) - s >= need for r, s in zip(self._ready, self._starts, strict=True)]
+        return self.centres.could_be_ready(len(self), self._starts)
 
     @property
     def code_nbytes(self) -> int:
         """Bytes allocated for codes, norms, centres and votes."""
-        centre = 0 if self._centre is None else self._centre.numel() * self._centre.element_size()
-        return (self._store.nbytes if self._store is not None else 0) + self._norms.nbytes + centre + self.votes.nbytes
+        return (
+            (self._store.nbytes if self._store is not None else 0)
+            + self._norms.nbytes
+            + self.centres.nbytes
+            + self.votes.nbytes
+        )
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated in all."""
-        return self._keys.nbytes + self._values.nbytes + self.code_nbytes
+        return self.kv.nbytes + self.code_nbytes
 
     # ---- changing it
 
@@ -195,9 +194,9 @@ class KVCache:
             ValueError: shapes that disagree, no room left, or a start that is out of range. The cache is as before.
         """
         check_kv(k, v, self.batch, self.kv_heads, self.head_dim)
-        if not self._keys.empty and (k.dtype, k.device) != (self._keys.storage.dtype, self._keys.storage.device):
-            held = self._keys.storage
-            raise TypeError(f"k must match the cache, {held.dtype} on {held.device}, got {k.dtype} on {k.device}")
+        if self.kind is not None and (k.dtype, k.device) != self.kind:
+            dtype, device = self.kind
+            raise TypeError(f"k must match the cache, {dtype} on {device}, got {k.dtype} on {k.device}")
         if self.capacity is not None and len(self) + k.shape[2] > self.capacity:
             raise ValueError(
                 f"k has {k.shape[2]} columns, but {self.capacity - len(self)} of capacity {self.capacity} are left"
@@ -206,26 +205,18 @@ class KVCache:
         if start is not None:
             if len(self):
                 raise ValueError("start is given with the first append only, or changed by set_start")
-            starts = self._check_start(start, k.shape[2])
-        before = len(self)
-        try:
-            self._keys.append(k)
-            self._values.append(v)
-        except BaseException:  # out of memory: as before
-            self._keys.truncate(before)
-            raise
+            starts = check_start(start, self.batch, k.shape[2])
+        self.kv.append(k, v)
         if starts is not None:
             self._starts = starts
             for row, first in enumerate(starts):  # padding may hold NaN, and 0 * NaN would reach a masked sum
-                self._keys.storage[row, :, :first] = 0
-                self._values.storage[row, :, :first] = 0
+                self.kv.clear_before(row, first)
 
     @guarded
     def adopt(self, length: int, *, codes: bool = True) -> None:
         """Count columns that a Decoder wrote in place, with or without their codes and norms, up to `length`."""
         length = check_int("length", length, 0)
-        self._keys.adopt(length)
-        self._values.adopt(length)
+        self.kv.adopt(length)
         if self._store is not None and codes:
             self._store.adopt(length)
             if self.with_norms:
@@ -237,7 +228,7 @@ class KVCache:
 
         Columns that were padding in the first append hold zeros: they do not come back.
         """
-        starts = self._check_start(start, len(self))
+        starts = check_start(start, self.batch, len(self))
         for row, (old, new) in enumerate(zip(self._starts, starts, strict=True)):
             if old != new:
                 self._forget_centre(row)
@@ -255,9 +246,9 @@ class KVCache:
         reason = self.votes.why_not_crop(length)
         if reason is not None:
             raise ValueError(f"length {length} is a crop that cannot be made: {reason}")
-        self.votes.crop(length, None if self._keys.empty else self._keys.view, self._starts)
-        for buffer in (self._keys, self._values, self._norms):
-            buffer.truncate(length)
+        self.votes.crop(length, self.keys if len(self) else None, self._starts)
+        self.kv.truncate(length)
+        self._norms.truncate(length)
         if self._store is not None:
             self._store.truncate(length)
         for row, first in enumerate(self._starts):
@@ -278,16 +269,15 @@ class KVCache:
         """
         rows = row_index(rows, self.batch)
         picked: list[int] = rows.tolist()
-        if not self._keys.empty:
-            rows = rows.to(self._keys.storage.device)
-        for held in (self._keys, self._values, self._norms, self.votes):
-            held.select(rows)
+        if self.kind is not None:
+            rows = rows.to(self.kind[1])
+        self.kv.select_rows(rows)
+        self._norms.select(rows)
+        self.votes.select(rows)
         if self._store is not None:
             self._store.select_rows(rows)
-        if self._centre is not None:
-            self._centre = self._centre.index_select(0, rows)
+        self.centres.select_rows(rows)
         self._starts = [self._starts[r] for r in picked]
-        self._ready = [self._ready[r] for r in picked]
         self.batch = len(picked)
 
     def reorder(self, rows: Tensor | Sequence[int]) -> None:
@@ -322,23 +312,27 @@ class KVCache:
             return
         self._store.align(self._starts)
         if self._fits != self.encoder.fits:  # fitted meanwhile: everything is encoded anew
-            self._fits, self._centre, self._ready = self.encoder.fits, None, [self.warmup == 0] * self.batch
+            self._fits, self.centres = self.encoder.fits, Centres(self.encoder, self.batch)
             self._store.truncate(0)
-        if not all(self._ready):
+        if not all(self.centres.ready):
             ready = self.ready
             if not any(ready):
                 return
-            if ready != self._ready:
-                self._freeze_centres()
+            if ready != self.centres.ready:  # what was encoded with another centre is encoded anew
+                self.centres.freeze(self.keys.detach(), self._starts)
+                self._store.truncate(0)
+                self._norms.truncate(0)
         encoded, keys = self.encoded, len(self)
         if encoded == keys:
             return
         self._norms.truncate(encoded)
-        k = self._keys.storage.narrow(2, encoded, keys - encoded)
+        k = self.kv.keys.storage.narrow(2, encoded, keys - encoded)
         with torch.no_grad():
-            codes = self.encoder.encode_key(k, self._centre)
+            codes = self.encoder.encode_key(k, self.centres.frozen)
         if self.with_norms:
-            self._norms.append(key_norms(self._keys.traced.narrow(2, encoded, keys - encoded), self._subtracted))
+            self._norms.append(
+                key_norms(self.kv.storage("keys").narrow(2, encoded, keys - encoded), self.centres.subtracted)
+            )
         self._store.add(codes)
 
     def forget_code(self) -> None:
@@ -380,7 +374,9 @@ class KVCache:
 
         def logits(ids: Tensor) -> Tensor:
             assert q is not None
-            return exact_logits(q.detach(), self._keys.storage, ids, scale, engine=engine)  # they choose: no gradients
+            return exact_logits(
+                q.detach(), self.kv.storage("keys").detach(), ids, scale, engine=engine
+            )  # they choose: no gradients
 
         def find(k: int) -> tuple[Tensor, Tensor]:
             assert index is not None and store is not None and query is not None
@@ -389,7 +385,7 @@ class KVCache:
         searches = query is not None and index is not None and not index.scans
         binary = index is not None and (index.flat_codes or searches)
         codes = store.codes if store is not None and binary and len(store) else None
-        device = self._keys.storage.device
+        device = self.keys.device
         return View(
             spans, q_heads, self.kv_heads, len(self), scan, device, query, codes, engine, biased=biased,
             find=find if searches else None, logits=None if q is None else logits, votes=self.votes,
@@ -428,9 +424,7 @@ class KVCache:
 
         Empty slots (-1) read a row that is kept anyway, so that no padding is touched while anything is kept.
         """
-        storage = self.storage(what)
-        rows = row_numbers(ids, storage.shape[1], storage.shape[2])
-        return storage.view(-1, storage.shape[-1]).index_select(0, rows).view(*ids.shape, -1)
+        return rows_of(self.storage(what), ids)
 
     def storage(self, what: str) -> Tensor:
         """All that is allocated for "keys", "values", "codes" or "norms", contiguous [B, heads, room, X]."""
@@ -438,7 +432,7 @@ class KVCache:
             if self._store is None:
                 raise ValueError("the composition has no index, so there are no codes")
             return self._store._codes.storage
-        return {"keys": self._keys, "values": self._values, "norms": self._norms}[what].traced
+        return self._norms.traced if what == "norms" else self.kv.storage(what)
 
     # ---- keeping it
 
@@ -451,11 +445,9 @@ class KVCache:
         if self.encoded and self._store is not None and current:
             if self._store.per_key:
                 state["codes"] = self._store.codes.clone()
-            state["ready"] = torch.tensor(self._ready)
+            state |= self.centres.state_dict()
             if self.with_norms:
                 state["norms"] = self._norms.view.clone()
-            if self._centre is not None:
-                state["centre"] = self._centre.clone()
         return state | self.votes.state_dict()
 
     @lasting
@@ -473,9 +465,7 @@ class KVCache:
         check_state(state, Shape(self.batch, self.kv_heads, self.head_dim, self.warmup))
         other.append(state["keys"], state["values"])
         other._starts = state["start"].tolist()
-        if "ready" in state:
-            other._ready = state["ready"].tolist()
-            other._centre = state["centre"].clone() if "centre" in state else None
+        other.centres.load_state_dict(dict(state))
         if "codes" in state or "norms" in state:
             check_codes(state, other.encoder if other._store is not None else None, other.with_norms)
             assert other._store is not None
@@ -508,58 +498,11 @@ class KVCache:
 
     # ---- inside
 
-    @property
-    def _subtracted(self) -> Tensor | None:
-        """The encoder's fitted mean, or the rows' own centres, [B, Hkv, D]; None for zero."""
-        fitted = self.encoder.fitted_centre if self.encoder is not None else None
-        return self._centre if fitted is None else fitted.expand(self.batch, -1, -1)
-
     def _check_filled(self) -> None:
         if len(self) == 0:
             raise ValueError("the cache is empty: append keys and values first")
 
-    def _check_start(self, start: Tensor, columns: int | None) -> list[int]:
-        if not isinstance(start, Tensor) or start.shape != (self.batch,) or start.dtype not in _INTEGERS:
-            raise ValueError(f"start must be integers of shape ({self.batch},), got {start!r}")
-        starts: list[int] = start.tolist()
-        if min(starts) < 0 or (columns is not None and max(starts) > columns):
-            raise ValueError(f"start must be from 0 to {columns}, the columns there are, got {starts}")
-        return starts
-
-    @torch.no_grad()
-    def _freeze_centres(self) -> None:
-        """Fix the centre of rows that have become long enough; what was encoded with another one is encoded anew."""
-        assert self.encoder is not None and self.encoder.centring is not None and self._store is not None
-        centring = self.encoder.centring
-        centre = self._centre
-        if centre is None:
-            centre = torch.zeros(self.batch, self.kv_heads, self.head_dim, device=self.keys.device)
-        for row, (was, now) in enumerate(zip(self._ready, self.ready, strict=True)):
-            if now and not was:
-                centre[row] = centring.centre(self.keys[row, :, self._starts[row] :])
-        self._centre, self._ready = centre, self.ready
-        self._store.truncate(0)
-        self._norms.truncate(0)
-
     def _forget_centre(self, row: int) -> None:
-        if self.warmup and self._ready[row]:
-            self._ready[row] = False
-            if self._centre is not None:
-                self._centre[row] = 0
-            if self._store is not None:
-                self._store.truncate(0)
-                self._norms.truncate(0)
-
-
-def row_index(rows: Tensor | Sequence[int] | Sequence[bool], batch: int) -> Tensor:
-    """Row numbers, or a mask of rows, as int64 [n] on the CPU; see :meth:`KVCache.select_rows`."""
-    given = torch.as_tensor(rows).cpu()
-    if given.dtype == torch.bool:
-        if given.shape != (batch,) or not bool(given.any()):
-            raise ValueError(f"rows as a mask must be bool of shape ({batch},) that keeps one, got {given.tolist()}")
-        return given.nonzero().squeeze(1)
-    if given.numel() and given.dtype not in _INTEGERS:
-        raise TypeError(f"rows must be row numbers or a mask, got {given.dtype}: {given.tolist()}")
-    if given.ndim != 1 or len(given) == 0 or int(given.min()) < 0 or int(given.max()) >= batch:
-        raise ValueError(f"rows must be row numbers from 0 to {batch - 1}, at least one, got {given.tolist()}")
-    return given.long()
+        if self.centres.forget(row) and self._store is not None:
+            self._store.truncate(0)
+            self._norms.truncate(0)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_INTEGERS = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 
 
 class NotAnInteger(TypeError, ValueError):
@@ -102,3 +105,27 @@ def check_finite(**tensors: Tensor) -> None:
         if not finite.all():
             where = tuple((~finite).nonzero()[0].tolist())
             raise ValueError(f"{name} must be finite, got {x[where].item()} at {where}")
+
+
+def row_index(rows: Tensor | Sequence[int] | Sequence[bool], batch: int) -> Tensor:
+    """Row numbers, or a mask of rows, as int64 [n] on the CPU; for select_rows()."""
+    given = torch.as_tensor(rows).cpu()
+    if given.dtype == torch.bool:
+        if given.shape != (batch,) or not bool(given.any()):
+            raise ValueError(f"rows as a mask must be bool of shape ({batch},) that keeps one, got {given.tolist()}")
+        return given.nonzero().squeeze(1)
+    if given.numel() and given.dtype not in _INTEGERS:
+        raise TypeError(f"rows must be row numbers or a mask, got {given.dtype}: {given.tolist()}")
+    if given.ndim != 1 or len(given) == 0 or int(given.min()) < 0 or int(given.max()) >= batch:
+        raise ValueError(f"rows must be row numbers from 0 to {batch - 1}, at least one, got {given.tolist()}")
+    return given.long()
+
+
+def check_start(start: Tensor, batch: int, columns: int) -> list[int]:
+    """First columns of rows, int [batch], as numbers; ValueError unless each is one of so many columns or the end."""
+    if not isinstance(start, Tensor) or start.shape != (batch,) or start.dtype not in _INTEGERS:
+        raise ValueError(f"start must be integers of shape ({batch},), got {start!r}")
+    starts: list[int] = start.tolist()
+    if min(starts) < 0 or max(starts) > columns:
+        raise ValueError(f"start must be from 0 to {columns}, the columns there are, got {starts}")
+    return starts

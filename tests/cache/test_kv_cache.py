@@ -55,7 +55,7 @@ def snapshot(cache):
         held |= {"keys": cache.keys.clone(), "values": cache.values.clone()}
         held |= {"codes": cache._store.codes.clone()} if cache.encoded else {}
         held |= {"norms": cache._norms.view.clone()} if cache.encoded and cache.with_norms else {}
-        held |= {"centre": cache._centre.clone()} if cache._centre is not None else {}
+        held |= {"centre": cache.centres.frozen.clone()} if cache.centres.frozen is not None else {}
     return held
 
 
@@ -223,7 +223,7 @@ def test_spare_capacity_is_never_read(capacity):
         cache.append(poison(k, start), poison(v, start), start=start)
         clean = attn(q, cache)
         assert clean.isfinite().all()
-        for buffer, value in ((cache._keys, torch.nan), (cache._values, torch.nan), (cache._norms, torch.nan)):
+        for buffer, value in ((cache.kv.keys, torch.nan), (cache.kv.values, torch.nan), (cache._norms, torch.nan)):
             assert buffer.storage.shape[2] > 30
             buffer.storage[:, :, 30:] = value
         cache._store._codes.storage[:, :, 30:] = -1
@@ -396,7 +396,7 @@ def test_a_bad_first_append_leaves_the_cache_empty():
 def test_running_out_of_memory_for_the_values_forgets_the_keys(monkeypatch):
     cache = filled(make())
     before = snapshot(cache)
-    monkeypatch.setattr(cache._values, "append", lambda rows: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(cache.kv.values, "append", lambda rows: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(MemoryError):
         filled(cache, 1)
     assert equal(snapshot(cache), before)

@@ -1,4 +1,4 @@
-"""A part of an encoder's KV heads, as tensor parallelism deals them out: it does for these heads what the whole does."""
+"""A part of the KV heads of an encoder, as tensor parallelism deals them out: what the whole does for these heads."""
 
 import pytest
 import torch
@@ -58,10 +58,15 @@ def test_a_part_of_a_model_is_a_part_of_every_layer():
 
 
 def test_heads_that_are_not_there_are_refused():
-    for first, count in ((4, 1), (3, 2), (0, 5), (-1, 1), (0, 0)):
-        raises_naming(ValueError, str(first if first not in (0, 3) else count))(
-            lambda f=first, c=count: ITQ(32).fit(None, K).for_heads(f, c)
-        )
+    whole = ITQ(32).fit(None, K)
+    for first, count, words in (
+        (4, 1, ("first", "4")),
+        (-1, 1, ("first", "-1")),
+        (0, 0, ("count", "0")),
+        (3, 2, ("heads 3 to 4",)),
+        (0, 5, ("heads 0 to 4", "fitted to 4")),
+    ):
+        raises_naming(ValueError, *words)(lambda f=first, c=count: whole.for_heads(f, c))
     with pytest.raises(RuntimeError, match="not fitted"):
         ITQ(32).for_heads(0, 1)
     with pytest.raises(RuntimeError, match="not fitted"):

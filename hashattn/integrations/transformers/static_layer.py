@@ -72,7 +72,7 @@ class HashedStaticLayer(HashedLayer):
     def keys(self) -> Tensor | None:
         """[B, Hkv, max_cache_len, D], as a StaticLayer's: all columns, of which get_seq_length() are filled."""
         self.settle()
-        return self.kv.allocated[0] if self.kv is not None and not self.kv._keys.empty else None
+        return self.kv.allocated[0] if self.kv is not None and self.kv.kind is not None else None
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
@@ -82,7 +82,7 @@ class HashedStaticLayer(HashedLayer):
     def values(self) -> Tensor | None:
         """[B, Hkv, max_cache_len, D], likewise."""
         self.settle()
-        return self.kv.allocated[1] if self.kv is not None and not self.kv._values.empty else None
+        return self.kv.allocated[1] if self.kv is not None and self.kv.kind is not None else None
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
@@ -180,7 +180,7 @@ def unseen() -> bool:
 
 def same_kind(kv: KVCache, k: Tensor) -> bool:
     """Whether an empty cache has memory for such keys."""
-    if kv._keys.empty:
+    if kv.kind is None:
         return kv.batch == k.shape[0]
     held = kv.storage("keys")
     return (held.shape[0], held.dtype, held.device) == (k.shape[0], k.dtype, k.device)

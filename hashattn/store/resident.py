@@ -1,0 +1,84 @@
+"""Resident: keys and values in one piece of memory each, on the device that attends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hashattn.core.buffer import TokenBuffer
+from hashattn.ops.attend import row_numbers
+from hashattn.store.base import KVStore
+
+
+class Resident(KVStore):
+    """Contiguous [B, Hkv, room, D] of each, of which the first columns are filled.
+
+    Args:
+        capacity: fixed number of columns, allocated at once; None grows by a quarter when full.
+    """
+
+    def __init__(self, capacity: int | None = None) -> None:
+        self.keys, self.values = TokenBuffer(capacity), TokenBuffer(capacity)
+
+    def __len__(self) -> int:
+        return self.keys.length
+
+    @property
+    def kind(self) -> tuple[torch.dtype, torch.device] | None:
+        return None if self.keys.empty else (self.keys.storage.dtype, self.keys.storage.device)
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def wants_grad(self) -> bool:
+        """Whether gradients go on to keys or values of the last append, if any arrive."""
+        return self.keys.wants_grad or self.values.wants_grad
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        before = len(self)
+        try:
+            self.keys.append(k)
+            self.values.append(v)
+        except BaseException:  # out of memory: as before
+            self.keys.truncate(before)
+            raise
+
+    def rows(self, what: str, ids: Tensor) -> Tensor:
+        return rows_of(self.storage(what), ids)
+
+    def dense_chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield self.storage("keys").narrow(2, 0, len(self)), self.storage("values").narrow(2, 0, len(self))
+
+    def storage(self, what: str) -> Tensor:
+        """All that is allocated for "keys" or "values", which kernels may point to; gradients go on from it."""
+        return {"keys": self.keys, "values": self.values}[what].traced
+
+    def adopt(self, length: int) -> None:
+        """Count columns that a kernel wrote in place, up to `length`."""
+        self.keys.adopt(length)
+        self.values.adopt(length)
+
+    def truncate(self, length: int) -> None:
+        self.keys.truncate(length)
+        self.values.truncate(length)
+
+    def select_rows(self, rows: Tensor) -> None:
+        self.keys.select(rows)
+        self.values.select(rows)
+
+    def clear_before(self, row: int, column: int) -> None:
+        self.keys.storage[row, :, :column] = 0
+        self.values.storage[row, :, :column] = 0
+
+
+def rows_of(storage: Tensor, ids: Tensor) -> Tensor:
+    """Rows of [B, heads, room, X] at columns ids [B, H, T, K]: [B, H, T, K, X].
+
+    Empty slots (-1) read a row that is kept anyway, so that no padding is touched while anything is kept.
+    """
+    rows = row_numbers(ids, storage.shape[1], storage.shape[2])
+    return storage.view(-1, storage.shape[-1]).index_select(0, rows).view(*ids.shape, -1)
