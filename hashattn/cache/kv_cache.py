@@ -168,12 +168,8 @@ class KVCache:
     @property
     def code_nbytes(self) -> int:
         """Bytes allocated for codes, norms, centres and votes."""
-        return (
-            (self._store.nbytes if self._store is not None else 0)
-            + self._norms.nbytes
-            + self.centres.nbytes
-            + self.votes.nbytes
-        )
+        codes = self._store.nbytes if self._store is not None else 0
+        return codes + self._norms.nbytes + self.centres.nbytes + self.votes.nbytes
 
     @property
     def nbytes(self) -> int:
@@ -330,9 +326,8 @@ class KVCache:
         with torch.no_grad():
             codes = self.encoder.encode_key(k, self.centres.frozen)
         if self.with_norms:
-            self._norms.append(
-                key_norms(self.kv.storage("keys").narrow(2, encoded, keys - encoded), self.centres.subtracted)
-            )
+            new = self.kv.storage("keys").narrow(2, encoded, keys - encoded)
+            self._norms.append(key_norms(new, self.centres.subtracted))
         self._store.add(codes)
 
     def forget_code(self) -> None:

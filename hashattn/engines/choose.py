@@ -29,7 +29,8 @@ class Choice:
         least: visible keys from which it does; 0 where it was named.
         crossover: visible keys from which a search is known to be faster; None if it is not known to be at any length.
         measured: where the crossover was measured.
-        reasons: why each of the other engines does not serve such steps, by its name.
+        home: the engine that is written for this device; None if there is none.
+        reasons: why each of the engines does not serve such steps, by its name.
     """
 
     wanted: str
@@ -37,6 +38,7 @@ class Choice:
     least: int
     crossover: int | None
     measured: str
+    home: Engine | None = None
     reasons: dict[str, list[str]] = field(default_factory=dict)
 
     def at(self, keys: int) -> Engine:
@@ -76,15 +78,16 @@ def choose(parts: Parts, request: Request, wanted: str = AUTO) -> Choice:
         if crossover is None and not reasons[engine.name]:
             crossover = engine.crossover(parts, request)
             first = first if crossover is None else engine
-    measured = first.measured(request)
+    home = next((engine for engine in ENGINES if engine.device == request.device.type), None)
+    known = crossover, first.measured(request), home, reasons
     if not ever_searches(parts, wanted):
-        return Choice(wanted, DENSE, 0, crossover, measured, reasons)
+        return Choice(wanted, DENSE, 0, *known)
     if wanted == AUTO:
-        return Choice(wanted, first, crossover or 0, crossover, measured, reasons)
+        return Choice(wanted, first, crossover or 0, *known)
     if reasons[wanted]:
         why = "; ".join(reasons[wanted])
         raise ValueError(f'engine="{wanted}" cannot take this step: {why}; engine="reference" or "auto" can')
-    return Choice(wanted, next(e for e in ENGINES if e.name == wanted), 0, crossover, measured, reasons)
+    return Choice(wanted, next(engine for engine in ENGINES if engine.name == wanted), 0, *known)
 
 
 def ever_searches(parts: Parts, wanted: str) -> bool:

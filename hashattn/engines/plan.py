@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from hashattn.engines.base import Engine, PlanRow, Request
-from hashattn.engines.choose import AUTO, ENGINES, Choice, choose
+from hashattn.engines.choose import AUTO, Choice, choose
 from hashattn.engines.parts import Parts
 
 
@@ -69,7 +69,7 @@ def explain(parts: Parts, request: Request, keys: int, wanted: str) -> Plan:
     choice = choose(parts, request, wanted)
     engine = choice.at(keys)
     size = step_bytes(parts, request, keys, engine.searches)
-    stage, remark = ("scan" if engine.searches else "attend"), _why(engine, choice, parts, request)
+    stage, remark = ("scan" if engine.searches else "attend"), _why(engine, choice, parts)
     rows = [
         row._replace(remark=remark) if row.stage == stage and not row.remark else row
         for row in engine.rows(parts, request)
@@ -77,11 +77,11 @@ def explain(parts: Parts, request: Request, keys: int, wanted: str) -> Plan:
     return Plan(engine.name, tuple(rows), *size, choice.crossover, choice.measured)
 
 
-def _why(engine: Engine, choice: Choice, parts: Parts, request: Request) -> str:
+def _why(engine: Engine, choice: Choice, parts: Parts) -> str:
     """Why it is this engine, where a faster one might have been expected."""
     if not parts.searches:
         return "the composition attends densely"
-    home = next((e for e in ENGINES if e.device == request.device.type), engine)
+    home = choice.home or engine
     cannot = choice.reasons[home.name]
     if not engine.searches:
         if choice.wanted != AUTO:
