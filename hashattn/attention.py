@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hashattn.attend import Attend, ExactAttend
 from hashattn.attend.dense import dense
 from hashattn.cache.kv_cache import KVCache
-from hashattn.core.checks import check_finite, check_float, check_kv, check_q
+from hashattn.core.checks import check_finite, check_float, check_kv, check_q, check_scale
 from hashattn.core.lasting import lasting
 from hashattn.core.naming import short
 from hashattn.core.types import Output, Selection, Step
@@ -69,7 +69,8 @@ class HashAttention:
             name: of the preset.
             options: its own, and `pretrained`: encoders that were fitted to a model, by the name of those that come
                 with the library, a folder, or what from_pretrained() returned. Their kind must be the preset's; bits
-                and the like come from there, and layers without an encoder attend densely.
+                and the like come from there, and layers without an encoder attend densely. And `min_k`, where its
+                selector has a floor: keys that are kept beyond the forced ones, however small the share.
 
         Raises:
             ValueError: an unknown name; the nearest one is named. Fitted encoders that do not fit the preset.
@@ -163,7 +164,9 @@ class HashAttention:
             cache = self.new_cache(k.shape[0], k.shape[1], k.shape[3])
             cache.append(k, v, start=start)
         if validate and len(cache):
-            check_finite(q=q, k=cache.keys, v=cache.values)
+            padding = torch.arange(len(cache), device=q.device) < cache.start[:, None]
+            k, v = (x.masked_fill(padding[:, None, :, None], 0) for x in (cache.keys, cache.values))
+            check_finite(q=q, k=k, v=v)
         return self.run(q, cache, scale=scale, causal=causal)[0].out
 
     def run(
@@ -176,6 +179,10 @@ class HashAttention:
             step: the layer's number and the previous layer's selection, for momentum.
             need_lse, need_weights: whether Output carries these.
         """
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"cache must be a KVCache, as new_cache() makes it, got {type(cache).__name__}")
+        if not isinstance(causal, bool):
+            raise TypeError(f"causal must be True or False, got {causal!r}")
         with cache.guard:
             return self._run(q, cache, scale, causal, step or Step(), need_lse, need_weights)
 
@@ -183,8 +190,7 @@ class HashAttention:
         self, q: Tensor, cache: KVCache, scale: float | None, causal: bool, step: Step, need_lse: bool,
         need_weights: bool,
     ) -> tuple[Output, Selection | None]:  # fmt: skip
-        engine = self.engine_for(q, cache)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        engine, scale = self.engine_for(q, cache), check_scale(scale, cache.head_dim)
         tokens = q.shape[2]
         warmup = cache.warmup if self.encoder is not None else 0  # what ranks nothing needs no centre
         if engine == "dense" or cache.longest == 0 or (warmup and not any(cache.ready)):
@@ -221,7 +227,7 @@ class HashAttention:
         tokens = q.shape[2]
         known = max(0, cache.votes.queries.end - (len(cache) - tokens))
         if known < tokens:
-            scale = q.shape[-1] ** -0.5 if scale is None else scale
+            scale = check_scale(scale, q.shape[-1])
             layer = step.layer if step is not None else 0
             shown = Shown(cache.votes, q.detach(), cache.keys, cache.spans(tokens, causal), scale, layer)
             self.selector.observe(shown.part(known, tokens) if known else shown)

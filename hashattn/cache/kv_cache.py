@@ -245,6 +245,16 @@ class KVCache:
         self._starts = starts
 
     @guarded
+    @torch.no_grad()
+    def clear_unseen(self) -> None:
+        """Make zeros of what is not finite in the padding and in the free columns, for who reads all of them masked."""
+        for buffer in (self._keys, self._values):
+            held = buffer.storage
+            parts = [held[row, :, :first] for row, first in enumerate(self._starts) if first]
+            for part in (*parts, held[:, :, len(self) :]):
+                part.masked_fill_(~part.isfinite(), 0)
+
+    @guarded
     def crop(self, length: int) -> None:
         """Keep the first `length` columns. Rows left with too few keys for their centre lose it.
 
@@ -297,7 +307,7 @@ class KVCache:
         Raises:
             TypeError, ValueError: as select_rows(); a mask; another number of rows.
         """
-        given = torch.as_tensor(rows)
+        given = as_rows(rows)
         if given.dtype == torch.bool:
             raise TypeError(f"rows must be numbers of rows, got the mask {given.tolist()}, which tells no order")
         if given.shape != (self.batch,):
@@ -408,10 +418,18 @@ class KVCache:
             distances of the same shape (int32; float32 for exact scores), meaningless where ids are -1.
 
         Raises:
-            ValueError: an empty cache, k < 1, or a row too short to have a centre.
+            TypeError, ValueError: a query of other rows or heads, an empty cache, k < 1, or a row too short to
+                have a centre.
         """
         self._check_filled()
         k = check_int("k", k, 1)
+        if not isinstance(query, Tensor):
+            raise TypeError(f"query must be what encode_query() returned, got {type(query).__name__}")
+        if query.ndim < 4 or len(query) != self.batch or query.shape[1] == 0 or query.shape[1] % self.kv_heads:
+            raise ValueError(
+                f"query must be [B, Hq, T, ...] with B = {self.batch} and Hq a multiple of Hkv = {self.kv_heads}, got "
+                f"{[*query.shape]}"
+            )
         if not all(self.ready):
             short = [b for b, r in enumerate(self.ready) if not r]
             raise ValueError(f"rows {short} hold fewer than {self.warmup} keys, from which their centre is made")
@@ -439,7 +457,10 @@ class KVCache:
             if self._store is None:
                 raise ValueError("the composition has no index, so there are no codes")
             return self._store._codes.storage
-        return {"keys": self._keys, "values": self._values, "norms": self._norms}[what].traced
+        held = {"keys": self._keys, "values": self._values, "norms": self._norms}
+        if what not in held:
+            raise ValueError(f"what must be one of {', '.join(held)} and codes, got {what!r}")
+        return held[what].traced
 
     # ---- keeping it
 
@@ -555,9 +576,17 @@ class KVCache:
                 self._norms.truncate(0)
 
 
+def as_rows(rows: Tensor | Sequence[int] | Sequence[bool]) -> Tensor:
+    """Row numbers or a mask, as they were given, as a tensor on the CPU; TypeError if they are no numbers."""
+    try:
+        return torch.as_tensor(rows).cpu()
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TypeError(f"rows must be row numbers or a mask, got {rows!r:.200}") from e
+
+
 def row_index(rows: Tensor | Sequence[int] | Sequence[bool], batch: int) -> Tensor:
     """Row numbers, or a mask of rows, as int64 [n] on the CPU; see :meth:`KVCache.select_rows`."""
-    given = torch.as_tensor(rows).cpu()
+    given = as_rows(rows)
     if given.dtype == torch.bool:
         if given.shape != (batch,) or not bool(given.any()):
             raise ValueError(f"rows as a mask must be bool of shape ({batch},) that keeps one, got {given.tolist()}")

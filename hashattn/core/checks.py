@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -39,17 +41,48 @@ def check_int(name: str, value: Any, least: int, most: int | None = None, *, hin
     return number
 
 
+def check_scale(scale: Any, head_dim: int) -> float:
+    """What logits are multiplied with, 1 / sqrt(head_dim) if it is None, as a float; NaN and inf pass, and come out.
+
+    Raises:
+        TypeError: neither a number nor a tensor of one; a tensor that asks for a gradient, which it would not get.
+    """
+    if scale is None:
+        return float(head_dim**-0.5)
+    single = isinstance(scale, Tensor) and scale.numel() == 1 and scale.is_floating_point()
+    if single and scale.requires_grad and torch.is_grad_enabled():
+        single = False
+    if not single and (isinstance(scale, bool) or not isinstance(scale, Real)):
+        raise TypeError(f"scale must be a number, without gradients (multiply q with it for those), got {scale!r}")
+    try:
+        return float(scale)
+    except OverflowError as e:
+        raise ValueError(f"scale must fit a float, got {scale!r:.40}...") from e
+
+
 def check_seed(seed: Any) -> int:
     """A seed as torch.Generator.manual_seed takes it, as an int; raises as check_int()."""
     return check_int("seed", seed, -(2**63), 2**64 - 1)
 
 
 def keep_ints(part: object, **least: int) -> None:
-    """Check int fields of a frozen dataclass, of at least so much each, and keep them as ints; None is left alone."""
+    """Check int fields of a frozen dataclass, of at least so much each, and keep them as ints."""
     for name, low in least.items():
-        value = getattr(part, name)
-        if value is not None:
-            object.__setattr__(part, name, check_int(name, value, low))
+        object.__setattr__(part, name, check_int(name, getattr(part, name), low))
+
+
+def check_number(name: str, value: Any) -> float:
+    """A finite number that a user gave, NumPy's too, as a float.
+
+    Raises:
+        TypeError: bool, or anything else that is no number.
+        ValueError: NaN or infinity.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a finite number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
 
 
 def check_float(**tensors: Tensor) -> None:
@@ -58,6 +91,8 @@ def check_float(**tensors: Tensor) -> None:
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got one of layout {x.layout}")
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
         if x.dtype != first.dtype:
@@ -93,6 +128,19 @@ def check_q(q: Tensor, batch: int, kv_heads: int, head_dim: int, keys: int) -> N
         raise ValueError(
             f"q holds T = {q.shape[2]} queries, more than the N = {keys} keys (a query is one of the keys)"
         )
+
+
+def check_fit(**tensors: Tensor) -> None:
+    """Raise unless all are finite floating-point [B, heads, N, D] with none of these 0.
+
+    Raises:
+        TypeError, ValueError: the message names the tensor, and says what it is.
+    """
+    for name, x in tensors.items():
+        check_float(**{name: x})
+        if x.ndim != 4 or 0 in x.shape:
+            raise ValueError(f"{name} must hold vectors [B, heads, N, D], none of these 0, to fit to, got {[*x.shape]}")
+    check_finite(**tensors)
 
 
 def check_finite(**tensors: Tensor) -> None:

@@ -21,7 +21,7 @@ from hashattn.encoders.base import (
     subtract,
 )
 from hashattn.encoders.bias import NEUTRAL, KeyBias, check_bias, write_bias
-from hashattn.encoders.centring import Centring
+from hashattn.encoders.centring import Centring, check_centring
 from hashattn.encoders.progress import progress_of
 from hashattn.encoders.simhash import orthogonal_planes
 from hashattn.ops.decode import Map
@@ -93,7 +93,7 @@ class LearnedHash(nn.Module, Encoder):
         check_bias(self.bits, self.query_bits, self.bias_bits)
         self.heads = heads if heads is None else check_int("heads", heads, 1, hint="or None, shared by all")
         self.seed = check_seed(seed)
-        self._row_centring = centring
+        self._row_centring = check_centring(centring)
         self.query_net: HashNet | None = None
         self.key_net: HashNet | None = None
         self.key_bias: KeyBias | None = None
