@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hashattn.attend import Attend, ExactAttend
 from hashattn.cache.kv_cache import KVCache
-from hashattn.core.checks import check_finite, check_float, check_int, check_kv, check_q
+from hashattn.core.checks import check_finite, check_float, check_int, check_kv, check_q, check_scale
 from hashattn.core.lasting import lasting
 from hashattn.core.types import Output, Selection, Step
 from hashattn.encoders import Encoder
@@ -71,7 +71,8 @@ class HashAttention:
             name: of the preset.
             options: its own, and `pretrained`: encoders that were fitted to a model, by the name of those that come
                 with the library, a folder, or what from_pretrained() returned. Their kind must be the preset's; bits
-                and the like come from there, and layers without an encoder attend densely.
+                and the like come from there, and layers without an encoder attend densely. And `min_k`, where its
+                selector has a floor: keys that are kept beyond the forced ones, however small the share.
 
         Raises:
             ValueError: an unknown name; the nearest one is named. Fitted encoders that do not fit the preset.
@@ -165,7 +166,9 @@ class HashAttention:
             cache = self.new_cache(k.shape[0], k.shape[1], k.shape[3])
             cache.append(k, v, start=start)
         if validate and len(cache):
-            check_finite(q=q, k=cache.keys, v=cache.values)
+            padding = torch.arange(len(cache), device=q.device) < cache.start[:, None]
+            k, v = (x.masked_fill(padding[:, None, :, None], 0) for x in (cache.keys, cache.values))
+            check_finite(q=q, k=k, v=v)
         return self.run(q, cache, scale=scale, causal=causal)[0].out
 
     def run(
@@ -178,10 +181,14 @@ class HashAttention:
             step: the layer's number and the previous layer's selection, for momentum.
             need_lse, need_weights: whether Output carries these.
         """
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"cache must be a KVCache, as new_cache() makes it, got {type(cache).__name__}")
+        if not isinstance(causal, bool):
+            raise TypeError(f"causal must be True or False, got {causal!r}")
         with cache.guard:
             choice = self.choice(q, cache)
             engine = choice.at(cache.longest) if self.parts.can_search(cache) else DENSE
-            call = Call(_scale(q, scale), causal, step or Step(), need_lse, need_weights)
+            call = Call(check_scale(scale, cache.head_dim), causal, step or Step(), need_lse, need_weights)
             return engine.prepare(self.parts, cache, Request.of(q, cache))(q, cache, call)
 
     def observe(
@@ -192,7 +199,7 @@ class HashAttention:
         run() does so by itself; who attends elsewhere, as in a prefill, calls it. Most selectors look at nothing, and
         none at a position twice.
         """
-        show(self.selector, q, cache, Call(_scale(q, scale), causal, step or Step()))
+        show(self.selector, q, cache, Call(check_scale(scale, q.shape[-1]), causal, step or Step()))
 
     @cached_property
     def parts(self) -> Parts:
@@ -265,7 +272,3 @@ class HashAttention:
         fields = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)]
         shown = [f"{name}={value!r}" for name, value, default in fields if value != default]
         return f"HashAttention({', '.join(shown)})"
-
-
-def _scale(q: Tensor, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale

@@ -2,6 +2,7 @@ import math
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -394,6 +395,22 @@ Q, K = ones(1, 4, 1, 16), ones(1, 2, 30, 16)
         (ValueError, lambda a, c: a(ones(1, 4, 31, 16), K, K), ["q", "T = 31", "N = 30"]),
         (ValueError, lambda a, c: a(Q, K, K, start=torch.tensor([31])), ["start", "31"]),
         (ValueError, lambda a, c: a(Q, K, K, start=torch.tensor([0, 0])), ["start", "(1,)"]),
+        (TypeError, lambda a, c: a(Q, K.to_sparse(), K), ["k", "dense tensor", "sparse_coo"]),
+        (TypeError, lambda a, c: a(Q, c, scale="0.1"), ["scale", "'0.1'"]),
+        (TypeError, lambda a, c: a(Q, c, scale=True), ["scale", "True"]),
+        (TypeError, lambda a, c: a(Q, c, scale=1j), ["scale", "1j"]),
+        (TypeError, lambda a, c: a(Q, c, scale=[0.1]), ["scale", "[0.1]"]),
+        (TypeError, lambda a, c: a(Q, c, scale=ones(2)), ["scale", "tensor([1., 1.])"]),
+        (TypeError, lambda a, c: a(Q, c, scale=ones(1).requires_grad_()), ["scale", "gradients"]),
+        (ValueError, lambda a, c: a(Q, c, scale=10**400), ["scale", "1000"]),
+        (TypeError, lambda a, c: a(Q, c, causal="no"), ["causal", "'no'"]),
+        (TypeError, lambda a, c: a.run(Q, None), ["cache", "KVCache", "NoneType"]),
+        (TypeError, lambda a, c: c.search([1], 3), ["query", "list"]),
+        (ValueError, lambda a, c: c.search(torch.zeros(2, 4, 1, 1).long(), 3), ["query", "B = 1", "[2, 4, 1, 1]"]),
+        (ValueError, lambda a, c: c.search(torch.zeros(1, 3, 1, 1).long(), 3), ["query", "Hkv = 2", "[1, 3, 1, 1]"]),
+        (ValueError, lambda a, c: c.gather("code", torch.zeros(1, 2, 1, 1).int()), ["what", "codes", "'code'"]),
+        (TypeError, lambda a, c: c.select_rows("0"), ["rows", "'0'"]),
+        (TypeError, lambda a, c: c.reorder(None), ["rows", "None"]),
     ],
 )
 def test_bad_input_is_refused_by_name_and_the_cache_stays_as_it_was(error, call, words):
@@ -421,7 +438,20 @@ def test_validation_does_not_look_at_padding():
     q, k, v = qkv(0, 2, keys=65)
     start = torch.tensor([0, 20])
     padded = poison(k, start), poison(v, start)
-    assert torch.equal(ATTN(q, *padded, start=start, validate=True), ATTN(q, *padded, start=start))
+    expected = ATTN(q, *padded, start=start)
+    assert torch.equal(ATTN(q, *padded, start=start, validate=True), expected)
+    cache = ATTN.new_cache(2, 2, 16)
+    cache.append(*padded)
+    cache.set_start(start)  # padding that was not zeroed
+    assert torch.equal(ATTN(q, cache, validate=True), expected)
+
+
+@pytest.mark.parametrize("engine", ["reference", "cpu", "dense"])
+def test_a_scale_of_any_kind_of_number_is_the_same(engine):
+    attn, inputs = ATTN.replace(engine=engine), qkv(1, keys=30)
+    expected = attn(*inputs, scale=0.5)
+    for scale in (np.float64(0.5), np.float32(0.5), torch.tensor(0.5), torch.tensor([0.5])):
+        assert torch.equal(attn(*inputs, scale=scale), expected)
 
 
 # ---- query plans

@@ -8,6 +8,7 @@ from hashattn import (
     CollisionSample,
     Consensus,
     CrossPolytope,
+    DenseAttend,
     FlatBuckets,
     FlatDot,
     FlatHamming,
@@ -34,6 +35,7 @@ from hashattn import (
     TopK,
     TopP,
 )
+from hashattn.integrations.transformers.simulate import simulate
 from hashattn.ops import attend as ops
 from hashattn.ops.hamming import cpu, reference
 from tests.structured import qkv
@@ -158,3 +160,70 @@ def test_norms_beyond_float16_are_kept():
         small = attn.new_cache(1, 2, 16)
         small.append(k, v)
         assert torch.allclose(out, attn.replace(engine=engine)(q, small), atol=0.02)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("engine", ["reference", "cpu", "dense"])
+@pytest.mark.parametrize("name", [*COMPOSITIONS, "DenseAttend"])
+def test_keys_that_a_query_does_not_see_do_not_matter_to_it(name, engine, value):
+    attn = COMPOSITIONS[name] if name in COMPOSITIONS else HashAttention(attend=DenseAttend())
+    attn = attn.replace(engine=engine)
+    q, k, v = qkv(5, 2, tokens=2, keys=40)
+
+    def outputs(fill, last):
+        keys, values = k.clone(), v.clone()
+        for x in (keys, values):
+            x[1, :, :20] = fill
+            x[:, :, -1] += last
+        cache = attn.new_cache(2, 2, 16)
+        cache.append(keys, values)
+        cache.set_start(torch.tensor([0, 20]))  # padding that was not zeroed
+        output, _ = attn.run(q, cache, need_lse=True, need_weights=True)
+        return output
+
+    clean = outputs(0.0, 0.0)
+    for last in (0.0, value):
+        if last and name == "Pages" and engine != "dense":  # its bounds are of all keys of a block
+            continue
+        found, queries = outputs(value, last), slice(0, 1 if last else 2)  # the last key is seen by one query alone
+        assert torch.equal(found.out[:, :, queries], clean.out[:, :, queries])
+        assert torch.equal(found.lse[:, :, queries], clean.lse[:, :, queries])
+        if last and isinstance(attn.selector, Recent | None):
+            assert found.out[:, :, 1].isnan().all()
+
+
+def test_gradients_of_what_a_query_sees_are_finite_beside_what_it_does_not_see():
+    q, k, v = qkv(6, tokens=2, keys=9)
+    k[:, :, 0] = v[:, :, 0] = torch.nan
+    k, v, q = (x.requires_grad_() for x in (k, v, q))
+    HashAttention(attend=DenseAttend())(q, k, v, start=torch.tensor([1])).sum().backward()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+
+@pytest.mark.parametrize("name", ["Sink and Recent", "TopK", "HeavyHitters"])
+def test_padding_does_not_matter_to_what_is_simulated(name):
+    q, k, v = qkv(7, 2, tokens=30, keys=40)
+    starts = [0, 15]
+    outs = []
+    for fill in (0.0, torch.nan):
+        for x in (k, v):
+            x[1, :, :15] = fill
+        outs.append(simulate(COMPOSITIONS[name], 0, q, k, v, starts, (), scale=None)[0])
+    assert torch.equal(*outs)
+
+
+def test_a_captured_dense_step_reads_nothing_that_is_not_there():
+    attn = HashAttention(selector=Sink(1), engine="dense")
+    q, k, v = qkv(8, 2, keys=40)
+    outs = []
+    for fill in (0.0, torch.nan):
+        cache = attn.new_cache(2, 2, 16, capacity=48)
+        keys, values = k.clone(), v.clone()
+        for x in (keys, values):
+            x[1, :, :20] = fill
+            x[:, :, 30:] = fill
+        cache.append(keys, values)
+        cache.crop(30)
+        cache.set_start(torch.tensor([0, 20]))
+        outs.append(attn.decoder(cache)(q, k[:, :, :1], v[:, :, :1]))
+    assert torch.equal(*outs)

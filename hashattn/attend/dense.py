@@ -36,10 +36,38 @@ def dense(
 ) -> Output:  # fmt: skip
     """Full attention of queries [B, Hq, T, D] to k, v [B, Hkv, N, D].
 
+    A key that a query does not see matters to it in no way, also where it is NaN or inf; see :func:`masked` for a
+    device that must not be waited for.
+
     Args:
         seen: bool [B, 1, T, N], which keys each query sees; None for all. Queries that see none get zeros.
         need_lse, need_weights: whether Output carries these; weights are then [B, Hq, T, N].
     """
+    output = masked(q, k, v, seen, scale, need_lse=need_lse, need_weights=need_weights)
+    if seen is None or q.is_meta or bool(output.out.isfinite().all()):
+        return output
+    broken = ~(k.isfinite() & v.isfinite()).all(-1)  # [B, Hkv, N]
+    if not bool(broken.any()):
+        return output
+    k, v = (x.masked_fill(broken.unsqueeze(-1), 0) for x in (k, v))  # 0 * NaN would be NaN, in gradients too
+    clean = masked(q, k, v, seen, scale, need_lse=need_lse, need_weights=need_weights)
+    sees = (seen & broken.unsqueeze(2)).any(-1).repeat_interleave(q.shape[1] // k.shape[1], 1)  # [B, Hq, T]
+
+    def chosen(broken: Tensor | None, clean: Tensor | None) -> Tensor | None:
+        if broken is None or clean is None:
+            return None
+        return torch.where(sees.view(*sees.shape, *[1] * (clean.ndim - 3)), broken.detach(), clean)
+
+    out = chosen(output.out, clean.out)
+    assert out is not None
+    return Output(out, chosen(output.lse, clean.lse), chosen(output.weights, clean.weights))
+
+
+def masked(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, *, need_lse: bool = False,
+    need_weights: bool = False,
+) -> Output:  # fmt: skip
+    """The same without a look at values: keys that are not seen must be finite."""
     batch, q_heads, tokens, dim = q.shape
     kv_heads, keys = k.shape[1:3]
     group = q_heads // kv_heads

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hashattn.attend.base import Attend, Keys, serving
 from hashattn.attend.medium import Medium, nearest_of
-from hashattn.core.checks import check_int
+from hashattn.core.checks import check_fit, check_int, check_number
 from hashattn.core.kinds import MakesCodes
 from hashattn.core.lasting import lasting
 from hashattn.core.naming import short
@@ -61,7 +61,7 @@ class MixedPrecision(nn.Module, Attend):
     def __init__(self, *, hidden: int = 32, a: float = 0.8) -> None:
         super().__init__()
         self.hidden = check_int("hidden", hidden, 0)
-        self.a = nn.Parameter(torch.tensor(float(a)))
+        self.a = nn.Parameter(torch.tensor(check_number("a", a)))
         self.residual: CodeResidual | None = None
 
     def attend(
@@ -129,8 +129,10 @@ class MixedPrecision(nn.Module, Attend):
             queries: drawn at each step.
 
         Raises:
-            ValueError: an encoder without binary codes, or shares that leave no medium keys.
+            TypeError, ValueError: what check_fit() refuses, an encoder without binary codes, or shares that
+                leave no medium keys.
         """
+        check_fit(q=q, k=k)
         if encoder.code != "binary":
             raise ValueError(f"encoder must make binary codes, got {short(encoder)}")
         if not encoder.angular:

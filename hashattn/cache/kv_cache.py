@@ -15,7 +15,7 @@ from hashattn.cache.check_codes import check_codes
 from hashattn.cache.check_state import Shape, check_state
 from hashattn.cache.device_state import DeviceState
 from hashattn.core.buffer import TokenBuffer
-from hashattn.core.checks import check_int, check_kv, check_start, row_index
+from hashattn.core.checks import as_rows, check_int, check_kv, check_query, check_start, row_index
 from hashattn.core.guard import Guard, guarded
 from hashattn.core.lasting import lasting
 from hashattn.core.types import Table
@@ -136,11 +136,6 @@ class KVCache:
         return torch.tensor(self._starts, device=self.kind[1] if self.kind else None)
 
     @property
-    def lengths(self) -> Tensor:
-        """Visible keys of each row, int64 [B]."""
-        return (len(self) - self.start).clamp(min=0)
-
-    @property
     def longest(self) -> int:
         """Visible keys of the longest row."""
         return max(0, len(self) - min(self._starts))
@@ -231,6 +226,11 @@ class KVCache:
         self._starts = starts
 
     @guarded
+    def clear_unseen(self) -> None:
+        """Make zeros of what is not finite in the padding and in the free columns, for who reads all of them masked."""
+        self.kv.clear_unseen(self._starts)
+
+    @guarded
     def crop(self, length: int) -> None:
         """Keep the first `length` columns. Rows left with too few keys for their centre lose it.
 
@@ -282,7 +282,7 @@ class KVCache:
         Raises:
             TypeError, ValueError: as select_rows(); a mask; another number of rows.
         """
-        given = torch.as_tensor(rows)
+        given = as_rows(rows)
         if given.dtype == torch.bool:
             raise TypeError(f"rows must be numbers of rows, got the mask {given.tolist()}, which tells no order")
         if given.shape != (self.batch,):
@@ -398,19 +398,17 @@ class KVCache:
             distances of the same shape (int32; float32 for exact scores), meaningless where ids are -1.
 
         Raises:
-            ValueError: an empty cache, k < 1, or a row too short to have a centre.
+            TypeError, ValueError: a query of other rows or heads, an empty cache, k < 1, or a row too short to
+                have a centre.
         """
         self._check_filled()
         k = check_int("k", k, 1)
+        check_query(query, self.batch, self.kv_heads)
         if not all(self.ready):
             short = [b for b, r in enumerate(self.ready) if not r]
             raise ValueError(f"rows {short} hold fewer than {self.warmup} keys, from which their centre is made")
         view = self.view(query, query.shape[1], self.spans(query.shape[2], causal=False))
-        if view.find is not None:
-            ids, distances = view.find(min(k, view.longest))
-        else:
-            ids = view.search(k)
-            distances = view.raw.gather(-1, ids.clamp(min=0).long())
+        ids, distances = view.nearest_with_distances(k)
         empty = 0, min(k, len(self)) - ids.shape[-1]  # the longest row may be shorter than N
         return F.pad(ids, empty, value=-1), F.pad(distances, empty)
 
@@ -427,6 +425,8 @@ class KVCache:
             if self._store is None:
                 raise ValueError("the composition has no index, so there are no codes")
             return self._store._codes.storage
+        if what not in ("keys", "values", "norms"):
+            raise ValueError(f"what must be one of keys, values, norms and codes, got {what!r}")
         return self._norms.traced if what == "norms" else self.kv.storage(what)
 
     # ---- keeping it

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -42,17 +44,48 @@ def check_int(name: str, value: Any, least: int, most: int | None = None, *, hin
     return number
 
 
+def check_scale(scale: Any, head_dim: int) -> float:
+    """What logits are multiplied with, 1 / sqrt(head_dim) if it is None, as a float; NaN and inf pass, and come out.
+
+    Raises:
+        TypeError: neither a number nor a tensor of one; a tensor that asks for a gradient, which it would not get.
+    """
+    if scale is None:
+        return float(head_dim**-0.5)
+    single = isinstance(scale, Tensor) and scale.numel() == 1 and scale.is_floating_point()
+    if single and scale.requires_grad and torch.is_grad_enabled():
+        single = False
+    if not single and (isinstance(scale, bool) or not isinstance(scale, Real)):
+        raise TypeError(f"scale must be a number, without gradients (multiply q with it for those), got {scale!r}")
+    try:
+        return float(scale)
+    except OverflowError as e:
+        raise ValueError(f"scale must fit a float, got {scale!r:.40}...") from e
+
+
 def check_seed(seed: Any) -> int:
     """A seed as torch.Generator.manual_seed takes it, as an int; raises as check_int()."""
     return check_int("seed", seed, -(2**63), 2**64 - 1)
 
 
 def keep_ints(part: object, **least: int) -> None:
-    """Check int fields of a frozen dataclass, of at least so much each, and keep them as ints; None is left alone."""
+    """Check int fields of a frozen dataclass, of at least so much each, and keep them as ints."""
     for name, low in least.items():
-        value = getattr(part, name)
-        if value is not None:
-            object.__setattr__(part, name, check_int(name, value, low))
+        object.__setattr__(part, name, check_int(name, getattr(part, name), low))
+
+
+def check_number(name: str, value: Any) -> float:
+    """A finite number that a user gave, NumPy's too, as a float.
+
+    Raises:
+        TypeError: bool, or anything else that is no number.
+        ValueError: NaN or infinity.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a finite number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
 
 
 def check_float(**tensors: Tensor) -> None:
@@ -61,6 +94,8 @@ def check_float(**tensors: Tensor) -> None:
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, got one of layout {x.layout}")
         if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
         if x.dtype != first.dtype:
@@ -98,6 +133,19 @@ def check_q(q: Tensor, batch: int, kv_heads: int, head_dim: int, keys: int) -> N
         )
 
 
+def check_fit(**tensors: Tensor) -> None:
+    """Raise unless all are finite floating-point [B, heads, N, D] with none of these 0.
+
+    Raises:
+        TypeError, ValueError: the message names the tensor, and says what it is.
+    """
+    for name, x in tensors.items():
+        check_float(**{name: x})
+        if x.ndim != 4 or 0 in x.shape:
+            raise ValueError(f"{name} must hold vectors [B, heads, N, D], none of these 0, to fit to, got {[*x.shape]}")
+    check_finite(**tensors)
+
+
 def check_finite(**tensors: Tensor) -> None:
     """Raise ValueError naming the tensor that holds NaN or infinity, and where."""
     for name, x in tensors.items():
@@ -107,9 +155,17 @@ def check_finite(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must be finite, got {x[where].item()} at {where}")
 
 
+def as_rows(rows: Tensor | Sequence[int] | Sequence[bool]) -> Tensor:
+    """Row numbers or a mask, as they were given, as a tensor on the CPU; TypeError if they are no numbers."""
+    try:
+        return torch.as_tensor(rows).cpu()
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TypeError(f"rows must be row numbers or a mask, got {rows!r:.200}") from e
+
+
 def row_index(rows: Tensor | Sequence[int] | Sequence[bool], batch: int) -> Tensor:
     """Row numbers, or a mask of rows, as int64 [n] on the CPU; for select_rows()."""
-    given = torch.as_tensor(rows).cpu()
+    given = as_rows(rows)
     if given.dtype == torch.bool:
         if given.shape != (batch,) or not bool(given.any()):
             raise ValueError(f"rows as a mask must be bool of shape ({batch},) that keeps one, got {given.tolist()}")
@@ -129,3 +185,14 @@ def check_start(start: Tensor, batch: int, columns: int) -> list[int]:
     if min(starts) < 0 or max(starts) > columns:
         raise ValueError(f"start must be from 0 to {columns}, the columns there are, got {starts}")
     return starts
+
+
+def check_query(query: Any, batch: int, kv_heads: int) -> None:
+    """Raise TypeError or ValueError unless encoded queries are of such rows and heads."""
+    if not isinstance(query, Tensor):
+        raise TypeError(f"query must be what encode_query() returned, got {type(query).__name__}")
+    if query.ndim < 4 or len(query) != batch or query.shape[1] == 0 or query.shape[1] % kv_heads:
+        raise ValueError(
+            f"query must be [B, Hq, T, ...] with B = {batch} and Hq a multiple of Hkv = {kv_heads}, got "
+            f"{[*query.shape]}"
+        )

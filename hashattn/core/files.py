@@ -11,9 +11,12 @@ import shutil
 import socket
 import stat
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+
+_LOCK, _DAY = ".in-use", 86_400.0
 
 
 @contextlib.contextmanager
@@ -66,6 +69,45 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_folder(folder: Path, prefix: str) -> Iterator[Path]:
+    """A new folder within `folder`, removed afterwards; those of processes that were killed go first.
+
+    A lock in it is let go when the process ends, however that happens.
+    """
+    sweep(folder, f"{prefix}*")
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as name, contextlib.ExitStack() as held:
+        with contextlib.suppress(ImportError, OSError):  # no such system is tried, or none on this disk
+            import fcntl
+
+            lock = held.enter_context(Path(name, "taking").open("wb"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.rename(lock.name, Path(name, _LOCK))  # nobody sees it before it is locked
+        yield Path(name)
+
+
+def sweep(folder: Path, pattern: str) -> None:
+    """Remove the folders of this pattern whose lock nobody holds, or that have none and were left alone for a day."""
+    for path in folder.glob(pattern):
+        with contextlib.suppress(OSError):  # another process is at it, or it belongs to somebody else
+            if path.is_dir() and not path.is_symlink() and _left(path):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _left(scratch: Path) -> bool:
+    try:
+        import fcntl
+
+        with (scratch / _LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        touched = max(path.lstat().st_mtime for path in (scratch, *scratch.rglob("*")))
+        return time.time() - touched > _DAY
 
 
 @contextlib.contextmanager

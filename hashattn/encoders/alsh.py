@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from hashattn.core.checks import check_int, check_seed
+from hashattn.core.checks import check_int, check_number, check_seed
 from hashattn.core.lasting import lasting
 from hashattn.encoders.base import check_bits, key_bits, query_planes, subtract
 from hashattn.encoders.fitted import FittedEncoder
@@ -38,7 +38,8 @@ class ALSH(FittedEncoder, ABC):
         Raises:
             ValueError: no keys, or keys that are not finite.
         """
-        self._fill(k.device, limit=self._pooled(k, 1).norm(dim=-1).amax(1))
+        keys = self._pooled(k, 1)
+        self._fill(k.device, limit=keys.norm(dim=-1).amax(1))
         return self
 
     def shapes(self, kv_heads: int, head_dim: int) -> tuple[tuple[int, ...], ...]:
@@ -101,6 +102,7 @@ class L2ALSH(ALSH):
     ) -> None:
         super().__init__(bits, 1, seed)
         powers = check_int("powers", powers, 1, 32)
+        norm, width = check_number("norm", norm), check_number("width", width)
         if not (0 < norm < 1 and width > 0):
             raise ValueError(f"norm must be between 0 and 1 and width above 0, got {norm!r} and {width!r}")
         self.powers, self.norm, self.width = powers, norm, width

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hashattn.core.checks import keep_ints
+from hashattn.core.checks import check_number, keep_ints
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Centring:
     skip: int = 4
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "strength", check_number("strength", self.strength))
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength must be above 0 and at most 1 (centring=None for none), got {self.strength!r}")
         keep_ints(self, keys=1, skip=0)
@@ -40,3 +41,10 @@ class Centring:
     def warmup(self) -> int:
         """Visible keys that a row needs before its centre is frozen."""
         return self.skip + self.keys
+
+
+def check_centring(centring: Centring | None) -> Centring | None:
+    """What an encoder was given as its centring; raises TypeError if it is neither a Centring nor None."""
+    if centring is not None and not isinstance(centring, Centring):
+        raise TypeError(f"centring must be a Centring, or None for none, got {centring!r}")
+    return centring

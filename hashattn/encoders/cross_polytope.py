@@ -12,7 +12,7 @@ from torch import Tensor
 from hashattn.core.checks import check_int, check_seed, keep_ints
 from hashattn.core.lasting import lasting
 from hashattn.encoders.base import Encoder, subtract
-from hashattn.encoders.centring import Centring
+from hashattn.encoders.centring import Centring, check_centring
 
 
 @lru_cache(maxsize=64)
@@ -50,6 +50,7 @@ class CrossPolytope(Encoder):
 
     def __post_init__(self) -> None:
         keep_ints(self, rounds=1, buckets=2)
+        check_centring(self.centring)
         check_int("rounds", self.rounds, 1, 128)
         object.__setattr__(self, "seed", check_seed(self.seed))
         if self.buckets > 256 or self.buckets % 2:

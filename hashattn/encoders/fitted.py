@@ -10,7 +10,7 @@ from typing import Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hashattn.core.checks import check_int
+from hashattn.core.checks import check_fit, check_int
 from hashattn.core.lasting import lasting
 from hashattn.encoders.base import Encoder
 
@@ -62,16 +62,16 @@ class FittedEncoder(nn.Module, Encoder):
         self.check_fitted()
         return part_of_heads(self, len(self._first), first, count, {name: 1 for name in self._names})
 
-    def _pooled(self, k: Tensor, fewest: int) -> Tensor:
+    def _pooled(self, k: Tensor, fewest: int | None = None) -> Tensor:
         """Keys [B, Hkv, N, D] of all rows, float64 [Hkv, B*N, D] on the CPU; ValueError if they are too few."""
+        check_fit(k=k)
+        fewest = k.shape[-1] if fewest is None else fewest  # for principal axes
         keys = k.detach().double().transpose(0, 1).flatten(1, 2).cpu()
         if keys.shape[1] < fewest:
             raise ValueError(
                 f"k must hold at least {fewest} keys a head to fit {type(self).__name__} at head_dim {k.shape[-1]}, "
                 f"got {keys.shape[1]}"
             )
-        if not keys.isfinite().all():
-            raise ValueError("k must be finite: leave padding out")
         return keys
 
     @lasting

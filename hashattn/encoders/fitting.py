@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from hashattn.core.checks import check_fit
 from hashattn.core.lasting import lasting
 from hashattn.encoders.bias import KeyBias
 from hashattn.encoders.hash_net import HashNet
@@ -240,9 +241,10 @@ def samples_of(q: Tensor, k: Tensor) -> list[Sample]:
     """A sample a row of q [B, Hq, T, D], the queries of the last T of N positions, and k [B, Hkv, N, D].
 
     Raises:
-        ValueError: shapes that disagree.
+        TypeError, ValueError: as check_fit(); shapes that disagree.
     """
-    if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
+    check_fit(q=q, k=k)
+    if q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
         raise ValueError(
             f"q [B, Hq, T, D] and k [B, Hkv, N, D] must share B and D, got {(*q.shape,)} and {(*k.shape,)}"
         )

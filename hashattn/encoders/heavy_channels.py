@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hashattn.core.checks import check_int
+from hashattn.core.checks import check_fit, check_int
 from hashattn.core.lasting import lasting
 from hashattn.encoders.base import Encoder
 from hashattn.encoders.fitted import part_of_heads
@@ -49,8 +49,10 @@ class HeavyChannels(nn.Module, Encoder):
         """Fit to queries [B, Hq, T, D] and keys [B, Hkv, N, D]. Returns itself.
 
         Raises:
-            ValueError: more channels than head_dim, or query heads that are no multiple of the KV heads.
+            TypeError, ValueError: what check_fit() refuses, more channels than head_dim, or query heads that are no
+                multiple of the KV heads.
         """
+        check_fit(q=q, k=k)
         kv_heads, dim = k.shape[1], k.shape[-1]
         if self.channels > dim:
             raise ValueError(f"channels must be at most head_dim = {dim}, got {self.channels}")

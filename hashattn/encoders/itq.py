@@ -39,8 +39,8 @@ class ITQ(FittedEncoder):
             ValueError: keys that are not finite, or fewer than head_dim, from which no principal axes can be had.
         """
         scipy_linalg = require("scipy.linalg", "fit", "ITQ.fit")
+        keys = self._pooled(k)
         dim = k.shape[-1]
-        keys = self._pooled(k, dim)
         mean = keys.mean(1)
         generator = torch.Generator().manual_seed(self.seed)
         heads = []

@@ -19,7 +19,7 @@ from hashattn.encoders.base import (
     subtract,
 )
 from hashattn.encoders.bias import NEUTRAL, KeyBias, check_bias, write_bias
-from hashattn.encoders.centring import Centring
+from hashattn.encoders.centring import Centring, check_centring
 from hashattn.encoders.fitted import part_of_heads
 from hashattn.encoders.hash_net import HashNet
 from hashattn.encoders.progress import progress_of
@@ -46,7 +46,7 @@ class LearnedHash(nn.Module, Encoder):
         check_bias(self.bits, self.query_bits, self.bias_bits)
         self.heads = heads if heads is None else check_int("heads", heads, 1, hint="or None, shared by all")
         self.seed = check_seed(seed)
-        self._row_centring = centring
+        self._row_centring = check_centring(centring)
         self.query_net: HashNet | None = None
         self.key_net: HashNet | None = None
         self.key_bias: KeyBias | None = None

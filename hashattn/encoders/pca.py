@@ -34,8 +34,8 @@ class PCA(FittedEncoder):
         Raises:
             ValueError: keys that are not finite, or fewer than head_dim; components above head_dim.
         """
+        keys = self._pooled(k)
         self._check_components(k.shape[3])
-        keys = self._pooled(k, k.shape[3])
         centred = keys - keys.mean(1, keepdim=True)
         _, axes = torch.linalg.eigh(centred.transpose(1, 2) @ centred)  # ascending
         self._fill(k.device, projection=axes.flip(-1)[..., : self.components])

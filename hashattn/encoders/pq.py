@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hashattn.core.checks import check_int, check_seed
+from hashattn.core.checks import check_fit, check_int, check_seed
 from hashattn.core.extras import require
 from hashattn.core.lasting import lasting
 from hashattn.encoders.base import Encoder
@@ -55,9 +55,11 @@ class PQ(nn.Module, Encoder):
         """Fit to keys [B, Hkv, N, D]; queries play no part. Needs FAISS. Returns itself.
 
         Raises:
-            ValueError: a head_dim that subquantisers does not divide, or fewer keys than centroids.
+            TypeError, ValueError: keys that check_fit() refuses, a head_dim that subquantisers does not divide, or
+                fewer keys than centroids.
         """
         faiss = require("faiss", "cpu", "PQ.fit")
+        check_fit(k=k)
         self._check_dim(k.shape[-1])
         keys = k.detach().float().cpu().transpose(0, 1).flatten(1, 2)  # [Hkv, B*N, D]
         if self.shared:

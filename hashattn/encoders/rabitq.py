@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hashattn.core.checks import check_seed, keep_ints
 from hashattn.encoders.base import Encoder, check_bits, key_bits, subtract
-from hashattn.encoders.centring import Centring
+from hashattn.encoders.centring import Centring, check_centring
 from hashattn.encoders.simhash import orthogonal_planes
 from hashattn.ops.hamming import words
 
@@ -41,6 +41,7 @@ class RaBitQ(Encoder):
 
     def __post_init__(self) -> None:
         keep_ints(self, bits=0)
+        check_centring(self.centring)
         if self.bits:
             check_bits(self.bits)
         object.__setattr__(self, "seed", check_seed(self.seed))

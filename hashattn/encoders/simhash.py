@@ -17,7 +17,7 @@ from hashattn.encoders.base import (
     query_planes,
     subtract,
 )
-from hashattn.encoders.centring import Centring
+from hashattn.encoders.centring import Centring, check_centring
 from hashattn.ops.decode import Map
 
 
@@ -63,6 +63,7 @@ class SimHash(Encoder):
     def __post_init__(self) -> None:
         check_bits(self.bits, self.query_bits, most=4096)
         keep_ints(self, bits=8, query_bits=1)
+        check_centring(self.centring)
         object.__setattr__(self, "seed", check_seed(self.seed))
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:

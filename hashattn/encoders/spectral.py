@@ -41,7 +41,7 @@ class SpectralHash(FittedEncoder):
         Raises:
             ValueError: keys that are not finite, or fewer than head_dim, from which no principal axes can be had.
         """
-        keys = self._pooled(k, k.shape[3])
+        keys = self._pooled(k)
         mean = keys.mean(1)
         centred = keys - mean.unsqueeze(1)
         _, axes = torch.linalg.eigh(centred.transpose(1, 2) @ centred)

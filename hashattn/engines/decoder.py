@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hashattn.cache.kv_cache import KVCache
-from hashattn.core.checks import check_float, check_kv, check_q
+from hashattn.core.checks import check_float, check_kv, check_q, check_scale
 from hashattn.core.lasting import lasting
 from hashattn.engines import dense_steps
 from hashattn.engines.base import Request
@@ -82,7 +82,7 @@ class Decoder:
             raise ValueError(f"q and k must be of the same positions, got T = {q.shape[2]} and {k.shape[2]}")
         if not self.dense and (q.shape[1], q.shape[2]) not in self._prepared:
             self.prepare(q.shape[1], q.shape[2])
-        return self.step(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+        return self.step(q, k, v, check_scale(scale, q.shape[-1]))
 
     @lasting
     def prepare(self, q_heads: int, tokens: int = 1) -> None:
@@ -172,6 +172,8 @@ class Decoder:
         """
         cache = self.cache
         self._check_filled(cache)
+        if self.dense:  # whose steps read the whole room under a mask
+            cache.clear_unseen()
         self.length.fill_(len(cache))
         self.found.zero_()
         cache.on_device.starts(cache._starts, self.length.device)

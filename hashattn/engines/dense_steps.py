@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hashattn.attend.dense import dense
+from hashattn.attend.dense import masked
 
 
 def append(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> None:
@@ -24,6 +24,8 @@ def append(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, length: Tensor) -
 def attend(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, length: Tensor, scale: float) -> Tensor:
     """Attention of the last T positions' queries [B, Hq, T, D] to all columns from starts, int32 [B], to their own.
 
+    Columns that no query sees must be finite: KVCache.clear_unseen().
+
     Returns:
         [B, Hq, T, D], NaN where length is beyond the room.
     """
@@ -31,5 +33,5 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, length: Tens
     columns = torch.arange(room, device=q.device)
     ends = length - tokens + 1 + torch.arange(tokens, device=q.device)
     seen = (columns >= starts[:, None, None]) & (columns < ends[:, None])
-    out = dense(q, keys, values, seen.unsqueeze(1), scale).out
+    out = masked(q, keys, values, seen.unsqueeze(1), scale).out
     return out.masked_fill(length > room, torch.nan)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hashattn.core.budget import clamped
 from hashattn.core.checks import keep_ints
 from hashattn.index.base import Index, Store
 
@@ -38,7 +39,7 @@ class Pages(Index):
         return code == "vector"
 
     def new_store(self, capacity: int | None = None) -> Store:
-        return PageStore(self.page, capacity)
+        return PageStore(clamped(self.page), capacity)
 
     def key_bytes(self, row: int) -> float:
         return 2 * row / self.page

@@ -148,6 +148,13 @@ class View:
             keep = keep | self.forced
         return nearest(distances, min(k, self.longest), keep, self.forced)
 
+    def nearest_with_distances(self, k: int) -> tuple[Tensor, Tensor]:
+        """What search() gives, and the distances of these keys, of the same shape."""
+        if self.find is not None:
+            return self.find(min(k, self.longest))
+        ids = self.search(k)
+        return ids, self.raw.gather(-1, ids.clamp(min=0).long())
+
     def nearest(self, budgets: Sequence[Budget], *, shared: bool = False, radius: int | None = None) -> Tensor:
         """The nearest keys of each query under ascending budgets, those of the first budget before the others.
 

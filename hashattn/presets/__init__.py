@@ -96,14 +96,15 @@ def names() -> dict[str, str]:
 def build(name: str, *, pretrained: str | Path | Pretrained | None = None, **options: Any) -> HashAttention:
     """The preset of this name, with fitted encoders if asked for; see :meth:`HashAttention.from_preset`."""
     known = options_of(name)
+    floor = options.pop("min_k") if "min_k" in options and "min_k" not in known else None
     for option in options:
         if option not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
-            raise TypeError(
-                f"preset {name!r} takes no option {option!r}{_nearest(option, (*known, 'pretrained'))}; {takes}"
-            )
+            near = _nearest(option, (*known, "min_k", "pretrained"))
+            raise TypeError(f"preset {name!r} takes no option {option!r}{near}; {takes}")
     attn = _made(name, preset(name), options)
-    return attn if pretrained is None else fitted(name, attn, pretrained, options)
+    attn = attn if pretrained is None else fitted(name, attn, pretrained, options)
+    return attn if floor is None else _with_floor(name, attn, floor)
 
 
 def options_of(name: str) -> dict[str, Any]:
@@ -143,7 +144,8 @@ def budget_options(
         return {"share": budget}
     keys = math.ceil(budget * tokens)
     if "k" in options:
-        selector = build(name, **{**(given or {}), "k": keys}).selector
+        own = {option: value for option, value in (given or {}).items() if option != "min_k"}  # a floor is no budget
+        selector = build(name, **{**own, "k": keys}).selector
         assert selector is not None
         return {"k": max(1, 2 * keys - selector.budget(tokens))}  # some count forced keys beside k, some within it
     if "recent" in options and attn.selector is not None and not attn.selector.ranked:
@@ -192,6 +194,13 @@ def _made(name: str, made: Preset, options: Mapping[str, Any]) -> HashAttention:
     if not isinstance(attn, HashAttention):
         raise TypeError(f"{offered} returns {attn!r:.100}, which is no HashAttention")
     return attn
+
+
+def _with_floor(name: str, attn: HashAttention, min_k: int) -> HashAttention:
+    """The same with a floor beyond the forced keys."""
+    if attn.selector is None or "min_k" not in attn.selector.settings():
+        raise TypeError(f"preset {name!r} takes no option 'min_k': what it keeps has no floor beyond forced keys")
+    return attn.replace(selector=attn.selector.revised(min_k=min_k))
 
 
 def _offers(point: EntryPoint) -> str:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hashattn.core.budget import Budget, check_k, check_share
-from hashattn.core.checks import keep_ints
+from hashattn.core.checks import check_number, keep_ints
 from hashattn.core.types import Selection, Step
 from hashattn.core.votes import DROPPED, Shown, Votes, dense_votes
 from hashattn.index.view import View
@@ -40,6 +40,7 @@ class ObservationWindow(Selector):
         layers: of the model. With it k or share is what a layer keeps on average: each keeps the window, and what is
             left falls evenly from the first layer to the last (PyramidKV, arXiv 2406.02069). None: all layers alike.
         beta: that the last layer gets 1 / beta of the average beside the window; at least 1.
+        min_k: at least this many keys of the prompt are kept beyond the window, however small the share.
     """
 
     k: int | None = None
@@ -49,6 +50,7 @@ class ObservationWindow(Selector):
     pool: int = 5
     layers: int | None = None
     beta: float = 20.0
+    min_k: int = 0
 
     ranked = False
     needs_distances = False
@@ -65,9 +67,9 @@ class ObservationWindow(Selector):
             raise TypeError(f"shares must be a tuple of one share a layer, got {self.shares!r}")
         for share in self.shares or ((self.share,) if self.share is not None else ()):
             check_share("shares" if self.shares else "share", share)
-        keep_ints(self, window=1, pool=1)
-        if self.pool % 2 == 0:
-            raise ValueError(f"pool must be odd, so that it has a middle, got {self.pool}")
+        keep_ints(self, window=1, pool=1, min_k=0)
+        if self.pool % 2 == 0 or self.pool > 1 << 16:
+            raise ValueError(f"pool must be odd, so that it has a middle, and below 65,536, got {self.pool}")
         _check_pyramid(1 if self.layers is None else self.layers, self.beta)
         if self.layers is not None and self.shares is not None:
             raise ValueError(f"layers={self.layers} shares out k or share, but was given shares={self.shares}")
@@ -126,6 +128,11 @@ class ObservationWindow(Selector):
 
     def _kept(self, layer: int, visible: int) -> int:
         """Keys that a layer keeps of a prompt of so many, the window's among them."""
+        floor = min(visible, self.window + self.min_k) if self.min_k else 0
+        return max(self._share_of(layer, visible), floor)
+
+    def _share_of(self, layer: int, visible: int) -> int:
+        """The same without the floor."""
         if self.shares is not None:
             if layer >= len(self.shares):
                 raise ValueError(
@@ -176,5 +183,5 @@ def pyramid(layers: int, share: float, *, beta: float = 20.0) -> tuple[float, ..
 def _check_pyramid(layers: int, beta: float) -> None:
     if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
         raise ValueError(f"layers must be an int of at least 1, got {layers!r}")
-    if not beta >= 1:
+    if check_number("beta", beta) < 1:
         raise ValueError(f"beta must be at least 1, got {beta!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -73,6 +73,15 @@ class Resident(KVStore):
     def clear_before(self, row: int, column: int) -> None:
         self.keys.storage[row, :, :column] = 0
         self.values.storage[row, :, :column] = 0
+
+    @torch.no_grad()
+    def clear_unseen(self, starts: Sequence[int]) -> None:
+        """Make zeros of what is not finite before these columns of the rows, and in the free columns."""
+        for buffer in (self.keys, self.values):
+            held = buffer.storage
+            parts = [held[row, :, :first] for row, first in enumerate(starts) if first]
+            for part in (*parts, held[:, :, len(self) :]):
+                part.masked_fill_(~part.isfinite(), 0)
 
 
 def rows_of(storage: Tensor, ids: Tensor) -> Tensor:

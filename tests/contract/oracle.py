@@ -118,6 +118,52 @@ def products(query: Array, keys: Array) -> Array:
     return -(keys.astype(np.float64) @ query.astype(np.float64))
 
 
+def biased(query: Array, codes: Array) -> Array:
+    """Differing bits of all bytes but the last, and what that byte of the codes [N, bytes] says."""
+    return differing(query[:-1], codes[:, :-1]) + codes[:, -1].astype(np.int64)
+
+
+def looked_up(tables: Array, codes: Array) -> Array:
+    """Sums of a query's tables [m, C] at codes [N, m], each entry in whole units of 1/1024."""
+    units = np.rint(tables.astype(np.float64) * 1024).astype(np.int64)
+    return np.stack([units[j, codes[:, j]] for j in range(len(units))]).sum(0)
+
+
+def rabitq(query: Array, codes: Array) -> Array:
+    """Negated estimates of the products of a rotated query [D] with the keys of codes [N, bytes] (RaBitQ, eq. 12)."""
+    signs = np.unpackbits(codes[:, :-8], axis=-1, bitorder="little")[:, : len(query)] * 2.0 - 1
+    norm, alignment = np.ascontiguousarray(codes[:, -8:]).view(np.float32).astype(np.float64).T
+    return -norm / (alignment * math.sqrt(len(query))) * (signs @ query)
+
+
+def page_bounds(query: Array, keys: Array, first: int, page: int) -> Array:
+    """What no product with a key of the same page is above, negated, in whole units of 1/1024 rounded down."""
+    bounds = np.zeros(len(keys), np.int64)
+    for begin in range(first, len(keys), page):
+        part = keys[begin : begin + page]
+        most = np.maximum(query * part.min(0), query * part.max(0)).sum()
+        bounds[begin : begin + page] = math.floor(-most * 1024)
+    return bounds
+
+
+def probed(planes: Array, codes: Array, tables: int, bits: int, probes: int) -> set[int]:
+    """Keys of codes [N, bytes] that share a bucket with a probe of a query's planes [b, bytes], in any table."""
+    unpacked = np.unpackbits(codes, axis=-1, bitorder="little")
+    levels = sum(np.unpackbits(plane, bitorder="little").astype(int) << j for j, plane in enumerate(planes))
+    half, found = 1 << (len(planes) - 1), set()
+    for table in range(tables):
+        part = range(table * bits, (table + 1) * bits)
+        own = [int(levels[i] >= half) for i in part]
+        margins = [2 * (levels[i] - half if levels[i] >= half else half - 1 - levels[i]) + 1 for i in part]
+        unsure = sorted(range(bits), key=lambda i: (margins[i], i))[:12]
+        flips = [[i for m, i in enumerate(unsure) if n >> m & 1] for n in range(1 << len(unsure))]
+        flips.sort(key=lambda flipped: sum(margins[i] ** 2 for i in flipped))  # equal costs stay in order
+        for flipped in flips[:probes]:
+            bucket = [bit ^ (i in flipped) for i, bit in enumerate(own)]
+            found |= set(np.flatnonzero((unpacked[:, part.start : part.stop] == bucket).all(-1)).tolist())
+    return found
+
+
 # ---- which keys a query keeps
 
 
@@ -140,9 +186,13 @@ class Choice:
     Args:
         distances: of each head to all columns, [G, N].
         first, end: the columns that they see.
+        found: the columns that an index finds for each of them; None where it finds all.
     """
 
-    def __init__(self, rule: Rule, distances: Array, first: int, end: int) -> None:
+    def __init__(
+        self, rule: Rule, distances: Array, first: int, end: int, found: list[set[int]] | None = None
+    ) -> None:  # fmt: skip
+        self.found = found
         self.rule, self.own, self.first, self.end = rule, distances, first, end
         self.columns = range(first, max(first, end))
         self.visible = len(self.columns)
@@ -155,6 +205,12 @@ class Choice:
         rule, group = self.rule, len(self.own)
         if rule.kind == "forced":
             return [Kept(self.forced, set())] * group
+        if self.found is not None:  # each head by itself; the last key where there is none
+            allowed = [{n for n in found if n in self.columns} for found in self.found]
+            last = set(self.columns[-1:])
+            return [
+                self._nearest(own, some or self.forced or last) for own, some in zip(self.own, allowed, strict=True)
+            ]
         if rule.per == "query_head" or group == 1:
             return [self._keep(own, rule.radius) for own in self.own]
         total = self.own.sum(0)
@@ -165,14 +221,16 @@ class Choice:
             allowed = near > 0 if rule.combine == "union" else near * 2 > group
             return [self._nearest(total, {n for n in self.columns if allowed[n]})] * group
         heads = [self._keep(own, rule.radius) for own in self.own]
+        margin = min(head.margin for head in heads)
         if rule.combine == "union":
             critical = set().union(*(head.critical for head in heads))
-            return [Kept(critical, set().union(*(head.all for head in heads)) - critical)] * group
+            return [Kept(critical, set().union(*(head.all for head in heads)) - critical, margin)] * group
         votes = np.zeros(len(total), np.int64)
         for head in heads:
             votes[sorted(head.all)] += 1
         span = 2 * np.abs(total).max(initial=0) + 1
-        return [self._keep((group - votes) * span + total, 0)] * group
+        kept = self._keep((group - votes) * span + total, 0)
+        return [Kept(kept.critical, kept.medium, min(margin, kept.margin))] * group
 
     def _keep(self, distances: Array, radius: int) -> Kept:
         if self.rule.kind == "threshold":
@@ -211,8 +269,10 @@ class Choice:
         return Kept(kept, set(), margin)
 
 
-def choose(rule: Rule, distances: Array, kv_heads: int, first: int, end: int) -> list[Kept]:
-    """What each of the Hq heads keeps for one query, of its distances to all columns, [Hq, N]."""
+def choose(
+    rule: Rule, distances: Array, kv_heads: int, first: int, end: int, found: list[set[int]] | None = None
+) -> list[Kept]:
+    """What each of the Hq heads keeps for one query, of its distances to all columns, [Hq, N]; see Choice."""
     group = len(distances) // kv_heads
     if rule.vote_share is not None:
         plain = [kept for h in range(kv_heads) for kept in _of_head(rule, distances, group, h, first, end)]
@@ -220,6 +280,8 @@ def choose(rule: Rule, distances: Array, kv_heads: int, first: int, end: int) ->
         for kept in plain:
             votes[sorted(kept.all)] += 1
         distances = distances - rule.discount * (votes > rule.vote_share * len(distances))
+    if found is not None:
+        return Choice(rule, distances, first, end, found).choose()
     return [kept for h in range(kv_heads) for kept in _of_head(rule, distances, group, h, first, end)]
 
 

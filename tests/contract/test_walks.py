@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from hashattn import (
+    PQ,
     Centring,
     Consensus,
     CrossPolytope,
@@ -27,13 +28,19 @@ from hashattn import (
     FlatBuckets,
     FlatDot,
     FlatHamming,
+    FlatPQ,
+    FlatRaBitQ,
     HashAttention,
     Identity,
     LocalTopK,
     MixedPrecision,
+    MultiProbe,
+    Pages,
+    RaBitQ,
     Recent,
     SimHash,
     Sink,
+    SymmetricHash,
     Threshold,
     Tiers,
     TopK,
@@ -45,15 +52,22 @@ from tests.contract.oracle import (
     Kept,
     Rule,
     attend,
+    biased,
     buckets,
     choose,
     differing,
     estimate,
     hamming,
+    looked_up,
+    page_bounds,
+    probed,
     products,
+    rabitq,
 )
 
 CHUNKS, WALKS = 20, 100
+FLOATS = ("vector", "rabitq")  # families of distances that are rounded
+FAMILIES = ("binary", "binary", "binary", "buckets", "none", "biased", "pq", "pages", "probes", *FLOATS)
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -63,7 +77,7 @@ class Plan:
 
     attn: HashAttention
     rule: Rule
-    family: str  # "binary", "buckets", "vector" or "none"
+    family: str  # of FAMILIES
     heads: int
     group: int
     dim: int
@@ -82,7 +96,7 @@ class Plan:
 def plan(random: Random) -> Plan:
     """A composition out of thousands."""
     heads, group, dim = random.choice([1, 2]), random.choice([1, 1, 2, 3]), random.choice([4, 8, 16])
-    family = random.choice(["binary"] * 5 + ["buckets", "vector", "none"])
+    family = random.choice(FAMILIES)
     centring = random.choice([None, None, Centring(1.0, 5, 1), Centring(0.5, 8, 0), Centring(0.5, 3, 2)])
     encoder: Any = None
     index: Any = None
@@ -93,6 +107,21 @@ def plan(random: Random) -> Plan:
         index, encoder = FlatBuckets(), CrossPolytope(random.choice([3, 8, 9]), random.choice([2, 8]), centring)
     elif family == "vector":
         index, encoder = FlatDot(), Identity()
+    elif family == "biased":
+        index, encoder = FlatHamming(), weighted(SymmetricHash(64, bias_bits=8), heads, dim, random)
+    elif family == "pq":
+        index, encoder = FlatPQ(), PQ(random.choice([1, 2, 4]), sub_bits=4, shared=random.random() < 0.5)
+        generator = torch.Generator().manual_seed(random.randrange(9))
+        size = 1 if encoder.shared else heads, encoder.subquantisers, 16, dim // encoder.subquantisers
+        encoder.codebooks, encoder.fits = torch.randn(size, generator=generator) + 0.3, 1
+    elif family == "rabitq":
+        index, encoder = FlatRaBitQ(), RaBitQ(random.choice([0, 0, 16, 70]), centring, random.randrange(9))
+    elif family == "pages":
+        index, encoder = Pages(random.choice([1, 4, 16])), Identity()
+    elif family == "probes":
+        encoder = SimHash(random.choice([12, 65]), random.choice([1, 2, 4]), centring, random.randrange(9))
+        bits = random.choice([3, 4])
+        index = MultiProbe(random.choice([1, 3]), bits, random.choice([1, 3, 8]))
     rule, selector = choice(random, family, encoder)
     attention: Any = ExactAttend()
     if rule.kind == "tiers" and family == "binary" and random.random() < 0.7:
@@ -110,8 +139,10 @@ def choice(random: Random, family: str, encoder: Any) -> tuple[Rule, Any]:
     sinks, recents = random.choice([(0, 0), (0, 0), (2, 0), (0, 3), (1, 4), (40, 40)])
     kind = "forced" if family == "none" else random.choice(["nearest", "nearest", "tiers", "threshold", "chunks"])
     per, combine = random.choice(["query_head", "kv_head"]), random.choice(["sum", "sum", "union", "vote"])
-    if family == "vector" and kind in ("threshold", "chunks"):
+    if family in FLOATS and kind in ("threshold", "chunks"):
         kind = "nearest"  # a float is on neither side of a radius for sure
+    if family == "probes":
+        kind, per = "nearest", "query_head"
     k = random.choice([1, 2, 5, 12, 500])
     share = random.choice([0.01, 0.1, 0.33, 0.5, 1.0])
     rule, selector = Rule("forced"), None
@@ -123,7 +154,9 @@ def choice(random: Random, family: str, encoder: Any) -> tuple[Rule, Any]:
         t2 = random.choice([0.31, 0.5, 1.0])
         rule, selector = Rule(kind, share=t2, critical=t1, per=per, combine=combine), Tiers(t1, t2, per, combine)
     elif kind == "threshold":
-        farthest = encoder.bits * ((1 << encoder.query_bits) - 1) if family == "binary" else encoder.rounds
+        farthest = {"pq": 3000, "pages": 9000, "biased": 200, "buckets": 9}.get(family, encoder.bits)
+        if family == "binary":
+            farthest *= (1 << encoder.query_bits) - 1
         radius, limit = (
             random.choice([0, farthest // 3, farthest // 2, farthest, 2**40]),
             random.choice([None, None, 3]),
@@ -135,7 +168,12 @@ def choice(random: Random, family: str, encoder: Any) -> tuple[Rule, Any]:
         chunks = random.choice([1, 3, 4])
         rule = Rule(kind, k=chunks * per_chunk, per_chunk=per_chunk, per=per, combine=combine)
         selector = LocalTopK(chunks * per_chunk, per_chunk, per, combine)
-    if selector is not None and kind in ("nearest", "tiers") and family != "vector" and random.random() < 0.15:
+    if (
+        selector is not None
+        and kind in ("nearest", "tiers")
+        and family not in (*FLOATS, "probes")
+        and random.random() < 0.15
+    ):
         vote_share, discount = random.choice([0.3, 0.5]), random.choice([0, 2, 3])
         selector = Consensus(selector, vote_share=vote_share, discount=discount)
         rule = Rule(**{**vars(rule), "vote_share": vote_share, "discount": discount})
@@ -150,6 +188,17 @@ def choice(random: Random, family: str, encoder: Any) -> tuple[Rule, Any]:
     for part in parts[1:]:
         joined = joined | part
     return Rule(**{**vars(rule), "sinks": sinks, "recents": recents}), joined
+
+
+def weighted(encoder: SymmetricHash, heads: int, dim: int, random: Random) -> SymmetricHash:
+    """A learned hash whose bias, and whose centre, are drawn."""
+    generator = torch.Generator().manual_seed(random.randrange(9))
+    encoder.build(dim).build_bias(heads)
+    assert encoder.key_bias is not None
+    with torch.no_grad():
+        encoder.key_bias.out.normal_(generator=generator)
+    encoder.mean, encoder.fits = 0.3 * torch.randn(heads, dim, generator=generator), 1
+    return encoder
 
 
 class Walk:
@@ -294,21 +343,26 @@ class Walk:
                 if not dense and plan.family != "none":
                     assert query is not None and codes is not None
                     distances = np.stack(
-                        [self._distances(query[row, h, t], codes[row, h // plan.group]) for h in range(q.shape[1])]
+                        [self._distances(query[row, h, t], codes[row, h // plan.group], row) for h in range(q.shape[1])]
                     )
                 kept = [Kept(set(range(first, end)), set())] * q.shape[1]
                 if not dense:
-                    kept = choose(plan.rule, distances, plan.heads, first, end)
+                    found = None
+                    if plan.family == "probes":
+                        assert query is not None and codes is not None
+                        of_heads = [(query[row, h, t], codes[row, h // plan.group]) for h in range(q.shape[1])]
+                        found = [self._probed(*of_head) for of_head in of_heads]
+                    kept = choose(plan.rule, distances, plan.heads, first, end, found)
                 for h, own in enumerate(kept):
                     one = q[row, h, t].double().numpy()
                     if selection is not None:
-                        found = self._selected(selection, row, h, t)
-                        if found.all != own.all or found.critical != own.critical:
-                            wide = 64 * EPS * float(np.linalg.norm(one)) * float(np.linalg.norm(keys[h // plan.group]))
-                            assert plan.family == "vector" and own.margin <= wide, (
-                                f"row {row}, head {h}, query {t} keeps {found}, not {own}"
+                        chosen = self._selected(selection, row, h, t)
+                        if chosen.all != own.all or chosen.critical != own.critical:
+                            wide = 512 * EPS * float(np.linalg.norm(one)) * float(np.linalg.norm(keys[h // plan.group]))
+                            assert plan.family in FLOATS and own.margin <= wide, (
+                                f"row {row}, head {h}, query {t} keeps {chosen}, not {own}"
                             )
-                            own = found
+                            own = chosen
                     logits = {n: float(one @ keys[h // plan.group, n]) * scale for n in own.critical}
                     for n in own.medium:
                         if norms is None:
@@ -347,11 +401,26 @@ class Walk:
         medium = {n for n, of in zip(ids, tier, strict=True) if n >= 0 and of == MEDIUM}
         return Kept(set(filled) - medium, medium)
 
-    def _distances(self, query: torch.Tensor, codes: Array) -> Array:
-        if self.plan.family == "vector":
+    def _distances(self, query: torch.Tensor, codes: Array, row: int) -> Array:
+        family, index = self.plan.family, self.plan.attn.index
+        if family == "vector":
             return products(query.double().numpy(), codes)
+        if family == "pq":
+            return looked_up(query.numpy(), codes)
+        if family == "rabitq":
+            return rabitq(query.double().numpy(), codes)
+        if family == "pages":
+            assert isinstance(index, Pages)
+            return page_bounds(query.double().numpy(), codes, self.held.starts[row], index.page)
         planes = as_bytes(query)
-        return buckets(planes, codes) if self.plan.family == "buckets" else hamming(np.atleast_2d(planes), codes)
+        if family == "buckets":
+            return buckets(planes, codes)
+        return biased(planes, codes) if family == "biased" else hamming(np.atleast_2d(planes), codes)
+
+    def _probed(self, query: torch.Tensor, codes: Array) -> set[int]:
+        index = self.plan.attn.index
+        assert isinstance(index, MultiProbe)
+        return probed(np.atleast_2d(as_bytes(query)), codes, index.tables, index.bits, index.probes)
 
     def _index(self) -> tuple[Array | None, Array | None, Array]:
         """Codes and norms of all keys as the cache has them, once they are what encoding these keys gives; centres."""
@@ -366,13 +435,22 @@ class Walk:
                 return None, None, centres
         if plan.attn.encoder is None:
             return None, None, centres
+        if plan.family == "pages":  # whose bounds of keys in the padding nobody looks at
+            cache.encode()
+            return held.keys, None, centres
+        if isinstance(plan.attn.encoder, SymmetricHash):
+            centres += plan.attn.encoder.mean.double().numpy()
         codes = cache.codes
         assert np.abs(cache.centre.double().numpy() - centres).max(initial=0) <= 1e-5
         expected = plan.attn.encoder.encode_key(cache.keys, torch.from_numpy(centres).float() if centring else None)
         if plan.family == "vector":
             assert torch.equal(codes, expected)
             return codes.double().numpy(), None, centres
-        off = np.unpackbits(as_bytes(codes) ^ as_bytes(expected), axis=-1).sum(-1)
+        if plan.family == "pq":
+            assert (codes != expected).double().mean() <= 0.01
+            return codes.numpy(), None, centres
+        signs = slice(0, -1 if plan.family == "rabitq" else None)  # its last word holds two floats
+        off = np.unpackbits(as_bytes(codes[..., signs]) ^ as_bytes(expected[..., signs]), axis=-1).sum(-1)
         away, size = (np.linalg.norm(x, axis=-1) for x in (held.keys - centres[:, :, None], held.keys))
         off = off[away > 1e-4 * size]  # of a key at its centre every bit is up to rounding
         assert off.size == 0 or off.mean() <= 0.01, f"codes differ from what encoding gives in {off.sum()} bits"
@@ -384,7 +462,10 @@ class Walk:
         return as_bytes(codes), norms, centres
 
     def _normal(self, *shape: int) -> torch.Tensor:
-        return (torch.randn(shape, generator=self.generator) + 0.3).to(self.plan.dtype)
+        drawn = torch.randn(shape, generator=self.generator) + 0.3
+        if self.plan.family == "pages":  # whose products are then exact, and so are their whole units
+            drawn = (8 * drawn).round() / 8
+        return drawn.to(self.plan.dtype)
 
 
 OPERATIONS = ["append"] * 4 + [

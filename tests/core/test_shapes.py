@@ -19,6 +19,7 @@ from hashattn import (
     HashAttention,
     HeavyChannels,
     HeavyHitters,
+    Identity,
     KVCache,
     LocalTopK,
     MixedPrecision,
@@ -165,3 +166,50 @@ def test_nothing_is_no_key(shape):
 
 def test_norms_take_two_bytes():
     assert NORMS.itemsize == 2
+
+
+NONE_MEANS = {
+    "a new store",
+    "AsymmetricHash heads",
+    "HashAttention dense_layers",
+    "KVCache capacity",
+    "Threshold limit",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in TAKES if name not in NONE_MEANS and "Faiss" not in name])
+def test_none_is_an_integer_only_where_it_means_something(name):
+    with pytest.raises((TypeError, ValueError), match="None"):
+        TAKES[name][0](None)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: Centring(strength=n),
+        lambda n: L2ALSH(64, norm=n),
+        lambda n: L2ALSH(64, width=n),
+        lambda n: MixedPrecision(a=n),
+        lambda n: ObservationWindow(share=0.1, layers=4, beta=n),
+    ],
+    ids=["strength", "norm", "width", "a", "beta"],
+)
+def test_a_number_is_finite_and_no_boolean(make):
+    for bad in (True, np.True_, "1", b"1", [1.0], torch.tensor(0.5), None, 1j):
+        with pytest.raises(TypeError, match="must be a finite number"):
+            make(bad)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="must be a finite number"):
+            make(bad)
+
+
+@pytest.mark.parametrize("make", [SimHash, RaBitQ, CrossPolytope, lambda **c: AsymmetricHash(64, **c)])
+@pytest.mark.parametrize("bad", [True, 0, 0.5, "none", Centring])
+def test_a_centring_is_one_or_none(make, bad):
+    raises_naming(TypeError, "centring must be a Centring, or None", repr(bad))(lambda: make(centring=bad))
+
+
+def test_numbers_beyond_every_cache_mean_all_of_it():
+    q, k, v = qkv(0, keys=30)
+    attn = HashAttention(Identity(), Pages(10**30), TopK(k=3), engine="reference")
+    assert torch.equal(attn(q, k, v), attn.replace(index=Pages(30))(q, k, v))

@@ -7,18 +7,24 @@ from hashattn import (
     ITQ,
     L2ALSH,
     PCA,
+    PQ,
+    AsymmetricHash,
     FlatDot,
     FlatHamming,
     HashAttention,
+    HeavyChannels,
+    MixedPrecision,
     ModelFacts,
     PerLayer,
+    SimHash,
     SimpleLSH,
     SpectralHash,
+    SymmetricHash,
     TopK,
     from_pretrained,
     save_pretrained,
+    stored,
 )
-from hashattn.fitted import stored
 from tests.structured import qkv, raises_naming
 
 MAKE = {
@@ -146,3 +152,32 @@ def test_parts_of_other_dimensions_are_refused():
     _, k, _ = qkv(9, keys=60)
     for make in (MAKE["ITQ"], MAKE["PCA"], MAKE["SpectralHash"]):
         raises_naming(ValueError, "head_dim 16", "8")(lambda make=make: composed(make().fit(None, k))(*qkv(5, dim=8)))
+
+
+def fits():
+    """fit(q, k) of everything that is fitted."""
+    own = AsymmetricHash(64), SymmetricHash(64), HeavyChannels(4), PQ(4, sub_bits=4)
+    found = {type(encoder).__name__: encoder.fit for encoder in own}
+    found |= {name: lambda q, k, make=make: make().fit(q, k) for name, make in MAKE.items()}
+    return found | {"MixedPrecision": lambda q, k: MixedPrecision().fit(q, k, SimHash(64))}
+
+
+@pytest.mark.parametrize("name", fits())
+def test_a_fit_to_nothing_names_what_is_empty(name):
+    q, k, _ = qkv(10, keys=130, tokens=9)
+    fit = fits()[name]
+    for i in range(4):
+        size = list(k.shape)
+        size[i] = 0
+        raises_naming(ValueError, "k must hold vectors [B, heads, N, D]", f"got {size}")(
+            lambda size=size: fit(q, k.new_empty(size))
+        )
+    raises_naming(ValueError, "k must hold vectors")(lambda: fit(q, k[0]))
+    raises_naming(TypeError, "k must be float32")(lambda: fit(q, k.long()))
+    raises_naming(TypeError, "k must be a tensor")(lambda: fit(q, [1.0]))
+    raises_naming(ValueError, "k must be finite")(lambda: fit(q, k.masked_fill(k > 2, torch.nan)))
+    if name in ("AsymmetricHash", "SymmetricHash", "HeavyChannels", "MixedPrecision"):
+        for i in range(4):
+            size = list(q.shape)
+            size[i] = 0
+            raises_naming(ValueError, "q must hold vectors", f"got {size}")(lambda size=size: fit(q.new_empty(size), k))

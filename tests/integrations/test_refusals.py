@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from hashattn import ExactAttend, HashAttention, HeavyHitters
+from hashattn import ExactAttend, HashAttention, HeavyHitters, SimHash
 from hashattn.integrations.attached.mask import read_mask, read_padding
 from tests.integrations.models import CACHE, LENGTH, ON_CPU, TENTH, make, prompt, write
+from tests.integrations.tiny import build
 
 CACHES = {
     "dynamic": lambda model: DynamicCache(config=model.config),
@@ -181,3 +182,57 @@ def test_what_masks_say():
     heads[:, 1, :, 1] = False  # a mask of its own for the second head
     assert HOLES in read_mask(heads, 1, 3, 1)[1]
     assert "not boolean" in read_mask(torch.ones(2, 1, 1, 3, dtype=torch.bool), 3, 3, 1)[1]
+
+
+def refused(model, ids, cache):
+    """The error of a call in which the last layer is as if it went round the attention function."""
+
+    def around(module, args, kwargs, output):
+        kwargs["hashattn_call"].reached = False
+
+    last = model.model.layers[-1].self_attn
+    with (
+        last.register_forward_hook(around, prepend=True, with_kwargs=True),
+        pytest.raises(ValueError, match="did not call the attention function") as error,
+    ):
+        run(model, ids, None, cache)
+    return error.value
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_what_only_the_last_layer_can_see_is_refused_and_every_layer_is_as_it_was(model, kind):
+    """Also where a sliding window had let go of tokens, and where the first call is refused."""
+    ids, found = prompt(2, (0, 0))["input_ids"], []
+    with ON_CPU.attach(model):
+        for refusing in (False, True):
+            cache, logits = CACHES[kind](model), []
+            for first, end in ((0, 40), (40, 45), (45, 46)):
+                if refusing:
+                    before = contents(cache)
+                    assert not hasattr(refused(model, ids[:, first:end], cache), "__notes__")
+                    unchanged(cache, before)
+                logits.append(run(model, ids[:, first:end], None, cache))
+            found.append(logits)
+    assert all(map(torch.equal, *found))
+
+
+def test_recurrent_states_that_cannot_go_back_are_named():
+    model, ids = build("granitemoehybrid"), prompt(1)["input_ids"]
+    with ON_CPU.replace(encoder=SimHash(64, centring=None)).attach(model):
+        cache = DynamicCache(config=model.config)
+        assert not hasattr(refused(model, ids[:, :9], cache), "__notes__")
+        logits = run(model, ids[:, :9], None, cache)
+        assert torch.equal(logits, run(model, ids[:, :9], None, DynamicCache(config=model.config)))
+        assert refused(model, ids[:, 9:12], cache).__notes__ == [
+            "layers [0] of its cache cannot take back what they were given: start with a new one"
+        ]
+        assert len(cache.layers[1].kv) == 9
+
+
+def test_votes_go_back_too(model):
+    ids = prompt(2, (0, 0))["input_ids"]
+    with HashAttention(selector=HeavyHitters(k=20), engine="reference").attach(model):
+        cache, alone = (DynamicCache(config=model.config) for _ in range(2))
+        for first, end in ((0, 40), (40, 41), (41, 42)):
+            refused(model, ids[:, first:end], cache)
+            assert torch.equal(*(run(model, ids[:, first:end], None, c) for c in (cache, alone)))

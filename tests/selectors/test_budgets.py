@@ -45,6 +45,7 @@ from hashattn.engines.cost import step_microseconds
 from hashattn.ops import attend, hamming
 from hashattn.ops.decode.rule import Rule
 from hashattn.presets import budget_options, options_of
+from hashattn.presets.written import parse
 from hashattn.selectors import Selector
 from hashattn.selectors.observation_window import rescaled
 from hashattn.selectors.wrapper import Wrapper
@@ -202,6 +203,39 @@ def test_below_the_forced_keys_only_a_floor_is_searched_for(ranked):
     for wrapped in (Refine(TopK(share=0.01)), Momentum(TopK(share=0.01)), RandomTail(TopK(share=0.01), k=5)):
         extra = 5 * wrapped.samples
         assert (Sink(4) | Recent(64) | wrapped.revised(min_k=32)).budget(2000) == 100 + extra
+
+
+@pytest.mark.filterwarnings("ignore:this .* is not fitted:UserWarning")
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_of_a_share_or_a_number_takes_a_floor(name):
+    if name in COUNTED | UNCOUNTED:
+        raises_naming(TypeError, name, "takes no option 'min_k'")(lambda: HashAttention.from_preset(name, min_k=9))
+        return
+    _, options = parse(f"{name}:min_k=50,{'share=0.01' if 'share' in options_of(name) else ''}".rstrip(","))
+    attn = HashAttention.from_preset(name, **options)
+    assert attn.selector.settings()["min_k"] == 50
+    window = attn.selector.settings().get("window", 0)
+    share = HashAttention.from_preset(name, **{**options, "min_k": 0}).selector
+    for visible in (40, 200, 1000):
+        least = min(visible, window + 50)
+        assert attn.selector.budget(visible) >= max(least, share.budget(visible))
+    without = HashAttention.from_preset(name, **{option: x for option, x in options.items() if option != "min_k"})
+    assert repr(attn.replace(selector=attn.selector.revised(min_k=0))) == repr(without)
+    raises_naming(ValueError, "min_k", "-1")(lambda: HashAttention.from_preset(name, min_k=-1))
+
+
+@pytest.mark.parametrize("layers", [None, 4])
+def test_a_prompt_keeps_the_floor_beside_its_window(layers):
+    q, k, v = qkv(0, tokens=60, keys=60)
+    for min_k, kept in ((0, 6 if layers is None else 7), (20, 25), (100, 60)):
+        selector = ObservationWindow(share=0.1, window=5, pool=1, layers=layers, min_k=min_k)
+        attn = HashAttention(selector=selector, engine="reference")
+        cache = attn.new_cache(1, 2, 16)
+        cache.append(k, v)
+        attn.observe(q, cache, step=Step(3))
+        cache.append(k[:, :, :1], v[:, :, :1])
+        _, selection = attn.run(q[:, :, :1], cache, step=Step(3))
+        assert ((selection.ids >= 0).sum(-1) == kept + 1).all()
 
 
 def test_critical_keys_have_the_same_floor():

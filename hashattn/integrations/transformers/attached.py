@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,7 +101,7 @@ class Trunk:
         """End it."""
         cache, tokens = self._given(args, kwargs)
         if tokens is not None and not self.forward.steps(cache, tokens.shape[1]):
-            self.forward.close()
+            self.forward.close(sys.exception() if output is None else None)  # there is none without an error
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The cache, and the tokens, or what they have become where the layers are run by a part of the model."""

@@ -22,6 +22,7 @@ from hashattn.integrations.transformers.cache_layer import HashedLayer
 from hashattn.integrations.transformers.given import attend_as_the_model, why_not_dropped, why_not_given
 from hashattn.integrations.transformers.layers import Served
 from hashattn.integrations.transformers.passes import Pass, Passes
+from hashattn.integrations.transformers.rollback import Beginning
 from hashattn.integrations.transformers.simulate import attend_simulated
 from hashattn.integrations.transformers.static_layer import Arming, HashedStaticLayer
 from hashattn.integrations.transformers.swap import hashed_layer
@@ -124,12 +125,18 @@ class Forward:
             for number, served in self.served.items():
                 if served.attn is not None and number < len(layers_of(cache)):
                     support.check_room(cache.layers[number], tokens)
+            one.beginning = Beginning(layers_of(cache), tokens)
         if isinstance(cache, Cache) or self.simulated:
             self._check_given(one, cache, batch, tokens)
 
     @torch.compiler.disable
-    def close(self) -> None:
-        """End it, whether it came to its end or not."""
+    def close(self, error: BaseException | None = None) -> None:
+        """End it. An error that broke it off gives its cache back as it was, or says which layers are not."""
+        one = self.passes.current()
+        begun = one.beginning if one is not None and not one.interrupted else None
+        lost = begun.restore() if error is not None and begun is not None else []
+        if lost and error is not None:
+            error.add_note(f"layers {lost} of its cache cannot take back what they were given: start with a new one")
         self.passes.close()
 
     @torch.compiler.disable

@@ -16,6 +16,7 @@ from hashattn.core.types import Step
 from hashattn.integrations.attached.mask import read_mask, read_padding
 from hashattn.integrations.transformers.cache_layer import HashedLayer
 from hashattn.integrations.transformers.layers import Served
+from hashattn.integrations.transformers.rollback import Beginning
 from hashattn.integrations.transformers.simulate import Block
 from hashattn.ops.decode import Scratch
 
@@ -31,6 +32,7 @@ class Pass:
         begun: whether what can be refused has been looked at.
         vetted: whether `given` has been.
         interrupted: whether another call has used its cache meanwhile.
+        beginning: what the layers of its cache held when it began.
         scratch: memory of the cache's layers.
         step: what the layer before chose.
         blocks: the same of a simulated call.
@@ -42,6 +44,7 @@ class Pass:
     begun: bool = False
     vetted: bool = False
     interrupted: bool = False
+    beginning: Beginning | None = None
     scratch: Scratch = field(default_factory=Scratch)
     step: Step = field(default_factory=Step)
     blocks: list[Block] = field(default_factory=list)

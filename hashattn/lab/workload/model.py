@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hashattn.core.extras import require
-from hashattn.core.files import default_cache_dir, replacing_folder, sha256
+from hashattn.core.files import default_cache_dir, replacing_folder, sha256, sweep
 from hashattn.core.json_files import read_json, write_json
 from hashattn.lab.workload.assets import GEMMA3, SMOLLM2, Asset, fetch
 from hashattn.lab.workload.gemma import tokenizer_from_gguf
@@ -102,6 +102,7 @@ def _fetched(asset: Asset, dtype: torch.dtype) -> Loaded:
             return _from_pretrained(copy, dtype)
     network, tokenizer = _from_gguf(fetch(asset), torch.float32)
     with contextlib.suppress(OSError):  # no room for the copy: then each start converts again
+        sweep(copy.parent, f".{copy.name[:40]}.*.new")
         _save(network, tokenizer, copy)
     return network.to(dtype), tokenizer  # type: ignore[arg-type]
 

@@ -27,6 +27,7 @@ from typing import Any
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 from urllib.request import url2pathname
 
+from hashattn.core.errors import Failure
 from hashattn.core.files import sha256
 from hashattn.core.json_files import parse_json
 
@@ -36,7 +37,7 @@ LARGEST_PAGE = 32 << 20  # bytes
 PATIENCE = 60.0  # seconds of silence
 
 
-class DownloadError(RuntimeError):
+class DownloadError(Failure):
     """An asset could not be fetched, or what was fetched is not what was expected."""
 
 

@@ -249,3 +249,26 @@ def test_json_on_standard_output_is_nothing_else(work, monkeypatch, capsys):
     assert main([*BENCH, "--out", "-"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["rows"][0]["keys"] == 600 and "x dense" in said.err
+
+
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n")
+    root = Path(__file__).parents[3]
+    script = "import sys; from hashattn_command import main; sys.exit(main())"  # as pip writes it
+    done = subprocess.run(
+        [sys.executable, "-c", script, "presets"], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "hashattn: stopped by Ctrl-C: nothing was done yet\n"
+
+
+def test_what_cannot_be_downloaded_ends_a_command_in_what_to_do(work, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("HASHATTN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    arguments = [word for word in EVAL if word not in ("--text", "text.txt")]
+    assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert "could not be downloaded" in said and "put the file into a folder and name that in PIP_FIND_LINKS" in said

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -13,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from hashattn.core import files
 from hashattn.lab.workload import assets
 from hashattn.lab.workload.assets import Archive, Asset, DownloadError, fetch
 
@@ -148,6 +152,36 @@ def test_many_at_once_all_get_the_whole_file(tmp_path: Path, downloads: list[str
         paths = list(pool.map(lambda _: fetch(ASSET, cache_dir=tmp_path, quiet=True), range(16)))
     assert {path.read_bytes() for path in paths} == {JOINED}
     assert [p.name for p in tmp_path.iterdir()] == ["plays.txt"]
+
+
+HOLDS = """
+import importlib.util, pathlib, sys, time
+spec = importlib.util.spec_from_file_location("files", sys.argv[1])
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+with files.scratch_folder(pathlib.Path(sys.argv[2]), ".fetch-") as folder:
+    (folder / "half").write_bytes(bytes(100))
+    print(folder.name, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_process_left_goes_at_the_next_fetch(tmp_path: Path, downloads: list[str]) -> None:
+    old, young = tmp_path / ".fetch-old", tmp_path / ".fetch-young"  # of a process that had no lock yet
+    for path in (old, young):
+        path.mkdir()
+    os.utime(old, (0, 0))
+    command = [sys.executable, "-c", HOLDS, str(files.__file__), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        held = tmp_path / other.stdout.readline().strip()
+        fetch(ASSET, cache_dir=tmp_path, quiet=True)
+        assert {path.name for path in tmp_path.iterdir()} == {held.name, young.name, "plays.txt"}
+        assert (held / "half").stat().st_size == 100
+        other.kill()
+    (tmp_path / "plays.txt").unlink()
+    fetch(ASSET, cache_dir=tmp_path, quiet=True)
+    assert {path.name for path in tmp_path.iterdir()} == {young.name, "plays.txt"}
 
 
 def test_quiet_says_nothing(tmp_path: Path, downloads: list[str], capsys: pytest.CaptureFixture[str]) -> None:
