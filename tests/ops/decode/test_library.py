@@ -16,7 +16,9 @@ from hashattn import (
     Sink,
     Tiers,
 )
-from hashattn.engines.gpu import step
+from hashattn.core.types import Step
+from hashattn.engines.base import Call, Request
+from hashattn.engines.gpu import FusedStep
 from hashattn.ops.decode import Rule, library, reference, reference_tiers
 from hashattn.ops.decode.estimate import key_norms
 from hashattn.ops.hamming import query_planes
@@ -65,7 +67,8 @@ def test_tiers_of_a_composition(per, attend):
     attn = HashAttention(SimHash(100, 2), FlatHamming(), selector, attend, engine="reference")
     cache = attn.new_cache(2, 2, 64)
     cache.append(k + 1, v, start=torch.tensor([0, 70]))
-    (exact, expected), (out, found) = attn.run(q, cache, need_lse=True), step(attn, q, cache, 0.125, True)
+    step = FusedStep(attn.parts, Request.of(q, cache))
+    (exact, expected), (out, found) = attn.run(q, cache, need_lse=True), step(q, cache, Call(0.125, True, Step()))
     assert (found.tier is None) == isinstance(attend, ExactAttend)  # which ignores tiers
     if found.tier is None:
         found, expected = (replace(x, tier=torch.zeros_like(x.ids)) for x in (found, expected))
