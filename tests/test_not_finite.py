@@ -35,7 +35,7 @@ from hashattn import (
     TopK,
     TopP,
 )
-from hashattn.integrations.transformers.simulate import simulate
+from hashattn.integrations.attached.simulate import simulate
 from hashattn.ops import attend as ops
 from hashattn.ops.hamming import cpu, reference
 from tests.structured import qkv

@@ -17,10 +17,15 @@ from hashattn.ops.hamming.cpu import as_bytes
 # A file of an IndexBinaryFlat: kind, bits, bytes a vector, vectors, whether trained, metric, and how many bytes follow.
 _HEADER = struct.Struct("<4siiq?iQ")
 _OTHERS = {
-    "IBwF": "IndexBinaryIVF", "IBHf": "IndexBinaryHNSW", "IBHc": "IndexBinaryHNSWCagra", "IBMp": "IndexBinaryIDMap",
-    "IBM2": "IndexBinaryIDMap2", "IBFf": "IndexBinaryFromFloat", "IBHh": "IndexBinaryHash",
+    "IBwF": "IndexBinaryIVF",
+    "IBHf": "IndexBinaryHNSW",
+    "IBHc": "IndexBinaryHNSWCagra",
+    "IBMp": "IndexBinaryIDMap",
+    "IBM2": "IndexBinaryIDMap2",
+    "IBFf": "IndexBinaryFromFloat",
+    "IBHh": "IndexBinaryHash",
     "IBHm": "IndexBinaryMultiHash",
-}  # fmt: skip
+}
 _WANTED = "an IndexBinaryFlat of a multiple of 64 bits, such as export_codes() writes, would work"
 
 

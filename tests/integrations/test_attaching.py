@@ -14,7 +14,7 @@ from transformers.models.llama import modeling_llama
 
 import hashattn
 from hashattn.integrations.transformers import facts_of
-from hashattn.integrations.transformers.heads import heads
+from hashattn.integrations.transformers.attention_module import heads
 from tests.integrations.models import CACHE, EVERYTHING, ON_CPU, TENTH, forward, make, prompt, write
 from tests.integrations.tiny import build
 

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from hashattn.integrations.transformers.swap import hashed_layer
+from hashattn.integrations.transformers.caches import hashed_layer
 from hashattn.ops.decode import Scratch
 from tests.integrations.models import EVERYTHING, SMALL
 

@@ -63,7 +63,7 @@ def test_the_prompt_votes_and_decoding_reads_what_it_voted_for(llama, name):
 
 @pytest.mark.parametrize("name", SELECTORS)
 def test_simulated_decoding_chooses_with_each_query_or_block(llama, name, monkeypatch):
-    monkeypatch.setattr("hashattn.integrations.transformers.simulate.block_size", lambda batch, keys: 16)
+    monkeypatch.setattr("hashattn.integrations.attached.simulate.block_size", lambda batch, keys: 16)
     ids = prompt(1)["input_ids"]
     with torch.no_grad():
         exact = llama(input_ids=ids).logits

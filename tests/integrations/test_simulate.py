@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from hashattn import Consensus, HashAttention, Momentum, Recent, Sink, TopK
-from hashattn.integrations.transformers import simulate as module
+from hashattn.integrations.attached import simulate as module
 from tests.integrations import models
 from tests.integrations.models import CACHE, EVERYTHING, ON_CPU, SHORT, TENTH, TIERS, make
 
@@ -145,3 +145,13 @@ def test_blocks_shrink_with_the_keys(monkeypatch):
     monkeypatch.setattr(module, "FEWEST", 16)
     monkeypatch.setattr(module, "MOST", 256)
     assert [module.block_size(1, n) for n in (90, 8192, 1 << 20)] == [256, 64, 16]
+
+
+def test_the_report_says_what_searched_for_a_single_token():
+    model, ids = make(), prompt(1)["input_ids"]
+    cache = DynamicCache(config=model.config)
+    with AUTO.attach(model, simulate=True) as handle:
+        run(model, ids, torch.ones_like(ids), cache)
+        run(model, ids[:, :1], torch.ones(1, ids.shape[1] + 1, dtype=torch.long), cache)
+        row = handle.report().layers[0]
+    assert row.sparse == 2 and (row.engine, row.why) == ("cpu", 'engine="cpu"')

@@ -77,7 +77,7 @@ def test_one_captured_step_of_a_model_serves_growing_lengths(model, attn):
         assert int(cache.get_seq_length()) == LENGTH + len(TOKENS)
         assert [(row.sparse, row.engine) for row in handle.report().layers] == [(len(TOKENS), "gpu")] * 2
         for layer in cache.layers:
-            layer.settle()
+            layer.sync()
             assert layer.kv.encoded == LENGTH + len(TOKENS)
             if layer.kv.with_norms:
                 same_norms(layer.kv.norms, layer.kv.keys, layer.kv.centre)
@@ -114,4 +114,4 @@ def test_generate_with_a_static_cache_writes_the_same(model, attn):
         out = write(model, inputs, **options)
         assert torch.equal(out.sequences, expected)
         assert [(row.sparse, row.engine) for row in handle.report().layers] == [(11, "gpu")] * 2
-        assert all(layer.armed for layer in cache_of(out).layers)
+        assert all(layer.ready for layer in cache_of(out).layers)

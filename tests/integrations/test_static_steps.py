@@ -100,7 +100,7 @@ def test_one_graph_decodes_what_eager_steps_decode(name, backend, changes):
         assert (own.keys - other.keys).abs().max() < 1e-4 and own._starts == other._starts == [0, 9]
 
 
-class Watched(TorchDispatchMode):
+class NeverWaiting(TorchDispatchMode):
     """Fails at what would make the host wait for a GPU, or copy to it, which a captured graph cannot do."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -121,10 +121,10 @@ def test_a_captured_step_asks_the_device_nothing_and_tells_the_host_nothing(monk
         cache, mask = prefilled(model)
         before = [len(layer.kv) for layer in cache.layers]
         with monkeypatch.context() as patch:
-            patch.setattr(static_layer, "unseen", lambda: True)  # as within torch.cuda.graph
+            patch.setattr(static_layer, "hidden_from_host", lambda: True)  # as within torch.cuda.graph
             for token, logits in zip(tokens, expected, strict=True):
                 ids = torch.tensor([[token], [token + 1]])
-                with torch.no_grad(), Watched():
+                with torch.no_grad(), NeverWaiting():
                     found = model(input_ids=ids, attention_mask=mask, **{CACHE: cache}).logits
                 assert (found - logits).abs().max() < 1e-4
         assert [len(layer.kv) for layer in cache.layers] == before
@@ -159,7 +159,7 @@ def test_host_calls_between_compiled_steps(changes):
     check_codes(cache)
 
 
-def test_an_outgrown_cache_gives_nan_and_the_next_eager_call_says_so():
+def test_a_cache_that_overflows_gives_nan_and_the_next_eager_call_says_so():
     model = small()
     with FUSED.attach(model) as handle:
         cache, mask = prefilled(model, room=LENGTH + 2)
@@ -189,7 +189,7 @@ def test_changes_and_detaching_are_followed():
     assert all(0.3 < share < 0.4 for share in kept)  # a tenth (and what is forced), then half
     handle.detach()
     step(model, twin, mask[:, : LENGTH + 2], 7)
-    assert int(twin.get_seq_length()) == LENGTH + 2 and not any(layer.armed for layer in twin.layers)
+    assert int(twin.get_seq_length()) == LENGTH + 2 and not any(layer.ready for layer in twin.layers)
     assert int(cache.get_seq_length()) == LENGTH + 2
     step(model, cache, mask[:, : LENGTH + 3], 7)
     assert int(cache.get_seq_length()) == LENGTH + 3
@@ -234,4 +234,4 @@ def test_short_rows_are_left_to_eager_steps():
     model = small()
     with FUSED.attach(model):
         cache, _ = prefilled(model, padding=(0, LENGTH - 5))
-        assert not any(layer.armed for layer in cache.layers)
+        assert not any(layer.ready for layer in cache.layers)

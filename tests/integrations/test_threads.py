@@ -178,7 +178,7 @@ def test_an_error_in_the_middle_of_a_pass_leaves_nothing_behind(llama):
     with COMPOSITIONS["reuse"].attach(llama) as handle:
         cache = DynamicCache(config=llama.config)
         forward(llama, prompt(1)["input_ids"], cache)
-        token, passes = torch.tensor([[5]]), handle._attached.forward.passes
+        token, passes = torch.tensor([[5]]), handle._hooks.forward.passes
         expected = forward(llama, token, cache)
         cache.crop(-1)
 
@@ -230,7 +230,7 @@ def test_gradient_checkpointing_is_served_or_refused_before_anything_is_done():
         model.zero_grad()
         with TENTH.replace(selector=selector).attach(model, simulate=True) as handle:
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-            assert handle._attached.forward.passes.current() is None
+            assert handle._hooks.forward.passes.current() is None
             return model.model.layers[0].self_attn.q_proj.weight.grad.clone(), handle.report().layers[0].sparse
 
     expected = gradients(FORCED | TopK(share=0.3))

@@ -1,1 +1,1 @@
-"""What serving any framework needs: reports, tallies, masks, changes while attached."""
+"""What serving any framework needs: choices, counts, reports, masks, passes, simulation, changes while attached."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+Rows = tuple[list[int], str | None]  # first column of each row, and why the mask cannot be served
+
 HOLES = "the attention mask hides keys in the middle of a row; left padding and causality are served"
 
 
-def read_mask(mask: Tensor, batch: int, keys: int, tokens: int) -> tuple[list[int], str | None]:
+def read_mask(mask: Tensor, batch: int, keys: int, tokens: int) -> Rows:
     """The rows' first columns, and why the mask is not a left padding with causality, if it is not.
 
     Args:
@@ -28,7 +30,7 @@ def read_mask(mask: Tensor, batch: int, keys: int, tokens: int) -> tuple[list[in
     return starts, None
 
 
-def read_padding(mask: Tensor, batch: int, keys: int) -> tuple[list[int], str | None]:
+def read_padding(mask: Tensor, batch: int, keys: int) -> Rows:
     """The same of a mask [B, N] of the columns that hold a token, or longer than N."""
     if mask.shape[0] != batch or mask.shape[1] < keys:
         return [0] * batch, f"the attention mask is {_named(mask)}, not over {batch} x {keys}"

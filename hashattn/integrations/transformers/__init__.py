@@ -4,12 +4,11 @@ Supported: transformers >= 5.17, < 6; decoder models that use the attention inte
 """
 
 from hashattn.integrations.attached.report import Report
-from hashattn.integrations.transformers.attach import attach
-from hashattn.integrations.transformers.attached import detach
+from hashattn.integrations.transformers.attach import Handle, attach
 from hashattn.integrations.transformers.cache_layer import HashedLayer
 from hashattn.integrations.transformers.capture import Captured, capture, tapped
-from hashattn.integrations.transformers.facts import facts_of
-from hashattn.integrations.transformers.handle import Handle
+from hashattn.integrations.transformers.hooks import detach
+from hashattn.integrations.transformers.model_facts import facts_of
 from hashattn.integrations.transformers.static_layer import HashedStaticLayer
 
 __all__ = [

@@ -36,7 +36,7 @@ class HashedLayer(DynamicLayer):
     @property
     def keys(self) -> Tensor | None:
         """[B, Hkv, N, D], a view; None before the first update."""
-        self.settle()
+        self.sync()
         return self.kv.keys if self.kv is not None and len(self.kv) else None
 
     @keys.setter
@@ -46,18 +46,18 @@ class HashedLayer(DynamicLayer):
     @property
     def values(self) -> Tensor | None:
         """[B, Hkv, N, D], a view; None before the first update."""
-        self.settle()
+        self.sync()
         return self.kv.values if self.kv is not None and len(self.kv) else None
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
         self._refuse(value)
 
-    def settle(self) -> None:
+    def sync(self) -> None:
         """Adopt what steps appended that the host could not see; waits for the device."""
 
-    def changed(self) -> None:
-        """What was made ready for such steps follows a change that the host made."""
+    def follow_change(self) -> None:
+        """Bring what was made ready for such steps up to date with a change that the host made."""
 
     def _refuse(self, value: Tensor | None) -> None:
         if value is not None:  # None comes from the base class's __init__
@@ -89,19 +89,19 @@ class HashedLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove must be at most 0 (minus the tokens to remove), got {tokens_to_remove}")
-        self.settle()
+        self.sync()
         if self.kv is not None and tokens_to_remove:
             self.kv.crop(max(0, len(self.kv) + tokens_to_remove))
-            self.changed()
+            self.follow_change()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.settle()
+        self.sync()
         if self.kv is not None:
             self.kv.repeat(repeats)
-            self.changed()
+            self.follow_change()
 
     def batch_select_indices(self, indices: Tensor | Sequence[int] | Sequence[bool]) -> None:
         if self.kv is not None:
@@ -109,13 +109,13 @@ class HashedLayer(DynamicLayer):
             self._select(torch.arange(self.kv.batch)[chosen.cpu()])  # numbers from either end, or a mask
 
     def _select(self, rows: Tensor) -> None:
-        self.settle()
+        self.sync()
         if self.kv is not None:
             self.kv.select_rows(rows)
-            self.changed()
+            self.follow_change()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HashedLayer:
-        self.settle()
+        self.sync()
         twin = copy.copy(self)
         twin.scratch, twin.kv = copy.deepcopy((self.scratch, self.kv), memo)  # the composition is shared
         return twin

@@ -14,8 +14,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hashattn.integrations.transformers import support
-from hashattn.integrations.transformers.attached import is_attached
-from hashattn.integrations.transformers.configs import OwnConfigs
+from hashattn.integrations.transformers.hooks import is_attached
+from hashattn.integrations.transformers.own_configs import OwnConfigs
 
 NAME = "hashattn_capture"
 

@@ -87,7 +87,7 @@ class Held:
         layer = self.layer
         if not isinstance(layer, HashedLayer) or layer.kv is None:
             return True
-        layer.settle()
+        layer.sync()
         if not self.filled:
             HashedLayer.reset(layer) if layer.capacity is None else layer.kv.reset()
             return True

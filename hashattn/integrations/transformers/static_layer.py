@@ -11,29 +11,21 @@ from torch import Tensor
 from hashattn.attention import HashAttention
 from hashattn.cache.kv_cache import KVCache
 from hashattn.engines.decoder import Decoder
-from hashattn.engines.parts import Parts
-from hashattn.integrations.attached.tally import Ledger, Tally
+from hashattn.integrations.attached.choice import GraphChoice, for_graphs
+from hashattn.integrations.attached.counters import Counters, GraphCounter
+from hashattn.integrations.attached.layers import ServedLayer
 from hashattn.integrations.transformers.cache_layer import HashedLayer
 from hashattn.ops.decode import Scratch
 
 
 @dataclass(frozen=True)
-class Arming:
-    """How a layer's traced or captured steps are served, and where they are counted.
+class GraphSteps:
+    """How a layer's traced or captured steps are served, and where they are counted."""
 
-    Attributes:
-        parts: of a composition that engine="gpu" serves, if its steps search.
-        searches: whether they do.
-        number: of the layer.
-        why: for the report.
-    """
-
-    parts: Parts
-    searches: bool
+    choice: GraphChoice
     number: int
     q_heads: int
-    why: str
-    ledger: Ledger
+    counters: Counters[HashedStaticLayer]
 
 
 class HashedStaticLayer(HashedLayer):
@@ -41,8 +33,8 @@ class HashedStaticLayer(HashedLayer):
 
     The model sees all of them, as its masks expect; a search looks at the filled part.
 
-    Once armed, calls of one token that are traced or captured go through a Decoder, whose length is on the device. The
-    host adopts it when it next changes the cache or makes an eager call (:meth:`settle`).
+    Once ready, calls of one token that are traced or captured go through a Decoder, whose length is on the device. The
+    host adopts it when it next changes the cache or makes an eager call (:meth:`sync`).
 
     Args:
         attn: the composition of this layer.
@@ -51,9 +43,9 @@ class HashedStaticLayer(HashedLayer):
 
     Attributes:
         decoder: of the steps that are traced or captured. It is kept and changed in place, as a graph may point to it.
-        armed: whether it is ready.
-        arming: how, and where its steps are counted.
-        outgrown: the error of such steps, until someone is told.
+        ready: whether it is ready.
+        steps: how these are served, and where they are counted.
+        overflow: the error of such steps, until someone is told.
     """
 
     is_compileable = True  # transformers makes masks of full length for such caches
@@ -63,15 +55,15 @@ class HashedStaticLayer(HashedLayer):
         self.capacity = self.max_cache_len = max_cache_len
         self.decoder: Decoder | None = None
         self._decoders: dict[bool, Decoder] = {}  # by whether they search
-        self.armed = False
-        self.arming: Arming | None = None
-        self.tally: Tally | None = None
-        self.outgrown: ValueError | None = None
+        self.ready = False
+        self.steps: GraphSteps | None = None
+        self.counter: GraphCounter | None = None
+        self.overflow: ValueError | None = None
 
     @property
     def keys(self) -> Tensor | None:
         """[B, Hkv, max_cache_len, D], as a StaticLayer's: all columns, of which get_seq_length() are filled."""
-        self.settle()
+        self.sync()
         return self.kv.allocated[0] if self.kv is not None and self.kv.kind is not None else None
 
     @keys.setter
@@ -81,79 +73,106 @@ class HashedStaticLayer(HashedLayer):
     @property
     def values(self) -> Tensor | None:
         """[B, Hkv, max_cache_len, D], likewise."""
-        self.settle()
+        self.sync()
         return self.kv.allocated[1] if self.kv is not None and self.kv.kind is not None else None
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
         self._refuse(value)
 
-    def steps(self, tokens: int) -> bool:
+    def in_graph(self, tokens: int) -> bool:
         """Whether a call of so many tokens goes through the decoder."""
-        return self.armed and tokens == 1 and unseen()
+        return self.ready and tokens == 1 and hidden_from_host()
+
+    def graph_step(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Append keys and values [B, Hkv, 1, D] and attend with queries [B, Hq, 1, D]: [B, Hq, 1, D]."""
+        assert self.decoder is not None
+        return self.decoder.step(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+
+    def serve_graphs(
+        self, served: ServedLayer, number: int, q_heads: int, counters: Counters[HashedStaticLayer]
+    ) -> None:
+        """Make the decoder ready, where what serves the layer can do without the host."""
+        kv, attn = self.kv, served.attn
+        assert attn is not None and kv is not None
+        if served.observes:
+            return  # it has to see every query
+        query = kv.keys.new_empty((kv.batch, q_heads, 1, kv.head_dim))
+        choice = for_graphs(attn, served.why_dense, query, kv)
+        if choice is not None:
+            self._prepare(GraphSteps(choice, number, q_heads, counters))
 
     @torch.compiler.disable
-    def arm(self, arming: Arming) -> None:
+    def _prepare(self, steps: GraphSteps) -> None:
         """Make the decoder ready for what the cache now holds; leave it unready where that cannot be searched yet."""
         assert self.kv is not None
-        self.arming, self.armed = arming, False
-        decoder = self._decoders.get(arming.searches)
+        if self.steps is not None and self.steps.counters is not steps.counters:
+            self.steps.counters.forget(self)
+        self.steps, self.ready = steps, False
+        choice = steps.choice
+        decoder = self._decoders.get(choice.searches)
         try:
             if decoder is None or not decoder.fits(self.kv):
-                decoder = self._decoders[arming.searches] = Decoder(arming.parts, self.kv, searches=arming.searches)
-                decoder.prepare(arming.q_heads)
-                decoder.warm_up(arming.q_heads)
+                decoder = self._decoders[choice.searches] = Decoder(choice.parts, self.kv, searches=choice.searches)
+                decoder.prepare(steps.q_heads)
+                decoder.warm_up(steps.q_heads)
             else:
-                if decoder.parts != arming.parts:  # of the same encoder
-                    decoder.parts = arming.parts
-                    decoder.prepare(arming.q_heads)
+                if decoder.parts != choice.parts:  # of the same encoder
+                    decoder.parts = choice.parts
+                    decoder.prepare(steps.q_heads)
                 decoder.follow()
         except ValueError:  # rows that are too short
             return
-        self.armed, self.decoder, self.tally = True, decoder, Tally.of(decoder, arming.q_heads, arming.why)
-        arming.ledger.open(arming.number, self.tally, self)
+        self.ready, self.decoder = True, decoder
+        self.counter = GraphCounter.of(decoder, steps.number, steps.q_heads, choice.why)
+        steps.counters.follow(self, self.counter)
 
     @torch.compiler.disable
-    def settle(self) -> None:
-        if self.armed and self.decoder is not None and self.arming is not None and self.tally is not None:
-            self.arming.ledger.book(self.arming.number, self.tally)
+    def sync(self) -> None:
+        if self.ready and self.decoder is not None and self.steps is not None and self.counter is not None:
+            self.steps.counters.count(self.counter)
             try:
                 self.decoder.finish()
             except ValueError as error:
-                self.outgrown = error
+                self.overflow = error
 
-    def changed(self) -> None:
-        if self.armed and self.arming is not None:
-            self.arm(self.arming)
+    def release(self) -> None:
+        """Leave the cache as the model's own code expects it, and what follows to eager calls."""
+        self.sync()
+        self.ready = False
+
+    def follow_change(self) -> None:
+        if self.ready and self.steps is not None:
+            self._prepare(self.steps)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.steps(key_states.shape[2]):
+        if self.in_graph(key_states.shape[2]):
             return key_states, value_states  # the attention function appends them
         return self._append(key_states, value_states)
 
     @torch.compiler.disable
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        self.settle()
-        if self.kv is not None and len(self.kv) == 0 and not same_kind(self.kv, key_states):
+        self.sync()
+        if self.kv is not None and len(self.kv) == 0 and not holds_kind_of(self.kv, key_states):
             self.kv = None
         filled, tokens = len(self.kv) if self.kv is not None else 0, key_states.shape[2]
         if filled + tokens > self.max_cache_len:
             raise IndexError(  # as a StaticLayer does
                 f"the static layer holds {filled} of max_cache_len={self.max_cache_len} tokens, no room for {tokens}"
             )
-        self.armed = False  # until the attention function has seen what was appended
+        self.ready = False  # until the attention function has seen what was appended
         super().update(key_states, value_states)
         assert self.kv is not None
         return self.kv.allocated
 
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override]
-        if self.armed and self.decoder is not None:
+        if self.ready and self.decoder is not None:
             return self.decoder.filled()  # as a StaticLayer's: nobody waits for it
         return super().get_seq_length()
 
     def reset(self) -> None:
-        self.settle()
-        self.armed, self.outgrown = False, None
+        self.sync()
+        self.ready, self.overflow = False, None
         if self.kv is not None:
             self.kv.reset()  # the memory stays, to which a graph may point
 
@@ -161,7 +180,7 @@ class HashedStaticLayer(HashedLayer):
         twin = super().__deepcopy__(memo)
         assert isinstance(twin, HashedStaticLayer)
         twin.decoder, twin._decoders = None, {}
-        twin.changed()
+        twin.follow_change()
         return twin
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -171,14 +190,14 @@ class HashedStaticLayer(HashedLayer):
         return self.max_cache_len
 
 
-def unseen() -> bool:
+def hidden_from_host() -> bool:
     """Whether the host cannot look at values, because the call is traced or captured."""
     if torch.compiler.is_compiling():
         return True
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def same_kind(kv: KVCache, k: Tensor) -> bool:
+def holds_kind_of(kv: KVCache, k: Tensor) -> bool:
     """Whether an empty cache has memory for such keys."""
     if kv.kind is None:
         return kv.batch == k.shape[0]

@@ -1,4 +1,4 @@
-"""Which models, layers and caches can be served, and why not."""
+"""Which models and layers can be served, and why not."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, StaticCache
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers import PreTrainedModel
 
-from hashattn.attention import HashAttention
-from hashattn.engines.base import Request
-from hashattn.engines.choose import choose
-from hashattn.integrations.transformers.cache_layer import HashedLayer
-from hashattn.integrations.transformers.heads import devices_of, dtype_of, heads, layer_config
-from hashattn.integrations.transformers.source import calls_interface, source_of
-from hashattn.integrations.transformers.static_layer import HashedStaticLayer
-from hashattn.integrations.transformers.swap import why_not_layer
+from hashattn.integrations.transformers.attention_module import (
+    calls_interface,
+    devices_of,
+    heads,
+    layer_config,
+    source_of,
+)
 
 CACHE_NAMES = ("past_key_values", "cache", "layer_past", "past_key_value")  # "cache" since transformers 5.24
 FULL = ("full_attention", "hybrid")  # a hybrid layer has full attention beside a recurrent part
@@ -42,7 +40,7 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     return dict(sorted(found.items()))
 
 
-def trunk(model: nn.Module, modules: dict[int, nn.Module]) -> nn.Module:
+def layer_stack(model: nn.Module, modules: dict[int, nn.Module]) -> nn.Module:
     """The module whose forward runs the layers: what holds the list that the attention modules are in."""
     paths = [name.split(".") for name, module in model.named_modules() if module is next(iter(modules.values()))]
     owner: nn.Module = model
@@ -122,20 +120,20 @@ def is_peft(model: nn.Module) -> bool:
 def why_not_module(module: nn.Module, number: int) -> list[str]:
     """What keeps an attention module from being served, as its source and its attributes say.
 
-    What the source does not show is looked at in each call; see why_not_call.
+    What the source does not show is looked at in each call; see AttentionArguments.
     """
     source, reasons = source_of(type(module)), []
-    given = dict(source.given) if source is not None else {}
-    given = {name: path for name, path in given.items() if not path or attribute(module, path) is not None}
-    if "softcap" in given:
+    keywords = dict(source.keywords) if source is not None else {}
+    keywords = {name: path for name, path in keywords.items() if not path or attribute(module, path) is not None}
+    if "softcap" in keywords:
         reasons.append(SOFT_CAPPED)
-    if {"s_aux", "sinks"} & set(given) or isinstance(getattr(module, "sinks", None), nn.Parameter):
+    if {"s_aux", "sinks"} & set(keywords) or isinstance(getattr(module, "sinks", None), nn.Parameter):
         reasons.append("its attention has learned sinks, which take part in every softmax")
-    if "position_bias" in given:
+    if "position_bias" in keywords:
         reasons.append("its attention adds a position bias to the logits")
-    if {"indices", "block_indices"} & set(given):
+    if {"indices", "block_indices"} & set(keywords):
         reasons.append("it has a sparse attention of its own, whose choice the attention function is given")
-    if unknown := set(given) - HONOURED_NOT:
+    if unknown := set(keywords) - HONOURED_NOT:
         reasons.append(f"its attention function is given {', '.join(sorted(unknown))}, which is not known here")
     if source is not None and source.calls > 1:
         reasons.append(
@@ -206,15 +204,6 @@ def positions(config: Any) -> float:
     return most if isinstance(most, int) else float("inf")
 
 
-def check_engine(attn: HashAttention, module: nn.Module) -> None:
-    """Raise ValueError if the engine that the composition names cannot serve this module where it is."""
-    q_heads, kv_heads, head_dim = heads(module)
-    device = devices_of({0: module})[0].type
-    if device == "meta":  # offloaded: not yet known
-        return
-    choose(attn.parts, Request(torch.device(device), dtype_of(module), 1, q_heads, kv_heads, head_dim), attn.engine)
-
-
 def why_not_input(hidden: Tensor) -> str | None:
     """What keeps a call with these hidden states from being served; None if it can be."""
     if hidden.is_meta:
@@ -222,52 +211,3 @@ def why_not_input(hidden: Tensor) -> str | None:
     if torch.is_autocast_enabled(hidden.device.type):
         return "autocast is on, which gives keys and values different types; load the model in the type you want"
     return None
-
-
-def why_not_cache(cache: object, number: int) -> str | None:
-    """What keeps this layer of a cache from being served; None if it can be."""
-    use = "dynamic and static caches are served"
-    if not isinstance(cache, DynamicCache | StaticCache):
-        return f"the cache is a {type(cache).__name__}; {use}"
-    if cache.offloading:
-        return f"the cache is offloaded; {use} without offloading"
-    if number >= len(cache.layers):
-        replicated = getattr(cache, "layer_class_to_replicate", None)
-        return None if replicated is DynamicLayer else f"the cache has no layer {number}"
-    reason = why_not_layer(cache.layers[number])
-    return None if reason is None else f"layer {number} of the {type(cache).__name__} {reason}; {use}"
-
-
-def check_room(layer: object, tokens: int) -> None:
-    """Raise ValueError if a layer of a cache is a static one without the room for so many tokens."""
-    if isinstance(layer, StaticLayer | HashedStaticLayer):
-        filled, room = int(layer.get_seq_length()), layer.max_cache_len
-        if filled + tokens > room:
-            raise ValueError(
-                f"the static cache holds {filled} of max_cache_len={room} tokens, but the input has {tokens}: make it "
-                "longer, or use a dynamic cache"
-            )
-
-
-def check_append(layer: object, hidden: Tensor, one_device: bool) -> None:
-    """Raise unless a layer of a cache can take what attention makes of hidden states [B, T, hidden size].
-
-    Args:
-        one_device: whether the whole model is on one device.
-
-    Raises:
-        TypeError: the model has another dtype or device than what the layer holds.
-        ValueError: another number of rows, or a static layer without the room.
-    """
-    check_room(layer, hidden.shape[1])
-    kv = layer.kv if isinstance(layer, HashedLayer) else None
-    if kv is None or len(kv) == 0:
-        return
-    assert isinstance(layer, HashedLayer)
-    if layer.dtype != hidden.dtype or (one_device and layer.device != hidden.device):
-        raise TypeError(
-            f"the cache holds {layer.dtype} on {layer.device}, but the model now computes in {hidden.dtype} on "
-            f"{hidden.device}: start with a new cache after moving a model"
-        )
-    if kv.batch != hidden.shape[0]:
-        raise ValueError(f"the cache holds {kv.batch} rows, but the input has {hidden.shape[0]}")

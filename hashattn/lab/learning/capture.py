@@ -51,8 +51,8 @@ def capture(
             captured, another folder's contents, another process that captures into it; before anything is run.
             Values that the dtype cannot hold.
     """
+    from hashattn.integrations.transformers import facts_of
     from hashattn.integrations.transformers.capture import capturable
-    from hashattn.integrations.transformers.facts import facts_of
 
     plan = plan or Plan()
     with refusals(ValueError):

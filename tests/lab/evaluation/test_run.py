@@ -13,8 +13,7 @@ from transformers import DynamicCache
 from hashattn import AsymmetricHash, HashAttention, HeavyHitters, ObservationWindow, PerLayer
 from hashattn.cli import main
 from hashattn.fitted.saving import save_pretrained
-from hashattn.integrations.transformers import capture
-from hashattn.integrations.transformers.facts import facts_of
+from hashattn.integrations.transformers import capture, facts_of
 from hashattn.lab.evaluation.contenders import EXACT, FULL, contenders
 from hashattn.lab.evaluation.continuation import judge
 from hashattn.lab.evaluation.perplexity import end_of_window, whole_window

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 from torch import Tensor
-from transformers import Cache
 
 from hashattn.core.guard import Guard
 from hashattn.core.types import Step
-from hashattn.integrations.attached.mask import read_mask, read_padding
-from hashattn.integrations.transformers.cache_layer import HashedLayer
-from hashattn.integrations.transformers.layers import Served
-from hashattn.integrations.transformers.rollback import Beginning
-from hashattn.integrations.transformers.simulate import Block
+from hashattn.integrations.attached.layers import ServedLayer
+from hashattn.integrations.attached.mask import Rows, read_mask, read_padding
+from hashattn.integrations.attached.simulate import QueryBlock
 from hashattn.ops.decode import Scratch
+
+
+class Beginning(Protocol):
+    """What the layers of a cache held."""
+
+    def restore(self) -> list[int]:
+        """Put the layers back, in place; returns the numbers of those that have written over what they held."""
 
 
 @dataclass(eq=False)
@@ -28,9 +31,9 @@ class Pass:
     Attributes:
         served: what serves the layers, as it was when the pass began.
         depth: only layers before this one run (early exit); None if not known.
-        given: the attention mask that the model was given: [B, N], or one that it takes as it is, or those by type.
-        begun: whether what can be refused has been looked at.
-        vetted: whether `given` has been.
+        mask: the attention mask that the model was given: [B, N], or one that it takes as it is.
+        checked: whether what can be refused has been looked at.
+        mask_checked: whether `mask` has been.
         interrupted: whether another call has used its cache meanwhile.
         beginning: what the layers of its cache held when it began.
         scratch: memory of the cache's layers.
@@ -38,55 +41,58 @@ class Pass:
         blocks: the same of a simulated call.
     """
 
-    served: dict[int, Served]
+    served: dict[int, ServedLayer]
     depth: int | None = None
-    given: Any = None
-    begun: bool = False
-    vetted: bool = False
+    mask: object = None
+    checked: bool = False
+    mask_checked: bool = False
     interrupted: bool = False
     beginning: Beginning | None = None
     scratch: Scratch = field(default_factory=Scratch)
     step: Step = field(default_factory=Step)
-    blocks: list[Block] = field(default_factory=list)
-    _cache: weakref.ref[Cache] | None = None
-    _rows: tuple[Tensor, int, list[int], str | None] | None = None
-    _beginning: tuple[Tensor, list[int], str | None] | None = None
+    blocks: list[QueryBlock] = field(default_factory=list)
+    _cache: weakref.ref[object] | None = None
+    _rows: tuple[Tensor, int, Rows] | None = None
+    _last_rows: tuple[Tensor, Rows] | None = None
 
     @property
-    def running(self) -> dict[int, Served]:
+    def running(self) -> dict[int, ServedLayer]:
         """What serves the layers that run."""
         return {i: served for i, served in self.served.items() if self.depth is None or i < self.depth}
 
     @property
-    def cache(self) -> Cache | None:
-        """The cache it has claimed."""
+    def cache(self) -> object | None:
+        """The cache that it uses."""
         return self._cache() if self._cache is not None else None
 
-    def uses(self, cache: Cache) -> None:
-        """Its layers share memory that steps write within themselves: it belongs to the cache, as a graph's does."""
-        self._cache = weakref.ref(cache)
-        held = [layer.scratch for layer in getattr(cache, "layers", []) if isinstance(layer, HashedLayer)]
-        self.scratch = held[0] if held else self.scratch
+    def use(self, cache: object, scratch: Scratch | None) -> None:
+        """Take a cache, whose layers share memory that steps write: it belongs to the cache, as a graph's does.
 
-    def rows(self, mask: Tensor | None, batch: int, keys: int, tokens: int) -> tuple[list[int], str | None]:
-        """The rows' first columns, and why a layer's mask cannot be served; read once for all layers it is given to."""
+        Args:
+            scratch: what the cache has of it; None for a new one.
+        """
+        self._cache = weakref.ref(cache)
+        self.scratch = scratch if scratch is not None else self.scratch
+
+    def rows(self, mask: Tensor | None, batch: int, keys: int, tokens: int) -> Rows:
+        """What a layer's mask says of the rows; read once for all layers it is given to."""
         if mask is None:
             return [0] * batch, None
         if self._rows is None or self._rows[0] is not mask or self._rows[1] != keys:
-            self._rows = (mask, keys, *read_mask(mask, batch, keys, tokens))
-        return self._rows[2:]
+            self._rows = mask, keys, read_mask(mask, batch, keys, tokens)
+        return self._rows[2]
 
-    def beginnings(self, mask: Tensor, batch: int, keys: int) -> tuple[list[int], str | None]:
-        """What the last query of a layer's mask says of the rows."""
-        if self._beginning is None or self._beginning[0] is not mask:  # the mask of a long prompt is large
-            self._beginning = (mask, *read_mask(mask[:, :, -1:], batch, keys, 1))
-        return self._beginning[1:]
+    def last_rows(self, mask: Tensor, batch: int, keys: int) -> Rows:
+        """What a layer's mask says of the rows to its last query."""
+        if self._last_rows is None or self._last_rows[0] is not mask:  # the mask of a long prompt is large
+            self._last_rows = mask, read_mask(mask[:, :, -1:], batch, keys, 1)
+        return self._last_rows[1]
 
-    def why_not_given(self, batch: int, keys: int, tokens: int) -> str | None:
+    def why_not_mask(self, batch: int, keys: int, tokens: int) -> str | None:
         """Why the mask that the model was given cannot be served; None also where only a layer's mask will tell."""
-        mask = self.given.get("full_attention") if isinstance(self.given, Mapping) else self.given
-        self.vetted = mask is None or (isinstance(mask, Tensor) and mask.ndim in (2, 4))
-        if mask is None or not self.vetted:
+        mask = self.mask
+        self.mask_checked = mask is None or (isinstance(mask, Tensor) and mask.ndim in (2, 4))
+        if not isinstance(mask, Tensor) or not self.mask_checked:
             return None
         read = read_padding(mask, batch, keys) if mask.ndim == 2 else read_mask(mask, batch, keys, tokens)
         return read[1]
@@ -97,7 +103,7 @@ class Passes:
 
     def __init__(self) -> None:
         self._mine = threading.local()
-        self._users: weakref.WeakKeyDictionary[Cache, threading.Thread] = weakref.WeakKeyDictionary()
+        self._users: weakref.WeakKeyDictionary[object, threading.Thread] = weakref.WeakKeyDictionary()
         self._guard = Guard()
 
     def current(self) -> Pass | None:
@@ -106,10 +112,11 @@ class Passes:
         return stack[-1] if stack else None
 
     def open(self, one: Pass) -> None:
+        """Begin a pass, inside of what this thread has under way."""
         self._stack.append(one)
 
-    def claim(self, one: Pass, cache: Cache) -> None:
-        """Let a pass have a cache to itself.
+    def claim(self, one: Pass, cache: object, scratch: Scratch | None) -> None:
+        """Let a pass have a cache to itself; see :meth:`Pass.use`.
 
         Raises:
             RuntimeError: another thread's pass uses it.
@@ -125,7 +132,7 @@ class Passes:
             self._users[cache] = me
         for other in self._stack:  # a call inside of a call, or one that was broken off
             other.interrupted |= other is not one and other.cache is cache
-        one.uses(cache)
+        one.use(cache, scratch)
 
     def close(self) -> None:
         """End the innermost pass of this thread, if there is one."""

@@ -1,4 +1,4 @@
-"""What serves each layer of a model."""
+"""What serves each layer of a model, and how layers are named."""
 
 from __future__ import annotations
 
@@ -6,77 +6,68 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from hashattn.attend import DenseAttend
 from hashattn.attention import HashAttention
 from hashattn.core.naming import short
-from hashattn.encoders import PerLayer
-from hashattn.integrations.transformers import support
-from hashattn.integrations.transformers.facts import facts_of
-from hashattn.integrations.transformers.heads import heads
+from hashattn.integrations.attached.choice import why_never
 
 DENSE_LAYERS, DENSE_COMPOSITION = "dense_layers", "the composition attends densely"
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedLayer:
     """One layer of an attached model.
 
     Attributes:
         composition: as the user gave it, for all layers or for this one.
         own: whether it was given for this layer alone; its dense_layers then say nothing.
         attn: the composition bound to the layer; None leaves the model's own cache layer where it is.
-        dense: why the layer never searches; None if it does.
+        why_dense: why the layer never searches; None if it does, as far as its engine does.
     """
 
     composition: HashAttention
     own: bool
     attn: HashAttention | None
-    dense: str | None = None
+    why_dense: str | None = None
+
+    @classmethod
+    def bind(cls, composition: HashAttention, own: bool, number: int, depth: int, by_model: str | None) -> ServedLayer:
+        """Bind a composition to a layer.
+
+        Args:
+            depth: layers of the model.
+            by_model: why the model itself keeps the layer from a search over all keys; None if it does not.
+
+        Raises:
+            ValueError: dense_layers names a layer that the model lacks.
+        """
+        for i in composition.dense_layers:
+            if not -depth <= i < depth:
+                raise ValueError(f"dense_layers names layer {i}, but the model has {depth} layers")
+        if by_model is not None:
+            return cls(composition, own, None, by_model)
+        reason = None
+        if not own and number in {i % depth for i in composition.dense_layers}:
+            reason = DENSE_LAYERS
+        elif not composition.attend.needs_selection:
+            reason = DENSE_COMPOSITION
+        if reason is not None:  # still worth a cache that appends in place
+            return cls(composition, own, HashAttention(attend=DenseAttend()), reason)
+        return cls(composition, own, composition.layer(number))
+
+    @property
+    def why_never(self) -> str | None:
+        """Why no call of the layer searches, its engine included; None if some may, so that their masks matter."""
+        return self.why_dense if self.attn is None or self.why_dense is not None else why_never(self.attn)
+
+    @property
+    def observes(self) -> bool:
+        """Whether its selector wants to see every query."""
+        selector = self.attn.selector if self.attn is not None and self.why_dense is None else None
+        return selector is not None and selector.observes
 
 
-def serve(composition: HashAttention, own: bool, module: nn.Module, number: int, depth: int) -> Served:
-    """Bind a composition to a layer.
-
-    Raises:
-        ValueError: a part does not fit the layer's heads, or dense_layers names a layer that the model lacks.
-        RuntimeError: an encoder that cannot encode before it is fitted.
-    """
-    for i in composition.dense_layers:
-        if not -depth <= i < depth:
-            raise ValueError(f"dense_layers names layer {i}, but the model has {depth} layers")
-    reason = support.layer_dense_by_design(module, number)
-    if reason is not None:
-        return Served(composition, own, None, reason)
-    if not own and number in {i % depth for i in composition.dense_layers}:
-        reason = DENSE_LAYERS
-    elif not composition.attend.needs_selection:
-        reason = DENSE_COMPOSITION
-    if reason is not None:  # still worth a cache that appends in place
-        return Served(composition, own, HashAttention(attend=DenseAttend()), reason)
-    attn = composition.layer(number)
-    if attn.encoder is not None:
-        attn.encoder.check_model(*heads(module))
-        attn.encoder.check_fitted()
-    support.check_engine(attn, module)
-    return Served(composition, own, attn)
-
-
-def check_facts(composition: HashAttention, model: nn.Module) -> None:
-    """Raise ValueError if the composition's encoders were fitted to another model."""
-    facts = composition.encoder.facts if isinstance(composition.encoder, PerLayer) else None
-    if facts is None:
-        return
-    own = facts_of(model)
-    if different := own.differences(facts):
-        raise ValueError(
-            f"the encoders were fitted to {facts.name} (there), which {type(model).__name__} {own.name} (here) is not: "
-            f"{'; '.join(different)}"
-        )
-
-
-def numbers(name: str, chosen: Any, modules: Collection[int], depth: int) -> list[int]:
+def layer_numbers(name: str, chosen: Any, modules: Collection[int], depth: int) -> list[int]:
     """Layer numbers, negative ones counted from the last, as numbers from 0.
 
     Args:
@@ -100,7 +91,7 @@ def numbers(name: str, chosen: Any, modules: Collection[int], depth: int) -> lis
     return found
 
 
-def overrides(
+def layer_compositions(
     layers: Mapping[int, HashAttention] | None, modules: Collection[int], depth: int
 ) -> dict[int, HashAttention]:
     """The argument `layers` of attach, checked, with numbers from 0."""
@@ -111,4 +102,4 @@ def overrides(
     for i, composition in layers.items():
         if not isinstance(composition, HashAttention):
             raise TypeError(f"layers[{i}] must be a HashAttention, got {short(composition)}")
-    return dict(zip(numbers("layers", [*layers], modules, depth), layers.values(), strict=True))
+    return dict(zip(layer_numbers("layers", [*layers], modules, depth), layers.values(), strict=True))

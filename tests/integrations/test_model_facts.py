@@ -1,7 +1,7 @@
 import json
 
 from hashattn.core.model_facts import ModelFacts
-from hashattn.integrations.transformers.facts import facts_of
+from hashattn.integrations.transformers import facts_of
 from tests.integrations.models import MODELS, make
 from tests.structured import raises_naming
 

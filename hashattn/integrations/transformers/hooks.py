@@ -1,4 +1,4 @@
-"""Attached: what attaching put into a model, and takes out again. It lies on the model, so that no handle is needed."""
+"""Hooks: what attaching puts into a model, and takes out again. They lie on the model, so that no handle is needed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from hashattn.integrations.transformers import support
-from hashattn.integrations.transformers.configs import OwnConfigs
-from hashattn.integrations.transformers.forward import HASHATTN_CALL, Call, Forward, hashed_attention
+from hashattn.integrations.transformers.attention import HASHATTN_CALL, LayerCall, hashed_attention
+from hashattn.integrations.transformers.forward import Forward
+from hashattn.integrations.transformers.own_configs import OwnConfigs
 
 NAME, PLACE = "hashattn", "_hashattn_attached"
 CACHES = ("past_key_values", "cache", "layer_past")  # "cache" since transformers 5.24; before, a paged one
@@ -45,7 +46,7 @@ class Arguments:
 
 
 @dataclass
-class Hook:
+class AttentionHooks:
     """The hooks of one attention module. A copy of the model has hooks of its own.
 
     Attributes:
@@ -56,9 +57,7 @@ class Hook:
     number: int
     arguments: Arguments
 
-    def before(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Hand the layer's cache on to the attention function."""
         cache = self.arguments.find(args, kwargs, *CACHES)
         hidden = self.arguments.find(args, kwargs, "hidden_states")
@@ -68,23 +67,23 @@ class Hook:
         if config._attn_implementation_internal != NAME:
             self.forward.switched(self.number, config._attn_implementation_internal)
             return args, kwargs
-        stepping = self.forward.stepping(self.number, cache, hidden.shape[1])
-        if stepping is False:
+        layer = self.forward.graph_layer(self.number, cache, hidden.shape[1])
+        if layer is False:
             mask = self.arguments.find(args, kwargs, "attention_mask")
             kwargs[HASHATTN_CALL] = self.forward.prepare(self.number, cache, hidden, mask)
-        elif stepping is not True:
-            kwargs[HASHATTN_CALL] = stepping
+        elif layer is not True:
+            kwargs[HASHATTN_CALL] = layer
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Notice where the module never called the attention function."""
         call = kwargs.get(HASHATTN_CALL)
-        if isinstance(call, Call) and not call.reached:
+        if isinstance(call, LayerCall) and not call.reached:
             self.forward.unreached(call)
 
 
 @dataclass
-class Trunk:
+class StackHooks:
     """The hooks of the module that runs the layers: a pass begins and ends with each call of it, errors included."""
 
     forward: Forward
@@ -92,25 +91,25 @@ class Trunk:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Begin a pass."""
-        cache, tokens = self._given(args, kwargs)
-        if tokens is not None and not self.forward.steps(cache, tokens.shape[1]):
+        cache, tokens = self._cache_and_tokens(args, kwargs)
+        if tokens is not None and not self.forward.in_graph(cache, tokens.shape[1]):
             mask = self.arguments.find(args, kwargs, "attention_mask")
             self.forward.open(module, cache, mask, *tokens.shape[:2])
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """End it."""
-        cache, tokens = self._given(args, kwargs)
-        if tokens is not None and not self.forward.steps(cache, tokens.shape[1]):
+        cache, tokens = self._cache_and_tokens(args, kwargs)
+        if tokens is not None and not self.forward.in_graph(cache, tokens.shape[1]):
             self.forward.close(sys.exception() if output is None else None)  # there is none without an error
 
-    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def _cache_and_tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The cache, and the tokens, or what they have become where the layers are run by a part of the model."""
         cache = self.arguments.find(args, kwargs, *CACHES)
         return cache, self.arguments.find(args, kwargs, "input_ids", "inputs_embeds", "hidden_states")
 
 
 @dataclass
-class Outputs:
+class OutputHook:
     """The hook of a model: what it cannot put out is refused before any layer has run."""
 
     forward: Forward
@@ -120,7 +119,7 @@ class Outputs:
         asked, config = kwargs.get("output_attentions"), module.config
         if asked is None:
             asked = getattr(config, "output_attentions", False)
-        if asked and self.forward.strict:
+        if asked and self.forward.options.strict:
             raise ValueError(
                 "output_attentions=True cannot be served: what searches has no matrix of weights. Detach first, or "
                 "attach with strict=False to run such calls densely"
@@ -128,13 +127,13 @@ class Outputs:
 
 
 @dataclass
-class Attached:
+class Hooks:
     """A model's hooks and the configs that it has meanwhile. It refers to parts of the model, not to the model."""
 
     forward: Forward
     modules: dict[int, nn.Module]
     configs: OwnConfigs = field(default_factory=OwnConfigs)
-    hooks: list[Any] = field(default_factory=list)
+    handles: list[Any] = field(default_factory=list)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -146,24 +145,24 @@ class Attached:
         self.configs.install(model, self.modules, NAME)
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and any(m is own for m in module.modules() for own in self._first()):
-                self.hooks.append(module.register_forward_pre_hook(Outputs(self.forward).before, with_kwargs=True))
-        runs = support.trunk(model, self.modules)
-        around = Trunk(self.forward, Arguments.of(runs))
-        self.hooks.append(runs.register_forward_pre_hook(around.before, with_kwargs=True))
-        self.hooks.append(runs.register_forward_hook(around.after, with_kwargs=True, always_call=True))
+                self.handles.append(module.register_forward_pre_hook(OutputHook(self.forward).before, with_kwargs=True))
+        stack = support.layer_stack(model, self.modules)
+        around = StackHooks(self.forward, Arguments.of(stack))
+        self.handles.append(stack.register_forward_pre_hook(around.before, with_kwargs=True))
+        self.handles.append(stack.register_forward_hook(around.after, with_kwargs=True, always_call=True))
         for number, module in self.modules.items():
-            hook = Hook(self.forward, number, Arguments.of(module))
-            self.hooks.append(module.register_forward_pre_hook(hook.before, with_kwargs=True))
-            self.hooks.append(module.register_forward_hook(hook.after, with_kwargs=True))
+            hook = AttentionHooks(self.forward, number, Arguments.of(module))
+            self.handles.append(module.register_forward_pre_hook(hook.before, with_kwargs=True))
+            self.handles.append(module.register_forward_hook(hook.after, with_kwargs=True))
         vars(model)[PLACE] = self
 
     def remove(self, model: nn.Module) -> None:
         """Give the model back as it was."""
-        self.forward.disarm()
-        for hook in self.hooks:
-            hook.remove()
+        self.forward.release()
+        for handle in self.handles:
+            handle.remove()
         self.configs.restore()
-        self.hooks = []
+        self.handles = []
         vars(model).pop(PLACE, None)
 
     def _first(self) -> list[nn.Module]:
@@ -179,7 +178,7 @@ def register() -> None:
 def is_attached(model: nn.Module) -> bool:
     """Whether something is attached to the model, to a part of it or to what it is a part of."""
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
-    return any(isinstance(getattr(hook, "__self__", None), Hook) for hook in hooks)
+    return any(isinstance(getattr(hook, "__self__", None), AttentionHooks) for hook in hooks)
 
 
 def detach(model: nn.Module) -> None:

@@ -51,7 +51,7 @@ class OwnConfigs:
 
     def _copy(
         self, config: PreTrainedConfig, chosen: set[int], copied: dict[int, PreTrainedConfig], name: str
-    ) -> PreTrainedConfig:  # fmt: skip
+    ) -> PreTrainedConfig:
         """The copy of a config that is chosen or holds such a one; other configs as they are."""
         if id(config) in copied:
             return copied[id(config)]

@@ -1,4 +1,4 @@
-"""facts_of(): the facts of a model that encoders are fitted to."""
+"""facts_of(): the facts of a model that encoders are fitted to. check_facts(): whether some were fitted to this one."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from hashattn.attention import HashAttention
 from hashattn.core.model_facts import ModelFacts
+from hashattn.encoders import PerLayer
 from hashattn.integrations.transformers import support
-from hashattn.integrations.transformers.heads import heads
-
-__all__ = ["ModelFacts", "facts_of"]
+from hashattn.integrations.transformers.attention_module import heads
 
 
 def facts_of(model: nn.Module, name: str | None = None) -> ModelFacts:
@@ -50,6 +50,19 @@ def facts_of(model: nn.Module, name: str | None = None) -> ModelFacts:
         rope=_plain(getattr(config, "rope_parameters", None)),
         vocab_size=config.vocab_size,
     )
+
+
+def check_facts(composition: HashAttention, model: nn.Module) -> None:
+    """Raise ValueError if the composition's encoders were fitted to another model."""
+    facts = composition.encoder.facts if isinstance(composition.encoder, PerLayer) else None
+    if facts is None:
+        return
+    own = facts_of(model)
+    if different := own.differences(facts):
+        raise ValueError(
+            f"the encoders were fitted to {facts.name} (there), which {type(model).__name__} {own.name} (here) is not: "
+            f"{'; '.join(different)}"
+        )
 
 
 def _plain(rope: Any) -> dict[str, Any] | None:

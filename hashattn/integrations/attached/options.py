@@ -1,0 +1,31 @@
+"""Options: how a model is served."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is served, as attach() was told.
+
+    Attributes:
+        strict: refuse what cannot be searched.
+        max_sparse_q: queries of a call up to which it searches.
+        trace: count which positions are read.
+        simulate: long calls search as well, each query as if it were decoded.
+    """
+
+    strict: bool = True
+    max_sparse_q: int = 1
+    trace: bool = False
+    simulate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_sparse_q < 1:
+            raise ValueError(f"max_sparse_q must be at least 1, got {self.max_sparse_q}")
+
+    def refuse(self, reason: str | None) -> None:
+        """Raise ValueError for a call that cannot be served for this reason, if that is wanted; None is none."""
+        if reason is not None and self.strict:
+            raise ValueError(f"this call cannot be served: {reason} (attach with strict=False to run it densely)")
