@@ -35,7 +35,7 @@ from hashattn import (
     TopK,
     TopP,
 )
-from hashattn.integrations.attached.simulate import simulate
+from hashattn.integrations.attached.simulate import Simulation
 from hashattn.ops import attend as ops
 from hashattn.ops.hamming import cpu, reference
 from tests.structured import qkv
@@ -208,7 +208,7 @@ def test_padding_does_not_matter_to_what_is_simulated(name):
     for fill in (0.0, torch.nan):
         for x in (k, v):
             x[1, :, :15] = fill
-        outs.append(simulate(COMPOSITIONS[name], 0, q, k, v, starts, (), scale=None)[0])
+        outs.append(Simulation(COMPOSITIONS[name], 0, starts, None).attend(q, k, v, ())[0])
     assert torch.equal(*outs)
 
 
