@@ -1,4 +1,4 @@
-"""The tables of docs/gpu.md, in Markdown, from the files that `hashattn bench --device cuda` has written.
+"""The tables of docs/gpu.md, in Markdown, from the files that `hashattn bench gpu` has written.
 
 python benchmarks/gpu_tables.py [FILE.json ...]; without files, all of them in benchmarks/results.
 """
@@ -126,7 +126,7 @@ def main() -> None:
             print(f"{path.name}: `{result['command']}`, {result['device']}, {result['date']}\n")
             print(table(result["rows"], columns), end="\n\n")
         elif given:
-            parser.error(f"{path} is not a file that hashattn bench --device cuda has written")
+            parser.error(f"{path} is not a file that hashattn bench gpu has written")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables in Markdown, and a picture, of what `hashattn bench --recall --out` has written.
+"""Tables in Markdown, and a picture, of what `hashattn bench recall --out` has written.
 
 python benchmarks/recall_tables.py [FILE.json ...] [--plot FILE.png]
 python benchmarks/recall_tables.py --predictions      what some presets do to SmolLM2's predictions

@@ -1,4 +1,4 @@
-"""`hashattn bench --device cpu`: a whole decode step against the fastest dense attention in the same run."""
+"""`hashattn bench cpu`: a whole decode step against the fastest dense attention in the same run."""
 
 from __future__ import annotations
 

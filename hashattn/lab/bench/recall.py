@@ -1,4 +1,4 @@
-"""`hashattn bench --recall`: what presets keep of attention, against bytes and microseconds, on the same queries."""
+"""`hashattn bench recall`: what presets keep of attention, against bytes and microseconds, on the same queries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hashattn.core.types import Step
 from hashattn.lab.bench import recall_steps as steps
 from hashattn.lab.bench.recall_data import SYNTHETIC, Layer, layers_of
 from hashattn.lab.bench.recall_entries import Entry, Memo, entries, shipped_for
-from hashattn.lab.bench.report import say
+from hashattn.lab.report import remark
 
 DATA = ("smollm2-135m", SYNTHETIC)
 
@@ -79,7 +79,7 @@ def run(settings: Settings | None = None, *, progress: bool = True) -> dict[str,
     rows: list[dict[str, Any]] = []
     for data in settings.data:
         if progress:
-            say(f"{data}: queries, keys and values of {settings.tokens:,} tokens ...")
+            remark(f"{data}: queries, keys and values of {settings.tokens:,} tokens ...")
         with refusals():
             layers = layers_of(
                 data, settings.tokens, settings.queries, numbers=settings.layers, text=settings.text,
@@ -109,21 +109,6 @@ def run(settings: Settings | None = None, *, progress: bool = True) -> dict[str,
                     shown.update()
                 rows.append(_row(data, entry, layers, found))
     return {"settings": asdict(settings), "rows": rows, "notes": notes}
-
-
-def budget_of(text: str) -> float | None:
-    """The share of "0.05"; None for "own".
-
-    Raises:
-        ValueError: neither, or a share that is not above 0 and at most 1.
-    """
-    try:
-        budget = None if text == "own" else float(text)
-    except ValueError:
-        budget = 0.0
-    if budget is not None and not 0 < budget <= 1:
-        raise ValueError(f"--budget must be own, or a share above 0 and at most 1, got {text!r}")
-    return budget
 
 
 def _row(data: str, entry: Entry, layers: Sequence[Layer], found: list[dict[str, Any]]) -> dict[str, Any]:

@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hashattn.core.extras import require
-from hashattn.core.files import replacing
-from hashattn.lab.bench.report import aligned
-
-Row = dict[str, Any]
+from hashattn.lab import report
+from hashattn.lab.report import Row
 
 HEAD = (
     "preset", "weights", "keys read", "recall", "mass", "/ exact", "error", "B a key", "scan", "read", "us", "dense",
@@ -36,7 +33,7 @@ def table(rows: Sequence[Row]) -> str:
         block = [HEAD, *(cells(row, rows) for row in sorted_rows(rows, data))]
         first = next(row for row in rows if row["data"] == data)
         shape = f"{first['q_heads']}/{first['kv_heads']} heads of {first['head_dim']}, {first['keys']:,} keys"
-        blocks.append(f"{data}: {shape}\n{aligned(block)}")
+        blocks.append(f"{data}: {shape}\n{report.aligned(block)}")
     return "\n\n".join(blocks)
 
 
@@ -78,8 +75,7 @@ def save_plot(rows: Sequence[Row], path: Path) -> None:
         ImportError: matplotlib is missing.
     """
     names = [*dict.fromkeys(row["data"] for row in rows)]
-    module = require("matplotlib.figure", "demo", "--plot")
-    figure = module.Figure(figsize=(17, 6 * len(names)), layout="constrained")
+    figure = report.figure(17, 6 * len(names))
     labels = {"key_bytes": "bytes of codes a key", "read_bytes": "bytes read a step / dense", "us": "us a step"}
     for line, data in zip(figure.subplots(len(names), 3, squeeze=False, sharey="row"), names, strict=True):
         chosen = sorted_rows(rows, data)
@@ -91,8 +87,7 @@ def save_plot(rows: Sequence[Row], path: Path) -> None:
         line[-1].legend(
             loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=7, labelspacing=0.2, title="red here: best by us"
         )
-    with replacing(path) as scratch:
-        figure.savefig(scratch, dpi=110)
+    report.save(figure, path, dpi=110)
 
 
 def _panel(axes: Any, rows: Sequence[Row], cost: str) -> None:

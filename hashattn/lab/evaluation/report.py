@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from hashattn.lab import report
 from hashattn.lab.evaluation.statistics import Interval, mean_interval, share_interval
 
 GROUP = ("part", "task", "protocol", "tokens", "contender", "budget", "dense", "bits")
@@ -86,9 +87,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         lines += [f"### {', '.join([task or part, *([protocol] if protocol else []), *length])}", ""]
         columns = [c for c in COLUMNS[part] if any(c in row["figures"] for row in members)]
         head = ["", "budget", "dense layers", *(TITLES[c] for c in columns)]
-        lines += [_line(head), _line(["---"] * len(head))]
-        lines += [_line([*_who(row), *(_cell(c, row["figures"].get(c)) for c in columns)]) for row in members]
-        lines.append("")
+        cells = [[*_who(row), *(_cell(c, row["figures"].get(c)) for c in columns)] for row in members]
+        lines += [report.markdown([head, *cells]), ""]
     return "\n".join([*lines, NOTE])
 
 
@@ -109,7 +109,3 @@ def _cell(name: str, figure: dict[str, Any] | None) -> str:
     if figure["low"] is None or name == "bytes_read":
         return mean
     return f"{mean} ({figure['low'] * scale:.{digits}f} to {figure['high'] * scale:.{digits}f})"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

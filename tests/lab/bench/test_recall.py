@@ -1,4 +1,4 @@
-"""`hashattn bench --recall`: presets on the same queries and keys."""
+"""`hashattn bench recall`: presets on the same queries and keys."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ from tests.lab.evaluation.small import save
 from tests.structured import attention64, raises_naming, visible_mask
 
 KEYS, QUERIES = 640, 6
-SMALL = ["bench", "--recall", "--data", "synthetic", "--tokens", str(KEYS), "--queries", str(QUERIES)]
+SMALL = ["bench", "recall", "--data", "synthetic", "--tokens", str(KEYS), "--queries", str(QUERIES)]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_the_command_compares_writes_and_draws(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert plot.stat().st_size > 1000
     found = json.loads(out.read_text())
-    assert found["command"].startswith("hashattn bench --recall")
+    assert found["command"].startswith("hashattn bench recall")
     assert found["settings"]["budget"] == 0.15
     assert found["notes"] == []
     rows = {row["preset"]: row for row in found["rows"]}
@@ -269,17 +269,11 @@ def test_fronts_hold_what_nothing_beats(tmp_path):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["--device", "cuda"], ["--recall", "--device cpu"]),
-        (["--budget", "2"], ["--budget", "2", "own"]),
-        (["--budget", "much"], ["--budget", "much", "own"]),
         (["--queries", "0"], ["--queries", "0"]),
         (["--queries", "400"], ["--tokens", "400", "640"]),
         (["--train", "0"], ["--train", "0"]),
-        (["--threads", "1", "2"], ["--threads", "one"]),
+        (["--threads", "0"], ["threads", "0"]),
         (["--presets", "dashcam"], ["dashcam", "dashkv"]),
-        (["--bits", "64"], ["--bits", "--recall"]),
-        (["--keys", "64:2"], ["--keys", "--recall"]),
-        (["--auto"], ["--auto", "--recall"]),
         (["--plot", "/nowhere/at/all.png"], ["--plot", "/nowhere/at"]),
         (["--index", "FlatPQ()", "--presets", "simhash_topk"], ["FlatPQ()", "simhash_topk"]),
     ],
@@ -288,8 +282,3 @@ def test_what_cannot_be_is_refused_at_once(given, words, capsys):
     assert main([*SMALL, *given]) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in words), error
-
-
-def test_options_of_other_modes_are_refused(capsys):
-    assert main(["bench", "--budget", "0.1"]) == 2
-    assert "--budget goes with --recall" in capsys.readouterr().err
