@@ -55,7 +55,7 @@ def nearest_of(
     if isinstance(mean, Tensor) and mean.numel():
         centre = mean.expand(rows, -1, -1)
     elif centring is not None:
-        centre = centring.strength * k[:, :, centring.skip : centring.warmup].float().mean(2)
+        centre = centring.centre_of(k)
     query, codes = encoder.encode_query(q), encoder.encode_key(k, centre)
     signs = query if query.ndim == 4 else query[..., -1, :]
     group, own = q.shape[1] // k.shape[1], q.shape[1] // codes.shape[1]

@@ -539,8 +539,7 @@ class KVCache:
             centre = torch.zeros(self.batch, self.kv_heads, self.head_dim, device=self.keys.device)
         for row, (was, now) in enumerate(zip(self._ready, self.ready, strict=True)):
             if now and not was:
-                first = self._starts[row] + centring.skip
-                centre[row] = centring.strength * self.keys[row, :, first : first + centring.keys].float().mean(1)
+                centre[row] = centring.centre_of(self.keys[row, :, self._starts[row] :])
         self._centre, self._ready = centre, self.ready
         self._store.truncate(0)
         self._norms.truncate(0)

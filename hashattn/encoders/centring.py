@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from hashattn.core.checks import keep_ints
 
 
@@ -34,3 +36,7 @@ class Centring:
     def warmup(self) -> int:
         """Visible keys that a row needs before its centre is frozen."""
         return self.skip + self.keys
+
+    def centre_of(self, keys: Tensor) -> Tensor:
+        """What is subtracted, float32 [..., D], of a row's visible keys [..., N, D], as many as `warmup` or more."""
+        return self.strength * keys[..., self.skip : self.warmup, :].float().mean(-2)

@@ -76,7 +76,7 @@ class LogitMap:
         with torch.no_grad():
             centre, centring = None, encoder.centring
             if centring is not None:
-                centre = centring.strength * k[:, :, centring.skip : centring.warmup].float().mean(2)
+                centre = centring.centre_of(k)
             store = index.new_store()
             store.add(encoder.encode_key(k, centre))
             distances = index.distances(store, encoder.encode_query(q), biased=encoder.biased)

@@ -16,6 +16,7 @@ from hashattn.core.types import Step
 from hashattn.lab.bench import recall_steps as steps
 from hashattn.lab.bench.recall_data import SYNTHETIC, Layer, layers_of
 from hashattn.lab.bench.recall_entries import Entry, Memo, entries, shipped_for
+from hashattn.lab.kept import Truth, figures
 from hashattn.lab.report import remark
 
 DATA = ("smollm2-135m", SYNTHETIC)
@@ -85,7 +86,7 @@ def run(settings: Settings | None = None, *, progress: bool = True) -> dict[str,
                 data, settings.tokens, settings.queries, numbers=settings.layers, text=settings.text,
                 seed=settings.seed,
             )  # fmt: skip
-        truths = [steps.Truth.of(layer, settings.queries) for layer in layers]
+        truths = [Truth.of(x.q[:, :, -settings.queries :], x.k, x.v, x.scale) for x in layers]
         memo: Memo = {}
         pretrained = shipped_for(data)
         total = len(listed) * len(layers)
@@ -104,7 +105,7 @@ def run(settings: Settings | None = None, *, progress: bool = True) -> dict[str,
                     finally:
                         torch.set_num_threads(before)
                     handed = decoded.after
-                    measured = {**steps.figures(decoded, truths[i]), **steps.costs(attn, layer, decoded)}
+                    measured = {**figures(decoded.kept, decoded.out, truths[i]), **steps.costs(attn, layer, decoded)}
                     found.append({"layer": layer.number, "weights": weights, **measured})
                     shown.update()
                 rows.append(_row(data, entry, layers, found))

@@ -21,7 +21,9 @@ from hashattn.core.progress import bar
 from hashattn.encoders import AsymmetricHash
 from hashattn.fitted.saving import from_pretrained, shipped
 from hashattn.lab.demo.story import ANSWER, FACT, QUESTION, build_story, contains_answer
+from hashattn.lab.evaluation.contenders import searching
 from hashattn.lab.workload.model import cache_argument, check_source, load
+from hashattn.lab.workload.prefill import ends_of, positions_of, prefill
 from hashattn.lab.workload.texts import read_text
 from hashattn.presets import budget_options
 from hashattn.presets.written import parse
@@ -29,7 +31,6 @@ from hashattn.presets.written import parse
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-CHUNK = 1024
 NEW_TOKENS = 24
 CONTEXT = 8000
 OWN_ENCODERS = {"dashkv": "smollm2-135m", "dashkv_fast": "smollm2-135m-fast"}  # of the model that comes with the demo
@@ -101,8 +102,7 @@ def run_demo(
         ids = story.input_ids.to(device)
         tokens = ids.shape[1]
         attn = composition(name, options, budget, tokens)
-        # "auto" would run dense where that is faster, and show nothing.
-        attn = attn.replace(engine="cpu" if torch.device(device).type == "cpu" else "reference")
+        attn = searching(attn, torch.device(device))
         for each in (HashAttention.from_preset("full"), attn):
             with each.attach(network):  # refuses a model that it cannot serve now, not after the text is read
                 pass
@@ -111,7 +111,10 @@ def run_demo(
         notes.append(f"{passage.name} ends after {tokens:,} tokens, where {context:,} were asked for")
     say(f"{tokens:,} tokens" + ("" if own else f', with one fact in the middle: "{FACT}"'))
 
-    cache, seconds = prefill(network, ids[:, :-1], progress=progress)
+    began = time.perf_counter()
+    with bar("hf", "the demo", total=tokens - 1, desc="reading the text", unit="token", shown=progress) as shown:
+        cache = prefill(network, ids[:, :-1], tick=shown.update)
+    seconds = time.perf_counter() - began
     known = None if own else ANSWER
     full = answer(network, tokenizer, ids, copy.deepcopy(cache), "full attention", known)
     own_cache = answer_with(HashAttention.from_preset("full"), network, tokenizer, ids, cache, "full, our cache", known)
@@ -135,7 +138,7 @@ def _tokens(network: PreTrainedModel, context: int | None) -> int:
     Raises:
         ValueError: they are not.
     """
-    limit = getattr(network.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = positions_of(network)
     if context is None:
         return CONTEXT if limit is None else min(CONTEXT, limit - 2 * NEW_TOKENS)
     most = context if limit is None else limit - NEW_TOKENS
@@ -167,21 +170,6 @@ def encoder_options(preset: str, model: str | None, encoder: str | None) -> dict
     return {"pretrained": encoder}
 
 
-@torch.inference_mode()
-def prefill(network: PreTrainedModel, ids: Tensor, *, progress: bool = True) -> tuple[DynamicCache, float]:
-    """Keys and values of a prompt [1, N], computed densely in chunks under a progress bar."""
-    from transformers import DynamicCache
-
-    cache, began = DynamicCache(config=network.config), time.perf_counter()
-    total = ids.shape[1]
-    with bar("hf", "the demo", total=total, desc="reading the text", unit="token", shown=progress) as shown:
-        for first in range(0, ids.shape[1], CHUNK):
-            chunk = ids[:, first : first + CHUNK]
-            network(input_ids=chunk, **{cache_argument(network): cache}, use_cache=True, logits_to_keep=1)
-            shown.update(chunk.shape[1])
-    return cache, time.perf_counter() - began
-
-
 def answer(
     network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, cache: DynamicCache, name: str,
     known: str | None,
@@ -197,7 +185,7 @@ def answer(
             return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     clock = Clock()
-    eos = network.generation_config.eos_token_id if network.generation_config is not None else None
+    ends = ends_of(network, tokenizer)
     config = GenerationConfig(
         max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=tokenizer.pad_token_id
     )
@@ -208,7 +196,6 @@ def answer(
             stopping_criteria=StoppingCriteriaList([clock]),
         )  # fmt: skip
     new: list[int] = out[0, ids.shape[1] :].tolist()
-    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
     cut = next((i for i, token in enumerate(new) if token in ends), len(new))
     text = str(tokenizer.decode(new[:cut], skip_special_tokens=True)).strip()
     steps = [b - a for a, b in itertools.pairwise(clock.ticks)]

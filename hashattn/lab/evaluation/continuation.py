@@ -12,13 +12,12 @@ from torch import Tensor
 
 from hashattn.attention import HashAttention
 from hashattn.lab.workload.model import cache_argument
+from hashattn.lab.workload.prefill import prefill
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
     from hashattn.integrations.transformers import Report
-
-CHUNK = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,18 +52,6 @@ class Verdict:
     nll: float
     correct: bool
     reads: dict[str, float]
-
-
-@torch.inference_mode()
-def prefill(model: PreTrainedModel, ids: Tensor, cache: DynamicCache | None = None) -> DynamicCache:
-    """Keys and values of ids [1, N], computed densely in chunks; behind those of a copy of `cache`, if given."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config) if cache is None else copy.deepcopy(cache)
-    for first in range(0, ids.shape[1], CHUNK):
-        chunk = ids[:, first : first + CHUNK].to(model.device)
-        model(input_ids=chunk, **{cache_argument(model): cache}, use_cache=True, logits_to_keep=1)
-    return cache
 
 
 def last(text: Tensor, cache: DynamicCache, ids: Tensor, targets: Tensor) -> Continuation:

@@ -13,8 +13,9 @@ from hashattn.attention import HashAttention
 from hashattn.core.errors import refusals
 from hashattn.core.progress import bar
 from hashattn.lab.evaluation import perplexity, retrieval, tensors
-from hashattn.lab.evaluation.contenders import EXACT, FULL, Contender
+from hashattn.lab.evaluation.contenders import EXACT, FULL, Contender, searching
 from hashattn.lab.evaluation.continuation import judge, looks_back
+from hashattn.lab.workload.prefill import positions_of
 from hashattn.lab.workload.retrieval import TASKS, Question
 from hashattn.lab.workload.texts import Text, windows
 
@@ -137,7 +138,7 @@ def run(
 
 
 def _check(model: PreTrainedModel, entries: Sequence[Contender], settings: Settings) -> None:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = positions_of(model)
     longest = max(settings.tokens) + (settings.decoded if "tensors" in settings.parts else 16)
     if limit is not None and longest > limit:
         rest = longest - max(settings.tokens)
@@ -239,9 +240,7 @@ _MEASURES = {"tensors": _tensors, "perplexity": _perplexity, "retrieval": _retri
 
 
 def _searching(model: PreTrainedModel, entry: Contender, unit: Unit) -> HashAttention:
-    """The composition with an engine that searches whatever the length."""
-    engine = "cpu" if model.device.type == "cpu" else "reference"
-    return entry.composition(unit.tokens, seed=unit.seed).replace(engine=engine)
+    return searching(entry.composition(unit.tokens, seed=unit.seed), model.device)
 
 
 def _record(

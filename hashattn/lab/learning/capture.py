@@ -18,6 +18,7 @@ from hashattn.core.progress import bar
 from hashattn.lab.learning.manifest import LOCK, Manifest, Recording, check_free, claim
 from hashattn.lab.learning.plan import Plan, Prompt
 from hashattn.lab.learning.shards import TOKENS, Shards, layer_filename, save
+from hashattn.lab.workload.prefill import positions_of
 from hashattn.lab.workload.texts import Text
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def _continue(model: PreTrainedModel, ids: Tensor, tokens: int, temperature: flo
 
 
 def _check_context(model: PreTrainedModel, plan: Plan, prompts: Sequence[Prompt]) -> None:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = positions_of(model)
     longest = max(p.recording.keys for p in prompts)
     if limit is not None and longest > limit:
         raise ValueError(
