@@ -42,9 +42,14 @@ def composition(k: int, bits: int, per: str, engine: str = "cpu") -> HashAttenti
 
 @torch.inference_mode()
 def run(
-    cases: Iterable[Case], *, bits: int = 128, per: str = "kv_head", rounds: int = 9, sparse: bool = True,
+    cases: Iterable[Case],
+    *,
+    bits: int = 128,
+    per: str = "kv_head",
+    rounds: int = 9,
+    sparse: bool = True,
     progress: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Check and measure every case. Keys are random: what is measured is cost, not quality.
 
     Args:
@@ -135,13 +140,12 @@ def _measure(case: Case, bits: int, per: str, rounds: int, sparse: bool, bandwid
         calls["encode key"] = lambda i: encoder.encode_key(layers[i].cache.keys[:, :, -1:], layers[i].cache.centre)
     times = take_turns(calls, count, max(rounds, 60 // count))
     baseline = min(DENSE, key=lambda name: times[name])
-    return {
-        "shape": case.shape, "keys": case.keys, "k": case.k, "per": per, "bits": bits, "threads": case.threads,
-        "layers": count, "dense": baseline, "us": times, "auto_engine": auto.engine_for(layers[0].q, layers[0].cache),
-        "speedup": times[baseline] / times["step"] if "step" in times else None,
-        "auto_cost": times["auto"] / times[baseline],
-        "floor_us": plan.step_bytes / bandwidth * 1e6, "dense_floor_us": case.dense_bytes / bandwidth * 1e6,
-    }  # fmt: skip
+    row = {"shape": case.shape, "keys": case.keys, "k": case.k, "per": per, "bits": bits, "threads": case.threads}
+    row |= {"layers": count, "dense": baseline, "us": times}
+    row |= {"auto_engine": auto.engine_for(layers[0].q, layers[0].cache), "auto_cost": times["auto"] / times[baseline]}
+    row["speedup"] = times[baseline] / times["step"] if "step" in times else None
+    row |= {"floor_us": plan.step_bytes / bandwidth * 1e6, "dense_floor_us": case.dense_bytes / bandwidth * 1e6}
+    return row
 
 
 def _step(attn: HashAttention, layer: Layer) -> object:

@@ -13,7 +13,7 @@ from hashattn.core.progress import bar
 from hashattn.encoders import SimHash
 from hashattn.engines.gpus import Gpu
 from hashattn.index import FlatHamming
-from hashattn.lab.bench.caches import random_cache, twin
+from hashattn.lab.bench.caches import Kind, random_cache, twin
 from hashattn.lab.bench.cases import DTYPES, Case, Settings
 from hashattn.lab.bench.cuda import refuse
 from hashattn.lab.bench.cuda_check import attention, check_alike, check_rounding
@@ -59,13 +59,8 @@ def eager(case: Case, bits: int, per: str) -> Times:
     """Microseconds of attn.run from Python, the newest key's encoding included, searching and dense."""
     attn = HashAttention(SimHash(bits), FlatHamming(), selectors(case, per)["TopK"], engine="triton")
     device, dtype, shape = torch.device("cuda"), DTYPES[case.dtype], (case.batch, case.kv_heads, case.head_dim)
-    scratch = Scratch()
-    caches = [
-        random_cache(
-            attn, shape, case.keys, capacity=case.keys, scratch=scratch, dtype=dtype, seed=seed, device=device
-        )
-        for seed in range(LAYERS)
-    ]  # fmt: skip
+    kind = Kind(shape, case.keys, dtype, device)
+    caches = [random_cache(attn, kind, seed) for seed in range(LAYERS)]
     q = torch.randn(case.batch, case.q_heads, 1, case.head_dim, dtype=dtype, device=device)
 
     def step(i: int) -> object:

@@ -82,10 +82,7 @@ def run(settings: Settings | None = None, *, progress: bool = True) -> dict[str,
         if progress:
             remark(f"{data}: queries, keys and values of {settings.tokens:,} tokens ...")
         with refusals():
-            layers = layers_of(
-                data, settings.tokens, settings.queries, numbers=settings.layers, text=settings.text,
-                seed=settings.seed,
-            )  # fmt: skip
+            layers = layers_of(data, settings.tokens, settings.queries, settings.layers, settings.text, settings.seed)
         truths = [Truth.of(x.q[:, :, -settings.queries :], x.k, x.v, x.scale) for x in layers]
         memo: Memo = {}
         pretrained = shipped_for(data)
@@ -116,10 +113,8 @@ def _row(data: str, entry: Entry, layers: Sequence[Layer], found: list[dict[str,
     """A preset on one data set: means over layers."""
     q, k = layers[0].q, layers[0].k
     numbers = [name for name, value in found[0].items() if isinstance(value, int | float) and name != "layer"]
-    return {
-        "data": data, "preset": entry.label, "budget": entry.contender.budget, "keys": k.shape[2],
-        "q_heads": q.shape[1], "kv_heads": k.shape[1], "head_dim": k.shape[3],
-        "weights": ", ".join(dict.fromkeys(one["weights"] for one in found if one["weights"])),
-        "engine": found[0]["engine"], **{name: statistics.fmean(one[name] for one in found) for name in numbers},
-        "layers": found,
-    }  # fmt: skip
+    row = {"data": data, "preset": entry.label, "budget": entry.contender.budget, "keys": k.shape[2]}
+    row |= {"q_heads": q.shape[1], "kv_heads": k.shape[1], "head_dim": k.shape[3]}
+    row["weights"] = ", ".join(dict.fromkeys(one["weights"] for one in found if one["weights"]))
+    row |= {"engine": found[0]["engine"], **{n: statistics.fmean(one[n] for one in found) for n in numbers}}
+    return row | {"layers": found}

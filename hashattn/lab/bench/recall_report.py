@@ -9,10 +9,8 @@ from typing import Any
 from hashattn.lab import report
 from hashattn.lab.report import Row
 
-HEAD = (
-    "preset", "weights", "keys read", "recall", "mass", "/ exact", "error", "B a key", "scan", "read", "us", "dense",
-    "x dense", "best",
-)  # fmt: skip
+_SHARES, _COSTS = ("recall", "mass", "/ exact", "error"), ("B a key", "scan", "read", "us", "dense", "x dense")
+HEAD = ("preset", "weights", "keys read", *_SHARES, *_COSTS, "best")
 NOTE = (
     "Means over layers, queries and query heads; presets without a budget keep their own number of keys.\n"
     "weights: of the encoder: shipped with the library, or fitted or trained here, on another text than is judged.\n"
@@ -48,12 +46,10 @@ def cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
     best = "".join(letter for letter, cost in COSTS.items() if on_front(row, others, cost))
     budget = "" if row["budget"] is not None else " (own budget)"
     shares = (f"{row[name] / row['dense_bytes']:.3f}" for name in ("scan_bytes", "read_bytes"))
-    return (
-        row["preset"] + budget, row["weights"] or "-", f"{row['keys_read']:.1%}",
-        *(f"{row[name]:.3f}" for name in ("recall", "mass", "relative_mass", "output_error")),
-        f"{row['key_bytes']:.1f}", *shares, f"{row['us']:,.0f}", f"{row['dense_us']:,.0f}",
-        f"{row['dense_us'] / row['us']:.2f}", best or "-",
-    )  # fmt: skip
+    kept = (f"{row[name]:.3f}" for name in ("recall", "mass", "relative_mass", "output_error"))
+    who = row["preset"] + budget, row["weights"] or "-", f"{row['keys_read']:.1%}"
+    times = f"{row['us']:,.0f}", f"{row['dense_us']:,.0f}", f"{row['dense_us'] / row['us']:.2f}"
+    return (*who, *kept, f"{row['key_bytes']:.1f}", *shares, *times, best or "-")
 
 
 def on_front(row: Row, rows: Sequence[Row], cost: str) -> bool:

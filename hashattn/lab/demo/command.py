@@ -51,11 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
         from hashattn.lab.demo.run import run_demo
         from hashattn.lab.demo.show import picture, save_plot, table
 
-    result = run_demo(
-        model=arguments.model, preset=arguments.preset, text=arguments.text, question=arguments.question,
-        context=arguments.context, budget=arguments.budget, encoder=arguments.encoder, device=str(device),
-        progress=not arguments.quiet,
-    )  # fmt: skip
+    names = ("model", "preset", "text", "question", "context", "budget", "encoder")
+    given = {name: getattr(arguments, name) for name in names}
+    result = run_demo(**given, device=str(device), progress=not arguments.quiet)
     try:
         if arguments.json:
             write_json(arguments.json, environment(arguments.command_line, device.type) | result.as_json())

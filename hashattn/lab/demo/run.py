@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,10 +45,10 @@ class Contender:
     correct: bool | None  # None if nobody knows the answer
     tokens_per_second: float
     indexing_seconds: float  # once, before its first token
-    keys_read: float  # share of the visible keys
-    bytes_per_step: float
-    code_bytes: int
-    kv_bytes: int
+    keys_read: float = 1.0  # share of the visible keys
+    bytes_per_step: float = 0.0
+    code_bytes: int = 0
+    kv_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,17 @@ class Result:
 
 
 def run_demo(
-    *, model: str | None = None, preset: str = "dashkv_fast", text: str | None = None, question: str | None = None,
-    context: int | None = None, budget: float | None = None, encoder: str | None = None, device: str = "cpu",
+    *,
+    model: str | None = None,
+    preset: str = "dashkv_fast",
+    text: str | None = None,
+    question: str | None = None,
+    context: int | None = None,
+    budget: float | None = None,
+    encoder: str | None = None,
+    device: str = "cpu",
     progress: bool = True,
-) -> Result:  # fmt: skip
+) -> Result:
     """Run the demo; see `hashattn demo --help` for the arguments.
 
     Raises:
@@ -122,9 +129,19 @@ def run_demo(
     notes += [] if hashed[2] is None else [hashed[2]]
     contenders = (_with_bytes(full, own_cache[0]), own_cache[0], hashed[0])
     return Result(
-        model or "SmolLM2-135M-Instruct", preset, repr(attn), tokens, story.fact_span, asked, seconds,
-        contenders, contenders[0].answer == contenders[-1].answer, hashed[1], tuple(notes), hashed[3],
-    )  # fmt: skip
+        model=model or "SmolLM2-135M-Instruct",
+        preset=preset,
+        composition=repr(attn),
+        tokens=tokens,
+        fact_span=story.fact_span,
+        question=asked,
+        prefill_seconds=seconds,
+        contenders=contenders,
+        agree=contenders[0].answer == contenders[-1].answer,
+        layers=hashed[1],
+        notes=tuple(notes),
+        reads=hashed[3],
+    )
 
 
 def composition(name: str, options: Mapping[str, Any], budget: float | None, tokens: int) -> HashAttention:
@@ -171,9 +188,13 @@ def encoder_options(preset: str, model: str | None, encoder: str | None) -> dict
 
 
 def answer(
-    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, cache: DynamicCache, name: str,
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    cache: DynamicCache,
+    name: str,
     known: str | None,
-) -> Contender:  # fmt: skip
+) -> Contender:
     """Greedy answer over a prefilled cache; every attended token is timed. The cache is used up."""
     from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
@@ -191,25 +212,27 @@ def answer(
     )
     began = time.perf_counter()
     with torch.inference_mode():
-        out = network.generate(  # type: ignore[operator]  # transformers' mixin, untyped
-            ids, attention_mask=torch.ones_like(ids), **{cache_argument(network): cache}, generation_config=config,
-            stopping_criteria=StoppingCriteriaList([clock]),
-        )  # fmt: skip
+        given = {cache_argument(network): cache, "attention_mask": torch.ones_like(ids), "generation_config": config}
+        clocks = StoppingCriteriaList([clock])
+        out = network.generate(ids, stopping_criteria=clocks, **given)  # type: ignore[operator]  # an untyped mixin
     new: list[int] = out[0, ids.shape[1] :].tolist()
     cut = next((i for i, token in enumerate(new) if token in ends), len(new))
     text = str(tokenizer.decode(new[:cut], skip_special_tokens=True)).strip()
     steps = [b - a for a, b in itertools.pairwise(clock.ticks)]
     pace = statistics.median(steps)
-    return Contender(
-        name, text, contains_answer(text, known) if known else None, 1 / pace, max(0.0, clock.ticks[0] - began - pace),
-        1.0, 0.0, 0, 0,
-    )  # fmt: skip
+    correct = contains_answer(text, known) if known else None
+    return Contender(name, text, correct, 1 / pace, max(0.0, clock.ticks[0] - began - pace))
 
 
 def answer_with(
-    attn: HashAttention, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor,
-    cache: DynamicCache, name: str, known: str | None,
-) -> tuple[Contender, str, str | None, list[list[int]]]:  # fmt: skip
+    attn: HashAttention,
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    cache: DynamicCache,
+    name: str,
+    known: str | None,
+) -> tuple[Contender, str, str | None, list[list[int]]]:
     """The same with a composition attached: the contender, what ran where, a remark, and which keys were read."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -219,19 +242,15 @@ def answer_with(
         with attn.attach(network, trace=True) as handle:  # once more for the picture: counting reads takes time
             answer(network, tokenizer, ids, copy.deepcopy(cache), name, known)
             reads = handle.reads().tolist()
-    seen = Contender(
-        **{
-            **asdict(contender), "keys_read": report.keys_read, "bytes_per_step": report.bytes_per_step,
-            "code_bytes": report.code_bytes, "kv_bytes": report.kv_bytes,
-        }
-    )  # fmt: skip
+    seen = replace(contender, keys_read=report.keys_read, bytes_per_step=report.bytes_per_step)
+    seen = replace(seen, code_bytes=report.code_bytes, kv_bytes=report.kv_bytes)
     note = next((str(w.message) for w in caught if issubclass(w.category, UserWarning)), None)
     return seen, str(report), note, reads
 
 
 def _with_bytes(plain: Contender, measured: Contender) -> Contender:
     """The unattached model reads what full attention reads; it has no report of its own."""
-    return Contender(**{**asdict(plain), "bytes_per_step": measured.bytes_per_step, "kv_bytes": measured.kv_bytes})
+    return replace(plain, bytes_per_step=measured.bytes_per_step, kv_bytes=measured.kv_bytes)
 
 
 def _say(line: str) -> None:

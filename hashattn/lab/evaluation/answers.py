@@ -23,9 +23,13 @@ if TYPE_CHECKING:
 
 
 def run(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked], entries: Sequence[Contender],
-    *, progress: bool = False,
-) -> list[dict[str, Any]]:  # fmt: skip
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Asked],
+    entries: Sequence[Contender],
+    *,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
     """Ask every question of full attention and of every contender; prompts are prefilled densely, once.
 
     Returns:
@@ -92,9 +96,13 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @torch.inference_mode()
 def _answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, cache: DynamicCache, tokens: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    cache: DynamicCache,
+    tokens: int,
     entry: Contender | None,
-) -> tuple[str, dict[str, float]]:  # fmt: skip
+) -> tuple[str, dict[str, float]]:
     """Greedy answer over a copy of a cache of all but the prompt's last token, and what was read a step."""
     from transformers import GenerationConfig
 

@@ -104,10 +104,13 @@ def _decoded(model: PreTrainedModel, continuation: Continuation, attn: HashAtten
 def reads_of(report: Report) -> dict[str, float]:
     """Figures of what was read and ranked: shares, keys and bytes."""
     return {
-        "searched": report.searched / max(1, report.positions), "keys_ranked": report.keys_ranked,
-        "keys_read": report.keys_read, "sparse_keys_read": report.sparse_keys_read,
-        "bytes_read": report.bytes_per_step, "dense_bytes": report.dense_bytes_per_step,
-    }  # fmt: skip
+        "searched": report.searched / max(1, report.positions),
+        "keys_ranked": report.keys_ranked,
+        "keys_read": report.keys_read,
+        "sparse_keys_read": report.sparse_keys_read,
+        "bytes_read": report.bytes_per_step,
+        "dense_bytes": report.dense_bytes_per_step,
+    }
 
 
 def _verdict(logits: Tensor, targets: Tensor, reads: dict[str, float]) -> Verdict:

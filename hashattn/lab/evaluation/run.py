@@ -102,9 +102,14 @@ class Unit:
 
 
 def run(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, entries: Sequence[Contender],
-    settings: Settings, *, progress: bool = False,
-) -> list[Record]:  # fmt: skip
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    entries: Sequence[Contender],
+    settings: Settings,
+    *,
+    progress: bool = False,
+) -> list[Record]:
     """Measure everything; a record for each unit, contender and protocol.
 
     Args:
@@ -142,8 +147,8 @@ def _check(model: PreTrainedModel, entries: Sequence[Contender], settings: Setti
     longest = max(settings.tokens) + (settings.decoded if "tensors" in settings.parts else 16)
     if limit is not None and longest > limit:
         rest = longest - max(settings.tokens)
-        raise ValueError(f"tokens must be at most {limit - rest} for this model ({limit} positions, {rest} of them for "
-                         f"what it writes), got {max(settings.tokens)}")  # fmt: skip
+        said = f"({limit} positions, {rest} of them for what it writes)"
+        raise ValueError(f"tokens must be at most {limit - rest} for this model {said}, got {max(settings.tokens)}")
     for entry in entries:
         attn = entry.composition(settings.tokens[0])
         if attn.index is not None:
@@ -157,9 +162,12 @@ def _check(model: PreTrainedModel, entries: Sequence[Contender], settings: Setti
 
 
 def _units(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, entries: Sequence[Contender],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    entries: Sequence[Contender],
     settings: Settings,
-) -> Iterator[Unit]:  # fmt: skip
+) -> Iterator[Unit]:
     from hashattn.integrations.transformers.capture import capturable
 
     for seed in settings.seeds:
@@ -209,10 +217,8 @@ def _retrieval(model: PreTrainedModel, unit: Unit, entries: Judged, settings: Se
         for entry, attn in entries:
             verdict = judge(model, continuation, attn)
             tick()
-            values = {
-                "nll": verdict.nll, "correct": int(verdict.correct), "nll_above_full": verdict.nll - full.nll,
-                **verdict.reads,
-            }  # fmt: skip
+            values = {"nll": verdict.nll, "correct": int(verdict.correct), **verdict.reads}
+            values["nll_above_full"] = verdict.nll - full.nll
             mine.append(_record(unit, entry, protocol, values, attn))
         records += _above_exact(mine, "nll")
     return records

@@ -32,9 +32,14 @@ FORCED = Sink(4) | Recent(64)  # as the presets force them
 
 
 def calibrated(
-    encoder: PerLayer, shards: Shards, kept: Collection[str], recipe: Recipe, *, device: torch.device | str = "cpu",
+    encoder: PerLayer,
+    shards: Shards,
+    kept: Collection[str],
+    recipe: Recipe,
+    *,
+    device: torch.device | str = "cpu",
     progress: bool = False,
-) -> tuple[Calibration, dict[str, Any]]:  # fmt: skip
+) -> tuple[Calibration, dict[str, Any]]:
     """Fit what DASH-KV (arXiv 2604.19351) calibrates, on the sequences that encoders were fitted to.
 
     Of a few discounts the one that keeps most attention mass at the budget is taken: first consensus, by itself, then

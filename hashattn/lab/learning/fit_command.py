@@ -81,10 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
         from hashattn.lab.learning.shards import Shards
 
         shards = Shards.open(arguments.shards)
-    saved = fit_layers(
-        shards, arguments.out, recipe, layers=arguments.layers, device=device, calibrate=arguments.calibrate,
-        rank=rank, world=world, progress=not arguments.quiet,
-    )  # fmt: skip
+    how = {"device": device, "calibrate": arguments.calibrate, "progress": not arguments.quiet}
+    part = {"layers": arguments.layers, "rank": rank, "world": world}
+    saved = fit_layers(shards, arguments.out, recipe, **part, **how)
     if saved is None:
         print(f"process {rank} of {world} is done; other layers are not yet: whoever finishes last saves them together")
         return 0
