@@ -2,7 +2,7 @@
 
     python benchmarks/decode_step.py --device cuda --out benchmarks/results/decode_step_h200.json
 
-For CPUs there is `hashattn bench`.
+For CPUs there is `hashattn bench cpu`.
 Microseconds are medians of interleaved calls, so that a noisy machine slows all of them alike. The baseline is the
 fastest of three dense implementations in the same run. The byte floor is the time that reading the step's bytes takes
 at the bandwidth of a plain sum, measured in the same run. Keys are random: cost only, no quality.

@@ -1,4 +1,4 @@
-"""The tables of docs/gpu.md, in Markdown, from the files that `hashattn bench --device cuda` has written.
+"""The tables of docs/gpu.md, in Markdown, from the files that `hashattn bench gpu` has written.
 
 python benchmarks/gpu_tables.py [FILE.json ...]; without files, all of them in benchmarks/results.
 """
@@ -11,8 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
-Column = tuple[str, Callable[[Row], str]]
+from hashattn.lab.report import Column, Row, markdown
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -110,8 +109,7 @@ def table(rows: list[Row], columns: list[Column]) -> str:
     """Markdown; columns that are empty in all rows are left out."""
     cells = [[cell(row) for _, cell in columns] for row in rows]
     used = [i for i in range(len(columns)) if any(line[i] for line in cells)]
-    lines = [[columns[i][0] for i in used], ["---"] * len(used), *([line[i] for i in used] for line in cells)]
-    return "\n".join(f"|{'|'.join(line)}|" if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines)
+    return markdown([[columns[i][0] for i in used], *([line[i] for i in used] for line in cells)])
 
 
 def main() -> None:
@@ -126,7 +124,7 @@ def main() -> None:
             print(f"{path.name}: `{result['command']}`, {result['device']}, {result['date']}\n")
             print(table(result["rows"], columns), end="\n\n")
         elif given:
-            parser.error(f"{path} is not a file that hashattn bench --device cuda has written")
+            parser.error(f"{path} is not a file that hashattn bench gpu has written")
 
 
 if __name__ == "__main__":

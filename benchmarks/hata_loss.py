@@ -38,6 +38,7 @@ from hashattn.encoders.sample import Sample
 from hashattn.lab.learning import Shards
 from hashattn.lab.learning.fit import held_out
 from hashattn.lab.recall import recall_and_mass
+from hashattn.lab.report import markdown
 
 BITS, STEPS = 128, 15 * 20
 Fit = Callable[[Sequence[Sample]], SymmetricHash]
@@ -132,12 +133,12 @@ def ways(queries: int, steps: int) -> dict[str, Fit]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: means over the layers of each model."""
-    lines = ["| model | loss | recall@5% | mass / exact top-k's |", "|---|---|---|---|"]
+    lines = [["model", "loss", "recall@5%", "mass / exact top-k's"]]
     for model, loss in dict.fromkeys((row["model"], row["loss"]) for row in rows):
         of = [row for row in rows if (row["model"], row["loss"]) == (model, loss)]
         recall, mass = (statistics.fmean(row[name] for row in of) for name in ("recall", "mass"))
-        lines.append(f"| {model} | {loss} | {recall:.3f} | {mass:.3f} |")
-    return "\n".join(lines)
+        lines.append([model, loss, f"{recall:.3f}", f"{mass:.3f}"])
+    return markdown(lines)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hashattn import Centring, FlatHamming, HashAttention, MultiProbe, SimHash, TopK
-from hashattn.lab.bench.report import environment, write
+from hashattn.lab.report import environment, write_json
 
 BITS, PLANES, GROUP, TOKENS = 128, 8, 4, 8
 TABLES = ((8, 8), (8, 12), (10, 12), (8, 16))
@@ -107,7 +107,7 @@ def main() -> None:
             f"{r['of_flat_for_a_group']:.2f} for a group of {GROUP}"
         )
     about = environment([]) | {"command": " ".join(["python", *sys.argv])}
-    write(args.out, {**about, "bits": BITS, "query_bits": PLANES, "seed": args.seed, "best": best, "rows": rows})
+    write_json(args.out, {**about, "bits": BITS, "query_bits": PLANES, "seed": args.seed, "best": best, "rows": rows})
 
 
 if __name__ == "__main__":

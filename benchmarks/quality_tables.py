@@ -10,12 +10,9 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from hashattn.core.extras import require
-from hashattn.core.files import replacing
-
-Row = dict[str, Any]
+from hashattn.lab import report
+from hashattn.lab.report import Row, markdown
 
 RESULTS = Path(__file__).parent / "results"
 # recipe or preset: what is scored, bytes of a key's code
@@ -68,8 +65,7 @@ def mean(row: Row, name: str, digits: int = 3) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown([head, *rows])
 
 
 def encoders(model: str, folder: Path) -> str:
@@ -115,7 +111,7 @@ def compositions(model: str, budget: float, folder: Path, kind: str = "compositi
 
 def picture(path: Path, models: Sequence[str], folder: Path) -> None:
     """What each encoder keeps and finds, a panel for each model."""
-    figure = require("matplotlib.figure", "demo", "--plot").Figure(figsize=(11, 4.6), layout="constrained")
+    figure = report.figure(11, 4.6)
     for axes, model in zip(figure.subplots(1, len(models), sharey=True, squeeze=False)[0], models, strict=True):
         rows = {recipe_of(row["contender"]): row["figures"] for row in read("encoders", model, folder)}
         shown = [name for name in reversed(ENCODERS) if name in rows]
@@ -130,8 +126,7 @@ def picture(path: Path, models: Sequence[str], folder: Path) -> None:
         axes.set(title=TITLES[model], xlabel="at 5% of the keys", xlim=(0, 1))
         axes.grid(alpha=0.3)
     axes.legend(loc="lower left", fontsize=8)
-    with replacing(path) as scratch:
-        figure.savefig(scratch, dpi=130)
+    report.save(figure, path)
 
 
 def sections(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Tables in Markdown, and a picture, of what `hashattn bench --recall --out` has written.
+"""Tables in Markdown, and a picture, of what `hashattn bench recall --out` has written.
 
 python benchmarks/recall_tables.py [FILE.json ...] [--plot FILE.png]
 python benchmarks/recall_tables.py --predictions      what some presets do to SmolLM2's predictions
@@ -11,11 +11,9 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hashattn.lab.bench.recall_report import HEAD, cells, save_plot, sorted_rows
-
-Row = dict[str, Any]
+from hashattn.lab.report import Row, markdown
 
 RESULTS = Path(__file__).parent / "results" / "recall.json"
 PREDICTED = tuple(RESULTS.with_name(f"eval_{name}_smollm2-135m.json") for name in ("peers", "looking_back"))
@@ -28,8 +26,7 @@ def read(paths: Sequence[Path]) -> list[Row]:
 
 def table(rows: Sequence[Row], data: str) -> str:
     """Markdown, those that keep most first."""
-    lines = [HEAD, ["---"] * len(HEAD), *(cells(row, rows) for row in sorted_rows(rows, data))]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown([HEAD, *(cells(row, rows) for row in sorted_rows(rows, data))])
 
 
 def sections(rows: Sequence[Row]) -> str:

@@ -19,7 +19,6 @@ from hashattn.core.version import __version__
 from hashattn.lab import explain_command
 from hashattn.lab import presets_command as presets
 from hashattn.lab.bench import command as bench
-from hashattn.lab.commands import add_common
 from hashattn.lab.demo import command as demo
 from hashattn.lab.evaluation import command as evaluation
 from hashattn.lab.learning import capture_command, fit_command
@@ -37,10 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         could not be finished; 130, 141 or 143 if Ctrl-C, a reader that went away (`| head`) or SIGTERM stopped it.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    arguments = argparse.Namespace(command="", debug=False, stopped=_nothing_left)
+    arguments = argparse.Namespace(prog="hashattn", debug=False, stopped=_nothing_left)
     try:
         with stoppable():
             try:
+                bench.check_spelling(words)
                 parser().parse_args(words, arguments)
                 arguments.command_line = words
                 return int(arguments.run(arguments))
@@ -74,9 +74,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     top.add_argument("--version", action="version", version=_versions(), help="show versions and exit")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
     for module in (demo, presets, explain_command, capture_command, fit_command, evaluation, bench):
-        add_common(module.add(commands), quiet=module not in (presets, explain_command))
+        module.add(commands)
     return top
 
 
@@ -99,7 +99,7 @@ def _nothing_left(arguments: argparse.Namespace) -> str:
 
 
 def _say(arguments: argparse.Namespace, line: str) -> None:
-    print(f"{' '.join(['hashattn', *arguments.command.split()])}: {line}", file=sys.stderr)
+    print(f"{arguments.prog}: {line}", file=sys.stderr)
 
 
 def _flush() -> None:

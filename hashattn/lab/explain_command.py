@@ -9,46 +9,36 @@ import torch
 
 from hashattn.core.errors import UserError, refusals
 from hashattn.fitted.saving import from_pretrained
-from hashattn.lab.commands import DTYPES, Help, named_device, share_or_own
+from hashattn.lab.checks import named_device
 from hashattn.lab.evaluation.contenders import DENSE, Contender, dense_layers, written
+from hashattn.lab.options import DTYPES, add_choices, add_numbers, add_presets, begin
 from hashattn.presets import preset, takes_budget
 
 # A layer of Llama-3-8B, where no fitted encoders say of which model they are.
 SIZES = {"q_heads": 32, "kv_heads": 8, "head_dim": 128}
 
 
-def add(commands: Any) -> argparse.ArgumentParser:
+def add(commands: Any) -> None:
     """Add the command to argparse's subparsers."""
-    each: argparse.ArgumentParser = commands.add_parser(
-        "explain", help="the query plan of a preset",
-        description="What one decode step of one layer does, reads and keeps: engines, bytes beside those of full "
+    command = begin(
+        commands,
+        "explain",
+        run,
+        "the query plan of a preset",
+        "What one decode step of one layer does, reads and keeps: engines, bytes beside those of full "
         "attention, memory of codes, and from how many keys on a search is worth it.",
-        formatter_class=Help,
-    )  # fmt: skip
-    each.add_argument(
-        "presets", nargs="*", default=["dashkv"], metavar="NAME[:OPTION=X,...]",
-        help="with options, such as simhash_topk:query_bits=4; hashattn presets lists the names",
-    )  # fmt: skip
-    each.add_argument(
-        "--budget", type=share_or_own, nargs="+", metavar="X|own",
-        help="shares of the keys; own is each preset's own, which is taken if left out",
-    )  # fmt: skip
-    each.add_argument(
-        "--dense-layers", nargs="+", default=["preset"], metavar="preset|none|0,1,-1",
-        help="layers of a model that attend densely: the preset's own, none, or these; the plan is of another one",
-    )  # fmt: skip
-    each.add_argument("--encoder", metavar="DIR|NAME", help="fitted encoders, for the presets that take some")
-    each.add_argument("--batch", type=int, default=1, metavar="B", help="sequences that are decoded together")
-    for name, meaning in (("q_heads", "query heads"), ("kv_heads", "KV heads"), ("head_dim", "numbers of a head")):
-        each.add_argument(
-            f"--{name.replace('_', '-')}", type=int, metavar="N",
-            help=f"{meaning} of the layer; those of --encoder's model, else {SIZES[name]}, if left out",
-        )  # fmt: skip
-    each.add_argument("--keys", "--tokens", type=int, default=131072, metavar="N", help="in the cache, in tokens")
-    each.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of keys and values")
-    each.add_argument("--device", default="cpu", metavar="cpu|cuda", help="where it would run; it need not be there")
-    each.set_defaults(run=run)
-    return each
+    )
+    add_presets(command, "presets", nargs="*", default=["dashkv"])
+    add_choices(command, None)
+    add_numbers(command, int, {"batch": "sequences that are decoded together"}, argparse.Namespace(batch=1))
+    words = {"q_heads": "query heads", "kv_heads": "KV heads", "head_dim": "numbers of a head"}
+    told = {
+        n: f"{word} of the layer; those of --encoder's model, else {SIZES[n]}, if left out" for n, word in words.items()
+    }
+    add_numbers(command, int, told)
+    command.add_argument("--keys", "--tokens", type=int, default=131072, metavar="N", help="in the cache, in tokens")
+    command.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of keys and values")
+    command.add_argument("--device", default="cpu", metavar="cpu|cuda", help="where it would run; it need not be there")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -6,25 +6,25 @@ import argparse
 from typing import Any
 
 from hashattn.core.errors import refusals
-from hashattn.lab.commands import STDOUT, Help, check_file, write_json
+from hashattn.lab.checks import STDOUT, check_file
+from hashattn.lab.options import add_words, begin
+from hashattn.lab.report import write_json
 from hashattn.presets.listing import listing, table
 
 
-def add(commands: Any) -> argparse.ArgumentParser:
+def add(commands: Any) -> None:
     """Add the command to argparse's subparsers."""
-    each: argparse.ArgumentParser = commands.add_parser(
-        "presets", help="a table of all presets",
-        description="All presets: paper, what must be fitted first (hashattn fit --preset), whether they take a share "
+    command = begin(
+        commands,
+        "presets",
+        run,
+        "a table of all presets",
+        "All presets: paper, what must be fitted first (hashattn fit --preset), whether they take a share "
         "of the keys (--budget), and which engines serve a decode step on this machine. hashattn explain NAME says "
         "more of one.",
-        formatter_class=Help,
-    )  # fmt: skip
-    each.add_argument(
-        "--json", nargs="?", const=STDOUT, metavar="FILE",
-        help="the same with all options for programs, to this file; standard output if none is named",
-    )  # fmt: skip
-    each.set_defaults(run=run)
-    return each
+    )
+    meaning = "the same with all options for programs, to this file; standard output if none is named"
+    add_words(command, {"json": ("FILE", meaning)}, nargs="?", const=STDOUT)
 
 
 def run(arguments: argparse.Namespace) -> int:

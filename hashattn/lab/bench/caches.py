@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,23 +17,32 @@ from hashattn.ops.decode import Scratch
 CHUNK = 1 << 13  # keys that are encoded at a time, which takes several times their memory
 
 
-def random_cache(
-    attn: HashAttention, shape: tuple[int, int, int], keys: int, *, capacity: int, scratch: Scratch, dtype: torch.dtype,
-    seed: int, device: torch.device,
-) -> KVCache:  # fmt: skip
-    """A cache of so many encoded keys.
+@dataclass(frozen=True)
+class Kind:
+    """What the caches of a model have in common.
 
-    Args:
+    Attributes:
         shape: batch, KV heads, head_dim.
-        capacity: columns allocated.
-        scratch: what the caches of a model share.
+        keys: encoded ones, of which room more may be appended.
+        scratch: what they share.
     """
-    g = torch.Generator(device).manual_seed(seed)
-    batch, kv_heads, dim = shape
-    cache = attn.new_cache(*shape, capacity=capacity, scratch=scratch)
+
+    shape: tuple[int, int, int]
+    keys: int
+    dtype: torch.dtype
+    device: torch.device
+    room: int = 0
+    scratch: Scratch = field(default_factory=Scratch)
+
+
+def random_cache(attn: HashAttention, kind: Kind, seed: int) -> KVCache:
+    """A cache of random keys and values, which are encoded."""
+    g = torch.Generator(kind.device).manual_seed(seed)
+    keys, (batch, kv_heads, dim) = kind.keys, kind.shape
+    cache = attn.new_cache(*kind.shape, capacity=keys + kind.room, scratch=kind.scratch)
 
     def normal(n: int) -> Tensor:
-        return torch.randn(batch, kv_heads, n, dim, generator=g, device=device, dtype=dtype)
+        return torch.randn(batch, kv_heads, n, dim, generator=g, device=kind.device, dtype=kind.dtype)
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "this .* is not fitted")  # cost is measured, not quality

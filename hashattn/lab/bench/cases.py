@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHAPES = ("32/8x128:float32", "32/8x128:bfloat16", "9/3x64:float32")
+PER = ("query_head", "kv_head")  # who chooses keys: each head, or the heads of a group together
 KEYS = ((4096, 256), (16384, 256), (65536, 1024), (262144, 1024))
 AUTO_KEYS = tuple((n, 256) for n in (128, 256, 512, 1024, 2048, 4096, 8192))
 CUDA_SHAPES = ("32/8x128:bfloat16",)
-CUDA_KEYS = (  # batch, keys, k
-    (1, 8192, 256), (1, 32768, 256), (1, 131072, 256), (1, 131072, 1024), (1, 524288, 1024), (8, 32768, 1024),
-    (8, 131072, 1024),
-)  # fmt: skip
+_ONE = ((8192, 256), (32768, 256), (131072, 256), (131072, 1024), (524288, 1024))
+_EIGHT = ((32768, 1024), (131072, 1024))
+CUDA_KEYS = (*((1, *size) for size in _ONE), *((8, *size) for size in _EIGHT))  # batch, keys, k
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the cases of a fused step are measured.
+
+    Attributes:
+        bits: of the codes.
+        pers: of PER, each of which is measured.
+        clustered: all near keys in one sixty-fourth of the tokens.
+        rounds: of which medians are taken.
+    """
+
+    bits: int = 64
+    pers: Sequence[str] = PER
+    clustered: bool = False
+    rounds: int = 11
 
 
 @dataclass(frozen=True)
@@ -34,6 +53,11 @@ class Case:
     @property
     def shape(self) -> str:
         return f"{self.q_heads}/{self.kv_heads}x{self.head_dim}:{self.dtype}"
+
+    def described(self, per: str, bits: int) -> dict[str, Any]:
+        """What a row of results says of it, with who chooses and the bits of the codes."""
+        sizes = {"shape": self.shape, "batch": self.batch, "keys": self.keys, "k": self.k}
+        return sizes | {"per": per, "bits": bits}
 
     @property
     def dense_bytes(self) -> int:

@@ -1,163 +1,188 @@
-"""`hashattn bench`: the runs that its arguments ask for."""
+"""`hashattn bench`: a benchmark for each question, and what it writes and prints."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hashattn.core.errors import refusals
+from hashattn.core.errors import UserError, refusals
 from hashattn.lab.bench import arguments as options
-from hashattn.lab.bench import report
-from hashattn.lab.bench.arguments import PER, cuda_cases
-from hashattn.lab.bench.cases import AUTO_KEYS, CUDA_SHAPES, KEYS, SHAPES, Case, parse_keys, parse_shape
-from hashattn.lab.commands import for_people, write_json
+from hashattn.lab.bench import tables
+from hashattn.lab.bench.arguments import cuda_cases
+from hashattn.lab.bench.cases import AUTO_KEYS, KEYS, PER, Case, Settings, parse_keys, parse_shape
+from hashattn.lab.bench.tables import Table
+from hashattn.lab.checks import check_file, check_picture
+from hashattn.lab.options import add_words, begin, from_options, takes_long
+from hashattn.lab.report import Row, environment, for_people, write_json
+
+_STOPPED = "nothing was written; the same command begins anew, and fewer --keys, --rounds or --presets take less time"
+_RANDOM = "Random keys: cost, not quality."
+_ON_A_GPU = f"Needs an NVIDIA GPU. Checked against the reference first. {_RANDOM}"
 
 
-def add(commands: Any) -> argparse.ArgumentParser:
+@dataclass(frozen=True)
+class Found:
+    """What a benchmark found, and how to show it."""
+
+    result: dict[str, Any]
+    text: str
+    device: str = "cuda"
+    save_plot: Callable[[Sequence[Row], Path], None] | None = None
+
+    @classmethod
+    def of(cls, result: dict[str, Any], table: Table, **more: Any) -> Found:
+        """Told by a table of its rows."""
+        return cls(result, f"{table.text(result['rows'])}\n\n{table.note}", **more)
+
+
+def add(commands: Any) -> None:
     """Add the command to argparse's subparsers."""
-    bench = options.add(commands)
-    bench.set_defaults(run=run, stopped=stopped)
-    return bench
+    group = commands.add_parser(
+        "bench",
+        help="time decode steps against the fastest dense attention; compare presets",
+        description="Each checks against the reference first, then measures. Without options it takes minutes.",
+    )
+    benchmarks = group.add_subparsers(required=True, metavar="BENCHMARK", help="what is measured:")
+    step = "a decode step of one layer"
+    for measure, options_of, summary, about in (
+        (_cpu, options.cpu, f"{step} on a CPU", f"Checked against the reference first. {_RANDOM}"),
+        (_gpu, options.gpu, f"{step} on a GPU, by its stages, beside FAISS's search and torch.topk", _ON_A_GPU),
+        (_crossover, options.crossover, "from how many keys on a step on a GPU is faster than dense", _ON_A_GPU),
+        (_kinds, options.kinds, "what each kind of step on a GPU costs beside TopK's", _ON_A_GPU),
+        (_e2e, options.e2e, "tokens per second of a Llama-3-8B with random weights on a GPU", _ON_A_GPU),
+        (_recall, options.recall, "what all presets keep of attention, against bytes and time", "Runs on a CPU."),
+    ):
+        name = measure.__name__[1:]
+        bench = begin(benchmarks, name, partial(run, measure), summary, f"{summary[0].upper()}{summary[1:]}. {about}")
+        takes_long(bench, _STOPPED)
+        options_of(bench)
+        add_words(bench, {"out": ("FILE.json", "write the results to this file, - for standard output")})
 
 
-def stopped(arguments: argparse.Namespace) -> str:
-    """What a stopped run leaves, and how to go on."""
-    return "nothing was written; the same command begins anew, and fewer --keys, --rounds or --presets take less time"
-
-
-def run(arguments: argparse.Namespace) -> int:
+def run(measure: Callable[[argparse.Namespace], Found], arguments: argparse.Namespace) -> int:
     """Check the arguments, measure, write the files and print the table; returns the exit status."""
-    runs = {
-        "--device cpu": _cpu, "--device cuda": _cuda, "--device cuda --kinds": _kinds,
-        "--device cuda --e2e": _e2e, "--device cuda --crossover": _crossover, "--recall": _recall,
-    }  # fmt: skip
+    plot = getattr(arguments, "plot", None)
     with refusals():
-        mode = options.check(arguments)
-    return runs[mode](arguments)
+        options.check_counts(arguments)
+        check_file("out", arguments.out, stdout=True)
+        check_picture("plot", plot)
+    found = measure(arguments)
+    say = for_people(arguments.out)
+    try:
+        if arguments.out:
+            write_json(arguments.out, environment(arguments.command_line, found.device) | found.result)
+        if plot and found.save_plot is not None:
+            found.save_plot(found.result["rows"], Path(plot))
+    finally:  # what was measured is shown, whether or not it could be written
+        say(found.text)
+        for remark in found.result.get("notes", ()):
+            say(f"note: {remark}")
+    return 0
 
 
-def _cpu(arguments: argparse.Namespace) -> int:
+def check_spelling(words: Sequence[str]) -> None:
+    """Raise UserError, with the new command line, for `hashattn bench` without the name of a benchmark."""
+    if words[:1] != ["bench"] or {"-h", "--help"} & {*words} or (len(words) > 1 and not words[1].startswith("-")):
+        return
+    left, name, device = [], None, None
+    given = iter(words[1:])
+    for word in given:
+        if word in ("--recall", "--e2e", "--kinds", "--crossover"):
+            name = word[2:]
+        elif word == "--device":
+            device = next(given, None)
+        elif word.startswith("--device="):
+            device = word.partition("=")[2]
+        else:
+            left.append(word)
+    name = name or ("gpu" if device == "cuda" else "cpu")
+    raise UserError(f"bench takes the name of a benchmark: {shlex.join(['hashattn', 'bench', name, *left])}")
+
+
+def _cpu(arguments: argparse.Namespace) -> Found:
     from hashattn.core.threads import thread_count
     from hashattn.lab.bench import cpu
 
     with refusals():
-        if len(arguments.per or ()) > 1:
-            raise ValueError("--per takes one of kv_head and query_head with --device cpu")
-        threads = [thread_count(t) for t in arguments.threads or [1]]
+        threads = [thread_count(t) for t in arguments.threads]
         keys = [parse_keys(text) for text in arguments.keys or ()] or list(AUTO_KEYS if arguments.auto else KEYS)
-        shapes = [parse_shape(text) for text in arguments.shape or SHAPES]
+        shapes = [parse_shape(text) for text in arguments.shape]
         cases = [Case(*shape, n, k, t) for shape in shapes for n, k in keys for t in threads]
-    result = cpu.run(
-        cases, bits=128 if arguments.bits is None else arguments.bits, per=(arguments.per or ["kv_head"])[0],
-        rounds=arguments.rounds or 9, sparse=not arguments.auto, progress=not arguments.quiet,
-    )  # fmt: skip
-    note = "Microseconds a layer, medians; every case was checked against the reference first."
-    _finish(arguments, report.table(result["rows"]), note, result, device="cpu")
-    return 0
+    given = {name: getattr(arguments, name) for name in ("bits", "per", "rounds")}
+    result = cpu.run(cases, **given, sparse=not arguments.auto, progress=not arguments.quiet)
+    return Found.of(result, tables.CPU, device="cpu")
 
 
-def _cuda(arguments: argparse.Namespace) -> int:
-    from hashattn.lab.bench import cuda, cuda_report
+def _gpu(arguments: argparse.Namespace) -> Found:
+    from hashattn.lab.bench import cuda, cuda_plot
 
     with refusals():
         cases = cuda_cases(arguments.shape, arguments.batch, arguments.keys)
-    result = cuda.run(
-        cases, bits=64 if arguments.bits is None else arguments.bits, pers=arguments.per or PER,
-        clustered=arguments.clustered, rounds=arguments.rounds or 11, progress=not arguments.quiet,
-    )  # fmt: skip
-    _finish(arguments, cuda_report.table(result["rows"]), cuda_report.NOTE, result, cuda_report.save_plot)
-    return 0
+    settings = _settings(arguments, clustered=arguments.clustered, rounds=arguments.rounds)
+    result = cuda.run(cases, settings, progress=not arguments.quiet)
+    return Found.of(result, tables.GPU, save_plot=cuda_plot.save_plot)
 
 
-def _kinds(arguments: argparse.Namespace) -> int:
-    from hashattn.lab.bench import kinds, kinds_report
+def _kinds(arguments: argparse.Namespace) -> Found:
+    from hashattn.lab.bench import kinds
 
     with refusals():
         cases = cuda_cases(arguments.shape, arguments.batch, arguments.keys, kinds.SIZES)
-    result = kinds.run(
-        cases, bits=64 if arguments.bits is None else arguments.bits, pers=arguments.per or PER,
-        rounds=arguments.rounds or 11, progress=not arguments.quiet,
-    )  # fmt: skip
-    _finish(arguments, kinds_report.table(result["rows"]), kinds_report.NOTE, result)
-    return 0
+    settings = _settings(arguments, rounds=arguments.rounds)
+    return Found.of(kinds.run(cases, settings, progress=not arguments.quiet), tables.KINDS)
 
 
-def _e2e(arguments: argparse.Namespace) -> int:
-    from hashattn.lab.bench import e2e, e2e_report
+def _settings(arguments: argparse.Namespace, **more: Any) -> Settings:
+    return Settings(bits=arguments.bits, pers=arguments.per, **more)
+
+
+def _e2e(arguments: argparse.Namespace) -> Found:
+    from hashattn.lab.bench import e2e
+    from hashattn.lab.bench.e2e_model import Llama
 
     with refusals():
+        if arguments.preset and (arguments.bits is not None or arguments.per):
+            own = f"--preset {arguments.preset} has its own bits and way to choose"
+            raise ValueError(f"{own}: leave --bits and --per out")
         sizes = [parse_keys(text) for text in arguments.keys or ()] or e2e.KEYS
-    result = e2e.run(
-        sizes, batches=arguments.batch,
-        bits=64 if arguments.bits is None else arguments.bits, pers=arguments.per or PER, preset=arguments.preset,
-        compiled=not arguments.no_compile, rounds=arguments.rounds or 5,
-        progress=not arguments.quiet,
-    )  # fmt: skip
-    _finish(arguments, e2e_report.table(result["rows"]), e2e_report.NOTE, result)
-    return 0
+    bits = 64 if arguments.bits is None else arguments.bits
+    settings = e2e.Settings(sizes, arguments.batch, arguments.preset, bits, arguments.per or PER)
+    how = {"compiled": not arguments.no_compile, "rounds": arguments.rounds, "progress": not arguments.quiet}
+    return Found.of(e2e.run(settings, Llama(), **how), tables.E2E)
 
 
-def _crossover(arguments: argparse.Namespace) -> int:
+def _crossover(arguments: argparse.Namespace) -> Found:
     import torch
 
-    from hashattn.lab.bench import crossover, crossover_report
+    from hashattn.lab.bench import crossover
 
     with refusals():
-        shape = parse_shape(*(arguments.shape or CUDA_SHAPES))
-    result = crossover.run(
-        shape, arguments.batch or (1, 8), bits=64 if arguments.bits is None else arguments.bits,
-        pers=arguments.per or PER, progress=not arguments.quiet,
-    )  # fmt: skip
+        shape = parse_shape(arguments.shape)
+    result = crossover.run(shape, arguments.batch, _settings(arguments), progress=not arguments.quiet)
     gpu = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
-    entry = crossover_report.entry(*gpu, result["bytes"], arguments.out or "a run without --out")
-    _finish(arguments, crossover_report.table(result["rows"]), f"{crossover_report.NOTE}\n{entry}", result)
-    return 0
+    entry = crossover.entry(*gpu, result["bytes"], arguments.out or "a run without --out")
+    found = Found.of(result, tables.CROSSOVER)
+    return Found(result, f"{found.text}\n{entry}")
 
 
-def _recall(arguments: argparse.Namespace) -> int:
+def _recall(arguments: argparse.Namespace) -> Found:
     from hashattn.lab.bench import recall, recall_report
     from hashattn.lab.bench.recall_data import SYNTHETIC
     from hashattn.lab.workload.model import check_source
     from hashattn.lab.workload.texts import read_text
 
-    given: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name in ("data", "presets", "tokens", "queries", "layers", "index", "text", "train", "seed")
-        if (value := getattr(arguments, name)) is not None
-    }
     with refusals():
-        if len(arguments.threads or ()) > 1:
-            raise ValueError("--threads takes one number with --recall")
-        if arguments.budget is not None:
-            given["budget"] = recall.budget_of(arguments.budget)
-        if arguments.threads:
-            given["threads"] = arguments.threads[0]
-        settings = recall.Settings(**given)
-        for data in settings.data:
-            if data != SYNTHETIC:
-                check_source(data)
-        if any(data != SYNTHETIC for data in settings.data):
+        settings = from_options(recall.Settings, arguments)
+        models = [data for data in settings.data if data != SYNTHETIC]
+        for model in models:
+            check_source(model)
+        if models:
             read_text(settings.text)
     result = recall.run(settings, progress=not arguments.quiet)
-    drawn = recall_report.save_plot
-    _finish(arguments, recall_report.table(result["rows"]), recall_report.NOTE, result, drawn, device="cpu")
-    return 0
-
-
-def _finish(
-    arguments: argparse.Namespace, table: str, note: str, result: dict[str, Any],
-    save_plot: Callable[[list[dict[str, Any]], Path], None] | None = None, device: str = "cuda",
-) -> None:  # fmt: skip
-    """Write a result to the files that were asked for, and print it, whether or not they could be written."""
-    say = for_people(arguments.out)
-    try:
-        if arguments.out:
-            write_json(arguments.out, report.environment(arguments.command_line, device) | result)
-        if arguments.plot and save_plot is not None:
-            save_plot(result["rows"], Path(arguments.plot))
-    finally:
-        say(f"{table}\n\n{note}")
-        for remark in result.get("notes", ()):
-            say(f"note: {remark}")
+    text = f"{recall_report.table(result['rows'])}\n\n{recall_report.NOTE}"
+    return Found(result, text, "cpu", recall_report.save_plot)

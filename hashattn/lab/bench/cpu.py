@@ -1,4 +1,4 @@
-"""`hashattn bench --device cpu`: a whole decode step against the fastest dense attention in the same run."""
+"""`hashattn bench cpu`: a whole decode step against the fastest dense attention in the same run."""
 
 from __future__ import annotations
 
@@ -42,9 +42,14 @@ def composition(k: int, bits: int, per: str, engine: str = "cpu") -> HashAttenti
 
 @torch.inference_mode()
 def run(
-    cases: Iterable[Case], *, bits: int = 128, per: str = "kv_head", rounds: int = 9, sparse: bool = True,
+    cases: Iterable[Case],
+    *,
+    bits: int = 128,
+    per: str = "kv_head",
+    rounds: int = 9,
+    sparse: bool = True,
     progress: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Check and measure every case. Keys are random: what is measured is cost, not quality.
 
     Args:
@@ -135,14 +140,13 @@ def _measure(case: Case, bits: int, per: str, rounds: int, sparse: bool, bandwid
         calls["encode key"] = lambda i: encoder.encode_key(layers[i].cache.keys[:, :, -1:], layers[i].cache.centre)
     times = take_turns(calls, count, max(rounds, 60 // count))
     baseline = min(DENSE, key=lambda name: times[name])
+    row = {"shape": case.shape, "keys": case.keys, "k": case.k, "per": per, "bits": bits, "threads": case.threads}
+    row |= {"layers": count, "dense": baseline, "us": times}
     chosen = auto.choice(layers[0].q, layers[0].cache).at(case.keys)
-    return {
-        "shape": case.shape, "keys": case.keys, "k": case.k, "per": per, "bits": bits, "threads": case.threads,
-        "layers": count, "dense": baseline, "us": times, "auto_engine": chosen.name,
-        "speedup": times[baseline] / times["step"] if "step" in times else None,
-        "auto_cost": times["auto"] / times[baseline],
-        "floor_us": plan.step_bytes / bandwidth * 1e6, "dense_floor_us": case.dense_bytes / bandwidth * 1e6,
-    }  # fmt: skip
+    row |= {"auto_engine": chosen.name, "auto_cost": times["auto"] / times[baseline]}
+    row["speedup"] = times[baseline] / times["step"] if "step" in times else None
+    row |= {"floor_us": plan.step_bytes / bandwidth * 1e6, "dense_floor_us": case.dense_bytes / bandwidth * 1e6}
+    return row
 
 
 def _step(attn: HashAttention, layer: Layer) -> object:

@@ -1,8 +1,8 @@
-"""`hashattn bench --device cuda --crossover`: from how many keys on a step is clearly faster than dense attention."""
+"""`hashattn bench crossover`: from how many keys on a step is clearly faster than dense attention."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,10 @@ from hashattn.attention import HashAttention
 from hashattn.core.errors import refusals
 from hashattn.core.progress import bar
 from hashattn.encoders import SimHash
+from hashattn.engines.gpus import Gpu
 from hashattn.index import FlatHamming
-from hashattn.lab.bench.caches import random_cache, twin
-from hashattn.lab.bench.cases import DTYPES, Case
-from hashattn.lab.bench.crossover_report import constants
+from hashattn.lab.bench.caches import Kind, random_cache, twin
+from hashattn.lab.bench.cases import DTYPES, Case, Settings
 from hashattn.lab.bench.cuda import refuse
 from hashattn.lab.bench.cuda_check import attention, check_alike, check_rounding
 from hashattn.lab.bench.cuda_graphs import capture_turns, checked_step, dense_graphs, make_layers, turns_of
@@ -59,13 +59,8 @@ def eager(case: Case, bits: int, per: str) -> Times:
     """Microseconds of attn.run from Python, the newest key's encoding included, searching and dense."""
     attn = HashAttention(SimHash(bits), FlatHamming(), selectors(case, per)["TopK"], engine="gpu")
     device, dtype, shape = torch.device("cuda"), DTYPES[case.dtype], (case.batch, case.kv_heads, case.head_dim)
-    scratch = Scratch()
-    caches = [
-        random_cache(
-            attn, shape, case.keys, capacity=case.keys, scratch=scratch, dtype=dtype, seed=seed, device=device
-        )
-        for seed in range(LAYERS)
-    ]  # fmt: skip
+    kind = Kind(shape, case.keys, dtype, device)
+    caches = [random_cache(attn, kind, seed) for seed in range(LAYERS)]
     q = torch.randn(case.batch, case.q_heads, 1, case.head_dim, dtype=dtype, device=device)
 
     def step(i: int) -> object:
@@ -94,15 +89,14 @@ def captured(case: Case, bits: int, per: str, notes: dict[str, None]) -> Times:
 
 @torch.inference_mode()
 def run(
-    shape: tuple[int, int, int, str], batches: Sequence[int], *, bits: int, pers: Sequence[str], progress: bool = True
-) -> dict[str, Any]:  # fmt: skip
+    shape: tuple[int, int, int, str], batches: Sequence[int], settings: Settings, *, progress: bool = True
+) -> dict[str, Any]:
     """Measure a shape's crossovers, with the K nearest keys kept. Keys are random: cost, not quality.
 
     Args:
         shape: query heads, KV heads, head_dim, dtype.
         batches: sequences.
-        bits: of the codes.
-        pers: of "kv_head" and "query_head": who chooses.
+        settings: bits of the codes, and who chooses.
         progress: show a bar, on a terminal.
 
     Returns:
@@ -113,13 +107,14 @@ def run(
         ValueError: there is no GPU, or the step does not serve the shape.
     """
     with refusals(ValueError):
-        refuse([Case(*shape, LEAST, K, batch=batch) for batch in batches], bits, pers)
+        refuse([Case(*shape, LEAST, K, batch=batch) for batch in batches], settings)
     notes: dict[str, None] = {}
+    bits = settings.bits
     modes: dict[str, Callable[[Case, str], Times]] = {
         "eager": lambda case, per: eager(case, bits, per),
         "captured": lambda case, per: captured(case, bits, per, notes),
     }
-    todo = [(mode, batch, per) for mode in modes for batch in batches for per in pers]
+    todo = [(mode, batch, per) for mode in modes for batch in batches for per in settings.pers]
     rows = []
     for mode, batch, per in bar("hf", "hashattn bench", todo, desc="bench", unit="crossover", shown=progress):
 
@@ -131,10 +126,25 @@ def run(
         one = Case(*shape, 1, 1, batch=batch)
         key_bytes = one.dense_bytes
         least, measured = first_win(sizes(key_bytes, LARGEST[mode]), measure)
-        rows.append({
-            "mode": mode, "shape": one.shape, "batch": batch, "per": per, "bits": bits,
-            "kernels": kernels(), "keys": least,
-            "bytes": None if least is None else least * key_bytes,
-            "us": [{"keys": keys, **times} for keys, times in measured.items()],
-        })  # fmt: skip
+        where = {"mode": mode, "shape": one.shape, "batch": batch, "per": per, "bits": bits, "kernels": kernels()}
+        times = [{"keys": keys, **us} for keys, us in measured.items()]
+        rows.append(where | {"keys": least, "bytes": None if least is None else least * key_bytes, "us": times})
     return {"margin": MARGIN, "k": K, "notes": list(notes), "bytes": constants(rows), "rows": rows}
+
+
+def constants(rows: Iterable[dict[str, Any]]) -> dict[str, int | None]:
+    """For each mode the most bytes of any row: from there on a step wins in all of them. None if it does not in one."""
+    found: dict[str, int | None] = {}
+    for row in rows:
+        mode, now = row["mode"], row["bytes"]
+        before = found.get(mode, 0)
+        found[mode] = None if now is None or before is None else max(now, before)
+    return found
+
+
+def entry(name: str, capability: tuple[int, int], found: dict[str, int | None], source: str) -> str:
+    """The line for hashattn/engines/gpus.py."""
+    if None in found.values():
+        return "There is no line for hashattn/engines/gpus.py: a step did not win everywhere."
+    gpu = Gpu(capability, found["eager"] or 0, found["captured"] or 0, source)
+    return f"For hashattn/engines/gpus.py:\n    {name!r}: {gpu},"

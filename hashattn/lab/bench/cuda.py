@@ -1,15 +1,15 @@
-"""`hashattn bench --device cuda`: the fused decode step against the fastest dense attention in the same run."""
+"""`hashattn bench gpu`: the fused decode step against the fastest dense attention in the same run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from hashattn.core.errors import UserError, refusals
 from hashattn.core.progress import bar
-from hashattn.lab.bench.cases import Case
+from hashattn.lab.bench.cases import Case, Settings
 from hashattn.lab.bench.cuda_contenders import row_distances
 from hashattn.lab.bench.cuda_graphs import (
     capture_turns,
@@ -31,43 +31,38 @@ from hashattn.ops.decode import Scratch, why_not_nvidia
 def need_gpu(what: str) -> None:
     """Raise UserError unless there is a GPU."""
     if torch.version.hip is not None:
-        raise UserError(f"{what}: {why_not_nvidia()}; --device cpu measures the CPU")
+        raise UserError(f"{what}: {why_not_nvidia()}; hashattn bench cpu measures the CPU")
     if not torch.cuda.is_available():
         raise UserError(
             f"{what} needs an NVIDIA GPU, and torch {torch.__version__} sees none: run it where nvidia-smi "
-            "lists one, with a CUDA build of torch; --device cpu measures the CPU"
+            "lists one, with a CUDA build of torch; hashattn bench cpu measures the CPU"
         )
 
 
-def refuse(cases: Iterable[Case], bits: int, pers: Sequence[str]) -> None:
+def refuse(cases: Iterable[Case], settings: Settings) -> None:
     """Say why these cannot be measured here, if they cannot.
 
     Raises:
         ValueError: there is no GPU, or the step does not serve a case.
     """
-    need_gpu("--device cuda")
+    need_gpu("this benchmark")
+    bits = settings.bits
     if bits % 64:
         raise ValueError(f"--bits: the fused step serves codes of 64, 128 or 256 bits, not {bits}")
     for case in cases:
-        for per in pers:
+        for per in settings.pers:
             reason = why_not(case, bits, selectors(case, per)["TopK"])
             if reason is not None:
                 raise ValueError(f"the fused step does not serve {case.shape} with {bits} bits: {reason}")
 
 
 @torch.inference_mode()
-def run(
-    cases: Iterable[Case], *, bits: int = 64, pers: Sequence[str] = ("query_head", "kv_head"), clustered: bool = False,
-    rounds: int = 11, progress: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+def run(cases: Iterable[Case], settings: Settings, *, progress: bool = True) -> dict[str, Any]:
     """Check and measure every case with every way to choose. Keys are random: what is measured is cost, not quality.
 
     Args:
         cases: what to measure.
-        bits: of the codes.
-        pers: of "kv_head" and "query_head": who chooses.
-        clustered: all near keys in one sixty-fourth of the tokens.
-        rounds: of which medians are taken.
+        settings: how.
         progress: show a bar, on a terminal.
 
     Returns:
@@ -79,21 +74,22 @@ def run(
     """
     cases = list(cases)
     with refusals(ValueError):
-        refuse(cases, bits, pers)
+        refuse(cases, settings)
     machine = measure_machine()
-    todo = [(case, per) for case in cases for per in pers]
+    todo = [(case, per) for case in cases for per in settings.pers]
     notes = machine.remarks()
     rows: list[dict[str, Any]] = []
     for case, per in bar("hf", "hashattn bench", todo, desc="bench", unit="case", shown=progress):
-        rows += _measure(case, bits, per, clustered, rounds, machine, notes)
+        rows += _measure(case, per, settings, machine, notes)
         torch.cuda.empty_cache()
     return machine.described() | {"notes": list(notes), "rows": rows}
 
 
 def _measure(
-    case: Case, bits: int, per: str, clustered: bool, rounds: int, machine: Machine, notes: dict[str, None]
+    case: Case, per: str, settings: Settings, machine: Machine, notes: dict[str, None]
 ) -> list[dict[str, Any]]:
-    layers = make_layers(case, bits, clustered)
+    bits, rounds = settings.bits, settings.rounds
+    layers = make_layers(case, bits, settings.clustered)
     turns = turns_of(layers)
     graphs = dense_graphs(case, layers, turns, notes)
     baselines, scratch = tuple(graphs), Scratch()
@@ -133,12 +129,12 @@ def _measure(
         times = others | {name: us[f"{choice} {name}"] for name in own_names}
         if "scan" in times:
             times["attend"] = times["step"] - times["scan"]
-        rows.append({
-            "shape": case.shape, "batch": case.batch, "keys": case.keys, "k": case.k, "per": per, "bits": bits,
-            "selector": choice, "kernels": written_in, "clustered": clustered, "layers": len(layers),
-            "calls": len(turns), "dense": baseline,
-            "us": times, "speedup": us[baseline] / times["step"],
-            "whole_speedup": {name: us[baseline] / times[name] for name in caches},
-            **floors(case, bits, per, machine, read),
-        })  # fmt: skip
+        rows.append(
+            case.described(per, bits)
+            | {"selector": choice, "kernels": written_in, "clustered": settings.clustered}
+            | {"layers": len(layers), "calls": len(turns), "dense": baseline}
+            | {"us": times, "speedup": us[baseline] / times["step"]}
+            | {"whole_speedup": {name: us[baseline] / times[name] for name in caches}}
+            | floors(case, bits, per, machine, read)
+        )
     return rows

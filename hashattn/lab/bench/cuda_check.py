@@ -111,7 +111,7 @@ def check_alike(what: str, out: Tensor, expected: Tensor) -> None:
 
 def attention(
     q: Tensor, keys: Tensor, values: Tensor, empty: Tensor | None = None, guessed: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Attention of q [Hq, 1, D] to keys and values [H, K, D], in their dtype: (out [Hq, 1, D], and out of |values|).
 
     Args:

@@ -40,9 +40,7 @@ def turns_of(layers: Sequence[Layer]) -> Turns:
     return [(layer, i) for i in range(len(layers[0].q)) for layer in layers]
 
 
-def dense_graphs(
-    case: Case, layers: Sequence[Layer], turns: Turns, notes: dict[str, None]
-) -> dict[str, Captured]:  # fmt: skip
+def dense_graphs(case: Case, layers: Sequence[Layer], turns: Turns, notes: dict[str, None]) -> dict[str, Captured]:
     """Every dense contender that serves the case, checked and captured.
 
     Raises:
@@ -66,9 +64,7 @@ def dense_graphs(
     return graphs
 
 
-def checked_step(
-    case: Case, rule: Rule, layers: Sequence[Layer], scratch: Scratch, *, triton: bool = False
-) -> Step:  # fmt: skip
+def checked_step(case: Case, rule: Rule, layers: Sequence[Layer], scratch: Scratch, *, triton: bool = False) -> Step:
     """The fused step on these layers, each with hints of its own, checked on the first one.
 
     Args:
@@ -89,9 +85,13 @@ def checked_step(
 
 
 def step_graphs(
-    case: Case, selector: Selector, step: Step, layers: Sequence[Layer], turns: Turns,
+    case: Case,
+    selector: Selector,
+    step: Step,
+    layers: Sequence[Layer],
+    turns: Turns,
     caches: Mapping[str, Sequence[KVCache]],
-) -> dict[str, Captured]:  # fmt: skip
+) -> dict[str, Captured]:
     """The checked step of a selector, its scan, and the whole step with each encoder, checked as well; captured.
 
     Args:

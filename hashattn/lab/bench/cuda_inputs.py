@@ -44,7 +44,7 @@ def step_count(layers: int) -> int:
 
 def make_layer(
     case: Case, bits: int, *, steps: int, clustered: bool, seed: int, device: torch.device, planes: int = 1
-) -> Layer:  # fmt: skip
+) -> Layer:
     """A layer of random keys.
 
     Args:
@@ -79,13 +79,12 @@ def make_layer(
         first, width = case.keys // 2, max(1, case.keys // 64)
         codes[:, :, first : first + width] = centre ^ few_bits(*kv, width, words)
         queries = [centre ^ few_bits(*kv, group, words) for _ in range(steps)]
-    return Layer(
-        [normal(case.batch, case.q_heads, 1, case.head_dim) for _ in range(steps)],
-        [in_planes(query).view(case.batch, case.q_heads, 1, planes, words) for query in queries],
-        normal(*kv, case.keys, case.head_dim), normal(*kv, case.keys, case.head_dim), codes,
-        torch.zeros(case.batch, dtype=torch.int32, device=device),
-        torch.tensor([case.keys], dtype=torch.int32, device=device),
-    )  # fmt: skip
+    q = [normal(case.batch, case.q_heads, 1, case.head_dim) for _ in range(steps)]
+    query = [in_planes(query).view(case.batch, case.q_heads, 1, planes, words) for query in queries]
+    keys, values = (normal(*kv, case.keys, case.head_dim) for _ in range(2))
+    starts = torch.zeros(case.batch, dtype=torch.int32, device=device)
+    length = torch.tensor([case.keys], dtype=torch.int32, device=device)
+    return Layer(q, query, keys, values, codes, starts, length)
 
 
 def with_signs(layer: Layer) -> Layer:

@@ -13,7 +13,7 @@ from hashattn.core.naming import short
 from hashattn.encoders import AsymmetricHash, SimHash
 from hashattn.encoders.base import Encoder
 from hashattn.index import FlatHamming
-from hashattn.lab.bench.caches import random_cache, twin
+from hashattn.lab.bench.caches import Kind, random_cache, twin
 from hashattn.lab.bench.cases import DTYPES, Case
 from hashattn.lab.bench.cuda_inputs import Layer
 from hashattn.ops import decode
@@ -58,10 +58,9 @@ def rule(case: Case, selector: Selector) -> Rule:
 def why_not(case: Case, bits: int, selector: Selector, planes: int = 1) -> str | None:
     """Why the fused step does not serve a case, as the end of a sentence; None if it does."""
     asked = rule(case, selector)
-    reason = decode.why_not(
-        device="cuda", dtype=DTYPES[case.dtype], head_dim=case.head_dim, group=case.q_heads // case.kv_heads,
-        tokens=1, words=bits // 64, planes=planes, rule=asked,
-    )  # fmt: skip
+    heads = {"head_dim": case.head_dim, "group": case.q_heads // case.kv_heads}
+    codes = {"words": bits // 64, "planes": planes}
+    reason = decode.why_not(device="cuda", dtype=DTYPES[case.dtype], **heads, tokens=1, **codes, rule=asked)
     if reason is not None:
         return reason
     try:
@@ -90,13 +89,12 @@ def first_bounds(layer: Layer, rule: Rule) -> Tensor:
 
 def fused(
     layer: Layer, i: int, bounds: Tensor, rule: Rule, scratch: Scratch, scan_only: bool = False, triton: bool = False
-) -> Result:  # fmt: skip
+) -> Result:
     """The step with a layer's query i, or its first kernel alone; with tiers, logits of medium keys are estimated."""
     workspace = scratch.workspace(_sizes(layer, i, rule).workspace, layer.keys.device)
     scale = layer.q[i].shape[-1] ** -0.5
-    given = (
-        layer.q[i], layer.query[i], layer.keys, layer.values, layer.codes, layer.starts, layer.length, bounds,
-    )  # fmt: skip
+    held = layer.keys, layer.values, layer.codes, layer.starts, layer.length
+    given = layer.q[i], layer.query[i], *held, bounds
     if not triton and rule.critical is None:
         return gpu.decode(*given, rule, workspace, scale=scale, scan_only=scan_only)
     from hashattn.ops.decode import triton as written_in_triton
@@ -113,21 +111,15 @@ def _sizes(layer: Layer, i: int, rule: Rule) -> Sizes:
 
 def whole_caches(
     case: Case, encoder: Encoder, layers: Sequence[Layer], *, room: int, scratch: Scratch
-) -> list[KVCache]:  # fmt: skip
+) -> list[KVCache]:
     """A cache for each layer, of as many other keys, with room for more."""
     attn = HashAttention(encoder, FlatHamming(), TopK(k=1))
-    return [
-        random_cache(
-            attn, (case.batch, case.kv_heads, case.head_dim), case.keys, capacity=case.keys + room, scratch=scratch,
-            dtype=DTYPES[case.dtype], seed=seed, device=layer.keys.device,
-        )
-        for seed, layer in enumerate(layers)
-    ]  # fmt: skip
+    shape, device = (case.batch, case.kv_heads, case.head_dim), layers[0].keys.device
+    kind = Kind(shape, case.keys, DTYPES[case.dtype], device, room, scratch)
+    return [random_cache(attn, kind, seed) for seed in range(len(layers))]
 
 
-def whole(
-    attn: HashAttention, layers: Sequence[Layer], caches: Sequence[KVCache]
-) -> Callable[[Layer, int], Tensor]:  # fmt: skip
+def whole(attn: HashAttention, layers: Sequence[Layer], caches: Sequence[KVCache]) -> Callable[[Layer, int], Tensor]:
     """A step with encode and append: of a layer and the number of its query, whose newest key it appends."""
     decoders = {id(layer): attn.decoder(twin(cache)) for layer, cache in zip(layers, caches, strict=True)}
     newest = {id(layer): [newest_of(layer, i) for i in range(len(layer.q))] for layer in layers}

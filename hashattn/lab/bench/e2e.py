@@ -1,9 +1,10 @@
-"""`hashattn bench --e2e`: tokens per second of a whole model, hashed against the fastest dense attention."""
+"""`hashattn bench e2e`: tokens per second of a whole model, hashed against the fastest dense attention."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from hashattn.engines.base import Request
 from hashattn.engines.gpu import Gpu
 from hashattn.index import FlatHamming
 from hashattn.lab.bench import cuda_contenders
+from hashattn.lab.bench.cases import PER
 from hashattn.lab.bench.cuda import need_gpu
 from hashattn.lab.bench.cuda_graphs import first_line
 from hashattn.lab.bench.cuda_steps import kernels
@@ -35,33 +37,66 @@ ROOM = STEPS + 8
 FEW = 1000  # keys of the check with a budget of all of them
 
 
-def compositions(k: int, bits: int, pers: Sequence[str], preset: str | None) -> dict[str, HashAttention]:
-    """What is measured, by name: a preset; or the k nearest keys by linear codes, for each way to choose."""
-    if preset is not None:
-        return {preset: HashAttention.from_preset(preset, engine="gpu")}
-    return {
-        f"TopK per {per}": HashAttention(
-            SimHash(bits), FlatHamming(), TopK(k=k, per=per), engine="gpu", dense_layers=DENSE_LAYERS
-        )
-        for per in pers
-    }
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        sizes: (keys, k).
+        batches: sequences; None for 1 and the most that fit.
+        preset: by its name, with its own bits and budget; else the k nearest keys by linear codes,
+        bits: of so many bits,
+        pers: for each way to choose.
+    """
+
+    sizes: Sequence[tuple[int, int]] = KEYS
+    batches: Sequence[int] | None = None
+    preset: str | None = None
+    bits: int = 64
+    pers: Sequence[str] = PER
+
+    def compositions(self, k: int) -> dict[str, HashAttention]:
+        """What is measured at a budget, by name."""
+        if self.preset is not None:
+            return {self.preset: HashAttention.from_preset(self.preset, engine="gpu")}
+        parts = SimHash(self.bits), FlatHamming(), TopK(k=k)
+        plain = HashAttention(*parts, engine="gpu", dense_layers=DENSE_LAYERS)
+        return {f"TopK per {per}": plain.replace(selector=TopK(k=k, per=per)) for per in self.pers}
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """A model that decodes on a device, and what it is compared with.
+
+    Attributes:
+        compositions: by k and name.
+        dense: contenders that serve the model.
+    """
+
+    size: Llama
+    model: nn.Module
+    device: torch.device
+    compositions: Mapping[int, Mapping[str, HashAttention]]
+    dense: Mapping[str, cuda_contenders.Dense]
 
 
 @torch.inference_mode()
 def run(
-    sizes: Sequence[tuple[int, int]] = KEYS, *, batches: Sequence[int] | None = None, bits: int = 64,
-    pers: Sequence[str] = ("query_head", "kv_head"), preset: str | None = None, compiled: bool = True, rounds: int = 5,
-    model_size: Llama | None = None, device: str = "cuda", progress: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+    settings: Settings,
+    size: Llama,
+    *,
+    compiled: bool = True,
+    rounds: int = 5,
+    device: str = "cuda",
+    progress: bool = True,
+) -> dict[str, Any]:
     """Check, then decode, greedily, in captured graphs. Weights, keys and values are random: cost, not quality.
 
     Args:
-        sizes: (keys, k).
-        batches: sequences; None for 1 and the most that fit.
-        bits, pers, preset: see compositions(); a preset has its own bits and budget.
+        settings: the cases.
+        size: of the model; Llama-3-8B's is Llama().
         compiled: let torch.compile fuse the model's small operations.
         rounds: of which medians are taken.
-        model_size: Llama-3-8B's by default.
         progress: show a bar, on a terminal.
 
     Returns:
@@ -71,20 +106,12 @@ def run(
         RuntimeError: something is wrong: nothing is measured then.
         ValueError: there is no GPU, engine="gpu" does not serve a composition, or a case does not fit the memory.
     """
-    size, where = model_size or Llama(), torch.device(device)
+    where = torch.device(device)
     with refusals():
-        choices = {k: compositions(k, bits, pers, preset) for _, k in sizes}
+        choices = {k: settings.compositions(k) for _, k in settings.sizes}
         if device == "cuda":
-            need_gpu("--e2e")
-        first = next(iter(choices[sizes[0][1]].values()))
-        for name, attn in choices[sizes[0][1]].items():
-            request = Request(where, size.dtype, 1, size.q_heads, size.kv_heads, size.head_dim)
-            reasons = Gpu().why_not(attn.parts, request)
-            if reasons:
-                raise ValueError(f'--e2e: engine="gpu" does not serve {name}: {"; ".join(reasons)}')
-        assert first.encoder is not None
-        first.encoder.check_fitted()
-        todo = plan(size, first.encoder, sizes, batches, where)
+            need_gpu("bench e2e")
+        first, todo = _planned(settings, choices, size, where)
     notes: dict[str, None] = {}
     # More batches than torch.compile takes by default; a layer that it gave up would be slower than the others.
     limits = torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
@@ -93,13 +120,33 @@ def run(
         model = make_model(size, where)
         if compiled:
             compile_layers(model)
-        dense = _check(model, size, first, where, notes)
+        bench = Bench(size, model, where, choices, _check(model, size, first, where, notes))
         shown.update()
         rows = []
-        for keys, k, batch in todo:
-            rows += _measure(model, size, choices[k], dense, keys, batch, rounds, where)
+        for case in todo:
+            rows += _measure(bench, *case, rounds)
             shown.update()
     return {"model": repr(size), "compiled": compiled, "notes": list(notes), "rows": rows}
+
+
+def _planned(
+    settings: Settings, choices: Mapping[int, Mapping[str, HashAttention]], size: Llama, device: torch.device
+) -> tuple[HashAttention, list[tuple[int, int, int]]]:
+    """A composition that the checks are made with, and (keys, k, batch) of every case.
+
+    Raises:
+        ValueError: a composition that engine="gpu" does not serve, a case that does not fit the memory.
+    """
+    compositions = choices[settings.sizes[0][1]]
+    request = Request(device, size.dtype, 1, size.q_heads, size.kv_heads, size.head_dim)
+    for name, attn in compositions.items():
+        reasons = Gpu().why_not(attn.parts, request)
+        if reasons:
+            raise ValueError(f'bench e2e: engine="gpu" does not serve {name}: {"; ".join(reasons)}')
+    first = next(iter(compositions.values()))
+    assert first.encoder is not None
+    first.encoder.check_fitted()
+    return first, plan(size, first.encoder, settings.sizes, settings.batches, device)
 
 
 def _check(
@@ -126,11 +173,9 @@ def _check(
     return served
 
 
-def _measure(
-    model: nn.Module, size: Llama, attns: Mapping[str, HashAttention], dense: Mapping[str, cuda_contenders.Dense],
-    keys: int, batch: int, rounds: int, device: torch.device,
-) -> list[dict[str, Any]]:  # fmt: skip
-    decoding = Decoding.of(model, batch, device)
+def _measure(bench: Bench, keys: int, k: int, batch: int, rounds: int) -> list[dict[str, Any]]:
+    size, attns, dense, device = bench.size, bench.compositions[k], bench.dense, bench.device
+    decoding = Decoding.of(bench.model, batch, device)
     caches = make_caches(next(iter(attns.values())), size, batch, keys - 1, room=ROOM, device=device)
     layers: dict[str, Layers] = {name: DenseLayers(attend, caches, keys) for name, attend in dense.items()}
     layers["no attention"] = DenseLayers(lambda q, *_: q, caches, keys)
@@ -147,13 +192,17 @@ def _measure(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     others = {name: ms[name] for name in (*dense, "no attention")}
+    case = {"keys": keys, "batch": batch, "kernels": kernels(), "dense": baseline}
+    case |= {"dense_tokens_per_s": batch / ms[baseline] * 1e3, "ceiling": ms[baseline] / ms["no attention"]}
     return [
         {
-            "keys": keys, "batch": batch, "name": name, "composition": repr(attn),
-            "kernels": kernels(), "dense_layers": list(attn.dense_layers), "dense": baseline,
+            **case,
+            "name": name,
+            "composition": repr(attn),
+            "dense_layers": list(attn.dense_layers),
             "ms": others | {"step": ms[name]},
-            "tokens_per_s": batch / ms[name] * 1e3, "dense_tokens_per_s": batch / ms[baseline] * 1e3,
-            "speedup": ms[baseline] / ms[name], "ceiling": ms[baseline] / ms["no attention"],
+            "tokens_per_s": batch / ms[name] * 1e3,
+            "speedup": ms[baseline] / ms[name],
         }
         for name, attn in attns.items()
-    ]  # fmt: skip
+    ]

@@ -9,24 +9,17 @@ from torch import Tensor
 
 from hashattn.attention import HashAttention
 from hashattn.cache.kv_cache import KVCache
-from hashattn.lab.bench.caches import random_cache, twin
+from hashattn.lab.bench.caches import Kind, random_cache, twin
 from hashattn.lab.bench.cuda_contenders import Dense
 from hashattn.lab.bench.e2e_model import Attend, Llama
-from hashattn.ops.decode import Scratch
 
 
 def make_caches(
     attn: HashAttention, size: Llama, batch: int, keys: int, *, room: int, device: torch.device
-) -> list[KVCache]:  # fmt: skip
+) -> list[KVCache]:
     """A cache for each layer, of so many random keys and `room` free columns: no prompt is read."""
-    scratch = Scratch()
-    return [
-        random_cache(
-            attn.layer(i), (batch, size.kv_heads, size.head_dim), keys, capacity=keys + room, scratch=scratch,
-            dtype=size.dtype, seed=i, device=device,
-        )
-        for i in range(size.layers)
-    ]  # fmt: skip
+    kind = Kind((batch, size.kv_heads, size.head_dim), keys, size.dtype, device, room)
+    return [random_cache(attn.layer(i), kind, i) for i in range(size.layers)]
 
 
 class DenseLayers:

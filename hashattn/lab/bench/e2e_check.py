@@ -40,9 +40,7 @@ def check_every_key(decoding: Decoding, contenders: Mapping[str, Layers], caches
         decoding.step(checked)
 
 
-def check_graph(
-    name: str, decoding: Decoding, attend: Layers, keys: int, replay: Callable[[], Tensor]
-) -> None:  # fmt: skip
+def check_graph(name: str, decoding: Decoding, attend: Layers, keys: int, replay: Callable[[], Tensor]) -> None:
     """Compare a few replays of a captured step, which returns logits, with as many steps from Python.
 
     Raises:

@@ -55,10 +55,16 @@ def make_model(size: Llama, device: torch.device) -> nn.Module:
     """The model, made on the device with transformers' own random weights. Its attention is what a step is given."""
     transformers = require("transformers", "hf", "--e2e")
     config = transformers.LlamaConfig(
-        num_hidden_layers=size.layers, hidden_size=size.hidden, num_attention_heads=size.q_heads,
-        num_key_value_heads=size.kv_heads, head_dim=size.head_dim, intermediate_size=size.intermediate,
-        vocab_size=size.vocabulary, max_position_embeddings=1 << 20, rope_theta=500_000.0,
-    )  # fmt: skip
+        num_hidden_layers=size.layers,
+        hidden_size=size.hidden,
+        num_attention_heads=size.q_heads,
+        num_key_value_heads=size.kv_heads,
+        head_dim=size.head_dim,
+        intermediate_size=size.intermediate,
+        vocab_size=size.vocabulary,
+        max_position_embeddings=1 << 20,
+        rope_theta=500_000.0,
+    )
     transformers.AttentionInterface.register(NAME, attention)
     with device:
         model: nn.Module = transformers.AutoModelForCausalLM.from_config(

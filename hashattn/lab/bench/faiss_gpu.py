@@ -63,10 +63,9 @@ def results(query: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def search(faiss: ModuleType, index: Any, query: Tensor, distances: Tensor, ids: Tensor) -> None:
     """Search an index of binary codes for queries, int64 [n, W], in memory that the index can read; see results()."""
-    index.search_c(
-        len(query), faiss.cast_integer_to_uint8_ptr(query.data_ptr()), distances.shape[1],
-        faiss.cast_integer_to_int_ptr(distances.data_ptr()), faiss.cast_integer_to_idx_t_ptr(ids.data_ptr()),
-    )  # fmt: skip
+    asked = faiss.cast_integer_to_uint8_ptr(query.data_ptr())
+    written = faiss.cast_integer_to_int_ptr(distances.data_ptr()), faiss.cast_integer_to_idx_t_ptr(ids.data_ptr())
+    index.search_c(len(query), asked, distances.shape[1], *written)
 
 
 def check(codes: Tensor, query: Tensor, distances: Tensor, ids: Tensor) -> None:

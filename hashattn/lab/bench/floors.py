@@ -21,10 +21,8 @@ class Machine:
 
     def described(self) -> dict[str, Any]:
         """For a results file."""
-        return {
-            "read_GB_per_s": self.read / 1e9, "sm_clock_MHz": self.clock and self.clock / 1e6,
-            "multiprocessors": self.processors,
-        }  # fmt: skip
+        clock = self.clock and self.clock / 1e6
+        return {"read_GB_per_s": self.read / 1e9, "sm_clock_MHz": clock, "multiprocessors": self.processors}
 
     def remarks(self) -> dict[str, None]:
         """What a results file must say besides."""
@@ -69,15 +67,11 @@ def popcounts(case: Case, bits: int, per: str, planes: int = 1) -> int:
     return case.batch * case.q_heads // summed * case.keys * (bits // 32) * counts
 
 
-def floors(
-    case: Case, bits: int, per: str, machine: Machine, reads: Reads, planes: int = 1
-) -> dict[str, float | None]:  # fmt: skip
+def floors(case: Case, bits: int, per: str, machine: Machine, reads: Reads, planes: int = 1) -> dict[str, float | None]:
     """Microseconds: of the bytes, of the popcounts (None without a clock), and the larger of them."""
     read = step_bytes(case, bits, reads) / machine.read * 1e6
     count = None
     if machine.clock is not None:
         count = popcounts(case, bits, per, planes) / (POPCOUNTS * machine.processors * machine.clock) * 1e6
-    return {
-        "byte_floor_us": read, "popcount_floor_us": count, "floor_us": max(read, count or 0.0),
-        "dense_floor_us": case.dense_bytes / machine.read * 1e6,
-    }  # fmt: skip
+    found = {"byte_floor_us": read, "popcount_floor_us": count, "floor_us": max(read, count or 0.0)}
+    return found | {"dense_floor_us": case.dense_bytes / machine.read * 1e6}

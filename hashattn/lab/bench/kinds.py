@@ -1,8 +1,8 @@
-"""`hashattn bench --device cuda --kinds`: what each kind of step that is served on a GPU costs beside TopK's."""
+"""`hashattn bench kinds`: what each kind of step that is served on a GPU costs beside TopK's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hashattn.core.errors import UserError, refusals
 from hashattn.core.progress import bar
-from hashattn.lab.bench.cases import Case
+from hashattn.lab.bench.cases import Case, Settings
 from hashattn.lab.bench.cuda import refuse
 from hashattn.lab.bench.cuda_contenders import row_distances
 from hashattn.lab.bench.cuda_graphs import (
@@ -85,17 +85,12 @@ def radius_for(distances: Tensor, k: int, step: int) -> int:
 
 
 @torch.inference_mode()
-def run(
-    cases: Iterable[Case], *, bits: int = 64, pers: Sequence[str] = ("query_head", "kv_head"), rounds: int = 11,
-    progress: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+def run(cases: Iterable[Case], settings: Settings, *, progress: bool = True) -> dict[str, Any]:
     """Check and measure every kind of step. Keys are random: what is measured is cost, not quality.
 
     Args:
         cases: what to measure.
-        bits: of the codes.
-        pers: of "kv_head" and "query_head": who chooses.
-        rounds: of which medians are taken.
+        settings: how; keys are not clustered.
         progress: show a bar, on a terminal.
 
     Returns:
@@ -107,49 +102,48 @@ def run(
     """
     cases = list(cases)
     with refusals(ValueError):
-        refuse(cases, bits, pers)
+        refuse(cases, settings)
     few = next((case for case in cases if case.k < LEAST), None)
     if few is not None:
-        raise UserError(f"--keys: --kinds keeps at least {LEAST} keys, sinks and recents among them, got {few.k}")
+        raise UserError(f"--keys: bench kinds keeps at least {LEAST} keys, sinks and recents among them, got {few.k}")
     machine = measure_machine()
     notes = machine.remarks()
     rows: list[dict[str, Any]] = []
     for case in bar("hf", "hashattn bench", cases, desc="bench", unit="case", shown=progress):
-        rows += _measure(case, bits, pers, rounds, machine, notes)
+        rows += _measure(case, settings, machine, notes)
         torch.cuda.empty_cache()
     return machine.described() | {"notes": list(notes), "rows": rows}
 
 
-def _measure(
-    case: Case, bits: int, pers: Sequence[str], rounds: int, machine: Machine, notes: dict[str, None]
-) -> list[dict[str, Any]]:
+def _measure(case: Case, settings: Settings, machine: Machine, notes: dict[str, None]) -> list[dict[str, Any]]:
+    bits = settings.bits
     layers = [with_estimate(layer) for layer in make_layers(case, bits, clustered=False, planes=2)]
     by_planes = {1: [with_signs(layer) for layer in layers], 2: layers}
     graphs = dense_graphs(case, layers, turns_of(layers), notes)
     baselines, scratch = tuple(graphs), Scratch()
     measured: dict[tuple[str, str], tuple[Kind, Reads]] = {}
-    for per in pers:
+    for per in settings.pers:
         for name, kind in _served(case, bits, per, layers[0], notes).items():
             own = by_planes[kind.planes]
             step: Step = checked_step(case, rule(case, kind.selector), own, scratch, triton=kind.triton)
             measured[per, name] = kind, reads(case, step, turns_of(own))
             graphs[f"{per} {name}"] = capture_turns(step, turns_of(own))
     calls = len(turns_of(layers))
-    us = take_turns(graphs, calls, rounds)
+    us = take_turns(graphs, calls, settings.rounds)
     baseline = min(baselines, key=lambda name: us[name])
     rows = []
     for (per, name), (kind, read) in measured.items():
         step_us, written_in = us[f"{per} {name}"], "Triton" if kind.triton else kernels()
         in_triton = step_us / us[f"{per} {IN_TRITON}"] if written_in == "Triton" else None
-        rows.append({
-            "shape": case.shape, "batch": case.batch, "keys": case.keys, "k": case.k, "per": per, "bits": bits,
-            "kind": name, "selector": repr(kind.selector), "planes": kind.planes,
-            "kernels": written_in, "layers": len(layers), "calls": calls,
-            "dense": baseline, "us": {b: us[b] for b in baselines} | {"step": step_us},
-            "speedup": us[baseline] / step_us, "of_topk": step_us / us[f"{per} {TOPK}"],
-            "of_topk_in_triton": in_triton, "kept": read.kept, "keys_read": read.keys,
-            "values_read": read.values, **floors(case, bits, per, machine, read, kind.planes),
-        })  # fmt: skip
+        rows.append(
+            case.described(per, bits)
+            | {"kind": name, "selector": repr(kind.selector), "planes": kind.planes, "kernels": written_in}
+            | {"layers": len(layers), "calls": calls, "dense": baseline}
+            | {"us": {b: us[b] for b in baselines} | {"step": step_us}, "speedup": us[baseline] / step_us}
+            | {"of_topk": step_us / us[f"{per} {TOPK}"], "of_topk_in_triton": in_triton}
+            | {"kept": read.kept, "keys_read": read.keys, "values_read": read.values}
+            | floors(case, bits, per, machine, read, kind.planes)
+        )
     return rows
 
 

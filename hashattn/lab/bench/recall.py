@@ -1,4 +1,4 @@
-"""`hashattn bench --recall`: what presets keep of attention, against bytes and microseconds, on the same queries."""
+"""`hashattn bench recall`: what presets keep of attention, against bytes and microseconds, on the same queries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from hashattn.core.types import Step
 from hashattn.lab.bench import recall_steps as steps
 from hashattn.lab.bench.recall_data import SYNTHETIC, Layer, layers_of
 from hashattn.lab.bench.recall_entries import Entry, Memo, entries, shipped_for
-from hashattn.lab.bench.report import say
+from hashattn.lab.kept import Truth, figures
+from hashattn.lab.report import remark
 
 DATA = ("smollm2-135m", SYNTHETIC)
 
@@ -79,13 +80,10 @@ def run(settings: Settings | None = None, *, progress: bool = True) -> dict[str,
     rows: list[dict[str, Any]] = []
     for data in settings.data:
         if progress:
-            say(f"{data}: queries, keys and values of {settings.tokens:,} tokens ...")
+            remark(f"{data}: queries, keys and values of {settings.tokens:,} tokens ...")
         with refusals():
-            layers = layers_of(
-                data, settings.tokens, settings.queries, numbers=settings.layers, text=settings.text,
-                seed=settings.seed,
-            )  # fmt: skip
-        truths = [steps.Truth.of(layer, settings.queries) for layer in layers]
+            layers = layers_of(data, settings.tokens, settings.queries, settings.layers, settings.text, settings.seed)
+        truths = [Truth.of(x.q[:, :, -settings.queries :], x.k, x.v, x.scale) for x in layers]
         memo: Memo = {}
         pretrained = shipped_for(data)
         total = len(listed) * len(layers)
@@ -104,36 +102,19 @@ def run(settings: Settings | None = None, *, progress: bool = True) -> dict[str,
                     finally:
                         torch.set_num_threads(before)
                     handed = decoded.after
-                    measured = {**steps.figures(decoded, truths[i]), **steps.costs(attn, layer, decoded)}
+                    measured = {**figures(decoded.kept, decoded.out, truths[i]), **steps.costs(attn, layer, decoded)}
                     found.append({"layer": layer.number, "weights": weights, **measured})
                     shown.update()
                 rows.append(_row(data, entry, layers, found))
     return {"settings": asdict(settings), "rows": rows, "notes": notes}
 
 
-def budget_of(text: str) -> float | None:
-    """The share of "0.05"; None for "own".
-
-    Raises:
-        ValueError: neither, or a share that is not above 0 and at most 1.
-    """
-    try:
-        budget = None if text == "own" else float(text)
-    except ValueError:
-        budget = 0.0
-    if budget is not None and not 0 < budget <= 1:
-        raise ValueError(f"--budget must be own, or a share above 0 and at most 1, got {text!r}")
-    return budget
-
-
 def _row(data: str, entry: Entry, layers: Sequence[Layer], found: list[dict[str, Any]]) -> dict[str, Any]:
     """A preset on one data set: means over layers."""
     q, k = layers[0].q, layers[0].k
     numbers = [name for name, value in found[0].items() if isinstance(value, int | float) and name != "layer"]
-    return {
-        "data": data, "preset": entry.label, "budget": entry.contender.budget, "keys": k.shape[2],
-        "q_heads": q.shape[1], "kv_heads": k.shape[1], "head_dim": k.shape[3],
-        "weights": ", ".join(dict.fromkeys(one["weights"] for one in found if one["weights"])),
-        "engine": found[0]["engine"], **{name: statistics.fmean(one[name] for one in found) for name in numbers},
-        "layers": found,
-    }  # fmt: skip
+    row = {"data": data, "preset": entry.label, "budget": entry.contender.budget, "keys": k.shape[2]}
+    row |= {"q_heads": q.shape[1], "kv_heads": k.shape[1], "head_dim": k.shape[3]}
+    row["weights"] = ", ".join(dict.fromkeys(one["weights"] for one in found if one["weights"]))
+    row |= {"engine": found[0]["engine"], **{n: statistics.fmean(one[n] for one in found) for n in numbers}}
+    return row | {"layers": found}

@@ -40,15 +40,15 @@ class Layer:
 
 
 def layers_of(
-    name: str, keys: int, queries: int, *, numbers: Sequence[int] | None = None, text: str | None = None, seed: int = 0
-) -> list[Layer]:  # fmt: skip
+    name: str, keys: int, queries: int, numbers: Sequence[int] | None, text: str | None, seed: int
+) -> list[Layer]:
     """The layers of a model, by a name that load() takes, over a text; or one made up, for "synthetic".
 
     Args:
         keys: tokens of the text.
         queries: that will ask, the last ones.
-        numbers: which layers of the model; five of them by default.
-        text: file that is read; Shakespeare by default.
+        numbers: which layers of the model; None for five of them.
+        text: file that is read; None for Shakespeare.
         seed: of the places in the text, or of the synthetic keys.
 
     Raises:
@@ -57,9 +57,7 @@ def layers_of(
     return [synthetic(keys, queries, seed=seed)] if name == SYNTHETIC else captured(name, keys, numbers, text, seed)
 
 
-def synthetic(
-    keys: int, queries: int, *, heads: tuple[int, int] = HEADS, dim: int = DIM, seed: int = 0
-) -> Layer:  # fmt: skip
+def synthetic(keys: int, queries: int, *, heads: tuple[int, int] = HEADS, dim: int = DIM, seed: int = 0) -> Layer:
     """Two offset cones with planted neighbours: 8 a query and head, of many strengths, among keys of one mean.
 
     A few noisy channels dominate the keys, and queries avoid them. No key is asked for twice: past queries say nothing

@@ -53,7 +53,7 @@ class Entry:
 
     def fitted(
         self, layer: Layer, pretrained: Sequence[Pretrained], memo: Memo, *, steps: int, seed: int
-    ) -> tuple[HashAttention, str]:  # fmt: skip
+    ) -> tuple[HashAttention, str]:
         """The composition for a layer, and where its encoder's weights are from: "" where it has none.
 
         Encoders that come with the library serve where they are what the preset would train; else the encoder is

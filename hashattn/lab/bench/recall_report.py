@@ -6,16 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hashattn.core.extras import require
-from hashattn.core.files import replacing
-from hashattn.lab.bench.report import aligned
+from hashattn.lab import report
+from hashattn.lab.report import Row
 
-Row = dict[str, Any]
-
-HEAD = (
-    "preset", "weights", "keys read", "recall", "mass", "/ exact", "error", "B a key", "scan", "read", "us", "dense",
-    "x dense", "best",
-)  # fmt: skip
+_SHARES, _COSTS = ("recall", "mass", "/ exact", "error"), ("B a key", "scan", "read", "us", "dense", "x dense")
+HEAD = ("preset", "weights", "keys read", *_SHARES, *_COSTS, "best")
 NOTE = (
     "Means over layers, queries and query heads; presets without a budget keep their own number of keys.\n"
     "weights: of the encoder: shipped with the library, or fitted or trained here, on another text than is judged.\n"
@@ -36,7 +31,7 @@ def table(rows: Sequence[Row]) -> str:
         block = [HEAD, *(cells(row, rows) for row in sorted_rows(rows, data))]
         first = next(row for row in rows if row["data"] == data)
         shape = f"{first['q_heads']}/{first['kv_heads']} heads of {first['head_dim']}, {first['keys']:,} keys"
-        blocks.append(f"{data}: {shape}\n{aligned(block)}")
+        blocks.append(f"{data}: {shape}\n{report.aligned(block)}")
     return "\n\n".join(blocks)
 
 
@@ -51,12 +46,10 @@ def cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
     best = "".join(letter for letter, cost in COSTS.items() if on_front(row, others, cost))
     budget = "" if row["budget"] is not None else " (own budget)"
     shares = (f"{row[name] / row['dense_bytes']:.3f}" for name in ("scan_bytes", "read_bytes"))
-    return (
-        row["preset"] + budget, row["weights"] or "-", f"{row['keys_read']:.1%}",
-        *(f"{row[name]:.3f}" for name in ("recall", "mass", "relative_mass", "output_error")),
-        f"{row['key_bytes']:.1f}", *shares, f"{row['us']:,.0f}", f"{row['dense_us']:,.0f}",
-        f"{row['dense_us'] / row['us']:.2f}", best or "-",
-    )  # fmt: skip
+    kept = (f"{row[name]:.3f}" for name in ("recall", "mass", "relative_mass", "output_error"))
+    who = row["preset"] + budget, row["weights"] or "-", f"{row['keys_read']:.1%}"
+    times = f"{row['us']:,.0f}", f"{row['dense_us']:,.0f}", f"{row['dense_us'] / row['us']:.2f}"
+    return (*who, *kept, f"{row['key_bytes']:.1f}", *shares, *times, best or "-")
 
 
 def on_front(row: Row, rows: Sequence[Row], cost: str) -> bool:
@@ -78,8 +71,7 @@ def save_plot(rows: Sequence[Row], path: Path) -> None:
         ImportError: matplotlib is missing.
     """
     names = [*dict.fromkeys(row["data"] for row in rows)]
-    module = require("matplotlib.figure", "demo", "--plot")
-    figure = module.Figure(figsize=(17, 6 * len(names)), layout="constrained")
+    figure = report.figure(17, 6 * len(names))
     labels = {"key_bytes": "bytes of codes a key", "read_bytes": "bytes read a step / dense", "us": "us a step"}
     for line, data in zip(figure.subplots(len(names), 3, squeeze=False, sharey="row"), names, strict=True):
         chosen = sorted_rows(rows, data)
@@ -91,8 +83,7 @@ def save_plot(rows: Sequence[Row], path: Path) -> None:
         line[-1].legend(
             loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=7, labelspacing=0.2, title="red here: best by us"
         )
-    with replacing(path) as scratch:
-        figure.savefig(scratch, dpi=110)
+    report.save(figure, path, dpi=110)
 
 
 def _panel(axes: Any, rows: Sequence[Row], cost: str) -> None:

@@ -18,28 +18,9 @@ from hashattn.core.naming import short
 from hashattn.core.types import Output, Selection, Step
 from hashattn.lab.bench.dense import DENSE
 from hashattn.lab.bench.recall_data import Layer
-from hashattn.lab.evaluation.recall import as_mask, relative_mass, top
+from hashattn.lab.kept import kept_by
 
-FIGURES = ("keys_read", "recall", "mass", "relative_mass", "output_error")
 _ROUNDING = 1e-4  # of the largest value: float32 sums in another order
-
-
-@dataclass(frozen=True, eq=False)
-class Truth:
-    """Full attention of the last T positions in float64: p [Hq, T, N], zero where not seen; out [Hq, T, D]."""
-
-    p: Tensor
-    out: Tensor
-
-    @classmethod
-    def of(cls, layer: Layer, tokens: int) -> Truth:
-        """Of a layer's last `tokens` queries."""
-        keys, group = layer.k.shape[2], layer.q.shape[1] // layer.k.shape[1]
-        k, v = (x[0].double().repeat_interleave(group, 0) for x in (layer.k, layer.v))
-        logits = layer.q[0, :, -tokens:].double() @ k.transpose(-1, -2) * layer.scale
-        seen = torch.arange(keys) <= torch.arange(keys - tokens, keys)[:, None]
-        p = logits.masked_fill(~seen, -torch.inf).softmax(-1)
-        return cls(p, p @ v)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,27 +86,6 @@ def decode(attn: HashAttention, layer: Layer, tokens: int, before: Sequence[Step
     return Decoded(kept, torch.stack(outs, 1), statistics.mean(slots), us, dense_us, after)
 
 
-def figures(decoded: Decoded, truth: Truth) -> dict[str, float]:
-    """Means over queries and query heads.
-
-    keys_read: share of the visible keys that are kept, by any way: forced, ranked or drawn.
-    recall: of as many exact top keys, the share that is kept.
-    mass, relative_mass: attention mass of the kept keys, as a share of all and of the exact top keys'.
-    output_error: |out - full attention's| / |full attention's|, 2-norms over all queries and heads.
-    """
-    kept, p = decoded.kept, truth.p
-    count = kept.sum(-1)
-    exact = top(p, count)
-    error = decoded.out.double() - truth.out
-    return {
-        "keys_read": float(count.sum() / (p > 0).sum()),
-        "recall": float(((kept & exact).sum(-1) / count.clamp(min=1)).mean()),
-        "mass": float((p * kept).sum(-1).mean()),
-        "relative_mass": relative_mass(p, kept, exact),
-        "output_error": float(error.norm() / truth.out.norm()),
-    }
-
-
 def costs(attn: HashAttention, layer: Layer, decoded: Decoded) -> dict[str, Any]:
     """Bytes of bfloat16 keys and values as the query plan has them, and median microseconds.
 
@@ -154,12 +114,12 @@ def _mask(selection: Selection | None, cache: KVCache, like: Tensor) -> Tensor:
     """bool [Hq, N] of the keys that one token keeps."""
     if selection is None:
         return (torch.arange(like.shape[-1]) < len(cache)).expand(like.shape[0], -1)
-    return as_mask(selection, like[:, :1])[:, 0]
+    return kept_by(selection, like[:, :1])[:, 0]
 
 
 def _check(
     attn: HashAttention, q: Tensor, cache: KVCache, step: Step, scale: float, output: Output, kept: Tensor
-) -> None:  # fmt: skip
+) -> None:
     """Raise RuntimeError unless the reference does the same."""
     expected, selection = attn.replace(engine="reference").run(q, cache, scale=scale, step=step)
     if not torch.equal(_mask(selection, cache, kept[:, None]), kept):

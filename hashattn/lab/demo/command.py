@@ -6,46 +6,35 @@ import argparse
 from typing import Any
 
 from hashattn.core.errors import UserError, refusals
-from hashattn.lab.bench.report import environment
-from hashattn.lab.commands import Help, add_device, check_file, check_picture, device_of, for_people, write_json
+from hashattn.lab.checks import check_file, check_picture, device_of
+from hashattn.lab.options import add_device, add_model, add_numbers, add_presets, add_words, begin, takes_long
+from hashattn.lab.report import environment, for_people, write_json
 
 
-def add(commands: Any) -> argparse.ArgumentParser:
+def add(commands: Any) -> None:
     """Add the command to argparse's subparsers."""
-    demo: argparse.ArgumentParser = commands.add_parser(
-        "demo", help="find a fact in a long text with full attention and with a preset",
-        description="A fact is placed in a long text and asked for, with full attention and with a preset.",
-        formatter_class=Help,
-    )  # fmt: skip
-    demo.add_argument(
-        "--model", metavar="ID|DIR|GGUF", help="hub id, folder or GGUF file; SmolLM2-135M-Instruct if left out"
+    command = begin(
+        commands,
+        "demo",
+        run,
+        "find a fact in a long text with full attention and with a preset",
+        "A fact is placed in a long text and asked for, with full attention and with a preset.",
     )
-    demo.add_argument(
-        "--preset", default="dashkv_fast", metavar="NAME[:OPTION=X,...]",
-        help="with options, such as simhash_topk:query_bits=4; hashattn presets lists the names",
-    )  # fmt: skip
-    demo.add_argument("--text", metavar="FILE", help="the long text, in UTF-8; Shakespeare if left out")
-    demo.add_argument(
-        "--question", help="your own about the text, in which no fact is placed then; about that fact if left out"
+    left = "nothing was written; the same command begins anew, and a shorter --context takes less time"
+    takes_long(command, left)
+    add_model(command)
+    add_presets(command, "--preset", default="dashkv_fast")
+    own = "your own about the text, in which no fact is placed then; about that fact if left out"
+    fitted = "fitted encoders; those that come with the library for its own model if left out, none for unfitted ones"
+    named = {"text": ("FILE", "the long text, in UTF-8; Shakespeare if left out"), "question": ("QUESTION", own)}
+    add_words(command, named | {"encoder": ("DIR|NAME|none", fitted)})
+    add_numbers(command, int, {"context": "length of the prompt in tokens; about 8000 if left out"})
+    add_numbers(command, float, {"budget": "share of the keys to read; the preset's own if left out"})
+    add_device(command)
+    json = "write all figures to this file, - for standard output"
+    add_words(
+        command, {"json": ("FILE", json), "plot": ("FILE.png", "write the picture of the keys read to this file")}
     )
-    demo.add_argument("--context", type=int, metavar="N", help="length of the prompt in tokens; about 8000 if left out")
-    demo.add_argument(
-        "--budget", type=float, metavar="X", help="share of the keys to read; the preset's own if left out"
-    )
-    demo.add_argument(
-        "--encoder", metavar="DIR|NAME|none",
-        help="fitted encoders; those that come with the library for its own model if left out, none for unfitted ones",
-    )  # fmt: skip
-    add_device(demo)
-    demo.add_argument("--json", metavar="FILE", help="write all figures to this file, - for standard output")
-    demo.add_argument("--plot", metavar="FILE.png", help="write the picture of the keys read to this file")
-    demo.set_defaults(run=run, stopped=stopped)
-    return demo
-
-
-def stopped(arguments: argparse.Namespace) -> str:
-    """What a stopped run leaves, and how to go on."""
-    return "nothing was written; the same command begins anew, and a shorter --context takes less time"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,11 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
         from hashattn.lab.demo.run import run_demo
         from hashattn.lab.demo.show import picture, save_plot, table
 
-    result = run_demo(
-        model=arguments.model, preset=arguments.preset, text=arguments.text, question=arguments.question,
-        context=arguments.context, budget=arguments.budget, encoder=arguments.encoder, device=str(device),
-        progress=not arguments.quiet,
-    )  # fmt: skip
+    names = ("model", "preset", "text", "question", "context", "budget", "encoder")
+    given = {name: getattr(arguments, name) for name in names}
+    result = run_demo(**given, device=str(device), progress=not arguments.quiet)
     try:
         if arguments.json:
             write_json(arguments.json, environment(arguments.command_line, device.type) | result.as_json())

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,9 @@ from hashattn.core.progress import bar
 from hashattn.encoders import AsymmetricHash
 from hashattn.fitted.saving import from_pretrained, shipped
 from hashattn.lab.demo.story import ANSWER, FACT, QUESTION, build_story, contains_answer
+from hashattn.lab.evaluation.contenders import searching
 from hashattn.lab.workload.model import cache_argument, check_source, load
+from hashattn.lab.workload.prefill import ends_of, positions_of, prefill
 from hashattn.lab.workload.texts import read_text
 from hashattn.presets import budget_options
 from hashattn.presets.written import parse
@@ -29,7 +31,6 @@ from hashattn.presets.written import parse
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-CHUNK = 1024
 NEW_TOKENS = 24
 CONTEXT = 8000
 OWN_ENCODERS = {"dashkv": "smollm2-135m", "dashkv_fast": "smollm2-135m-fast"}  # of the model that comes with the demo
@@ -44,10 +45,10 @@ class Contender:
     correct: bool | None  # None if nobody knows the answer
     tokens_per_second: float
     indexing_seconds: float  # once, before its first token
-    keys_read: float  # share of the visible keys
-    bytes_per_step: float
-    code_bytes: int
-    kv_bytes: int
+    keys_read: float = 1.0  # share of the visible keys
+    bytes_per_step: float = 0.0
+    code_bytes: int = 0
+    kv_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,17 @@ class Result:
 
 
 def run_demo(
-    *, model: str | None = None, preset: str = "dashkv_fast", text: str | None = None, question: str | None = None,
-    context: int | None = None, budget: float | None = None, encoder: str | None = None, device: str = "cpu",
+    *,
+    model: str | None = None,
+    preset: str = "dashkv_fast",
+    text: str | None = None,
+    question: str | None = None,
+    context: int | None = None,
+    budget: float | None = None,
+    encoder: str | None = None,
+    device: str = "cpu",
     progress: bool = True,
-) -> Result:  # fmt: skip
+) -> Result:
     """Run the demo; see `hashattn demo --help` for the arguments.
 
     Raises:
@@ -101,8 +109,7 @@ def run_demo(
         ids = story.input_ids.to(device)
         tokens = ids.shape[1]
         attn = composition(name, options, budget, tokens)
-        # "auto" would run dense where that is faster, and show nothing.
-        attn = attn.replace(engine="cpu" if torch.device(device).type == "cpu" else "reference")
+        attn = searching(attn, torch.device(device))
         for each in (HashAttention.from_preset("full"), attn):
             with each.attach(network):  # refuses a model that it cannot serve now, not after the text is read
                 pass
@@ -111,7 +118,10 @@ def run_demo(
         notes.append(f"{passage.name} ends after {tokens:,} tokens, where {context:,} were asked for")
     say(f"{tokens:,} tokens" + ("" if own else f', with one fact in the middle: "{FACT}"'))
 
-    cache, seconds = prefill(network, ids[:, :-1], progress=progress)
+    began = time.perf_counter()
+    with bar("hf", "the demo", total=tokens - 1, desc="reading the text", unit="token", shown=progress) as shown:
+        cache = prefill(network, ids[:, :-1], tick=shown.update)
+    seconds = time.perf_counter() - began
     known = None if own else ANSWER
     full = answer(network, tokenizer, ids, copy.deepcopy(cache), "full attention", known)
     own_cache = answer_with(HashAttention.from_preset("full"), network, tokenizer, ids, cache, "full, our cache", known)
@@ -119,9 +129,19 @@ def run_demo(
     notes += [] if hashed[2] is None else [hashed[2]]
     contenders = (_with_bytes(full, own_cache[0]), own_cache[0], hashed[0])
     return Result(
-        model or "SmolLM2-135M-Instruct", preset, repr(attn), tokens, story.fact_span, asked, seconds,
-        contenders, contenders[0].answer == contenders[-1].answer, hashed[1], tuple(notes), hashed[3],
-    )  # fmt: skip
+        model=model or "SmolLM2-135M-Instruct",
+        preset=preset,
+        composition=repr(attn),
+        tokens=tokens,
+        fact_span=story.fact_span,
+        question=asked,
+        prefill_seconds=seconds,
+        contenders=contenders,
+        agree=contenders[0].answer == contenders[-1].answer,
+        layers=hashed[1],
+        notes=tuple(notes),
+        reads=hashed[3],
+    )
 
 
 def composition(name: str, options: Mapping[str, Any], budget: float | None, tokens: int) -> HashAttention:
@@ -135,7 +155,7 @@ def _tokens(network: PreTrainedModel, context: int | None) -> int:
     Raises:
         ValueError: they are not.
     """
-    limit = getattr(network.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = positions_of(network)
     if context is None:
         return CONTEXT if limit is None else min(CONTEXT, limit - 2 * NEW_TOKENS)
     most = context if limit is None else limit - NEW_TOKENS
@@ -167,25 +187,14 @@ def encoder_options(preset: str, model: str | None, encoder: str | None) -> dict
     return {"pretrained": encoder}
 
 
-@torch.inference_mode()
-def prefill(network: PreTrainedModel, ids: Tensor, *, progress: bool = True) -> tuple[DynamicCache, float]:
-    """Keys and values of a prompt [1, N], computed densely in chunks under a progress bar."""
-    from transformers import DynamicCache
-
-    cache, began = DynamicCache(config=network.config), time.perf_counter()
-    total = ids.shape[1]
-    with bar("hf", "the demo", total=total, desc="reading the text", unit="token", shown=progress) as shown:
-        for first in range(0, ids.shape[1], CHUNK):
-            chunk = ids[:, first : first + CHUNK]
-            network(input_ids=chunk, **{cache_argument(network): cache}, use_cache=True, logits_to_keep=1)
-            shown.update(chunk.shape[1])
-    return cache, time.perf_counter() - began
-
-
 def answer(
-    network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, cache: DynamicCache, name: str,
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    cache: DynamicCache,
+    name: str,
     known: str | None,
-) -> Contender:  # fmt: skip
+) -> Contender:
     """Greedy answer over a prefilled cache; every attended token is timed. The cache is used up."""
     from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
@@ -197,32 +206,33 @@ def answer(
             return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     clock = Clock()
-    eos = network.generation_config.eos_token_id if network.generation_config is not None else None
+    ends = ends_of(network, tokenizer)
     config = GenerationConfig(
         max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=tokenizer.pad_token_id
     )
     began = time.perf_counter()
     with torch.inference_mode():
-        out = network.generate(  # type: ignore[operator]  # transformers' mixin, untyped
-            ids, attention_mask=torch.ones_like(ids), **{cache_argument(network): cache}, generation_config=config,
-            stopping_criteria=StoppingCriteriaList([clock]),
-        )  # fmt: skip
+        given = {cache_argument(network): cache, "attention_mask": torch.ones_like(ids), "generation_config": config}
+        clocks = StoppingCriteriaList([clock])
+        out = network.generate(ids, stopping_criteria=clocks, **given)  # type: ignore[operator]  # an untyped mixin
     new: list[int] = out[0, ids.shape[1] :].tolist()
-    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])}
     cut = next((i for i, token in enumerate(new) if token in ends), len(new))
     text = str(tokenizer.decode(new[:cut], skip_special_tokens=True)).strip()
     steps = [b - a for a, b in itertools.pairwise(clock.ticks)]
     pace = statistics.median(steps)
-    return Contender(
-        name, text, contains_answer(text, known) if known else None, 1 / pace, max(0.0, clock.ticks[0] - began - pace),
-        1.0, 0.0, 0, 0,
-    )  # fmt: skip
+    correct = contains_answer(text, known) if known else None
+    return Contender(name, text, correct, 1 / pace, max(0.0, clock.ticks[0] - began - pace))
 
 
 def answer_with(
-    attn: HashAttention, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor,
-    cache: DynamicCache, name: str, known: str | None,
-) -> tuple[Contender, str, str | None, list[list[int]]]:  # fmt: skip
+    attn: HashAttention,
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    cache: DynamicCache,
+    name: str,
+    known: str | None,
+) -> tuple[Contender, str, str | None, list[list[int]]]:
     """The same with a composition attached: the contender, what ran where, a remark, and which keys were read."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -232,19 +242,15 @@ def answer_with(
         with attn.attach(network, trace=True) as handle:  # once more for the picture: counting reads takes time
             answer(network, tokenizer, ids, copy.deepcopy(cache), name, known)
             reads = handle.reads().tolist()
-    seen = Contender(
-        **{
-            **asdict(contender), "keys_read": report.keys_read, "bytes_per_step": report.bytes_per_step,
-            "code_bytes": report.code_bytes, "kv_bytes": report.kv_bytes,
-        }
-    )  # fmt: skip
+    seen = replace(contender, keys_read=report.keys_read, bytes_per_step=report.bytes_per_step)
+    seen = replace(seen, code_bytes=report.code_bytes, kv_bytes=report.kv_bytes)
     note = next((str(w.message) for w in caught if issubclass(w.category, UserWarning)), None)
     return seen, str(report), note, reads
 
 
 def _with_bytes(plain: Contender, measured: Contender) -> Contender:
     """The unattached model reads what full attention reads; it has no report of its own."""
-    return Contender(**{**asdict(plain), "bytes_per_step": measured.bytes_per_step, "kv_bytes": measured.kv_bytes})
+    return replace(plain, bytes_per_step=measured.bytes_per_step, kv_bytes=measured.kv_bytes)
 
 
 def _say(line: str) -> None:

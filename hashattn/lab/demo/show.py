@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 
 from hashattn.core.extras import require
-from hashattn.core.files import replacing
+from hashattn.lab import report
 from hashattn.lab.demo.run import Contender, Result
 
 SHADES = " .:-=+*#%@"
@@ -27,10 +27,7 @@ def table(result: Result) -> str:
         ["building the index, once", *(f"{c.indexing_seconds:.2f} s" for c in result.contenders[2:])],
     ]
     rows[-1][1:1] = ["none", "none"]
-    widths = [max(len(row[i]) for row in [names, *rows]) for i in range(len(names))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [names, *rows]]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in lines)
+    return report.aligned([names, *rows], left=True)
 
 
 def picture(result: Result, *, width: int = 72) -> str:
@@ -52,24 +49,21 @@ def save_plot(result: Result, path: str | Path) -> None:
     Raises:
         ImportError: matplotlib is missing.
     """
-    figure_module = require("matplotlib.figure", "demo", "--plot")
     colors = require("matplotlib.colors", "demo", "--plot")
     width = min(400, len(result.reads[0]))
     rows = [_bins(counts, width) for counts in result.reads]
-    figure = figure_module.Figure(figsize=(11, 0.8 + 0.16 * len(rows)), layout="constrained")
+    figure = report.figure(11, 0.8 + 0.16 * len(rows))
     axes = figure.subplots()
-    image = axes.imshow(
-        [[1 + value for value in row] for row in rows], aspect="auto", cmap="magma", interpolation="nearest",
-        norm=colors.LogNorm(), extent=(0, len(result.reads[0]), len(rows) - 0.5, -0.5),
-    )  # fmt: skip
+    place = {"aspect": "auto", "extent": (0, len(result.reads[0]), len(rows) - 0.5, -0.5)}
+    shades = {"norm": colors.LogNorm(), "cmap": "magma", "interpolation": "nearest"}
+    image = axes.imshow([[1 + value for value in row] for row in rows], **place, **shades)
     if result.fact_span is not None:
         axes.axvspan(*result.fact_span, color="#38d9ff", alpha=0.9, lw=0)
         axes.set_title(f"Keys read by {result.preset} while answering; the fact stands at the blue line", fontsize=10)
     axes.set_xlabel("position in the text (tokens)")
     axes.set_ylabel("layer")
     figure.colorbar(image, ax=axes, label="reads per bin, all heads (1 = none)")
-    with replacing(path) as scratch:
-        figure.savefig(scratch, dpi=130)
+    report.save(figure, path)
 
 
 def _bins(counts: list[int], width: int) -> list[float]:

@@ -12,9 +12,10 @@ from torch import Tensor
 from hashattn.core.errors import refusals
 from hashattn.core.progress import bar
 from hashattn.lab.evaluation.benchmarks import Asked
-from hashattn.lab.evaluation.contenders import FULL, Contender
-from hashattn.lab.evaluation.continuation import looks_back, prefill, reads_of
+from hashattn.lab.evaluation.contenders import FULL, Contender, searching
+from hashattn.lab.evaluation.continuation import looks_back, reads_of
 from hashattn.lab.workload.model import cache_argument
+from hashattn.lab.workload.prefill import ends_of, positions_of, prefill
 from hashattn.lab.workload.prompt import beginning, encode, frame
 
 if TYPE_CHECKING:
@@ -22,9 +23,13 @@ if TYPE_CHECKING:
 
 
 def run(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked], entries: Sequence[Contender],
-    *, progress: bool = False,
-) -> list[dict[str, Any]]:  # fmt: skip
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Asked],
+    entries: Sequence[Contender],
+    *,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
     """Ask every question of full attention and of every contender; prompts are prefilled densely, once.
 
     Returns:
@@ -44,10 +49,9 @@ def run(
         for number, (question, ids) in enumerate(zip(asked, prompts, strict=True)):
             shown.set_description(f"{question.benchmark} {question.task}")
             cache = prefill(model, ids[:, :-1])
-            said: dict[str, Any] = {
-                "part": "benchmarks", "task": f"{question.benchmark} {question.task}", "unit": number,
-                "question": question.name, "tokens": None, "length": ids.shape[1], "protocol": "", "seed": 0,
-            }  # fmt: skip
+            said: dict[str, Any] = {"part": "benchmarks", "task": f"{question.benchmark} {question.task}"}
+            said |= {"unit": number, "question": question.name, "tokens": None, "length": ids.shape[1]}
+            said |= {"protocol": "", "seed": 0}
             for entry in (None, *entries):
                 answer, reads = _answer(model, tokenizer, ids, cache, question.tokens, entry)
                 who: dict[str, Any] = {"contender": FULL, "budget": None, "dense": "", "bits": None}
@@ -74,7 +78,7 @@ def prompt_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, quest
         opening, _ = frame(tokenizer, "")
         closing = encode(tokenizer, _turn_end(tokenizer))
     body = encode(tokenizer, question.prompt)
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = positions_of(model)
     room = None if limit is None else limit - question.tokens - len(opening) - len(closing)
     if room is not None and room < 2:
         raise ValueError(f"the model's {limit} positions leave no room for a prompt beside {question.tokens} tokens")
@@ -92,9 +96,13 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @torch.inference_mode()
 def _answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor, cache: DynamicCache, tokens: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    cache: DynamicCache,
+    tokens: int,
     entry: Contender | None,
-) -> tuple[str, dict[str, float]]:  # fmt: skip
+) -> tuple[str, dict[str, float]]:
     """Greedy answer over a copy of a cache of all but the prompt's last token, and what was read a step."""
     from transformers import GenerationConfig
 
@@ -102,7 +110,7 @@ def _answer(
     config = GenerationConfig(
         max_new_tokens=tokens,
         do_sample=False,
-        eos_token_id=_ends(model, tokenizer),
+        eos_token_id=ends_of(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
 
@@ -113,18 +121,9 @@ def _answer(
 
     if entry is None:
         return write(copy.deepcopy(cache)), {}
-    engine = "cpu" if model.device.type == "cpu" else "reference"
-    attn = entry.composition(ids.shape[1]).replace(engine=engine)
+    attn = searching(entry.composition(ids.shape[1]), model.device)
     with attn.attach(model) as handle:
         own = prefill(model, ids[:, :-1]) if looks_back(attn) else copy.deepcopy(cache)
         handle.reset_report()
         answer, report = write(own), handle.report()
     return answer, reads_of(report)
-
-
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a text, for the tokenizer or for the model."""
-    config = model.generation_config
-    own = config.eos_token_id if config is not None else None
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    return sorted(end for end in ends if isinstance(end, int))

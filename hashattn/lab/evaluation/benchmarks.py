@@ -28,21 +28,25 @@ LONGBENCH = {
         "You are given a story, which can be either a novel or a movie script, and a question. Answer the question "
         "asconcisely as you can, using a single phrase if possible. Do not provide any explanation.\n\nStory: {context}"
         "\n\nNow, answer the question based on the story asconcisely as you can, using a single phrase if possible. Do "
-        "not provide any explanation.\n\nQuestion: {input}\n\nAnswer:", 128,
+        "not provide any explanation.\n\nQuestion: {input}\n\nAnswer:",
+        128,
     ),
     "qasper": (
         "You are given a scientific article and a question. " + _BRIEFLY + "\n\nArticle: {context}\n\n Answer the "
-        "question based on the above article as" + _BRIEFLY.removeprefix("Answer the question as") +
-        "\n\nQuestion: {input}\n\nAnswer:", 128,
+        "question based on the above article as"
+        + _BRIEFLY.removeprefix("Answer the question as")
+        + "\n\nQuestion: {input}\n\nAnswer:",
+        128,
     ),
     "multifieldqa_en": (
         "Read the following text and answer briefly.\n\n{context}\n\nNow, answer the following question based on the "
-        "above text, only give me the answer and do not output any other words.\n\nQuestion: {input}\nAnswer:", 64,
+        "above text, only give me the answer and do not output any other words.\n\nQuestion: {input}\nAnswer:",
+        64,
     ),
     "hotpotqa": (_SHORT, 32),
     "2wikimqa": (_SHORT, 32),
     "musique": (_SHORT, 32),
-}  # fmt: skip
+}
 RULER_TOKENS = 128  # of an answer
 
 

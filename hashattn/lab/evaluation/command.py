@@ -11,87 +11,74 @@ import torch
 
 from hashattn.core.errors import refusals
 from hashattn.core.extras import require
-from hashattn.core.files import replacing
-from hashattn.lab.bench.report import environment
-from hashattn.lab.commands import (
-    DTYPES,
-    Help,
-    add_device,
-    check_file,
-    check_folder,
-    device_of,
-    for_people,
-    share_or_own,
-    write_json,
-)
+from hashattn.lab.checks import check_file, check_folder, device_of
 from hashattn.lab.evaluation.contenders import Contender, contenders
 from hashattn.lab.evaluation.run import PARTS, Settings
+from hashattn.lab.options import (
+    DTYPES,
+    add_choices,
+    add_device,
+    add_model,
+    add_numbers,
+    add_presets,
+    add_share,
+    add_words,
+    begin,
+    from_options,
+    takes_long,
+)
+from hashattn.lab.report import environment, for_people, write_json, write_text
 from hashattn.lab.workload.retrieval import TASKS
 
 
-def add(commands: Any) -> argparse.ArgumentParser:
+def add(commands: Any) -> None:
     """Add the command to argparse's subparsers."""
     default = Settings()
-    each: argparse.ArgumentParser = commands.add_parser(
-        "eval", help="judge presets on a model: recall, mass, perplexity, retrieval",
-        description="Judges presets on a model, always beside full attention and exact top-k: what they keep of its "
+    command = begin(
+        commands,
+        "eval",
+        run,
+        "judge presets on a model: recall, mass, perplexity, retrieval",
+        "Judges presets on a model, always beside full attention and exact top-k: what they keep of its "
         "attention, what they do to its perplexity, and whether it still finds what stands in a long text.",
-        formatter_class=Help,
-    )  # fmt: skip
-    each.add_argument("--model", metavar="ID|DIR|GGUF",
-                      help="hub id, folder, GGUF file or gemma-3-270m; SmolLM2-135M-Instruct if left out")  # fmt: skip
-    each.add_argument(
-        "--preset", "--presets", dest="presets", nargs="+", default=["dashkv_fast"], metavar="NAME[:OPTION=X,...]",
-        help="with options, such as simhash_topk:query_bits=4; hashattn presets lists the names",
-    )  # fmt: skip
-    each.add_argument("--budget", type=share_or_own, nargs="+", default=[0.05], metavar="X|own",
-                      help="shares of the keys; own is each preset's own")  # fmt: skip
-    each.add_argument("--dense-layers", nargs="+", default=["preset"], metavar="preset|none|0,1,-1",
-                      help="layers that attend densely: the preset's own, none, or these")  # fmt: skip
-    each.add_argument("--encoder", metavar="DIR|NAME", help="fitted encoders, for the presets that take some")
-    each.add_argument("--rows", nargs="+", choices=PARTS, default=None, metavar="PART",
-                      help=f"which parts: {', '.join(PARTS)}; all if left out, none beside benchmarks")  # fmt: skip
-    each.add_argument("--tokens", type=int, nargs="+", default=[*default.tokens], metavar="N",
-                      help="lengths of windows and prompts, in tokens")  # fmt: skip
-    each.add_argument(
-        "--windows", type=int, default=default.windows, metavar="N", help="windows of text, of each length and seed"
     )
-    each.add_argument("--questions", type=int, default=default.questions, metavar="N",
-                      help="questions of each task, length and seed; needles stand at as many depths")  # fmt: skip
-    each.add_argument("--tasks", nargs="+", choices=TASKS, default=[*default.tasks], metavar="TASK",
-                      help=f"tasks of retrieval, of {', '.join(TASKS)}")  # fmt: skip
-    each.add_argument("--seeds", type=int, nargs="+", default=[*default.seeds], metavar="N",
-                      help="seeds of places in the text, questions and random encoders")  # fmt: skip
-    each.add_argument("--sparse", type=int, default=default.sparse, metavar="N",
-                      help="tokens at the end of a window that are predicted by sparse attention")  # fmt: skip
-    each.add_argument("--simulate", action="store_true",
-                      help="perplexity of whole windows, every position sparse")  # fmt: skip
-    each.add_argument("--decoded", type=int, default=default.decoded, metavar="N",
-                      help="tokens that the model writes after a window, for recall on decoded keys")  # fmt: skip
-    each.add_argument("--queries", type=int, default=default.queries, metavar="N",
-                      help="queries that recall is measured with, of the last positions")  # fmt: skip
-    each.add_argument(
-        "--layers", type=int, nargs="+", metavar="I", help="layers for recall; all of full attention if left out"
-    )
-    each.add_argument("--text", metavar="FILE", help="what is evaluated on; Shakespeare if left out")
-    for name, place, end in (("from", 0.0, "begin"), ("to", 1.0, "end")):
-        each.add_argument(f"--{name}", type=float, default=place, metavar="X", dest=end,
-                          help=f"where in the text to {end}, 0 its start and 1 its end")  # fmt: skip
-    each.add_argument("--longbench", nargs="+", metavar="FILE.jsonl", help="files of LongBench's QA tasks")
-    each.add_argument("--ruler", nargs="+", metavar="FILE.jsonl", help="files of RULER")
-    add_device(each)
-    each.add_argument("--dtype", choices=DTYPES, default="float32",
-                      help="of the model's weights; small differences are judged in float32 only")  # fmt: skip
-    each.add_argument("--json", metavar="FILE", help="write all figures to this file, - for standard output")
-    each.add_argument("--markdown", metavar="FILE", help="write the tables to this file")
-    each.add_argument("--plot", metavar="DIR", help="write pictures to this folder")
-    each.set_defaults(run=run, stopped=stopped)
-    return each
-
-
-def stopped(arguments: argparse.Namespace) -> str:
-    """What a stopped evaluation leaves, and how to go on."""
-    return "nothing was written; the same command begins anew, fewer --windows, --questions or --rows take less time"
+    left = "nothing was written; the same command begins anew, fewer --windows, --questions or --rows take less time"
+    takes_long(command, left)
+    add_model(command)
+    add_presets(command, "--preset", "--presets", dest="presets", nargs="+", default=["dashkv_fast"])
+    add_choices(command, [0.05])
+    parts = f"which parts: {', '.join(PARTS)}; all if left out, none beside benchmarks"
+    command.add_argument("--rows", nargs="+", choices=PARTS, metavar="PART", help=parts)
+    tasks = f"tasks of retrieval, of {', '.join(TASKS)}"
+    command.add_argument("--tasks", nargs="+", choices=TASKS, default=default.tasks, metavar="TASK", help=tasks)
+    several = {
+        "tokens": "lengths of windows and prompts, in tokens",
+        "seeds": "seeds of places in the text, questions and random encoders",
+    }
+    add_numbers(command, int, several, default, nargs="+")
+    numbers = {
+        "windows": "windows of text, of each length and seed",
+        "questions": "questions of each task, length and seed; needles stand at as many depths",
+        "sparse": "tokens at the end of a window that are predicted by sparse attention",
+        "decoded": "tokens that the model writes after a window, for recall on decoded keys",
+        "queries": "queries that recall is measured with, of the last positions",
+    }
+    add_numbers(command, int, numbers, default)
+    add_numbers(command, int, {"layers": "layers for recall; all of full attention if left out"}, nargs="+")
+    command.add_argument("--simulate", action="store_true", help="perplexity of whole windows, every position sparse")
+    add_words(command, {"text": ("FILE", "what is evaluated on; Shakespeare if left out")})
+    add_share(command, 0.0, 1.0)
+    files = {"longbench": "files of LongBench's QA tasks", "ruler": "files of RULER"}
+    add_words(command, {name: ("FILE.jsonl", meaning) for name, meaning in files.items()}, nargs="+")
+    add_device(command)
+    weights = "of the model's weights; small differences are judged in float32 only"
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help=weights)
+    written = {
+        "json": ("FILE", "write all figures to this file, - for standard output"),
+        "markdown": ("FILE", "write the tables to this file"),
+        "plot": ("DIR", "write pictures to this folder"),
+    }
+    add_words(command, written)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -127,16 +114,13 @@ def run(arguments: argparse.Namespace) -> int:
     say = for_people(arguments.json)
     try:
         if arguments.json:
-            said = {
-                "model": name_of(arguments.model), "dtype": arguments.dtype, "text": text.name, "sha256": text.sha256,
-                "share": [arguments.begin, arguments.end], "encoder": arguments.encoder, "notes": notes,
-                "settings": asdict(settings),
-            }  # fmt: skip
             about = environment(arguments.command_line, device.type)
-            write_json(arguments.json, about | said | {"rows": rows, "records": records})
+            about |= {"model": name_of(arguments.model), "dtype": arguments.dtype, "text": text.name}
+            about |= {"sha256": text.sha256, "share": [arguments.begin, arguments.end], "encoder": arguments.encoder}
+            about |= {"notes": notes, "settings": asdict(settings)}
+            write_json(arguments.json, about | {"rows": rows, "records": records})
         if arguments.markdown:
-            with replacing(arguments.markdown) as scratch:
-                scratch.write_text(tables + "\n", encoding="utf-8")
+            write_text(arguments.markdown, tables + "\n")
     finally:  # what was measured is shown, whether or not it could be written
         say(f"\n{tables}")
         for note in notes:
@@ -149,12 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _checked(arguments: argparse.Namespace) -> tuple[Settings, list[Contender]]:
     """What is measured on what, once nothing of the arguments that needs no model is in the way."""
-    settings = Settings(
-        parts=PARTS if arguments.rows is None else tuple(arguments.rows), tokens=tuple(arguments.tokens),
-        windows=arguments.windows, questions=arguments.questions, tasks=tuple(arguments.tasks),
-        seeds=tuple(arguments.seeds), sparse=arguments.sparse, simulate=arguments.simulate, decoded=arguments.decoded,
-        queries=arguments.queries, layers=None if arguments.layers is None else tuple(arguments.layers),
-    )  # fmt: skip
+    settings = from_options(Settings, arguments, parts=tuple(arguments.rows or PARTS))
     entries = contenders(arguments.presets, arguments.budget, arguments.dense_layers, arguments.encoder)
     check_file("json", arguments.json, stdout=True)
     check_file("markdown", arguments.markdown)

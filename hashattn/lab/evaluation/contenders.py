@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from hashattn.attention import HashAttention
 from hashattn.encoders.learned import LearnedHash
 from hashattn.fitted.saving import from_pretrained
@@ -58,10 +60,17 @@ class Contender:
         return self.label, self.budget, self.dense
 
 
+def searching(attn: HashAttention, device: torch.device) -> HashAttention:
+    """With an engine that searches whatever the length: "auto" would run dense where that is faster."""
+    return attn.replace(engine="cpu" if device.type == "cpu" else "reference")
+
+
 def contenders(
-    presets: Sequence[str], budgets: Sequence[float | None], dense: Sequence[str] = ("preset",),
+    presets: Sequence[str],
+    budgets: Sequence[float | None],
+    dense: Sequence[str] = ("preset",),
     pretrained: str | None = None,
-) -> list[Contender]:  # fmt: skip
+) -> list[Contender]:
     """Every preset at every budget with every choice of dense layers, and exact top-k first, to compare with.
 
     A preset that takes no budget is there once, with its own.

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from hashattn.attention import HashAttention
 from hashattn.lab.workload.model import cache_argument
+from hashattn.lab.workload.prefill import prefill
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
     from hashattn.integrations.transformers import Report
-
-CHUNK = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,18 +52,6 @@ class Verdict:
     nll: float
     correct: bool
     reads: dict[str, float]
-
-
-@torch.inference_mode()
-def prefill(model: PreTrainedModel, ids: Tensor, cache: DynamicCache | None = None) -> DynamicCache:
-    """Keys and values of ids [1, N], computed densely in chunks; behind those of a copy of `cache`, if given."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config) if cache is None else copy.deepcopy(cache)
-    for first in range(0, ids.shape[1], CHUNK):
-        chunk = ids[:, first : first + CHUNK].to(model.device)
-        model(input_ids=chunk, **{cache_argument(model): cache}, use_cache=True, logits_to_keep=1)
-    return cache
 
 
 def last(text: Tensor, cache: DynamicCache, ids: Tensor, targets: Tensor) -> Continuation:
@@ -117,10 +104,13 @@ def _decoded(model: PreTrainedModel, continuation: Continuation, attn: HashAtten
 def reads_of(report: Report) -> dict[str, float]:
     """Figures of what was read and ranked: shares, keys and bytes."""
     return {
-        "searched": report.searched / max(1, report.positions), "keys_ranked": report.keys_ranked,
-        "keys_read": report.keys_read, "sparse_keys_read": report.sparse_keys_read,
-        "bytes_read": report.bytes_per_step, "dense_bytes": report.dense_bytes_per_step,
-    }  # fmt: skip
+        "searched": report.searched / max(1, report.positions),
+        "keys_ranked": report.keys_ranked,
+        "keys_read": report.keys_read,
+        "sparse_keys_read": report.sparse_keys_read,
+        "bytes_read": report.bytes_per_step,
+        "dense_bytes": report.dense_bytes_per_step,
+    }
 
 
 def _verdict(logits: Tensor, targets: Tensor, reads: dict[str, float]) -> Verdict:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hashattn.core.extras import require
-from hashattn.core.files import replacing
+from hashattn.lab import report
 from hashattn.lab.evaluation.statistics import mean_interval
 
 Rows = Sequence[dict[str, Any]]
@@ -23,7 +22,6 @@ def save_pictures(records: Rows, rows: Rows, folder: str | Path) -> list[Path]:
     Raises:
         ImportError: matplotlib is missing.
     """
-    module = require("matplotlib.figure", "demo", "--plot")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = [row for row in rows if row["part"] == "tensors"]
@@ -36,11 +34,11 @@ def save_pictures(records: Rows, rows: Rows, folder: str | Path) -> list[Path]:
     written = []
     for name, there, draw in wanted:
         if there:
-            figure = module.Figure(figsize=(8, 5), layout="constrained")
+            figure = report.figure(8, 5)
             draw(figure.subplots())
             written.append(_save(figure, folder / f"{name}.png"))
     if needles:
-        written.append(_save(_grid(module, needles), folder / "needle-accuracy.png"))
+        written.append(_save(_grid(needles), folder / "needle-accuracy.png"))
     return written
 
 
@@ -84,10 +82,10 @@ def _needles(axes: Any, records: Rows) -> None:
     axes.legend(fontsize=8)
 
 
-def _grid(module: Any, records: Rows) -> Any:
+def _grid(records: Rows) -> Any:
     """Accuracy by depth and length, a panel for each contender."""
     groups = _by_contender(records)
-    figure = module.Figure(figsize=(max(6, 2.6 * len(groups)), 3.6), layout="constrained")
+    figure = report.figure(max(6, 2.6 * len(groups)), 3.6)
     lengths, depths = sorted({r["tokens"] for r in records}), sorted({r["depth"] for r in records})
     image = None
     for axes, (label, chosen) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
@@ -118,6 +116,5 @@ def _by_contender(records: Rows) -> dict[str, list[dict[str, Any]]]:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    with replacing(path) as scratch:
-        figure.savefig(scratch, dpi=130)
+    report.save(figure, path)
     return path

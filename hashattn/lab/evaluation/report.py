@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from hashattn.lab import report
 from hashattn.lab.evaluation.statistics import Interval, mean_interval, share_interval
 
 GROUP = ("part", "task", "protocol", "tokens", "contender", "budget", "dense", "bits")
 SUCCESSES = ("correct",)  # zeros and ones
-SHARES = (
-    "keys_read", "sparse_keys_read", "searched", "recall", "mass", "relative_mass", "ranked_recall", "ranked_mass",
-    "recall_at_100", "recall_prefill", "recall_decoded", "f1", "match",
-)  # fmt: skip
+_KEPT = ("keys_read", "sparse_keys_read", "searched", "recall", "mass", "relative_mass", "ranked_recall")
+SHARES = (*_KEPT, "ranked_mass", "recall_at_100", "recall_prefill", "recall_decoded", "f1", "match")
 NOTE = (
     "Means with 95% confidence intervals over windows or questions and seeds: Student's t, and Wilson's for "
     "accuracies. Keys read counts every key whose value is read, forced keys and the middle tier included; bytes are "
@@ -20,21 +19,37 @@ NOTE = (
     "Keys ranked are those that a head keeps beyond the forced ones, mean over the positions that were searched."
 )
 TITLES = {
-    "keys_read": "keys read", "keys_ranked": "keys ranked",
-    "sparse_keys_read": "in sparse layers", "recall": "recall@k", "mass": "mass kept",
-    "relative_mass": "mass / exact top-k's", "output_error": "output error", "ranked_recall": "encoder's recall",
-    "ranked_mass": "encoder's mass / exact", "recall_at_100": "recall@100", "recall_prefill": "recall, prefill keys",
-    "recall_decoded": "recall, decoded keys", "drift": "drift", "ratio": "perplexity ratio",
-    "ratio_above_exact": "minus exact top-k's", "bytes_read": "MB a token", "correct": "accuracy", "nll": "NLL",
-    "nll_above_full": "NLL above full", "nll_above_exact": "above exact top-k", "f1": "F1", "match": "match",
-}  # fmt: skip
+    "keys_read": "keys read",
+    "keys_ranked": "keys ranked",
+    "sparse_keys_read": "in sparse layers",
+    "recall": "recall@k",
+    "mass": "mass kept",
+    "relative_mass": "mass / exact top-k's",
+    "output_error": "output error",
+    "ranked_recall": "encoder's recall",
+    "ranked_mass": "encoder's mass / exact",
+    "recall_at_100": "recall@100",
+    "recall_prefill": "recall, prefill keys",
+    "recall_decoded": "recall, decoded keys",
+    "drift": "drift",
+    "ratio": "perplexity ratio",
+    "ratio_above_exact": "minus exact top-k's",
+    "bytes_read": "MB a token",
+    "correct": "accuracy",
+    "nll": "NLL",
+    "nll_above_full": "NLL above full",
+    "nll_above_exact": "above exact top-k",
+    "f1": "F1",
+    "match": "match",
+}
+_READ = ("keys_read", "keys_ranked")
+_RANKED = ("ranked_recall", "ranked_mass", "recall_at_100")
 COLUMNS = {
-    "tensors": ("keys_read", "keys_ranked", "recall", "relative_mass", "output_error", "ranked_recall", "ranked_mass",
-                "recall_at_100", "drift"),
-    "perplexity": ("ratio", "ratio_above_exact", "keys_read", "keys_ranked", "sparse_keys_read", "bytes_read"),
-    "retrieval": ("correct", "nll", "nll_above_full", "nll_above_exact", "keys_read", "keys_ranked", "bytes_read"),
-    "benchmarks": ("f1", "match", "keys_read", "keys_ranked", "bytes_read"),
-}  # fmt: skip
+    "tensors": (*_READ, "recall", "relative_mass", "output_error", *_RANKED, "drift"),
+    "perplexity": ("ratio", "ratio_above_exact", *_READ, "sparse_keys_read", "bytes_read"),
+    "retrieval": ("correct", "nll", "nll_above_full", "nll_above_exact", *_READ, "bytes_read"),
+    "benchmarks": ("f1", "match", *_READ, "bytes_read"),
+}
 
 
 def summarise(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -86,9 +101,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         lines += [f"### {', '.join([task or part, *([protocol] if protocol else []), *length])}", ""]
         columns = [c for c in COLUMNS[part] if any(c in row["figures"] for row in members)]
         head = ["", "budget", "dense layers", *(TITLES[c] for c in columns)]
-        lines += [_line(head), _line(["---"] * len(head))]
-        lines += [_line([*_who(row), *(_cell(c, row["figures"].get(c)) for c in columns)]) for row in members]
-        lines.append("")
+        cells = [[*_who(row), *(_cell(c, row["figures"].get(c)) for c in columns)] for row in members]
+        lines += [report.markdown([head, *cells]), ""]
     return "\n".join([*lines, NOTE])
 
 
@@ -109,7 +123,3 @@ def _cell(name: str, figure: dict[str, Any] | None) -> str:
     if figure["low"] is None or name == "bytes_read":
         return mean
     return f"{mean} ({figure['low'] * scale:.{digits}f} to {figure['high'] * scale:.{digits}f})"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hashattn.lab.evaluation.continuation import Continuation, last, prefill
+from hashattn.lab.evaluation.continuation import Continuation, last
+from hashattn.lab.workload.prefill import prefill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

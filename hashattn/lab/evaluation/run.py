@@ -13,8 +13,9 @@ from hashattn.attention import HashAttention
 from hashattn.core.errors import refusals
 from hashattn.core.progress import bar
 from hashattn.lab.evaluation import perplexity, retrieval, tensors
-from hashattn.lab.evaluation.contenders import EXACT, FULL, Contender
+from hashattn.lab.evaluation.contenders import EXACT, FULL, Contender, searching
 from hashattn.lab.evaluation.continuation import judge, looks_back
+from hashattn.lab.workload.prefill import positions_of
 from hashattn.lab.workload.retrieval import TASKS, Question
 from hashattn.lab.workload.texts import Text, windows
 
@@ -101,9 +102,14 @@ class Unit:
 
 
 def run(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, entries: Sequence[Contender],
-    settings: Settings, *, progress: bool = False,
-) -> list[Record]:  # fmt: skip
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    entries: Sequence[Contender],
+    settings: Settings,
+    *,
+    progress: bool = False,
+) -> list[Record]:
     """Measure everything; a record for each unit, contender and protocol.
 
     Args:
@@ -137,12 +143,12 @@ def run(
 
 
 def _check(model: PreTrainedModel, entries: Sequence[Contender], settings: Settings) -> None:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = positions_of(model)
     longest = max(settings.tokens) + (settings.decoded if "tensors" in settings.parts else 16)
     if limit is not None and longest > limit:
         rest = longest - max(settings.tokens)
-        raise ValueError(f"tokens must be at most {limit - rest} for this model ({limit} positions, {rest} of them for "
-                         f"what it writes), got {max(settings.tokens)}")  # fmt: skip
+        said = f"({limit} positions, {rest} of them for what it writes)"
+        raise ValueError(f"tokens must be at most {limit - rest} for this model {said}, got {max(settings.tokens)}")
     for entry in entries:
         attn = entry.composition(settings.tokens[0])
         if attn.index is not None:
@@ -156,9 +162,12 @@ def _check(model: PreTrainedModel, entries: Sequence[Contender], settings: Setti
 
 
 def _units(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Text, entries: Sequence[Contender],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    entries: Sequence[Contender],
     settings: Settings,
-) -> Iterator[Unit]:  # fmt: skip
+) -> Iterator[Unit]:
     from hashattn.integrations.transformers.capture import capturable
 
     for seed in settings.seeds:
@@ -208,10 +217,8 @@ def _retrieval(model: PreTrainedModel, unit: Unit, entries: Judged, settings: Se
         for entry, attn in entries:
             verdict = judge(model, continuation, attn)
             tick()
-            values = {
-                "nll": verdict.nll, "correct": int(verdict.correct), "nll_above_full": verdict.nll - full.nll,
-                **verdict.reads,
-            }  # fmt: skip
+            values = {"nll": verdict.nll, "correct": int(verdict.correct), **verdict.reads}
+            values["nll_above_full"] = verdict.nll - full.nll
             mine.append(_record(unit, entry, protocol, values, attn))
         records += _above_exact(mine, "nll")
     return records
@@ -239,9 +246,7 @@ _MEASURES = {"tensors": _tensors, "perplexity": _perplexity, "retrieval": _retri
 
 
 def _searching(model: PreTrainedModel, entry: Contender, unit: Unit) -> HashAttention:
-    """The composition with an engine that searches whatever the length."""
-    engine = "cpu" if model.device.type == "cpu" else "reference"
-    return entry.composition(unit.tokens, seed=unit.seed).replace(engine=engine)
+    return searching(entry.composition(unit.tokens, seed=unit.seed), model.device)
 
 
 def _record(

@@ -11,8 +11,9 @@ from torch import Tensor
 from hashattn.attention import HashAttention
 from hashattn.core.types import Step
 from hashattn.lab.evaluation import recall
-from hashattn.lab.evaluation.continuation import prefill
+from hashattn.lab.kept import Truth
 from hashattn.lab.workload.model import cache_argument
+from hashattn.lab.workload.prefill import prefill
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,9 +39,12 @@ def continued(model: PreTrainedModel, ids: Tensor, tokens: int, seed: int) -> Te
 
 @torch.inference_mode()
 def judge_layers(
-    model: PreTrainedModel, captured: dict[int, Captured], compositions: Sequence[tuple[HashAttention, float | None]],
-    prefilled: int, tick: Callable[[], Any],
-) -> list[dict[str, Any]]:  # fmt: skip
+    model: PreTrainedModel,
+    captured: dict[int, Captured],
+    compositions: Sequence[tuple[HashAttention, float | None]],
+    prefilled: int,
+    tick: Callable[[], Any],
+) -> list[dict[str, Any]]:
     """The figures of :func:`hashattn.lab.evaluation.recall.judge_layer` for each composition (and its budget).
 
     Returns:
@@ -54,16 +58,14 @@ def judge_layers(
     rows: list[dict[int, dict[str, float | None]]] = [{} for _ in compositions]
     for number, c in captured.items():
         scale = float(getattr(modules[number], "scaling", None) or c.q.shape[-1] ** -0.5)
-        truth = recall.Truth.of(c.q, c.k, c.v, scale)
+        truth = Truth.of(c.q, c.k, c.v, scale)
         for i, (attn, budget) in enumerate(compositions):
             if number in {layer % depth for layer in attn.dense_layers}:
                 steps[i] = Step()
                 continue
             step = Step(number, steps[i].previous, steps[i].previous_weights)
             bound = attn.layer(number).to(c.q.device)
-            rows[i][number], steps[i] = recall.judge_layer(
-                bound, c.q, c.k, c.v, truth=truth, scale=scale, share=budget or SHARE, prefill=prefilled, step=step
-            )
+            rows[i][number], steps[i] = recall.judge_layer(bound, truth, budget or SHARE, prefilled, step)
         tick()
     found = []
     for each in rows:

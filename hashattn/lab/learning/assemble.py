@@ -23,9 +23,16 @@ if TYPE_CHECKING:
 
 
 def assemble(
-    folder: FitFolder, shards: Shards, recipe: Recipe, layers: Sequence[int], kept: Collection[str], *,
-    calibrate: bool, device: torch.device | str, progress: bool,
-) -> Path:  # fmt: skip
+    folder: FitFolder,
+    shards: Shards,
+    recipe: Recipe,
+    layers: Sequence[int],
+    kept: Collection[str],
+    *,
+    calibrate: bool,
+    device: torch.device | str,
+    progress: bool,
+) -> Path:
     """Write folder/pretrained, log.json and, where matplotlib is installed, curves.png. Returns the first.
 
     Args:
@@ -41,14 +48,12 @@ def assemble(
     made: dict[int, nn.Module] = {i: _module(folder.encoder(i, shards.facts)) for i in layers}
     encoder = PerLayer(made, shards.facts)
     records = [folder.record(i) or {} for i in layers]
+    reached = {str(r["layer"]): {n: r[n] for n in ("recall", "mass", "best_step")} for r in records}
     fitted_on: dict[str, Any] = {
         "recipe": recipe.as_json(),
         "sequences": [{**s, "source": PurePath(s["source"]).name} for s in shards.manifest.as_json()["sequences"]],
-        "held_out": {
-            "sequences": sorted(kept), "budget": recipe.budget,
-            "layers": {str(r["layer"]): {n: r[n] for n in ("recall", "mass", "best_step")} for r in records},
-        },
-    }  # fmt: skip
+        "held_out": {"sequences": sorted(kept), "budget": recipe.budget, "layers": reached},
+    }
     calibration = Calibration()
     if calibrate:
         calibration, found = calibrated(encoder, shards, kept, recipe, device=device, progress=progress)

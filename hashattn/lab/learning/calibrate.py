@@ -19,6 +19,7 @@ from hashattn.encoders.sample import Sample
 from hashattn.fitted import stored
 from hashattn.fitted.calibration import Calibration
 from hashattn.index.view import View
+from hashattn.lab.kept import logits_of, seen_from
 from hashattn.lab.learning.recipe import SEEDS, Recipe
 from hashattn.lab.learning.shards import Shards
 from hashattn.ops import hamming
@@ -31,9 +32,14 @@ FORCED = Sink(4) | Recent(64)  # as the presets force them
 
 
 def calibrated(
-    encoder: PerLayer, shards: Shards, kept: Collection[str], recipe: Recipe, *, device: torch.device | str = "cpu",
+    encoder: PerLayer,
+    shards: Shards,
+    kept: Collection[str],
+    recipe: Recipe,
+    *,
+    device: torch.device | str = "cpu",
     progress: bool = False,
-) -> tuple[Calibration, dict[str, Any]]:  # fmt: skip
+) -> tuple[Calibration, dict[str, Any]]:
     """Fit what DASH-KV (arXiv 2604.19351) calibrates, on the sequences that encoders were fitted to.
 
     Of a few discounts the one that keeps most attention mass at the budget is taken: first consensus, by itself, then
@@ -120,10 +126,8 @@ def view_of(encoder: Encoder, sample: Sample) -> View:
 
 def mass_of(sample: Sample, selection: Selection) -> tuple[float, Tensor]:
     """The mean attention mass of the selected keys, and the softmax over them, float32 [1, Hq, T, K]."""
-    grouped = sample.q.unflatten(0, (len(sample.k), -1)).flatten(1, 2)  # [Hkv, G*T, D]
-    logits = (grouped @ sample.k.transpose(1, 2)).view(*sample.q.shape[:2], -1) * sample.q.shape[-1] ** -0.5
-    seen = torch.arange(sample.k.shape[1], device=logits.device) <= sample.positions.unsqueeze(-1)
-    logits = logits.masked_fill(~seen, -torch.inf).unsqueeze(0)  # [1, Hq, T, N]
+    seen = seen_from(sample.positions, sample.k.shape[1])
+    logits = logits_of(sample.q, sample.k, seen, sample.q.shape[-1] ** -0.5).unsqueeze(0)  # [1, Hq, T, N]
     ids = selection.ids.long().repeat_interleave(logits.shape[1] // selection.ids.shape[1], dim=1)
     chosen = logits.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
     mass = (torch.logsumexp(chosen, -1) - torch.logsumexp(logits, -1)).exp()

@@ -18,6 +18,7 @@ from hashattn.core.progress import bar
 from hashattn.lab.learning.manifest import LOCK, Manifest, Recording, check_free, claim
 from hashattn.lab.learning.plan import Plan, Prompt
 from hashattn.lab.learning.shards import TOKENS, Shards, layer_filename, save
+from hashattn.lab.workload.prefill import positions_of
 from hashattn.lab.workload.texts import Text
 
 if TYPE_CHECKING:
@@ -25,9 +26,15 @@ if TYPE_CHECKING:
 
 
 def capture(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], out: str | Path,
-    plan: Plan | None = None, *, name: str | None = None, progress: bool = False,
-) -> Shards:  # fmt: skip
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Text],
+    out: str | Path,
+    plan: Plan | None = None,
+    *,
+    name: str | None = None,
+    progress: bool = False,
+) -> Shards:
     """Run a model densely over texts and retrieval prompts and keep what its attention layers search with and through.
 
     A layer is written as soon as it has run, so that memory holds the model, its activations over one sequence and one
@@ -116,9 +123,13 @@ class Recorder:
     def _save(self, layer: int, q: Tensor, k: Tensor) -> None:
         positions, said = self.positions[: q.shape[1]].int(), self.recording
         save(
-            self._path(layer), {"q": q, "k": k, "positions": positions},
-            layer=layer, name=said.name, kind=said.kind, prefill=said.tokens,
-        )  # fmt: skip
+            self._path(layer),
+            {"q": q, "k": k, "positions": positions},
+            layer=layer,
+            name=said.name,
+            kind=said.kind,
+            prefill=said.tokens,
+        )
 
     def _room(self, like: Tensor) -> Tensor:
         """For decoded tokens: small tensors kept at each step would pin the memory that a growing cache leaves."""
@@ -175,7 +186,7 @@ def _continue(model: PreTrainedModel, ids: Tensor, tokens: int, temperature: flo
 
 
 def _check_context(model: PreTrainedModel, plan: Plan, prompts: Sequence[Prompt]) -> None:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = positions_of(model)
     longest = max(p.recording.keys for p in prompts)
     if limit is not None and longest > limit:
         raise ValueError(

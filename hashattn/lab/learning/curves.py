@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hashattn.core.extras import require
-from hashattn.core.files import replacing
+from hashattn.lab import report
 
 
 def save_curves(records: Sequence[Mapping[str, Any]], path: Path, budget: float) -> bool:
@@ -20,24 +20,22 @@ def save_curves(records: Sequence[Mapping[str, Any]], path: Path, budget: float)
     """
     drawn = [r for r in records if r["looks"]]
     try:
-        figures = require("matplotlib.figure", "demo", "curves.png")
+        require("matplotlib.figure", "demo", "curves.png")
     except ImportError:
         return False
     if not drawn:
         return False
-    figure = figures.Figure(figsize=(10, 4), layout="constrained")
+    figure = report.figure(10, 4)
     axes = figure.subplots(1, 2)
     colours = require("matplotlib", "demo", "curves.png").colormaps["viridis"]
     for axis, name in zip(axes, ("recall", "mass"), strict=True):
         for i, record in enumerate(drawn):
-            axis.plot(
-                [look["step"] for look in record["looks"]], [look[name] for look in record["looks"]],
-                color=colours(i / max(1, len(drawn) - 1)), label=f"layer {record['layer']}", linewidth=1,
-            )  # fmt: skip
+            steps, values = ([look[what] for look in record["looks"]] for what in ("step", name))
+            colour = colours(i / max(1, len(drawn) - 1))
+            axis.plot(steps, values, color=colour, label=f"layer {record['layer']}", linewidth=1)
         axis.set_xlabel("step")
         axis.set_title(f"{name} at {budget:.0%} of the keys, held out")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=6, ncols=3)
-    with replacing(path) as scratch:
-        figure.savefig(scratch, dpi=120)
+    report.save(figure, path, dpi=120)
     return True

@@ -7,6 +7,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,23 @@ from hashattn.fitted import stored
 from hashattn.index import Index
 from hashattn.lab.learning.assemble import assemble
 from hashattn.lab.learning.fit_folder import FitFolder
-from hashattn.lab.learning.recipe import Recipe
+from hashattn.lab.learning.recipe import HOW, Recipe
 from hashattn.lab.learning.shards import Shards
 from hashattn.lab.recall import recall_and_mass
 
 
 def fit_layers(
-    shards: Shards, out: str | Path, recipe: Recipe | None = None, *, layers: Iterable[int] | None = None,
-    device: torch.device | str = "cpu", calibrate: bool = False, rank: int = 0, world: int = 1,
+    shards: Shards,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    layers: Iterable[int] | None = None,
+    device: torch.device | str = "cpu",
+    calibrate: bool = False,
+    rank: int = 0,
+    world: int = 1,
     progress: bool = False,
-) -> Path | None:  # fmt: skip
+) -> Path | None:
     """Fit an encoder to each layer, and save them together. The same call goes on where another one was stopped.
 
     Several processes may share the work: each takes every world-th layer, and none waits for the others. Whichever
@@ -76,9 +84,14 @@ def fit_layers(
 
 
 def _claimed(
-    shards: Shards, folder: FitFolder, recipe: Recipe, layers: Iterable[int] | None, calibrate: bool, rank: int,
+    shards: Shards,
+    folder: FitFolder,
+    recipe: Recipe,
+    layers: Iterable[int] | None,
+    calibrate: bool,
+    rank: int,
     world: int,
-) -> tuple[list[int], frozenset[str], int]:  # fmt: skip
+) -> tuple[list[int], frozenset[str], int]:
     """Check everything and make the folder this run's: the layers, the sequences that are held out, steps a layer."""
     chosen = sorted(shards.layers if layers is None else set(layers))
     if not chosen or not set(chosen) <= set(shards.layers):
@@ -119,9 +132,13 @@ def held_out(shards: Shards, share: float) -> frozenset[str]:
 
 
 def fit_layer(
-    layer: int, samples: Sequence[Sample], kept: Iterable[str], recipe: Recipe, folder: FitFolder,
+    layer: int,
+    samples: Sequence[Sample],
+    kept: Iterable[str],
+    recipe: Recipe,
+    folder: FitFolder,
     bar: Callable[[int, int, Progress], None] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Fit and write one layer; returns its record.
 
     Args:
@@ -146,11 +163,9 @@ def fit_layer(
         with refusals(ValueError):
             learned.check_samples(encoder, own)
         try:
-            learned.fit(
-                encoder, own, loss=recipe.loss, steps=recipe.steps, queries=recipe.queries, lr=recipe.lr,
-                temperature=recipe.temperature, every=recipe.every,
-                watch=lambda step, loss: seen.look(encoder, step, loss, bar and (lambda: bar(layer, step, seen))),
-            )  # fmt: skip
+            how = {name: getattr(recipe, name) for name in HOW}
+            tell = None if bar is None else partial(bar, layer)
+            learned.fit(encoder, own, **how, watch=lambda step, loss: seen.look(encoder, step, loss, tell))
         except FloatingPointError as error:
             where = "there was none to keep"
             if encoder.fitted:
@@ -160,10 +175,8 @@ def fit_layer(
         seen.restore(encoder)
     stored.round_weights(encoder)  # from here on as it will be loaded
     recall, mass = seen.judge(encoder)
-    record = {
-        "layer": layer, **seen.as_json(), "recall": recall, "mass": mass,
-        "seconds": round(time.perf_counter() - began, 2),
-    }  # fmt: skip
+    record = {"layer": layer, **seen.as_json(), "recall": recall, "mass": mass}
+    record["seconds"] = round(time.perf_counter() - began, 2)
     folder.write(layer, encoder, record)
     return record
 
@@ -183,14 +196,14 @@ class Progress:
         """Recall and mass."""
         return recall_and_mass(encoder, self.samples, index=self.index, budget=self.recipe.budget)
 
-    def look(self, encoder: LearnedHash, step: int, loss: float, tell: Callable[[], None] | None) -> bool:
+    def look(self, encoder: LearnedHash, step: int, loss: float, tell: Callable[[int, Progress], None] | None) -> bool:
         """Measure, keep the state if it is the best; whether to stop."""
         recall, mass = self.judge(encoder)
         self.looks.append({"step": step, "loss": loss, "recall": recall, "mass": mass})
         if self.best < 0 or recall > self.looks[self.best]["recall"]:
             self.best, self.state = len(self.looks) - 1, learned.state_of(encoder)
         if tell is not None:
-            tell()
+            tell(step, self)
         return 0 < self.recipe.patience <= len(self.looks) - 1 - self.best
 
     def restore(self, encoder: LearnedHash) -> None:

@@ -4,67 +4,67 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from hashattn.core.errors import refusals
-from hashattn.lab.commands import Help, add_device, check_folder, device_of
+from hashattn.lab.checks import check_folder, device_of
 from hashattn.lab.learning.fit_folder import FitFolder, read_asked
 from hashattn.lab.learning.recipe import ENCODERS, HEADS, Recipe
+from hashattn.lab.options import PRESET, add_device, add_numbers, add_words, begin, from_options, takes_long
+from hashattn.lab.report import aligned
 from hashattn.presets.written import parse
 
-_NUMBERS = {  # name -> type, metavar, meaning
-    "bits": (int, "N", "length of a code, 8 to 1024"),
-    "bias_bits": (int, "N", "of these, for a scalar of each key (asymmetric, query-bits 1)"),
-    "query_bits": (int, "N", "bit planes of a query: 1, 2, 4 or 8"),
-    "steps": (int, "N", "of Adam a layer, at most"),
-    "queries": (int, "N", "queries drawn at each step"),
-    "lr": (float, "X", "peak learning rate"),
-    "temperature": (float, "X", "of the teacher's softmax (kl)"),
-    "seed": (int, "N", "of weights and draws"),
-    "every": (int, "N", "steps between two looks at the held-out sequences"),
-    "patience": (int, "N", "looks without a better recall after which a layer stops; 0 for never"),
-    "held_out": (float, "X", "share of the sequences of each kind, the last ones, that are never fitted to"),
-    "budget": (float, "X", "share of the keys that recall and mass are taken at"),
+_WHOLE = {
+    "bits": "length of a code, 8 to 1024",
+    "bias_bits": "of these, for a scalar of each key (asymmetric, query-bits 1)",
+    "query_bits": "bit planes of a query: 1, 2, 4 or 8",
+    "steps": "of Adam a layer, at most",
+    "queries": "queries drawn at each step",
+    "seed": "of weights and draws",
+    "every": "steps between two looks at the held-out sequences",
+    "patience": "looks without a better recall after which a layer stops; 0 for never",
+}
+_REAL = {
+    "lr": "peak learning rate",
+    "temperature": "of the teacher's softmax (kl)",
+    "held_out": "share of the sequences of each kind, the last ones, that are never fitted to",
+    "budget": "share of the keys that recall and mass are taken at",
 }
 
 
-def add(commands: Any) -> argparse.ArgumentParser:
+def add(commands: Any) -> None:
     """Add the command to argparse's subparsers."""
     default = Recipe()
-    fit: argparse.ArgumentParser = commands.add_parser(
-        "fit", help="fit encoders to captured queries and keys",
-        description="Fits an encoder to each layer that hashattn capture wrote to SHARDS, and saves them together in "
+    command = begin(
+        commands,
+        "fit",
+        run,
+        "fit encoders to captured queries and keys",
+        "Fits an encoder to each layer that hashattn capture wrote to SHARDS, and saves them together in "
         "DIR/pretrained, for from_preset(..., pretrained=...). The same command resumes what was stopped. Under "
         "torchrun each process takes its share of the layers.",
-        formatter_class=Help,
-    )  # fmt: skip
-    fit.add_argument("shards", metavar="SHARDS", help="folder that hashattn capture filled")
-    fit.add_argument("--out", metavar="DIR", required=True, help="new or empty folder, or one to resume")
-    fit.add_argument(
-        "--preset", metavar="NAME[:OPTION=X,...]",
-        help="fit the encoder of this preset, such as pqcache:subquantisers=16; its shape is then the preset's",
-    )  # fmt: skip
-    fit.add_argument("--encoder", choices=ENCODERS, default=default.encoder, help="itq takes bits and query-bits only")
-    fit.add_argument(
-        "--query-hidden", nargs="+", metavar="N|none",
-        help="widths of the query MLP, none for a linear query; 256 256 if left out",
-    )  # fmt: skip
-    fit.add_argument("--heads", choices=HEADS, default=default.heads, help="one set of weights a layer, or a KV head")
-    fit.add_argument("--loss", default=default.loss, metavar="TERMS", help='such as "kl + 0.1 * balance"')
-    for name, (kind, metavar, meaning) in _NUMBERS.items():
-        fit.add_argument(
-            f"--{name.replace('_', '-')}", type=kind, default=getattr(default, name), metavar=metavar, help=meaning
-        )
-    fit.add_argument("--layers", type=int, nargs="+", metavar="I", help="layers; all captured ones if left out")
-    add_device(fit)
-    fit.add_argument(
-        "--calibrate", action="store_true",
-        help="also fit the discounts of consensus and momentum, and the estimates of medium keys' logits",
-    )  # fmt: skip
-    fit.set_defaults(run=run, stopped=stopped)
-    return fit
+    )
+    takes_long(command, stopped)
+    command.add_argument("shards", metavar="SHARDS", help="folder that hashattn capture filled")
+    add_words(command, {"out": ("DIR", "new or empty folder, or one to resume")}, required=True)
+    shape = "fit the encoder of this preset, such as pqcache:subquantisers=16; its shape is then the preset's"
+    add_words(command, {"preset": (PRESET, shape)})
+    itq = "itq takes bits and query-bits only"
+    command.add_argument("--encoder", choices=ENCODERS, default=default.encoder, help=itq)
+    widths = "widths of the query MLP, none for a linear query; 256 256 if left out"
+    add_words(command, {"query_hidden": ("N|none", widths)}, nargs="+")
+    heads = "one set of weights a layer, or a KV head"
+    command.add_argument("--heads", choices=HEADS, default=default.heads, help=heads)
+    add_words(command, {"loss": ("TERMS", 'such as "kl + 0.1 * balance"')}, default=default.loss)
+    add_numbers(command, int, _WHOLE, default)
+    add_numbers(command, float, _REAL, default)
+    add_numbers(command, int, {"layers": "layers; all captured ones if left out"}, nargs="+")
+    add_device(command)
+    more = "also fit the discounts of consensus and momentum, and the estimates of medium keys' logits"
+    command.add_argument("--calibrate", action="store_true", help=more)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -81,10 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
         from hashattn.lab.learning.shards import Shards
 
         shards = Shards.open(arguments.shards)
-    saved = fit_layers(
-        shards, arguments.out, recipe, layers=arguments.layers, device=device, calibrate=arguments.calibrate,
-        rank=rank, world=world, progress=not arguments.quiet,
-    )  # fmt: skip
+    how = {"device": device, "calibrate": arguments.calibrate, "progress": not arguments.quiet}
+    part = {"layers": arguments.layers, "rank": rank, "world": world}
+    saved = fit_layers(shards, arguments.out, recipe, **part, **how)
     if saved is None:
         print(f"process {rank} of {world} is done; other layers are not yet: whoever finishes last saves them together")
         return 0
@@ -113,23 +112,19 @@ def stopped(arguments: argparse.Namespace) -> str:
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """The recipe that the arguments ask for; ValueError or TypeError if there can be none."""
-    return Recipe(
-        preset=arguments.preset, encoder=arguments.encoder, query_hidden=_widths(arguments.query_hidden),
-        heads=arguments.heads, loss=arguments.loss, **{name: getattr(arguments, name) for name in _NUMBERS},
-    )  # fmt: skip
+    return from_options(Recipe, arguments, query_hidden=_widths(arguments.query_hidden))
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """A line a layer, and the mean."""
-    rows = [("layer", "best step", "recall", "mass", "seconds")]
+    rows: list[Sequence[str]] = [("layer", "best step", "recall", "mass", "seconds")]
     rows += [
         (str(r["layer"]), f"{r['best_step']:,}", f"{r['recall']:.3f}", f"{r['mass']:.3f}", f"{r['seconds']:.0f}")
         for r in records
     ]
     recall, mass = (sum(r[name] for r in records) / len(records) for name in ("recall", "mass"))
     rows.append(("mean", "", f"{recall:.3f}", f"{mass:.3f}", f"{sum(r['seconds'] for r in records):.0f}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
+    return aligned(rows)
 
 
 def _widths(words: list[str] | None) -> tuple[int, ...] | None:

@@ -80,10 +80,14 @@ class Manifest:
     def as_json(self) -> dict[str, Any]:
         """The same as plain types."""
         return {
-            "format_version": FORMAT_VERSION, "library_version": __version__, "model": self.facts.as_json(),
-            "layers": list(self.layers), "dtype": self.dtype, "arguments": self.arguments,
+            "format_version": FORMAT_VERSION,
+            "library_version": __version__,
+            "model": self.facts.as_json(),
+            "layers": list(self.layers),
+            "dtype": self.dtype,
+            "arguments": self.arguments,
             "sequences": [dataclasses.asdict(s) for s in self.sequences],
-        }  # fmt: skip
+        }
 
     @classmethod
     def from_json(cls, data: Any) -> Manifest:

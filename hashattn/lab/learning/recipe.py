@@ -21,6 +21,7 @@ from hashattn.selectors import TopK
 ENCODERS = ("asymmetric", "symmetric", "itq")
 HEADS = ("shared", "kv")
 SHAPE = ("encoder", "bits", "bias_bits", "query_hidden", "query_bits", "heads")  # what a preset says by itself
+HOW = ("loss", "steps", "queries", "lr", "temperature", "every")  # a learned one is fitted
 SEEDS = 10_000  # layers have seeds of their own: two recipes that differ in their seed share none
 
 

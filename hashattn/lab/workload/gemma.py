@@ -35,9 +35,14 @@ def tokenizer_from_gguf(path: Path) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_from_pieces(
-    pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int], *, bos_token: str, unk_token: str,
+    pieces: Sequence[str],
+    scores: Sequence[float],
+    kinds: Sequence[int],
+    *,
+    bos_token: str,
+    unk_token: str,
     **special: str,
-) -> PreTrainedTokenizerBase:  # fmt: skip
+) -> PreTrainedTokenizerBase:
     """A tokenizer that merges, of all neighbours, those first whose joint piece has the highest score.
 
     Every text begins with bos_token. A space is the piece "▁", none is added in front; what has no piece becomes bytes.

@@ -70,14 +70,13 @@ class Settings:
     @classmethod
     def of(cls, told: dict[str, str]) -> Settings:
         """From pip's options by name."""
-        own = () if told.get("no-index", "0").lower() in ("1", "true", "yes", "on") else (
-            told.get("index-url") or PYPI, *told.get("extra-index-url", "").split(),
-        )  # fmt: skip
-        return cls(
-            own, tuple(told.get("find-links", "").split()), told.get("cert"), told.get("client-cert"),
-            told.get("proxy"), tuple(told.get("trusted-host", "").split()),
-            max(PATIENCE, float(told.get("timeout") or told.get("default-timeout") or 0)),
-        )  # fmt: skip
+        indexes = (told.get("index-url") or PYPI, *told.get("extra-index-url", "").split())
+        if told.get("no-index", "0").lower() in ("1", "true", "yes", "on"):
+            indexes = ()
+        places, trusted = (tuple(told.get(name, "").split()) for name in ("find-links", "trusted-host"))
+        timeout = max(PATIENCE, float(told.get("timeout") or told.get("default-timeout") or 0))
+        cert, client_cert, proxy = (told.get(name) for name in ("cert", "client-cert", "proxy"))
+        return cls(indexes, places, cert, client_cert, proxy, trusted, timeout)
 
 
 def settings() -> Settings:

@@ -16,17 +16,18 @@ from hashattn.lab.workload.prompt import LETTERS, boundary, encode, frame, gap
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NAMES = (
-    "Agnes", "Bjorn", "Camille", "Dmitri", "Elsa", "Farid", "Greta", "Hiroshi", "Ingrid", "Jamal", "Katya", "Lionel",
-    "Mariko", "Nadia", "Olaf", "Priya", "Quentin", "Rashid", "Sigrid", "Tomas", "Ulrich", "Vera", "Wendell", "Ximena",
-    "Yusuf", "Zelda", "Amir", "Bettina", "Carlos", "Dagmar", "Emeka", "Freya",
-)  # fmt: skip
-WORDS = (
-    "apple", "basket", "candle", "dolphin", "engine", "feather", "garden", "hammer", "island", "jacket", "kettle",
-    "lemon", "mirror", "needle", "orange", "pencil", "quarry", "ribbon", "silver", "tunnel", "umbrella", "valley",
-    "window", "yellow", "zebra", "anchor", "bottle", "carpet", "desert", "elbow", "forest", "guitar", "harbor",
-    "insect", "jungle", "kitchen", "ladder", "magnet", "napkin", "ocean",
-)  # fmt: skip
+_NAMES = (
+    "Agnes Bjorn Camille Dmitri Elsa Farid Greta Hiroshi Ingrid Jamal Katya Lionel Mariko Nadia Olaf Priya "
+    "Quentin Rashid Sigrid Tomas Ulrich Vera Wendell Ximena Yusuf Zelda Amir Bettina Carlos Dagmar Emeka "
+    "Freya"
+)
+NAMES = tuple(_NAMES.split())
+_WORDS = (
+    "apple basket candle dolphin engine feather garden hammer island jacket kettle lemon mirror needle orange "
+    "pencil quarry ribbon silver tunnel umbrella valley window yellow zebra anchor bottle carpet desert elbow "
+    "forest guitar harbor insect jungle kitchen ladder magnet napkin ocean"
+)
+WORDS = tuple(_WORDS.split())
 CUE, COPIED = 6, 8  # words that are repeated, and words that have to follow
 
 
@@ -51,6 +52,19 @@ class Question:
     depth: float
 
 
+@dataclass(frozen=True)
+class _Hidden:
+    """What stands in a text, where, which of it is wanted, and how it is asked for."""
+
+    task: str
+    facts: Sequence[str]
+    depths: Sequence[float]
+    wanted: int
+    question: str
+    start: str  # of the answer
+    answer: str  # what then has to be known
+
+
 def needle(
     tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, *, seed: int, depth: float | None = None
 ) -> Question:
@@ -70,7 +84,8 @@ def needle(
     if not 0 <= depth <= 1:
         raise ValueError(f"depth={depth} must lie between 0 (start of the text) and 1 (its end)")
     (name,), (code,) = _names(chance, 1), _codes(chance, 1)
-    return _ask("needle", tokenizer, text, tokens, chance, [_fact(name, code)], [depth], 0, *_code_question(name, code))
+    hidden = _Hidden("needle", [_fact(name, code)], [depth], 0, *_code_question(name, code))
+    return _ask(hidden, tokenizer, text, tokens, chance)
 
 
 def multikey(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, *, seed: int, keys: int = 8) -> Question:
@@ -85,10 +100,8 @@ def multikey(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, *, seed
     names, codes, wanted = _names(chance, keys), _codes(chance, keys), chance.randrange(keys)
     facts = [_fact(name, code) for name, code in zip(names, codes, strict=True)]
     depths = [(i + 0.5) / keys for i in range(keys)]
-    return _ask(
-        "multikey", tokenizer, text, tokens, chance, facts, depths, wanted,
-        *_code_question(names[wanted], codes[wanted]),
-    )  # fmt: skip
+    asked = _code_question(names[wanted], codes[wanted])
+    return _ask(_Hidden("multikey", facts, depths, wanted, *asked), tokenizer, text, tokens, chance)
 
 
 def copy(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, *, seed: int) -> Question:
@@ -98,8 +111,8 @@ def copy(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, *, seed: in
     start = "The list of words is: " + " ".join(words[:CUE])
     follows = " " + " ".join(words[CUE:])
     question = "What is the list of words in the text? Repeat it."
-    return _ask("copy", tokenizer, text, tokens, chance, [f"{start}{follows}."], [chance.random()], 0, question, start,
-                follows)  # fmt: skip
+    hidden = _Hidden("copy", [f"{start}{follows}."], [chance.random()], 0, question, start, follows)
+    return _ask(hidden, tokenizer, text, tokens, chance)
 
 
 TASKS: dict[str, Callable[..., Question]] = {"needle": needle, "multikey": multikey, "copy": copy}
@@ -122,20 +135,17 @@ def _codes(chance: random.Random, n: int) -> list[str]:
     return [str(number) for number in chance.sample(range(1000, 10000), n)]
 
 
-def _ask(
-    task: str, tokenizer: Any, text: str, tokens: int, chance: random.Random, facts: Sequence[str],
-    depths: Sequence[float], wanted: int, question: str, start: str, answer: str,
-) -> Question:  # fmt: skip
+def _ask(hidden: _Hidden, tokenizer: Any, text: str, tokens: int, chance: random.Random) -> Question:
     """The prompt: text with facts, question, the start of the answer. Pieces are tokenized one by one."""
-    opening, closing = frame(tokenizer, question)
-    closing += encode(tokenizer, start if tokenizer.chat_template else f" {start}")
-    inserted = [encode(tokenizer, fact) for fact in facts]
+    opening, closing = frame(tokenizer, hidden.question)
+    closing += encode(tokenizer, hidden.start if tokenizer.chat_template else f" {hidden.start}")
+    inserted = [encode(tokenizer, fact) for fact in hidden.facts]
     room = tokens - len(opening) - len(closing) - sum(map(len, inserted))
     if room < 1:
         raise ValueError(f"tokens={tokens} leaves no room for the text: use at least {tokens - room + 64}")
     passage, length = _passage(tokenizer, text, room, chance)
     body, spans, left, before, glue = [], [], room, 0, ""
-    for fact, depth in zip(inserted, depths, strict=True):
+    for fact, depth in zip(inserted, hidden.depths, strict=True):
         cut = max(before, boundary(passage[:length], depth))
         space = gap(passage[:cut])
         piece = encode(tokenizer, glue + passage[before:cut].rstrip() + space if cut > before else glue)[:left]
@@ -147,8 +157,8 @@ def _ask(
     ids = torch.tensor([opening + body + closing])
     if ids.shape[1] != tokens:
         raise _too_short(tokens, room - tokens + ids.shape[1], room)
-    told = torch.tensor([encode(tokenizer, answer)])
-    return Question(task, ids, len(opening) + len(body), told, (spans[wanted],), depths[wanted])
+    told, wanted = torch.tensor([encode(tokenizer, hidden.answer)]), hidden.wanted
+    return Question(hidden.task, ids, len(opening) + len(body), told, (spans[wanted],), hidden.depths[wanted])
 
 
 def _passage(tokenizer: Any, text: str, room: int, chance: random.Random) -> tuple[str, int]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hashattn.cli import main
-from hashattn.lab.bench import cpu, report
+from hashattn.lab.bench import cpu, tables
 from hashattn.lab.bench.cases import AUTO_KEYS, KEYS, SHAPES, Case, parse_keys, parse_shape
 from hashattn.lab.bench.dense import DENSE
 from hashattn.lab.bench.measure import take_turns
@@ -41,7 +41,7 @@ def test_below_the_warm_up_there_is_no_step_to_measure():
     (row,) = cpu.run([Case(4, 2, 16, "float32", 128, 50)], rounds=1)["rows"]
     assert "step" not in row["us"]
     assert row["speedup"] is None
-    assert "dense" in report.table([row])
+    assert "dense" in tables.CPU.text([row])
 
 
 @pytest.mark.parametrize("per", ["kv_head", "query_head"])
@@ -107,7 +107,7 @@ def test_the_default_cases_are_well_formed():
 )
 def test_bad_arguments_are_refused_before_anything_runs(monkeypatch, capsys, arguments, words):
     monkeypatch.setattr(cpu, "take_turns", lambda *_: pytest.fail("measured"))
-    assert main(["bench", *SMALL, *arguments]) == 2
+    assert main(["bench", "cpu", *SMALL, *arguments]) == 2
     message = capsys.readouterr().err
     for word in words:
         assert word in message
@@ -115,13 +115,13 @@ def test_bad_arguments_are_refused_before_anything_runs(monkeypatch, capsys, arg
 
 def test_the_command_prints_a_table_and_writes_how_it_came_about(tmp_path, capsys):
     out = tmp_path / "bench.json"
-    command = ["bench", *SMALL, "--out", str(out)]
+    command = ["bench", "cpu", *SMALL, "--out", str(out)]
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:4] == ["shape", "threads", "keys", "k"]
     assert lines[1].split()[:4] == ["4/2x16:float32", "1", "600", "50"]
     result = json.loads(out.read_text())
-    assert result["command"].startswith("hashattn bench --shape 4/2x16:float32")
+    assert result["command"].startswith("hashattn bench cpu --shape 4/2x16:float32")
     assert {"date", "device", "versions", "read_GB_per_s", "rows"} <= result.keys()
     assert result["versions"]["torch"] == torch.__version__
     assert [p.name for p in tmp_path.iterdir()] == ["bench.json"]  # no temporary file is left

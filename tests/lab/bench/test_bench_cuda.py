@@ -9,9 +9,9 @@ import torch
 
 from hashattn import Decoder, FlatHamming, HashAttention, LocalTopK, TopK
 from hashattn.cli import main
-from hashattn.lab.bench import cuda, cuda_graphs, cuda_report, cuda_steps
+from hashattn.lab.bench import cuda, cuda_graphs, cuda_plot, cuda_steps, tables
 from hashattn.lab.bench.arguments import cuda_cases
-from hashattn.lab.bench.cases import CUDA_KEYS, Case
+from hashattn.lab.bench.cases import CUDA_KEYS, CUDA_SHAPES, Case, Settings
 from hashattn.lab.bench.cuda_check import check_dense, check_rounding, check_step, check_whole, exact_output
 from hashattn.lab.bench.cuda_contenders import row_distances
 from hashattn.lab.bench.cuda_inputs import layer_count, make_layer, step_count, with_estimate, with_signs
@@ -53,7 +53,7 @@ def without_a_gpu(monkeypatch):
 
 
 def test_without_sizes_the_default_cases_are_measured():
-    cases = cuda_cases(None, None, None)
+    cases = cuda_cases(CUDA_SHAPES, None, None)
     assert [(c.batch, c.keys, c.k) for c in cases] == list(CUDA_KEYS)
     assert {c.shape for c in cases} == {"32/8x128:bfloat16"}
 
@@ -61,8 +61,8 @@ def test_without_sizes_the_default_cases_are_measured():
 def test_given_sizes_are_combined():
     cases = cuda_cases(["4/2x64:float16"], [1, 3], ["600:50", "700:60"])
     assert [(c.batch, c.keys, c.k) for c in cases] == [(1, 600, 50), (1, 700, 60), (3, 600, 50), (3, 700, 60)]
-    assert [(c.batch, c.keys) for c in cuda_cases(None, [2], ["600:50"])] == [(2, 600)]
-    assert {c.batch for c in cuda_cases(None, [8], None)} == {8}
+    assert [(c.batch, c.keys) for c in cuda_cases(CUDA_SHAPES, [2], ["600:50"])] == [(2, 600)]
+    assert {c.batch for c in cuda_cases(CUDA_SHAPES, [8], None)} == {8}
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,6 @@ def test_given_sizes_are_combined():
     [
         (["--batch", "0"], ["--batch", "0"]),
         (["--keys", "600:601"], ["--keys", "600:601"]),
-        (["--threads", "2"], ["--threads", "--device cpu"]),
-        (["--auto"], ["--auto", "--device cpu"]),
         (["--plot", "/no/such/folder/x.png"], ["--plot", "/no/such/folder"]),
         (["--bits", "100"], ["--bits", "64, 128 or 256", "100"]),
         (["--bits", "512"], ["64, 128 or 256", "512"]),
@@ -82,7 +80,7 @@ def test_given_sizes_are_combined():
 def test_bad_arguments_are_refused_before_anything_runs(monkeypatch, capsys, arguments, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "measure_machine", lambda: pytest.fail("measured"))
-    assert main(["bench", "--device", "cuda", *arguments]) == 2
+    assert main(["bench", "gpu", *arguments]) == 2
     message = capsys.readouterr().err
     for word in words:
         assert word in message
@@ -90,22 +88,23 @@ def test_bad_arguments_are_refused_before_anything_runs(monkeypatch, capsys, arg
 
 @pytest.mark.parametrize("arguments", [["--batch", "2"], ["--clustered"], ["--plot", "x.png"]])
 def test_what_only_a_gpu_is_measured_with_is_refused_on_the_cpu(capsys, arguments):
-    assert main(["bench", *arguments]) == 2
-    assert f"{arguments[0]} goes with --device cuda" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "cpu", *arguments])
+    assert end.value.code == 2 and f"unrecognized arguments: {arguments[0]}" in capsys.readouterr().err
 
 
 def test_without_a_gpu_the_message_says_what_to_do(monkeypatch, capsys):
     without_a_gpu(monkeypatch)
-    assert main(["bench", "--device", "cuda"]) == 2
+    assert main(["bench", "gpu"]) == 2
     message = capsys.readouterr().err
-    for word in ("NVIDIA GPU", "CUDA build", torch.__version__, "--device cpu"):
+    for word in ("NVIDIA GPU", "CUDA build", torch.__version__, "bench cpu"):
         assert word in message
 
 
 def test_a_missing_matplotlib_is_missed_before_anything_runs(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(cuda, "run", lambda *_, **__: pytest.fail("measured"))
-    assert main(["bench", "--device", "cuda", "--plot", "x.png"]) == 2
+    assert main(["bench", "gpu", "--plot", "x.png"]) == 2
     assert "--plot needs matplotlib" in capsys.readouterr().err
 
 
@@ -344,7 +343,7 @@ def row(keys=8192, **changes):
 
 
 def test_the_table_has_a_line_a_case():
-    head, line = cuda_report.table([row()]).splitlines()
+    head, line = tables.GPU.text([row()]).splitlines()
     assert head.split()[:7] == ["shape", "batch", "keys", "k", "selector", "per", "bits"]
     assert line.split()[:7] == ["32/8x128:bfloat16", "1", "8,192", "256", "TopK", "kv_head", "64"]
     times = ["Triton", "Triton", "128", "18.0", "9.0", "2.00", "4.0", "5.0", "3.0", "3.0"]
@@ -352,24 +351,24 @@ def test_the_table_has_a_line_a_case():
 
 
 def test_the_picture_is_written_whole(tmp_path):
-    cuda_report.save_plot([row(), row(32768), row(per="query_head"), row(batch=8)], tmp_path / "x.png")
+    cuda_plot.save_plot([row(), row(32768), row(per="query_head"), row(batch=8)], tmp_path / "x.png")
     assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_command_writes_how_its_results_came_about(tmp_path, monkeypatch, capsys):
     result = {"read_GB_per_s": 3000.0, "notes": ["a remark"], "rows": [row()]}
-    monkeypatch.setattr(cuda, "run", lambda cases, **_: result)
+    monkeypatch.setattr(cuda, "run", lambda *_, **__: result)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     out, plot = tmp_path / "x.json", tmp_path / "x.png"
-    assert main(["bench", "--device", "cuda", "--out", str(out), "--plot", str(plot)]) == 0
+    assert main(["bench", "gpu", "--out", str(out), "--plot", str(plot)]) == 0
     printed = capsys.readouterr().out
     assert "Encoding the query and the newest key is not part of the step" in printed
     assert "note: a remark" in printed
     written = json.loads(out.read_text())
     assert written["device"] == "a GPU"
     assert {"triton", "cuda", "torch"} <= written["versions"].keys()
-    assert written["command"].startswith("hashattn bench --device cuda")
+    assert written["command"].startswith("hashattn bench gpu")
     assert written["rows"] == [row()]
     assert plot.exists()
 
@@ -411,7 +410,7 @@ def pretended(monkeypatch):
 
 
 def test_ratios_are_those_of_the_times_and_what_does_not_serve_is_noted(pretended):
-    result = cuda.run([SMALL], rounds=1)
+    result = cuda.run([SMALL], Settings(rounds=1))
     assert [r["per"] for r in result["rows"]] == ["query_head", "kv_head"]
     for r in result["rows"]:
         assert r["us"].keys() >= {"a", "b", "step", "scan", "attend", "linear", "MLP", "torch.topk"}
@@ -423,14 +422,14 @@ def test_ratios_are_those_of_the_times_and_what_does_not_serve_is_noted(pretende
     assert ["FAISS" in r["us"] for r in result["rows"]] == [True, False]
     assert "unserved is left out at 4/2x16:float32: not this shape" in result["notes"]
     assert "no popcount floor: the clock is not known" in result["notes"]
-    assert len(cuda_report.table(result["rows"]).splitlines()) == 3
+    assert len(tables.GPU.text(result["rows"]).splitlines()) == 3
 
 
 def test_each_selector_that_is_served_has_a_row_of_its_own(pretended, monkeypatch):
     choices = {"TopK": TopK(k=40), "fewer": TopK(k=20), "unserved": TopK(k=30)}
     monkeypatch.setattr(cuda, "selectors", lambda *_: choices)
     monkeypatch.setattr(cuda, "why_not", lambda _, __, s: "it is new" if s == choices["unserved"] else None)
-    result = cuda.run([SMALL], pers=["query_head"], rounds=1)
+    result = cuda.run([SMALL], Settings(pers=["query_head"], rounds=1))
     assert [(r["selector"], r["us"]["step"], r["us"]["MLP"]) for r in result["rows"]] == [
         ("TopK", 48.0, 45.0), ("fewer", 44.0, 41.0),
     ]  # fmt: skip
@@ -453,24 +452,24 @@ def test_a_step_of_one_kernel_has_no_stages(pretended, monkeypatch, written_in, 
     monkeypatch.setattr(cuda, "selectors", selectors)
     for module in (cuda, cuda_steps):
         monkeypatch.setattr(module, "kernels", lambda: written_in)
-    exact, local = cuda.run([SMALL], pers=["query_head"], rounds=1)["rows"]
+    exact, local = cuda.run([SMALL], Settings(pers=["query_head"], rounds=1))["rows"]
     assert (exact["selector"], local["selector"], local["kernels"]) == ("TopK", "LocalTopK", written_in)
     assert {"scan", "attend"} <= exact["us"].keys()
     assert len({"scan", "attend"} & local["us"].keys()) == (0 if kernels == 1 else 2)
-    line = cuda_report.table([local]).splitlines()[1].split()
+    line = tables.GPU.text([local]).splitlines()[1].split()
     assert (line.count("-") == 2) == (kernels == 1)
 
 
 def test_below_the_warm_up_there_is_no_whole_step(pretended):
-    (row,) = cuda.run([Case(4, 2, 16, "float32", 200, 40)], pers=["kv_head"], rounds=1)["rows"]
+    (row,) = cuda.run([Case(4, 2, 16, "float32", 200, 40)], Settings(pers=["kv_head"], rounds=1))["rows"]
     assert row["whole_speedup"] == {}
-    assert cuda_report.table([row]).split()[-6:] == ["-", "-", "-", "-", "46.0", "-"]
+    assert tables.GPU.text([row]).split()[-6:] == ["-", "-", "-", "-", "46.0", "-"]
 
 
 def test_a_run_ends_where_a_dense_contender_is_wrong(pretended, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "dense", lambda _: {"wrong": lambda q, keys, values: q})
     monkeypatch.setattr(cuda, "take_turns", lambda *_: pytest.fail("measured"))
-    raises_naming(RuntimeError, "wrong is off by", "nothing is measured")(lambda: cuda.run([SMALL]))
+    raises_naming(RuntimeError, "wrong is off by", "nothing is measured")(lambda: cuda.run([SMALL], Settings()))
 
 
 # ---- for real
@@ -483,7 +482,7 @@ def test_a_small_case_is_measured(monkeypatch, clustered):
 
     monkeypatch.setattr(cuda_inputs, "COLD", 1 << 20)
     case = Case(8, 2, 64, "bfloat16", 5000, 200, batch=2)
-    result = cuda.run([case], clustered=clustered, rounds=3)
+    result = cuda.run([case], Settings(clustered=clustered, rounds=3))
     served = [("TopK", "query_head"), ("LocalTopK", "query_head"), ("TopK", "kv_head")]
     assert [(r["selector"], r["per"]) for r in result["rows"]] == served
     assert any(note.startswith("LocalTopK is left out per kv_head") for note in result["notes"])
@@ -505,5 +504,5 @@ def test_nothing_is_measured_where_the_kernels_are_wrong(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "fused", lambda *a, **o: (1.1 * right(*a, **o)[0], *right(*a, **o)[1:]))
     monkeypatch.setattr(cuda, "take_turns", lambda *_: pytest.fail("measured"))
     raises_naming(RuntimeError, "off by", "nothing is measured")(
-        lambda: cuda.run([Case(8, 2, 64, "bfloat16", 5000, 200)])
+        lambda: cuda.run([Case(8, 2, 64, "bfloat16", 5000, 200)], Settings())
     )

@@ -1,4 +1,4 @@
-"""`hashattn bench --e2e`: what can be tested of it without a GPU, where steps run their specifications."""
+"""`hashattn bench e2e`: what can be tested of it without a GPU, where steps run their specifications."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 
 from hashattn import FlatHamming, HashAttention, SimHash, TopK
 from hashattn.cli import main
-from hashattn.lab.bench import e2e, e2e_graphs, e2e_memory, e2e_report
+from hashattn.lab.bench import e2e, e2e_graphs, e2e_memory, tables
 from hashattn.lab.bench.cuda_contenders import dense
 from hashattn.lab.bench.e2e_attention import DenseLayers, make_caches
 from hashattn.lab.bench.e2e_check import check_every_key, check_graph
@@ -176,7 +176,7 @@ def test_a_model_decodes_by_fused_steps_and_its_ratios_are_those_of_its_times(mo
     monkeypatch.setattr(e2e, "take_turns", lambda _, steps, *__: {name: 9.0 - i for i, name in enumerate(steps)})
     contenders = {"flash": dense(Scratch())["SDPA flash"], "unserved": lambda q, k, v: q.no_such_thing}
     monkeypatch.setattr(e2e.cuda_contenders, "dense", lambda _: contenders)
-    result = e2e.run([(270, 20)], batches=[2], pers=["kv_head"], compiled=False, model_size=TINY, device="cpu")
+    result = e2e.run(e2e.Settings([(270, 20)], [2], pers=["kv_head"]), TINY, compiled=False, device="cpu")
     assert [note.split(":")[0] for note in result["notes"]] == ["unserved is left out"]
     (row,) = result["rows"]
     assert row["ms"] == {"flash": 9.0, "no attention": 8.0, "step": 7.0}
@@ -194,7 +194,7 @@ ROW = {
 
 
 def test_the_table_has_a_line_a_case():
-    head, line = e2e_report.table([ROW]).splitlines()
+    head, line = tables.E2E.text([ROW]).splitlines()
     assert head.split()[:3] == ["keys", "batch", "composition"]
     cells = ["0,", "1", "SDPA", "flash", "150.0", "20.00", "300.0", "10.00", "2.00", "2.22"]
     assert line.split() == ["32,768", "3", "TopK", "per", "kv_head", "CUDA", "C++", *cells]
@@ -206,23 +206,20 @@ def test_the_command_writes_how_its_results_came_about(tmp_path, monkeypatch, ca
     monkeypatch.setattr(e2e, "run", lambda *a, **o: asked.append((a, o)) or result)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     out = tmp_path / "x.json"
-    assert main(["bench", "--e2e", "--preset", "hata", "--no-compile", "--batch", "1", "3", "--out", str(out)]) == 0
-    (((sizes,), options),) = asked
-    assert sizes == e2e.KEYS
-    assert (options["batches"], options["preset"], options["compiled"]) == ([1, 3], "hata", False)
+    assert main(["bench", "e2e", "--preset", "hata", "--no-compile", "--batch", "1", "3", "--out", str(out)]) == 0
+    (((settings, size), options),) = asked
+    assert (settings.sizes, settings.batches, settings.preset) == (e2e.KEYS, [1, 3], "hata")
+    assert (size, options["compiled"]) == (Llama(), False)
     printed = capsys.readouterr().out
     assert "no prompt is read" in printed and "note: a remark" in printed
     written = json.loads(out.read_text())
     assert (written["device"], written["rows"]) == ("a GPU", [ROW])
-    assert written["command"].startswith("hashattn bench --e2e --preset hata")
+    assert written["command"].startswith("hashattn bench e2e --preset hata")
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--shape", "4/2x64:float16"], ["--shape goes with", "--device cuda --e2e"]),
-        (["--clustered"], ["--clustered goes with --device cuda,"]),
-        (["--device", "cpu"], ["--e2e goes with --device cuda"]),
         (["--preset", "hata", "--bits", "64"], ["--preset hata has its own bits"]),
         (["--preset", "hat"], ["unknown preset", "hata"]),
         (["--preset", "streaming"], ["does not serve streaming", "binary codes"]),
@@ -235,7 +232,7 @@ def test_bad_arguments_are_refused_before_anything_runs(monkeypatch, capsys, arg
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(e2e_memory, "free_memory", lambda _: 80 << 30)
     monkeypatch.setattr(e2e, "make_model", lambda *_: pytest.fail("measured"))
-    assert main(["bench", "--e2e", *arguments]) == 2
+    assert main(["bench", "e2e", *arguments]) == 2
     message = capsys.readouterr().err
     for word in words:
         assert word in message
@@ -243,21 +240,22 @@ def test_bad_arguments_are_refused_before_anything_runs(monkeypatch, capsys, arg
 
 @pytest.mark.parametrize("arguments", [["--preset", "hata"], ["--no-compile"]])
 def test_what_only_a_model_is_measured_with_is_refused_without_one(capsys, arguments):
-    assert main(["bench", "--device", "cuda", *arguments]) == 2
-    assert f"{arguments[0]} goes with --device cuda --e2e" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "gpu", *arguments])
+    assert end.value.code == 2 and f"unrecognized arguments: {arguments[0]}" in capsys.readouterr().err
 
 
 def test_without_a_gpu_the_message_says_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["bench", "--e2e"]) == 2
-    assert "--e2e needs an NVIDIA GPU" in capsys.readouterr().err
+    assert main(["bench", "e2e"]) == 2
+    assert "bench e2e needs an NVIDIA GPU" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_small_model_is_measured(compiled):
     size = Llama(4, 256, 8, 2, 64, 512, 1000)
-    result = e2e.run([(4096, 200)], batches=[2], compiled=compiled, rounds=2, model_size=size)
+    result = e2e.run(e2e.Settings([(4096, 200)], [2]), size, compiled=compiled, rounds=2)
     assert [row["name"] for row in result["rows"]] == ["TopK per query_head", "TopK per kv_head"]
     for row in result["rows"]:
         assert row["ms"]["no attention"] < row["ms"]["step"]

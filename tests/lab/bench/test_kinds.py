@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from hashattn.cli import main
-from hashattn.lab.bench import cuda_graphs, kinds, kinds_report
-from hashattn.lab.bench.cases import Case
+from hashattn.lab.bench import cuda_graphs, kinds, tables
+from hashattn.lab.bench.cases import Case, Settings
 from hashattn.lab.bench.cuda_graphs import checked_step
 from hashattn.lab.bench.cuda_inputs import make_layer, with_estimate, with_signs
 from hashattn.lab.bench.cuda_reads import reads
@@ -96,7 +96,7 @@ def pretended(monkeypatch):
 
 def test_every_kind_has_a_row_with_its_ratios(pretended):
     pytest.importorskip("triton")
-    result = kinds.run([CASE], rounds=1)
+    result = kinds.run([CASE], Settings(rounds=1))
     rows = {(r["per"], r["kind"]): r for r in result["rows"]}
     assert len(rows) == len(result["rows"]) == 10 + 8
     assert all("left out per kv_head: LocalTopK" in note for note in result["notes"][1:]) and len(result["notes"]) == 3
@@ -124,13 +124,13 @@ def test_every_kind_has_a_row_with_its_ratios(pretended):
         assert limited["kept"] == pytest.approx(free["kept"], rel=0.05)
         half, few = (r for r in result["rows"] if r["per"] == per and "Tiers" in r["kind"])
         assert few["keys_read"] < half["keys_read"] < half["values_read"] == few["values_read"]
-    assert len(kinds_report.table(result["rows"]).splitlines()) == 19
+    assert len(tables.KINDS.text(result["rows"]).splitlines()) == 19
 
 
 def test_without_cuda_kernels_every_row_is_beside_topk_in_triton(pretended, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(kinds, "kernels", lambda: "Triton")
-    rows = kinds.run([CASE], pers=["kv_head"], rounds=1)["rows"]
+    rows = kinds.run([CASE], Settings(pers=["kv_head"], rounds=1))["rows"]
     assert {r["kernels"] for r in rows} == {"Triton"}
     assert all(r["of_topk_in_triton"] for r in rows)
 
@@ -146,7 +146,7 @@ def test_nothing_is_measured_where_a_kind_is_wrong(pretended, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "fused", wrong)
     monkeypatch.setattr(kinds, "take_turns", lambda *_: pytest.fail("measured"))
     with pytest.raises(RuntimeError, match=r"off by .* nothing is measured"):
-        kinds.run([CASE], pers=["kv_head"])
+        kinds.run([CASE], Settings(pers=["kv_head"]))
 
 
 @pytest.mark.parametrize("per", ["query_head", "kv_head"])
@@ -174,19 +174,15 @@ def test_triton_kernels_are_checked_and_run_as_they_will_be(monkeypatch, per):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--device", "cpu"], ["--kinds goes with --device cuda"]),
         (["--keys", "600:100"], ["--keys", "at least 128 keys", "100"]),
-        (["--clustered"], ["--clustered goes with --device cuda", "--kinds"]),
-        (["--plot", "x.png"], ["--plot goes with --device cuda", "--kinds"]),
         (["--bits", "512"], ["64, 128 or 256", "512"]),
-        (["--preset", "dashkv"], ["--preset goes with", "--e2e"]),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_runs(monkeypatch, capsys, arguments, words):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(kinds, "measure_machine", lambda: pytest.fail("measured"))
-    assert main(["bench", "--kinds", *arguments]) == 2
+    assert main(["bench", "kinds", *arguments]) == 2
     message = capsys.readouterr().err
     for word in words:
         assert word in message
@@ -194,7 +190,7 @@ def test_bad_arguments_are_refused_before_anything_runs(monkeypatch, capsys, arg
 
 def test_without_a_gpu_the_message_says_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["bench", "--kinds"]) == 2
+    assert main(["bench", "kinds"]) == 2
     assert "NVIDIA GPU" in capsys.readouterr().err
 
 
@@ -208,7 +204,7 @@ def row(**changes):
 
 
 def test_the_table_has_a_line_a_kind():
-    _, tiers, plain = kinds_report.table([row(), row(kind="TopK", of_topk_in_triton=None)]).splitlines()
+    _, tiers, plain = tables.KINDS.text([row(), row(kind="TopK", of_topk_in_triton=None)]).splitlines()
     assert tiers.split()[-10:] == ["Triton", "1,024", "cuDNN", "180.0", "22.5", "8.00", "1.50", "1.25", "3.0", "7.5"]
     assert plain.split()[-3:] == ["-", "3.0", "7.5"]
 
@@ -216,16 +212,16 @@ def test_the_table_has_a_line_a_kind():
 def test_the_command_measures_one_case_and_writes_it(tmp_path, monkeypatch, capsys):
     asked = []
     result = {"read_GB_per_s": 3000.0, "notes": ["a remark"], "rows": [row()]}
-    monkeypatch.setattr(kinds, "run", lambda cases, **o: asked.append((list(cases), o)) or result)
+    monkeypatch.setattr(kinds, "run", lambda cases, *how, **_: asked.append((list(cases), how)) or result)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     out = tmp_path / "x.json"
-    assert main(["bench", "--device", "cuda", "--kinds", "--out", str(out)]) == 0
-    assert asked == [([LARGE], {"bits": 64, "pers": ("query_head", "kv_head"), "rounds": 11, "progress": True})]
+    assert main(["bench", "kinds", "--out", str(out)]) == 0
+    assert asked == [([LARGE], (Settings(),))]
     assert "note: a remark" in capsys.readouterr().out
     written = json.loads(out.read_text())
     assert written["rows"] == [row()]
     assert {"command", "date", "device", "versions"} <= written.keys()
-    assert main(["bench", "--kinds", "--keys", "4000:200", "--batch", "2", "--per", "kv_head"]) == 0
+    assert main(["bench", "kinds", "--keys", "4000:200", "--batch", "2", "--per", "kv_head"]) == 0
     assert [(c.batch, c.keys, c.k) for c in asked[1][0]] == [(2, 4000, 200)]
 
 
@@ -237,7 +233,7 @@ def test_a_small_case_is_measured(monkeypatch):
     from hashattn.lab.bench import cuda_inputs
 
     monkeypatch.setattr(cuda_inputs, "COLD", 1 << 20)
-    result = kinds.run([Case(8, 2, 64, "bfloat16", 5000, 200, batch=2)], rounds=3)
+    result = kinds.run([Case(8, 2, 64, "bfloat16", 5000, 200, batch=2)], Settings(rounds=3))
     assert len(result["rows"]) == 10 + 8
     for r in result["rows"]:
         assert r["us"]["step"] > r["byte_floor_us"]

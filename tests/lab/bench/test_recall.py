@@ -1,4 +1,4 @@
-"""`hashattn bench --recall`: presets on the same queries and keys."""
+"""`hashattn bench recall`: presets on the same queries and keys."""
 
 import importlib.util
 import json
@@ -21,6 +21,7 @@ from hashattn import (
     from_pretrained,
 )
 from hashattn.cli import main
+from hashattn.lab import kept
 from hashattn.lab.bench import recall, recall_steps
 from hashattn.lab.bench.recall_data import captured, synthetic
 from hashattn.lab.bench.recall_entries import SHIPPED, arguments, entries, parse_index, shipped_for
@@ -29,7 +30,7 @@ from tests.lab.evaluation.small import save
 from tests.structured import attention64, raises_naming, visible_mask
 
 KEYS, QUERIES = 640, 6
-SMALL = ["bench", "--recall", "--data", "synthetic", "--tokens", str(KEYS), "--queries", str(QUERIES)]
+SMALL = ["bench", "recall", "--data", "synthetic", "--tokens", str(KEYS), "--queries", str(QUERIES)]
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +42,13 @@ def preset(name, **options):
     return HashAttention.from_preset(name, **options).replace(engine="cpu")
 
 
+def truth_of(layer):
+    return kept.Truth.of(layer.q[:, :, -QUERIES:], layer.k, layer.v, layer.scale)
+
+
 def judged(attn, layer):
     decoded = recall_steps.decode(attn, layer, QUERIES)
-    return decoded, recall_steps.figures(decoded, recall_steps.Truth.of(layer, QUERIES))
+    return decoded, kept.figures(decoded.kept, decoded.out, truth_of(layer))
 
 
 def test_the_command_compares_writes_and_draws(tmp_path, capsys):
@@ -53,7 +58,7 @@ def test_the_command_compares_writes_and_draws(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert plot.stat().st_size > 1000
     found = json.loads(out.read_text())
-    assert found["command"].startswith("hashattn bench --recall")
+    assert found["command"].startswith("hashattn bench recall")
     assert found["settings"]["budget"] == 0.15
     assert found["notes"] == []
     rows = {row["preset"]: row for row in found["rows"]}
@@ -98,7 +103,7 @@ def test_exact_top_k_keeps_what_exact_top_k_keeps_and_everything_is_full_attenti
     assert found["mass"] == pytest.approx(1)
     mask = visible_mask(QUERIES, KEYS, [0])
     exact, p = attention64(layer.q[:, :, -QUERIES:], layer.k, layer.v, mask, layer.scale)
-    truth = recall_steps.Truth.of(layer, QUERIES)
+    truth = truth_of(layer)
     torch.testing.assert_close(truth.out, exact[0])
     torch.testing.assert_close(truth.p, p[0])
     assert float((decoded.out - exact[0]).norm() / exact.norm()) == pytest.approx(found["output_error"])
@@ -112,7 +117,7 @@ def test_steps_keep_what_one_call_of_all_queries_keeps(layer, name):
     cache = attn.new_cache(1, 3, 64)
     cache.append(layer.k, layer.v)
     output, selection = attn.run(layer.q[:, :, -QUERIES:], cache)
-    assert torch.equal(recall_steps.as_mask(selection, decoded.kept), decoded.kept)
+    assert torch.equal(kept.kept_by(selection, decoded.kept), decoded.kept)
     torch.testing.assert_close(output.out[0], decoded.out, atol=1e-5, rtol=1e-4)
     assert len(decoded.us) == len(decoded.after) == QUERIES
     assert all(step.layer == 16 for step in decoded.after)
@@ -170,7 +175,7 @@ def test_another_index_is_one_argument():
     assert [row["preset"] for row in (own, other, exact)] == [
         "simhash_topk", 'simhash_topk + FaissBinary("BFlat")', "oracle_topk",
     ]  # fmt: skip
-    for name in recall_steps.FIGURES:
+    for name in ("keys_read", "recall", "mass", "relative_mass", "output_error"):
         assert own[name] == other[name]
     (remark,) = result["notes"]
     assert "oracle_topk" in remark
@@ -246,7 +251,7 @@ def test_synthetic_keys_are_repeatable_hold_planted_neighbours_and_share_a_mean(
     assert torch.equal(again.k, layer.k)
     assert not torch.equal(other.k, layer.k)
     assert not torch.equal(layer.fit_k, layer.k)
-    truth = recall_steps.Truth.of(layer, QUERIES)
+    truth = truth_of(layer)
     share = float(truth.p.topk(32, -1).values.sum(-1).mean())
     assert share > 0.75  # .86 seen: 5% of the keys
     mean = layer.k.mean(2).norm(dim=-1) / layer.k.norm(dim=-1).mean(2)
@@ -269,17 +274,11 @@ def test_fronts_hold_what_nothing_beats(tmp_path):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["--device", "cuda"], ["--recall", "--device cpu"]),
-        (["--budget", "2"], ["--budget", "2", "own"]),
-        (["--budget", "much"], ["--budget", "much", "own"]),
         (["--queries", "0"], ["--queries", "0"]),
         (["--queries", "400"], ["--tokens", "400", "640"]),
         (["--train", "0"], ["--train", "0"]),
-        (["--threads", "1", "2"], ["--threads", "one"]),
+        (["--threads", "0"], ["threads", "0"]),
         (["--presets", "dashcam"], ["dashcam", "dashkv"]),
-        (["--bits", "64"], ["--bits", "--recall"]),
-        (["--keys", "64:2"], ["--keys", "--recall"]),
-        (["--auto"], ["--auto", "--recall"]),
         (["--plot", "/nowhere/at/all.png"], ["--plot", "/nowhere/at"]),
         (["--index", "FlatPQ()", "--presets", "simhash_topk"], ["FlatPQ()", "simhash_topk"]),
     ],
@@ -288,8 +287,3 @@ def test_what_cannot_be_is_refused_at_once(given, words, capsys):
     assert main([*SMALL, *given]) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in words), error
-
-
-def test_options_of_other_modes_are_refused(capsys):
-    assert main(["bench", "--budget", "0.1"]) == 2
-    assert "--budget goes with --recall" in capsys.readouterr().err

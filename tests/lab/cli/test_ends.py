@@ -32,7 +32,7 @@ CAPTURE = ["capture", "--tokens", "60", "--sequences", "3", "--retrieval", "0", 
            "--model", "small", "--out", "captured"]  # fmt: skip
 FIT = ["fit", "shards", "--out", "fitted", "--bits", "32", "--query-hidden", "8", "--steps", "10", "--queries", "8",
        "--every", "5", "--device", "cpu"]  # fmt: skip
-BENCH = ["bench", "--shape", "4/2x16:float32", "--keys", "600:50", "--rounds", "1"]
+BENCH = ["bench", "cpu", "--shape", "4/2x16:float32", "--keys", "600:50", "--rounds", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_a_stopped_evaluation_and_benchmark_say_that_nothing_was_written(work, m
     said_in_one_line(capsys, "hashattn eval: stopped by SIGTERM: nothing was written; the same command begins anew")
     monkeypatch.setattr(cpu, "read_bandwidth", signalled(signal.SIGINT, lambda: 1e10, 0))
     assert main([*BENCH, "--out", "x.json"]) == 130
-    said_in_one_line(capsys, "hashattn bench: stopped by Ctrl-C: nothing was written; the same command begins anew")
+    said_in_one_line(capsys, "hashattn bench cpu: stopped by Ctrl-C: nothing was written; the same command begins anew")
     assert not (work / "x.json").exists()
 
 

@@ -105,7 +105,17 @@ def test_explain_takes_sizes_from_fitted_encoders_and_says_what_is_not_fitted(ca
     assert "note: this PQ is not fitted" in capsys.readouterr().out
 
 
-COMMANDS = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+def subcommands(command):
+    """By name, those of the subcommands included."""
+    found = {}
+    for action in command._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for own in action.choices.values():
+                found |= {own.prog: own, **subcommands(own)}
+    return found
+
+
+COMMANDS = subcommands(parser())
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,15 +1,16 @@
 """What cannot be used is refused in one line, with status 2, before a model is loaded or anything is measured."""
 
 import os
+import shlex
 import shutil
 
 import pytest
 import torch
 
-from hashattn.cli import main
+from hashattn.cli import main, parser
 from hashattn.core.errors import UserError
 from hashattn.lab.bench import recall_data
-from hashattn.lab.commands import PICTURES, check_file, check_folder, device_of
+from hashattn.lab.checks import PICTURES, check_file, check_folder, device_of
 from hashattn.lab.demo import run as demo
 from hashattn.lab.workload import model as loading
 from tests.lab.evaluation.small import save
@@ -44,7 +45,8 @@ def refused(capsys, command):
     assert main(command) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err.startswith(f"hashattn {command[0]}: ") and said.err.count("\n") == 1, said.err
+    name = " ".join(command[: 1 + (command[0] == "bench")])
+    assert said.err.startswith(f"hashattn {name}: ") and said.err.count("\n") == 1, said.err
     return said.err
 
 
@@ -53,8 +55,8 @@ COMMANDS = {
     "eval": ["eval", "--text", "text.txt"],
     "capture": ["capture", "--text", "text.txt", "--out", "new"],
     "fit": ["fit", "nothing", "--out", "new"],
-    "bench": ["bench"],
-    "recall": ["bench", "--recall", "--text", "text.txt", "--data", "synthetic"],
+    "bench": ["bench", "cpu"],
+    "recall": ["bench", "recall", "--text", "text.txt", "--data", "synthetic"],
     "presets": ["presets"],
     "explain": ["explain"],
 }
@@ -120,8 +122,6 @@ CASES = [
     ("eval", ["--encoder", "folder"], ["folder", "config.json"]),
     ("capture", ["--queries", "0"], ["queries must be at least 1", "got 0"]),
     ("fit", [], ["'nothing' holds no capture", "hashattn capture"]),
-    ("bench", ["--seed", "0"], ["--seed goes with --recall"]),
-    ("bench", ["--tokens", "0"], ["--tokens goes with --recall"]),
     ("recall", ["--data", "folder"], ["without config.json"]),
 ]  # fmt: skip
 
@@ -132,6 +132,35 @@ def test_bad_input_is_refused_in_one_line_before_any_work(files, capsys, name, m
     said = refused(capsys, [*COMMANDS[name], *more])
     assert all(word in said for word in words), said
     assert sorted(path.name for path in files.iterdir()) == before  # nothing was made either
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("", "cpu"),
+        ("--quiet --auto --threads 1 2", "cpu --quiet --auto --threads 1 2"),
+        ("--device cpu --keys 600:50", "cpu --keys 600:50"),
+        ("--device cuda --out x.json", "gpu --out x.json"),
+        ("--clustered --device=cuda", "gpu --clustered"),
+        ("--device cuda --kinds --per kv_head", "kinds --per kv_head"),
+        ("--e2e --preset hata --no-compile", "e2e --preset hata --no-compile"),
+        ("--crossover --batch 3", "crossover --batch 3"),
+        ("--recall --index 'FlatPQ()' --data synthetic", "recall --index 'FlatPQ()' --data synthetic"),
+    ],
+)
+def test_benchmarks_without_a_name_are_answered_with_the_command_that_has_it(capsys, old, new):
+    assert main(["bench", *shlex.split(old)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err == f"hashattn: bench takes the name of a benchmark: hashattn bench {new}\n"
+    parser().parse_args(["bench", *shlex.split(new)])
+
+
+def test_every_benchmark_has_its_own_options_only(capsys):
+    for name, other in (("cpu", "--batch"), ("gpu", "--auto"), ("kinds", "--plot"), ("e2e", "--shape"),
+                        ("crossover", "--keys"), ("recall", "--bits")):  # fmt: skip
+        with pytest.raises(SystemExit) as end:
+            main(["bench", name, other, "1"])
+        assert end.value.code == 2 and f"unrecognized arguments: {other}" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not CPU_BUILD, reason="torch is built with CUDA here")

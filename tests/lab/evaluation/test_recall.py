@@ -8,6 +8,7 @@ import torch
 from hashattn import Centring, HashAttention, Recent, SimHash, Sink, TopK
 from hashattn.core.types import Step
 from hashattn.lab.evaluation import recall
+from hashattn.lab.kept import Truth
 
 SCALE, PREFILL = 0.3, 60
 SHORT = SimHash(64, centring=Centring(keys=16))
@@ -24,10 +25,7 @@ def qkv():
 
 
 def judge(attn, q, k, v, share=0.2, step=None):
-    truth = recall.Truth.of(q, k, v, SCALE)
-    return recall.judge_layer(
-        attn, q, k, v, truth=truth, scale=SCALE, share=share, prefill=PREFILL, step=step or Step()
-    )[0]
+    return recall.judge_layer(attn, Truth.of(q, k, v, SCALE), share, PREFILL, step or Step())[0]
 
 
 def by_hand(attn, q, k, v):

@@ -1,61 +1,17 @@
-"""What the commands share: how help is written, and checks of files, folders and devices before any work is done."""
+"""Checks of files, folders and devices that the commands make before any work is done."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from hashattn.core.errors import UserError, reason, refusals
 from hashattn.core.extras import require
-from hashattn.core.files import replacing
 
 STDOUT = "-"
 PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-class Help(argparse.HelpFormatter):
-    """Tells defaults, where there are some: an option whose default is None or False says itself what it leaves."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default == argparse.SUPPRESS or action.nargs == 0:
-            return action.help
-        return f"{action.help} (default: {_shown(action.default)})"
-
-
-def add_common(command: argparse.ArgumentParser, *, quiet: bool = True) -> None:
-    """Add what every command takes; `quiet` where it shows what it is doing."""
-    if quiet:
-        command.add_argument(
-            "--quiet", action="store_true",
-            help="show no progress on standard error; where that is no terminal, no bar is shown anyway",
-        )  # fmt: skip
-    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def add_device(command: argparse.ArgumentParser) -> None:
-    """Add --device; device_of() takes it."""
-    command.add_argument(
-        "--device", metavar="cpu|cuda|cuda:N", help="where to compute; cuda if torch sees a GPU, else cpu, if left out"
-    )
-
-
-def share_or_own(text: str) -> float | None:
-    """A budget as the commands take it: a share of the keys, or None for "own", the preset's own."""
-    try:
-        budget = None if text == "own" else float(text)
-    except ValueError:
-        budget = 0.0
-    if budget is not None and not 0 < budget <= 1:
-        raise argparse.ArgumentTypeError(f"takes a share above 0 and at most 1, such as 0.05, or own; got {text!r}")
-    return budget
 
 
 def device_of(text: str | None) -> torch.device:
@@ -157,26 +113,6 @@ def check_folder(option: str, path: str | None, *, parents: bool = True) -> None
     _check_writable(where, there, ".hashattn.", "")
 
 
-def write_json(path: str, data: Any) -> None:
-    """Write to a file, there whole or not at all; or to standard output for "-"."""
-    text = json.dumps(data, indent=1) + "\n"
-    if path == STDOUT:
-        sys.stdout.write(text)
-        return
-    with replacing(path) as scratch:
-        scratch.write_text(text, encoding="utf-8")
-
-
-def for_people(*targets: str | None) -> Callable[..., None]:
-    """print(), to standard error if standard output is one of the targets, for programs to read."""
-    stream = sys.stderr if STDOUT in targets else sys.stdout
-
-    def say(*words: object) -> None:
-        print(*words, file=stream)
-
-    return say
-
-
 def _check_writable(where: str, folder: Path, prefix: str, suffix: str) -> None:
     try:
         with tempfile.NamedTemporaryFile(prefix=prefix, suffix=suffix, dir=folder):
@@ -184,7 +120,3 @@ def _check_writable(where: str, folder: Path, prefix: str, suffix: str) -> None:
     except OSError as error:
         why = error.strerror or reason(error)
         raise UserError(f"{where}: {folder} cannot be written to: {why}; name another place") from error
-
-
-def _shown(default: Any) -> str:
-    return " ".join(map(_shown, default)) if isinstance(default, list | tuple) else str(default)

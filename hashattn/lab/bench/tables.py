@@ -1,0 +1,155 @@
+"""The tables of the benchmarks: their columns, and what is said below them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from hashattn.lab.report import Column, Row, table
+
+Cell = Callable[[Row], str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, and a note on what they hold."""
+
+    columns: Sequence[Column]
+    note: str
+
+    def text(self, rows: Sequence[Row]) -> str:
+        """For people."""
+        return table(rows, self.columns)
+
+
+def _plain(*names: str) -> list[Column]:
+    """What rows hold under these names, as it is; whole numbers of keys in thousands."""
+
+    def cell(row: Row, name: str) -> str:
+        return f"{row[name]:,}" if name == "keys" else str(row[name])
+
+    return [(name, partial(cell, name=name)) for name in names]
+
+
+def _told(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _us(name: str, form: str = ",.1f") -> Cell:
+    """A time, where there is one."""
+    return lambda row: _told(row["us"].get(name), form)
+
+
+def _number(name: str, form: str = ".2f") -> Cell:
+    """A number, where there is one."""
+    return lambda row: _told(row[name], form)
+
+
+def _dense(form: str) -> Cell:
+    """The time of the fastest dense attention."""
+    return lambda row: _told(row["us"][row["dense"]], form)
+
+
+def _of_floor(row: Row) -> str:
+    return f"{row['us']['step'] / row['floor_us']:.1f}" if "step" in row["us"] else "-"
+
+
+def _whole(encoder: str) -> list[Column]:
+    """The step with an encoder, and how many times as fast as dense attention it is."""
+    faster = "x dense", lambda row: _told(row["whole_speedup"].get(encoder), ".2f")
+    return [(encoder, lambda row: _us(encoder)(row) if encoder in row["whole_speedup"] else "-"), faster]
+
+
+def _winner(row: Row, name: str, form: str) -> str:
+    """Of the times of a crossover those at the least number of keys that wins."""
+    at: dict[str, Any] = next((us for us in row["us"] if us["keys"] == row["keys"]), {})
+    return f"{at[name]:{form}}" if at else "nowhere" if name == "keys" else "-"
+
+
+_FLOOR: list[Column] = [("floor", _number("floor_us", ",.1f")), ("x floor", _of_floor)]
+_STEP: list[Column] = [
+    *_plain("dense"),
+    ("us", _dense(",.1f")),
+    ("step", _us("step")),
+    ("x dense", _number("speedup")),
+]
+
+CPU = Table(
+    [
+        *_plain("shape", "threads", "keys", "k"),
+        ("dense", _dense(",.0f")),
+        ("step", _us("step", ",.0f")),
+        ("x dense", _number("speedup")),
+        ("encode q", _us("encode query", ".0f")),
+        ("encode k", _us("encode key", ".0f")),
+        ("floor", lambda row: f"{row['floor_us']:,.0f}" if "step" in row["us"] else "-"),
+        ("x floor", _of_floor),
+        ("auto runs", lambda row: row["auto_engine"]),
+        ("auto / dense", _number("auto_cost")),
+    ],
+    "Microseconds a layer, medians; every case was checked against the reference first.",
+)
+_COLD = "Microseconds a layer, medians of cold CUDA-graph replays; every {} was checked against the reference first.\n"
+_UNENCODED = "Encoding the query and the newest key is not part of the step. "
+_FLOORS = "floor: the larger of the bytes read at the measured bandwidth and the popcounts at the clock's rate."
+GPU = Table(
+    [
+        *_plain("shape", "batch", "keys", "k", "selector", "per", "bits", "kernels"),
+        *_STEP,
+        ("scan", _us("scan")),
+        ("attend", _us("attend")),
+        *_FLOOR,
+        *_whole("linear"),
+        *_whole("MLP"),
+        ("topk", _us("torch.topk")),
+        ("FAISS", _us("FAISS")),
+    ],
+    _COLD.format("case") + _UNENCODED + "attend = step - scan, the first of two kernels.\n"
+    "linear, MLP: the step with its encoder, for queries linear or d-256-256-bits, and with the newest key appended.\n"
+    f"{_FLOORS}\n"
+    "topk: torch.topk over distances made beforehand; FAISS: no graph, its host's part included. Neither attends.",
+)
+KINDS = Table(
+    [
+        *_plain("shape", "batch", "keys", "k", "bits", "per", "kind", "kernels"),
+        ("kept", _number("kept", ",.0f")),
+        *_STEP,
+        ("/ TopK", _number("of_topk")),
+        ("/ in Triton", _number("of_topk_in_triton")),
+        *_FLOOR,
+    ],
+    _COLD.format("step") + _UNENCODED + "kept: keys a choice, observed, on average.\n"
+    "/ TopK, / in Triton: a step's time over that of the line TopK, and for Triton's kernels, of TopK in Triton.\n"
+    "Tiers: logits of medium keys are estimated (MixedPrecision), which runs in Triton; values are read in full.\n"
+    f"{_FLOORS}",
+)
+E2E = Table(
+    [
+        *_plain("keys", "batch"),
+        ("composition", lambda row: row["name"]),
+        *_plain("kernels"),
+        ("dense layers", lambda row: ", ".join(map(str, row["dense_layers"])) or "none"),
+        *_plain("dense"),
+        ("tokens/s", _number("dense_tokens_per_s", ",.1f")),
+        ("ms", lambda row: f"{row['ms'][row['dense']]:.2f}"),
+        ("hashed: tokens/s", _number("tokens_per_s", ",.1f")),
+        ("ms", lambda row: f"{row['ms']['step']:.2f}"),
+        ("x dense", _number("speedup")),
+        ("ceiling", _number("ceiling")),
+    ],
+    "Tokens per second of all sequences; greedy decoding in a CUDA graph, one token at a time; medians. Weights, keys\n"
+    "and values are random: no prompt is read. Layers attended to densely take the fastest dense attention as well.\n"
+    "ceiling: how many times as fast a step is that attends to nothing at all.",
+)
+CROSSOVER = Table(
+    [
+        *_plain("mode", "shape", "batch", "per", "bits", "kernels"),
+        ("wins from", lambda row: _winner(row, "keys", ",")),
+        ("dense", lambda row: _winner(row, "dense", ",.1f")),
+        ("step", lambda row: _winner(row, "step", ",.1f")),
+    ],
+    "The least numbers of keys tried from which a step takes clearly less than dense attention, and microseconds.\n"
+    "eager: attn.run from Python, launches and the newest key's encoding included. captured: in a CUDA graph, without.",
+)
