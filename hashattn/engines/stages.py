@@ -42,7 +42,7 @@ class Call:
         assert attn.selector is not None
         with torch.no_grad():  # codes choose: gradients go through what is chosen
             query = attn.encoder.encode_query(q) if attn.encoder is not None else None
-        view = cache.view(query, q.shape[1], spans, engine=self.engine, q=q, scale=self.scale)
+        view = cache.view(query, q.shape[1], spans, host=self.engine == "cpu", q=q, scale=self.scale)
         selection = attn.selector.select(view, self.step)
         warmup = cache.warmup if attn.encoder is not None else 0  # what ranks nothing needs no centre
         if min(end - first for row in spans for first, end in row) < warmup:

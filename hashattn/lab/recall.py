@@ -62,11 +62,10 @@ def _judge(
     kept = torch.arange(max(counts), device=keys.device) < torch.tensor(counts, device=keys.device).unsqueeze(-1)
     logits = (q.reshape(len(keys), -1, q.shape[-1]) @ keys.transpose(-1, -2)).view(*q.shape[:2], -1)
     weights = (logits * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf).softmax(-1)
-    engine = "cpu" if keys.device.type == "cpu" else "reference"
     store = index.new_store()
     store.add(encoder.encode_key(keys.unsqueeze(0), centre_of(encoder, keys)))
     query = encoder.encode_query(q.unsqueeze(0))
-    distances = index.distances(store, query, biased=encoder.biased, engine=engine)[0]
+    distances = index.distances(store, query, biased=encoder.biased, host=keys.device.type == "cpu")[0]
     near = nearest(distances, max(counts), seen)
     best = logits.masked_fill(~seen, -torch.inf).topk(max(counts), dim=-1).indices
     hits = _marked(near, kept, weights) & _marked(best, kept, weights)

@@ -108,4 +108,4 @@ def test_strides_that_the_scan_cannot_take_are_copied():
     codes = words(g, 1, 2, 2, 300).transpose(2, 3)  # words of a key far apart
     assert not codes[0, 0].is_contiguous()
     check(query, codes, [[[9]]], torch.tensor([[[0, 300]]]))
-    assert np.array_equal(hamming.distances(query, codes, engine="cpu").numpy(), hamming_numpy(query, codes))
+    assert np.array_equal(hamming.distances(query, codes, host=True).numpy(), hamming_numpy(query, codes))
