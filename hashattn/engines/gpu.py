@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,64 +34,71 @@ def why_not(
     rule = rule_of(attn, q_heads // kv_heads)
     if rule is None:
         return f'it serves TopK, LocalTopK, Threshold and Tiers (of a group, with combine="sum"), not {short(selector)}'
-    return decode.why_not(
-        device=device, dtype=dtype, head_dim=head_dim, group=q_heads // kv_heads, tokens=tokens,
-        words=words(encoder.bits), planes=encoder.query_bits, rule=rule, batch=batch,
-    )  # fmt: skip
+    request = request_of(attn, torch.device(device), dtype, (q_heads, kv_heads, head_dim), rule)
+    return "; ".join(decode.why_not(replace(request, tokens=tokens, batch=batch))) or None
+
+
+def request_of(
+    attn: HashAttention, device: torch.device, dtype: torch.dtype, heads: tuple[int, int, int], rule: decode.Rule
+) -> decode.Request:
+    """What a composition of codes asks of the kernels, for so many query heads, KV heads and dimensions of a head."""
+    encoder = attn.encoder
+    assert encoder is not None
+    return decode.Request(device, dtype, *heads, words(encoder.bits), encoder.query_bits, rule, encoder.code)
 
 
 def rule_of(attn: HashAttention, group: int) -> decode.Rule | None:
-    """What the selector asks of a step over the encoder's codes, for so many query heads a KV head; None as there."""
+    """What the selector asks of a step over the encoder's codes, for so many query heads a KV head; None as there.
+
+    No keys are critical to a stage that attends to all of them alike.
+    """
     assert attn.selector is not None and attn.encoder is not None
     rule = attn.selector.rule(group)
-    return None if rule is None else replace(rule, biased=attn.encoder.biased)
+    if rule is None:
+        return None
+    critical = rule.critical if attn.attend.needs_norms else None
+    return replace(rule, biased=attn.encoder.biased, critical=critical)
 
 
-@dataclass(frozen=True)
 class Prepared:
-    """What steps like one another need of a cache: tensors that stay where they are, and the rule."""
+    """A step that is made ready for a cache, whose tensors stay where they are."""
 
-    rule: decode.Rule
-    keys: Tensor
-    values: Tensor
-    codes: Tensor
-    norms: Tensor | None
-    starts: Tensor
-    bounds: Tensor
-    workspace: Tensor
-    estimate: decode.Estimate | None
+    def __init__(self, like: decode.Inputs) -> None:
+        from hashattn.ops.decode.library import Decode  # registers operators
 
-    def step(self, q: Tensor, query: Tensor, length: Tensor, scale: float, causal: bool) -> tuple[Output, Selection]:
-        """Search and attend with queries and their codes; see :func:`hashattn.ops.decode.reference`."""
-        from hashattn.ops.decode import library  # registers operators
+        self.like, self._step = like, Decode(like)
 
-        given = q, query, self.keys, self.values, self.codes, self.starts, length, self.bounds
-        if self.estimate is None:
-            out, lse, ids = library.decode(*given, self.rule, self.workspace, scale=scale, causal=causal)
-            return Output(out, lse), Selection(ids)
-        out, lse, ids, tier = library.decode_tiers(
-            *given, self.estimate, self.rule, self.workspace, scale=scale, causal=causal
-        )
+    def step(self, q: Tensor, query: Tensor, scale: float) -> tuple[Output, Selection]:
+        """Search and attend with queries and their codes; see :class:`hashattn.ops.decode.Inputs`."""
+        out, lse, ids, tier = self._step(q, query, scale)
         return Output(out, lse), Selection(ids, tier)
 
 
-def prepare(attn: HashAttention, cache: KVCache, q_heads: int, tokens: int) -> Prepared:
-    """What steps of so many query heads and queries need, for a composition that is served."""
-    assert attn.encoder is not None
+def prepare(
+    attn: HashAttention, cache: KVCache, q_heads: int, tokens: int, length: Tensor, causal: bool = True,
+    centre: Tensor | None = None,
+) -> Prepared:  # fmt: skip
+    """A step of so many query heads and queries, for a composition that is served.
+
+    Args:
+        length: int32 [1], filled columns.
+        centre: where the keys' centre stays, if not with the cache.
+    """
+    encoder, state, device = attn.encoder, cache.on_device, cache.keys.device
     rule = rule_of(attn, q_heads // cache.kv_heads)
-    assert rule is not None
-    keys, values, codes = (cache.storage(what) for what in ("keys", "values", "codes"))
-    sizes = decode.Sizes(
-        cache.batch, q_heads, cache.kv_heads, tokens, cache.head_dim, keys.shape[2], codes.shape[2],
-        attn.encoder.query_bits, codes.shape[3], rule, attn.encoder.widths() or ((), ()),
-    )  # fmt: skip
-    state, device = cache.on_device, keys.device
-    return Prepared(
-        sizes.rule, keys, values, codes, cache.storage("norms") if cache.with_norms else None,
-        state.starts(cache._starts, device), state.bounds(sizes.state, device),
-        state.scratch.workspace(sizes.workspace, device),
-        attn.attend.fused_estimate(cache) if rule.critical is not None else None,
-    )  # fmt: skip
+    assert rule is not None and encoder is not None
+    keys, values, codes = (cache.storage(what).detach() for what in ("keys", "values", "codes"))
+    stored = decode.Stored(keys, values, codes, length, cache.storage("norms") if cache.with_norms else None)
+    estimate = attn.attend.fused_estimate(cache) if rule.critical is not None else None
+    if estimate is not None and centre is not None:
+        estimate = replace(estimate, centre=centre)
+    shape = cache.batch, q_heads, tokens
+    q = torch.empty((*shape, cache.head_dim), dtype=keys.dtype, device=device)
+    query = torch.empty((*shape, encoder.query_bits, codes.shape[3]), dtype=torch.int64, device=device)
+    like = decode.Inputs(q, query, stored, state.starts(cache._starts, device), rule, 1.0, causal, estimate)
+    sizes = replace(decode.Sizes.of(like), widths=encoder.widths() or ((), ()))
+    workspace = state.scratch.workspace(sizes.workspace, device)
+    return Prepared(replace(like, bounds=state.bounds(sizes.state, device), workspace=workspace))
 
 
 def packed(encoder: Encoder, q: Tensor) -> Tensor:
@@ -105,4 +112,4 @@ def step(attn: HashAttention, q: Tensor, cache: KVCache, scale: float, causal: b
     assert attn.encoder is not None
     cache.encode()
     length = torch.full((1,), len(cache), dtype=torch.int32, device=q.device)
-    return prepare(attn, cache, *q.shape[1:3]).step(q, packed(attn.encoder, q), length, scale, causal)
+    return prepare(attn, cache, q.shape[1], q.shape[2], length, causal).step(q, packed(attn.encoder, q), scale)

@@ -9,14 +9,15 @@ import torch
 
 from hashattn.core.checks import check_int
 from hashattn.engines.choose import Shape, crossover, provenance, resolve
-from hashattn.engines.gpu import rule_of, why_not
-from hashattn.ops.decode import why_not_encode
-from hashattn.ops.decode.gpu import kernels, why_triton
+from hashattn.engines.gpu import request_of, rule_of, why_not
+from hashattn.ops.decode import kernels_on, served_by, why_not_encode
 
 if TYPE_CHECKING:
     from hashattn.attention import HashAttention
     from hashattn.encoders import Encoder
     from hashattn.selectors import Selector
+
+Asked = tuple[torch.device, torch.dtype, tuple[int, int, int]]  # heads: query heads, KV heads, dimensions
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def explain(
             assert attn.index is not None
             scan_bytes = round(codes * attn.index.read_bytes(code_row))
         scan_bytes += batch * heads * min(keys, times * attn.selector.looked_at(keys)) * row
-    stages = _stages(attn, engine, torch.device(device), least, unfused, q_heads // kv_heads)
+    asked = (torch.device(device), dtype, (q_heads, kv_heads, head_dim))
+    stages = _stages(attn, engine, asked, least, unfused)
     return Plan(
         engine, stages, kv_bytes, scan_bytes, attend_bytes, code_bytes, kv_bytes, least, provenance(device, shape)
     )
@@ -125,8 +127,9 @@ def _crossover(least: int | None) -> str:
 
 
 def _stages(
-    attn: HashAttention, engine: str, device: torch.device, least: int | None, unfused: str | None, group: int
+    attn: HashAttention, engine: str, asked: Asked, least: int | None, unfused: str | None
 ) -> tuple[tuple[str, str, str], ...]:
+    device = asked[0]
     if engine == "dense":
         why = "the composition attends densely"
         if attn.attend.needs_selection:
@@ -151,7 +154,7 @@ def _stages(
     if attn.index is not None and attn.index.remark():
         scan, slow = "its own search", attn.index.remark()
     if engine == "triton":
-        return _fused_stages(attn, device, group)
+        return _fused_stages(attn, asked)
     rows = []
     if attn.encoder is not None and attn.selector is not None and attn.selector.ranked:
         rows = [
@@ -165,34 +168,33 @@ def _stages(
     return tuple(rows)
 
 
-def _fused_stages(attn: HashAttention, device: torch.device, group: int) -> tuple[tuple[str, str, str], ...]:
-    gpu = device if torch.cuda.is_available() else None  # a plan may be of one that is not there
-    rule = rule_of(attn, group)
+def _fused_stages(attn: HashAttention, asked: Asked) -> tuple[tuple[str, str, str], ...]:
+    device, _, (q_heads, kv_heads, _) = asked
+    rule = rule_of(attn, q_heads // kv_heads)
     assert rule is not None
-    slower, language = why_triton(gpu), kernels(gpu)
-    if rule.critical is not None and attn.attend.needs_norms:
-        slower, language = "estimates of medium keys are made there", "Triton"
+    kernels, slower = served_by(request_of(attn, *asked, rule))
+    language = kernels.language
     listed = "lists the keys near the last step's threshold"
     if rule.chunks is not None:
         listed = "keeps the nearest of each chunk"
-    if slower is not None:
-        listed += f"; {slower}"
-    one = "the same kernel" if rule.chunks is not None and slower is None else "one kernel"
+    if slower:
+        listed += f"; {'; '.join(slower)}"
+    one = "the same kernel" if rule.chunks is not None and not slower else "one kernel"
     return (
-        _encode_on_a_gpu(attn.encoder, gpu),
+        _encode_on_a_gpu(attn.encoder, device),
         ("scan", f"{_name(attn.index)}: {language}, one kernel", listed),
         ("select", f"{_select(attn.selector)}: {language}, {one} with attend", "exact, ties to the most recent key"),
         ("attend", f"{_name(attn.attend)}: {language}", "split over the selected keys"),
     )
 
 
-def _encode_on_a_gpu(encoder: Encoder | None, gpu: torch.device | None) -> tuple[str, str, str]:
-    reason = why_not_encode(encoder.widths()) if encoder is not None else None
-    if reason is not None:
-        return "encode", f"{_name(encoder)}: PyTorch", reason
+def _encode_on_a_gpu(encoder: Encoder | None, device: torch.device) -> tuple[str, str, str]:
+    reasons = why_not_encode(encoder.widths()) if encoder is not None else []
+    if reasons:
+        return "encode", f"{_name(encoder)}: PyTorch", "; ".join(reasons)
     return (
         "encode",
-        f"{_name(encoder)}: {kernels(gpu)} in a decoder, else PyTorch",
+        f"{_name(encoder)}: {kernels_on(device).language} in a decoder, else PyTorch",
         "a decoder appends in the same kernel",
     )
 

@@ -13,7 +13,7 @@ from hashattn.core.budget import Budget
 from hashattn.core.votes import Votes
 from hashattn.ops.nearest import nearest, nearest_of_pool, nearest_visible, within
 from hashattn.ops.nearest.cpu import Table
-from hashattn.ops.search import search
+from hashattn.ops.search import Ranking, search
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,10 +169,8 @@ class View:
         fused = self.codes is not None and self.calibrated is None and self.kept is None and not self.scanned
         if fused and self.codes is not None and (not shared or self.codes.shape[1] == self.kv_heads):
             assert self.query is not None
-            return search(
-                self.query, self.codes, counts, self.spans, shared=shared, sinks=self.sinks, recents=self.recents,
-                radius=radius, biased=self.biased,
-            )  # fmt: skip
+            ranking = Ranking(shared, self.sinks, self.recents, radius, self.biased)
+            return search(self.query, self.codes, counts, self.spans, ranking)
         view = self._within(shared, radius)
         if view.distances().is_floating_point():
             return replace(view, host=False).nearest(budgets)

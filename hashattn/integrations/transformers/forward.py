@@ -380,7 +380,7 @@ class Forward:
         Rows begin where the mask of this call says, its last query seeing all that the next one will.
         """
         kv = layer.kv
-        if kv is None or self.trace or torch.is_grad_enabled() or kv.keys.device.type not in decode.DEVICES:
+        if kv is None or self.trace or torch.is_grad_enabled() or kv.keys.device.type not in decode.request.DEVICES:
             return
         if mask is not None:
             starts, reason = call.one.beginnings(mask, kv.batch, len(kv))

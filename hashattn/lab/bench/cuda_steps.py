@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from hashattn.lab.bench.caches import random_cache, twin
 from hashattn.lab.bench.cases import DTYPES, Case
 from hashattn.lab.bench.cuda_inputs import Layer
 from hashattn.ops import decode
-from hashattn.ops.decode import Rule, Scratch, Sizes, gpu
+from hashattn.ops.decode import Rule, Scratch, Sizes
 from hashattn.selectors import LocalTopK, Selector, TopK
 
 Result = tuple[Tensor, ...]  # out, lse, ids, and tiers where the rule has them
@@ -58,24 +59,14 @@ def rule(case: Case, selector: Selector) -> Rule:
 def why_not(case: Case, bits: int, selector: Selector, planes: int = 1) -> str | None:
     """Why the fused step does not serve a case, as the end of a sentence; None if it does."""
     asked = rule(case, selector)
-    reason = decode.why_not(
-        device="cuda", dtype=DTYPES[case.dtype], head_dim=case.head_dim, group=case.q_heads // case.kv_heads,
-        tokens=1, words=bits // 64, planes=planes, rule=asked,
-    )  # fmt: skip
-    if reason is not None:
-        return reason
-    try:
-        Sizes(
-            case.batch, case.q_heads, case.kv_heads, 1, case.head_dim, case.keys, case.keys, planes, bits // 64, asked
-        )
-    except ValueError as error:
-        return str(error)
-    return None
+    heads = case.q_heads, case.kv_heads, case.head_dim
+    request = decode.Request(torch.device("cuda"), DTYPES[case.dtype], *heads, bits // 64, planes, asked)
+    return "; ".join(decode.why_not(replace(request, batch=case.batch, room=case.keys))) or None
 
 
 def kernels() -> str:
     """What the step is written in that runs on the current GPU: "CUDA C++" or "Triton"."""
-    return gpu.kernels(torch.device("cuda"))
+    return decode.kernels_on(torch.device("cuda")).language
 
 
 def has_stages(rule: Rule) -> bool:
@@ -85,30 +76,20 @@ def has_stages(rule: Rule) -> bool:
 
 def first_bounds(layer: Layer, rule: Rule) -> Tensor:
     """The bounds of a layer's first step, which rewrites them for the next one."""
-    return torch.zeros(_sizes(layer, 0, rule).state, dtype=torch.int32, device=layer.keys.device)
+    return torch.zeros(Sizes.of(layer.inputs(0, rule)).state, dtype=torch.int32, device=layer.keys.device)
 
 
 def fused(
     layer: Layer, i: int, bounds: Tensor, rule: Rule, scratch: Scratch, scan_only: bool = False, triton: bool = False
 ) -> Result:  # fmt: skip
     """The step with a layer's query i, or its first kernel alone; with tiers, logits of medium keys are estimated."""
-    workspace = scratch.workspace(_sizes(layer, i, rule).workspace, layer.keys.device)
-    scale = layer.q[i].shape[-1] ** -0.5
-    given = (
-        layer.q[i], layer.query[i], layer.keys, layer.values, layer.codes, layer.starts, layer.length, bounds,
-    )  # fmt: skip
-    if not triton and rule.critical is None:
-        return gpu.decode(*given, rule, workspace, scale=scale, scan_only=scan_only)
-    from hashattn.ops.decode import triton as written_in_triton
-
-    if rule.critical is None:
-        return written_in_triton.decode(*given, rule, workspace, scale=scale, scan_only=scan_only)
-    assert layer.estimate is not None
-    return written_in_triton.decode_tiers(*given, layer.estimate, rule, workspace, scale=scale)
-
-
-def _sizes(layer: Layer, i: int, rule: Rule) -> Sizes:
-    return Sizes.of(layer.q[i], layer.query[i], layer.keys, layer.codes, rule)
+    x = layer.inputs(i, rule)
+    x = replace(x, bounds=bounds, workspace=scratch.workspace(Sizes.of(x).workspace, layer.keys.device))
+    if triton or decode.kernels_for(decode.Request.of(x)).language == "Triton":
+        from hashattn.ops.decode.triton.decode import decode as run
+    else:
+        from hashattn.ops.decode.cuda.decode import decode as run
+    return tuple(part for part in run(x, scan_only) if part is not None)
 
 
 def whole_caches(

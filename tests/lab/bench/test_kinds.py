@@ -75,7 +75,7 @@ def pretended(monkeypatch):
     monkeypatch.setattr(kinds, "refuse", lambda *_: None)
     monkeypatch.setattr(kinds, "kernels", lambda: "CUDA C++")
     monkeypatch.setattr(kinds, "measure_machine", lambda: Machine(1e12, 100, None))
-    monkeypatch.setattr(decode, "DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(decode.request, "DEVICES", ("cuda", "cpu"))
     monkeypatch.setattr(cuda_graphs, "capture", lambda calls: [call() for call in calls])
     monkeypatch.setattr(kinds, "take_turns", lambda graphs, calls, _: {n: 50.0 + i for i, n in enumerate(graphs)})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -86,10 +86,7 @@ def pretended(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "dense", lambda _: {"a": sdpa, "b": sdpa})
 
     def fused(layer, i, bounds, rule, scratch, scan_only=False, triton=False):
-        given = layer.q[i], layer.query[i], layer.keys, layer.values, layer.codes, layer.starts, layer.length
-        if rule.critical is None:
-            return decode.reference(*given, rule, scale=64**-0.5)
-        return decode.reference_tiers(*given, layer.estimate, rule, scale=64**-0.5)
+        return tuple(x for x in decode.reference(layer.inputs(i, rule)) if x is not None)
 
     monkeypatch.setattr(cuda_graphs, "fused", fused)
 
