@@ -27,7 +27,13 @@ KERNELS: tuple[Kernels, ...] = (InCuda(), InTriton())  # the fastest first
 
 def why_not(request: Request) -> list[str]:
     """Why no kernels serve a step, as ends of sentences; [] if some do. Of kernels, those that come nearest to it."""
-    return min((kernels.why_not(request) for kernels in reversed(KERNELS)), key=len)
+    fewest: list[str] | None = None
+    for kernels in reversed(KERNELS):  # the last serve the most
+        reasons = kernels.why_not(request)
+        if not reasons:
+            return []
+        fewest = reasons if fewest is None or len(reasons) < len(fewest) else fewest
+    return fewest or []
 
 
 def kernels_for(request: Request) -> Kernels:

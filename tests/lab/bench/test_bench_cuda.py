@@ -435,7 +435,10 @@ def test_each_selector_that_is_served_has_a_row_of_its_own(pretended, monkeypatc
 )
 def test_a_row_says_which_kernels_ran(monkeypatch, capability, reason, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(compiler, "why_not", lambda: reason)
+    monkeypatch.setattr(compiler, "why_not_on", lambda _: None)
     assert cuda_steps.kernels() == expected
 
 

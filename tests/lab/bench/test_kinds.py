@@ -14,7 +14,8 @@ from hashattn.lab.bench.cuda_steps import rule
 from hashattn.lab.bench.floors import Machine
 from hashattn.lab.bench.kinds import IN_TRITON, TOPK, radius_for
 from hashattn.ops import decode
-from hashattn.ops.decode import Scratch, gpu
+from hashattn.ops.decode import Scratch
+from hashattn.ops.decode.cuda import decode as in_cuda
 from hashattn.selectors import LocalTopK, Tiers
 
 CASE = Case(4, 2, 64, "float32", 600, 130, batch=2)
@@ -151,7 +152,7 @@ def test_triton_kernels_are_checked_and_run_as_they_will_be(monkeypatch, per):
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled where there is a GPU")
-    monkeypatch.setattr(gpu, "decode", lambda *_, **__: pytest.fail("not Triton's"))
+    monkeypatch.setattr(in_cuda, "decode", lambda *_, **__: pytest.fail("not Triton's"))
     case = Case(4, 2, 64, "float32", 200, 128)
     layer = with_estimate(make_layer(case, 64, steps=1, clustered=False, seed=0, device=CPU, planes=2))
     named = kinds.kinds(case, per, 25)

@@ -21,7 +21,7 @@ class InCuda(Kernels):
         return "CUDA C++"
 
     def why_not_on(self, device: torch.device) -> list[str]:
-        there = torch.cuda.is_available()  # else there is none to be tried: a plan may be of one that is not there
+        there = device.type == "cuda" and torch.cuda.is_available()  # a plan may be of a GPU that is not there
         if there and torch.cuda.get_device_capability(device) < OLDEST:
             return ["CUDA C++ is written for compute capability 8.0 and above"]
         reason = compiler.why_not()
@@ -33,7 +33,7 @@ class InCuda(Kernels):
         reasons = why_not_binary(request)
         if request.rule.critical is not None:
             reasons.append("estimates of medium keys are made in Triton")
-        return reasons + self.why_not_on(request.device)
+        return reasons or self.why_not_on(request.device)  # which compiles a kernel to find out
 
     def decode(self, like: Inputs) -> Decode:
         from hashattn.ops.decode.cuda.decode import Prepared
