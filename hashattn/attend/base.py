@@ -74,8 +74,8 @@ class Attend(ABC):
         return self
 
 
-def serving(view: View | None, selection: Selection, *given: Tensor) -> str:
-    """The engine of a call: that of its view, or the reference where gradients of what it is given are wanted."""
+def on_host(view: View | None, selection: Selection, *given: Tensor) -> bool:
+    """Whether the CPU's implementation attends, as it searched, if no gradients of what is given are wanted."""
     log_weights = selection.log_weights
     gradient = any(x.requires_grad for x in given) or (log_weights is not None and log_weights.requires_grad)
-    return "reference" if view is None or (gradient and torch.is_grad_enabled()) else view.engine
+    return view is not None and view.host and not (gradient and torch.is_grad_enabled())

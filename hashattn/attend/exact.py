@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hashattn.attend.base import Attend, Keys, serving
+from hashattn.attend.base import Attend, Keys, on_host
 from hashattn.core.types import Output, Selection
 from hashattn.index.view import View
 from hashattn.ops import attend as ops
@@ -30,12 +30,12 @@ class ExactAttend(Attend):
         if selection is None:
             raise ValueError("ExactAttend needs a selection; DenseAttend does without")
         keys, values = cache.storage("keys"), cache.storage("values")
-        engine = serving(view, selection, q, keys, values)
+        host = on_host(view, selection, q, keys, values)
         rows = ops.row_numbers(selection.ids, keys.shape[1], keys.shape[2])
-        logits = ops.logits(q, keys, selection.ids, scale, rows=rows, engine=engine)
+        logits = ops.logits(q, keys, selection.ids, scale, rows=rows, host=host)
         return Output(
             *ops.weigh(
                 logits, values, selection.ids, q.dtype, log_weights=selection.log_weights,
-                rows=rows, need_lse=need_lse, need_weights=need_weights, engine=engine,
+                rows=rows, need_lse=need_lse, need_weights=need_weights, host=host,
             )
         )  # fmt: skip

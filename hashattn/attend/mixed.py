@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hashattn.attend.base import Attend, Keys, serving
+from hashattn.attend.base import Attend, Keys, on_host
 from hashattn.attend.medium import Medium, nearest_of
 from hashattn.core.checks import check_fit, check_int, check_number
 from hashattn.core.kinds import MakesCodes
@@ -71,18 +71,18 @@ class MixedPrecision(nn.Module, Attend):
         if selection is None:
             raise ValueError("MixedPrecision needs a selection; DenseAttend does without")
         ids, tier, keys, values = selection.ids, selection.tier, cache.storage("keys"), cache.storage("values")
-        engine = serving(view, selection, q, keys, values, *self.parameters())
+        host = on_host(view, selection, q, keys, values, *self.parameters())
         if tier is None:
-            logits = ops.logits(q, keys, ids, scale, engine=engine)
+            logits = ops.logits(q, keys, ids, scale, host=host)
         else:
             if view is None or view.query is None:
                 raise ValueError("MixedPrecision needs the view of the encoded queries for a selection with tiers")
             few = ids.shape[-1] if selection.critical_slots is None else selection.critical_slots
             exact_ids, medium = ids[..., :few], tier == MEDIUM
-            mixed = engine != "cpu" or bool(medium[..., :few].any())  # where asking costs nothing
+            mixed = not host or bool(medium[..., :few].any())  # where asking costs nothing
             if mixed:
                 exact_ids = exact_ids.masked_fill(medium[..., :few], -1)  # medium keys are not read
-            exact = ops.logits(q, keys, exact_ids.contiguous(), scale, engine=engine)
+            exact = ops.logits(q, keys, exact_ids.contiguous(), scale, host=host)
             if mixed:
                 exact = F.pad(exact, (0, ids.shape[-1] - few))
                 logits = torch.where(medium.unsqueeze(3), self.estimate(q, cache, ids, view) * scale, exact)
@@ -93,7 +93,7 @@ class MixedPrecision(nn.Module, Attend):
         return Output(
             *ops.weigh(
                 logits, values, ids, q.dtype, log_weights=selection.log_weights, need_lse=need_lse,
-                need_weights=need_weights, engine=engine,
+                need_weights=need_weights, host=host,
             )
         )  # fmt: skip
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hashattn.attend.base import Attend, Keys, serving
+from hashattn.attend.base import Attend, Keys, on_host
 from hashattn.core.types import SAMPLED, Output, Selection
 from hashattn.index.view import View
 from hashattn.ops import attend as ops
@@ -43,8 +43,8 @@ class SampledAttend(Attend):
             raise ValueError("SampledAttend needs a selection; DenseAttend does without")
         ids, log_weights = selection.ids, selection.log_weights
         keys, values = cache.storage("keys"), cache.storage("values")
-        engine = serving(view, selection, q, keys, values)
-        logits = ops.logits(q, keys, ids, scale, engine=engine)  # [B, H, T, G, K]
+        host = on_host(view, selection, q, keys, values)
+        logits = ops.logits(q, keys, ids, scale, host=host)  # [B, H, T, G, K]
         if selection.collisions is not None:
             if ids.shape[1] != q.shape[1] or selection.tier is None:
                 raise ValueError("a selection by collisions must be of query heads and say which slots are sampled")
@@ -54,7 +54,7 @@ class SampledAttend(Attend):
             log_weights = own if log_weights is None else log_weights + own
         out, lse, weights = ops.weigh(
             logits, values, ids, q.dtype, log_weights=log_weights, need_lse=need_lse,
-            need_weights=need_weights or self.errors, engine=engine,
+            need_weights=need_weights or self.errors, host=host,
         )  # fmt: skip
         if not self.errors:
             return Output(out, lse, weights)

@@ -21,6 +21,7 @@ class DeviceState:
     def __init__(self, scratch: Scratch) -> None:
         self.scratch = scratch
         self._starts: tuple[list[int], Tensor] | None = None
+        self.prepared: dict[tuple[int, int, bool], object] = {}  # steps, by query heads, queries and whether causal
         self._bounds: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
 
     @lasting

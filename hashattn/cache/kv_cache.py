@@ -350,7 +350,7 @@ class KVCache:
         return ((columns >= visible[..., :1]) & (columns < visible[..., 1:])).unsqueeze(1)
 
     def view(
-        self, query: Tensor | None, q_heads: int, spans: Table, *, engine: str = "reference", q: Tensor | None = None,
+        self, query: Tensor | None, q_heads: int, spans: Table, *, host: bool = False, q: Tensor | None = None,
         scale: float = 1.0,
     ) -> View:  # fmt: skip
         """What a selector sees, for encoded queries and the columns visible to them; see :meth:`spans`.
@@ -365,13 +365,11 @@ class KVCache:
         def scan() -> Tensor:
             if index is None or store is None or query is None:
                 raise TypeError("this composition has no index, so there are no distances")
-            return index.distances(store, query, biased=biased, engine=engine)
+            return index.distances(store, query, biased=biased, host=host)
 
         def logits(ids: Tensor) -> Tensor:
             assert q is not None
-            return exact_logits(
-                q.detach(), self.kv.storage("keys").detach(), ids, scale, engine=engine
-            )  # they choose: no gradients
+            return exact_logits(q.detach(), self.kv.keys.storage, ids, scale, host=host)  # they choose: no gradients
 
         def find(k: int) -> tuple[Tensor, Tensor]:
             assert index is not None and store is not None and query is not None
@@ -382,7 +380,7 @@ class KVCache:
         codes = store.codes if store is not None and binary and len(store) else None
         device = self.keys.device
         return View(
-            spans, q_heads, self.kv_heads, len(self), scan, device, query, codes, engine, biased=biased,
+            spans, q_heads, self.kv_heads, len(self), scan, device, query, codes, host, biased=biased,
             find=find if searches else None, logits=None if q is None else logits, votes=self.votes,
         )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,9 +15,12 @@ from hashattn.engines.base import Request
 from hashattn.engines.dense import Dense
 from hashattn.engines.gpu import Gpu, Prepared, packed
 from hashattn.engines.parts import Parts
-from hashattn.ops.decode import Map, why_not_encode
+from hashattn.ops.decode import Map, Newest, why_not_encode
 from hashattn.ops.decode.estimate import key_norms
 from hashattn.ops.decode.sizes import counters
+
+if TYPE_CHECKING:
+    from hashattn.ops.decode.library import Encode
 
 
 class Decoder:
@@ -58,10 +61,11 @@ class Decoder:
         self.maps: tuple[Map, Map] | None = None
         self.centre: Tensor | None = None
         if not self.dense and encoder is not None:
-            if why_not_encode(encoder.widths()) is None:
+            if not why_not_encode(encoder.widths()):
                 self.maps = encoder.maps(cache.head_dim, device)
             self.centre = cache.centre.float().clone(memory_format=torch.contiguous_format)
         self._prepared: dict[tuple[int, int], Prepared] = {}
+        self._encode: dict[tuple[int, int], Encode] = {}
         self.follow()
         of_maps = [x for by in self.maps or () for x in by.tensors]
         held = self.keys, self.values, self.starts, self.length, self.found, self.centre
@@ -100,16 +104,24 @@ class Decoder:
             raise ValueError(f'engine="gpu" cannot take this step: {"; ".join(reasons)}')
         assert encoder is not None
         encoder.check_model(q_heads, cache.kv_heads, cache.head_dim)
-        prepared, estimate = Prepared.of(self.parts, cache, q_heads, tokens), None
-        if prepared.estimate is not None:
-            assert self.centre is not None
-            estimate = replace(prepared.estimate, centre=self.centre)  # which stays where it is
-            _stays(estimate.a)
+        from hashattn.ops.decode.library import Encode  # registers operators
+
+        assert self.centre is not None
+        prepared = Prepared.of(self.parts, cache, (q_heads, tokens), self.length, centre=self.centre)
+        like, stored = prepared.like, prepared.like.stored
         count = counters(cache.batch * q_heads * tokens, cache.batch * cache.kv_heads * tokens)
         arrived = self._arrived[q_heads, tokens] = torch.zeros(count, dtype=torch.int32, device=self.keys.device)
-        for held in (prepared.codes, prepared.norms, prepared.bounds, prepared.workspace, arrived):
+        for held in (stored.keys, stored.values, stored.codes, stored.norms, like.bounds, like.workspace, arrived):
             _stays(held)
-        self._prepared[q_heads, tokens] = replace(prepared, estimate=estimate)
+        if like.estimate is not None:
+            _stays(like.estimate.a)
+        if self.maps is not None:
+            k = self.keys.new_empty((cache.batch, cache.kv_heads, tokens, cache.head_dim))
+            newest = Newest(
+                *(like.q, k, k, self.centre, self.maps, encoder.query_bits, stored, arrived, like.workspace)
+            )
+            self._encode[q_heads, tokens] = Encode(newest)
+        self._prepared[q_heads, tokens] = prepared
 
     def warm_up(self, q_heads: int) -> None:
         """Load the kernels, which a capture cannot do, by a step on zeros that leaves nothing behind."""
@@ -124,22 +136,19 @@ class Decoder:
         if self.dense:
             dense_steps.append(k, v, self.keys, self.values, self.length)
             return dense_steps.attend(q, self.keys, self.values, self.starts, self.length, scale)
-        from hashattn.ops.decode.library import append, encode  # registers operators
-
         kind, encoder = (q.shape[1], q.shape[2]), self.parts.encoder
-        prepared, arrived = self._prepared[kind], self._arrived[kind]
+        prepared = self._prepared[kind]
         assert encoder is not None and self.centre is not None
-        held = self.keys, self.values, prepared.codes, self.length, arrived
         if self.maps is not None:
-            query = encode(
-                q, k, v, self.centre, self.maps, encoder.query_bits, *held, prepared.workspace, prepared.norms
-            )
+            query = self._encode[kind](q, k, v)
         else:
-            query = packed(encoder, q)
-            new_norms = key_norms(k, self.centre) if prepared.norms is not None else None
-            append(k, v, encoder.encode_key(k, self.centre), *held, new_norms, prepared.norms)
-        output, selection = prepared.step(q, query, self.length, scale, True)
-        if prepared.rule.radius is not None:
+            from hashattn.ops.decode.library import append
+
+            query, stored = packed(encoder, q), prepared.like.stored
+            norms = key_norms(k, self.centre) if stored.norms is not None else None
+            append(k, v, encoder.encode_key(k, self.centre), norms, stored, self._arrived[kind])
+        output, selection = prepared.step(q, query, scale)
+        if prepared.like.rule.radius is not None:
             self.found.add_((selection.ids >= 0).sum())
         return output.out
 

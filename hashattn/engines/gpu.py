@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hashattn.cache.kv_cache import KVCache
+from hashattn.core.lasting import lasting
 from hashattn.core.naming import short
 from hashattn.core.types import Output, Selection
 from hashattn.encoders.base import Encoder
@@ -16,8 +18,6 @@ from hashattn.engines.gpus import this_gpu
 from hashattn.engines.parts import Parts
 from hashattn.engines.stages import Reference
 from hashattn.ops import decode
-from hashattn.ops.decode import why_not_encode
-from hashattn.ops.decode.gpu import kernels, why_triton
 from hashattn.ops.hamming import words
 
 
@@ -38,16 +38,11 @@ class Gpu(Engine):
             reasons.append(
                 f"it attends as ExactAttend does, or MixedPrecision without a residual, not as {short(parts.attend)}"
             )
-        rule = rule_of(parts, request.group)
-        if rule is None:
+        asked = asked_of(parts, request)
+        if asked is None:
             serves = 'TopK, LocalTopK, Threshold and Tiers (of a group, with combine="sum")'
             return [*reasons, f"it serves {serves}, not {short(selector)}"]
-        reason = decode.why_not(
-            device=request.device.type, dtype=request.dtype, head_dim=request.head_dim, group=request.group,
-            tokens=request.tokens, words=words(encoder.bits), planes=encoder.query_bits, rule=rule,
-            batch=request.batch,
-        )  # fmt: skip
-        return reasons if reason is None else [*reasons, reason]
+        return [*reasons, *decode.why_not(asked)]
 
     def prepare(self, parts: Parts, cache: KVCache, request: Request) -> PreparedStep:
         return FusedStep(parts, request)
@@ -65,85 +60,92 @@ class Gpu(Engine):
         return f"{name}, {gpu.source}; in a CUDA graph a step wins from {captured:,} keys on"
 
     def rows(self, parts: Parts, request: Request) -> list[PlanRow]:
-        gpu = request.device if torch.cuda.is_available() else None  # a plan may be of one that is not there
-        rule = rule_of(parts, request.group)
-        assert rule is not None and parts.encoder is not None
-        slower, language = why_triton(gpu), kernels(gpu)
-        if rule.critical is not None and parts.attend.needs_norms:
-            slower, language = "estimates of medium keys are made there", "Triton"
-        listed = "lists the keys near the last step's threshold"
-        if rule.chunks is not None:
-            listed = "keeps the nearest of each chunk"
-        if slower is not None:
-            listed += f"; {slower}"
-        one = "the same kernel" if rule.chunks is not None and slower is None else "one kernel"
+        asked = asked_of(parts, request)
+        assert asked is not None and parts.encoder is not None
+        kernels, slower = decode.served_by(asked)
+        language, chunks = kernels.language, asked.rule.chunks is not None
+        listed = "keeps the nearest of each chunk" if chunks else "lists the keys near the last step's threshold"
+        listed = "; ".join([listed, *slower])
+        one = "the same kernel" if chunks and not slower else "one kernel"
         selector, exact = selector_name(parts.selector), "exact, ties to the most recent key"
         return [
-            _encode_row(parts.encoder, gpu),
+            _encode_row(parts.encoder, request.device),
             PlanRow("scan", f"{part_name(parts.index)}: {language}, one kernel", listed),
             PlanRow("select", f"{selector}: {language}, {one} with attend", exact),
             PlanRow("attend", f"{part_name(parts.attend)}: {language}", "split over the selected keys"),
         ]
 
 
-def _encode_row(encoder: Encoder, gpu: torch.device | None) -> PlanRow:
-    reason = why_not_encode(encoder.widths())
-    if reason is not None:
-        return PlanRow("encode", f"{part_name(encoder)}: PyTorch", reason)
-    part = f"{part_name(encoder)}: {kernels(gpu)} in a decoder, else PyTorch"
+def _encode_row(encoder: Encoder, device: torch.device) -> PlanRow:
+    reasons = decode.why_not_encode(encoder.widths())
+    if reasons:
+        return PlanRow("encode", f"{part_name(encoder)}: PyTorch", "; ".join(reasons))
+    part = f"{part_name(encoder)}: {decode.kernels_on(device).language} in a decoder, else PyTorch"
     return PlanRow("encode", part, "a decoder appends in the same kernel")
 
 
 def rule_of(parts: Parts, group: int) -> decode.Rule | None:
-    """What the selector asks of a step over the encoder's codes, for so many heads a group; None if it is no Rule."""
+    """What the selector asks of a step over the encoder's codes, for so many query heads a KV head; None if no rule.
+
+    No keys are critical to a stage that attends to all of them alike.
+    """
     assert parts.selector is not None and parts.encoder is not None
     rule = parts.selector.rule(group)
-    return None if rule is None else replace(rule, biased=parts.encoder.biased)
+    if rule is None:
+        return None
+    critical = rule.critical if parts.attend.needs_norms else None
+    return replace(rule, biased=parts.encoder.biased, critical=critical)
 
 
-@dataclass(frozen=True)
+def asked_of(parts: Parts, request: Request) -> decode.Request | None:
+    """What such a step asks of the kernels; None if the selector's choice is no rule of theirs."""
+    rule, encoder = rule_of(parts, request.group), parts.encoder
+    if rule is None or encoder is None:
+        return None
+    heads = request.q_heads, request.kv_heads, request.head_dim
+    codes = words(encoder.bits), encoder.query_bits, rule, encoder.code
+    return decode.Request(request.device, request.dtype, *heads, *codes, request.batch, request.tokens)
+
+
 class Prepared:
-    """What steps like one another need of a cache: tensors that stay where they are, and the rule."""
+    """A step that is made ready for a cache, whose tensors stay where they are."""
 
-    rule: decode.Rule
-    keys: Tensor
-    values: Tensor
-    codes: Tensor
-    norms: Tensor | None
-    starts: Tensor
-    bounds: Tensor
-    workspace: Tensor
-    estimate: decode.Estimate | None
+    def __init__(self, like: decode.Inputs) -> None:
+        from hashattn.ops.decode.library import Decode  # registers operators
+
+        self.like, self._step = like, Decode(like)
 
     @classmethod
-    def of(cls, parts: Parts, cache: KVCache, q_heads: int, tokens: int) -> Prepared:
-        """For steps of so many query heads and queries, of parts that are served."""
-        assert parts.encoder is not None
-        rule = rule_of(parts, q_heads // cache.kv_heads)
-        assert rule is not None
-        keys, values, codes = (cache.storage(what) for what in ("keys", "values", "codes"))
-        room = keys.shape[2], codes.shape[2]
-        code = parts.encoder.query_bits, codes.shape[3]
-        shape = cache.batch, q_heads, cache.kv_heads, tokens, cache.head_dim
-        sizes = decode.Sizes(*shape, *room, *code, rule, parts.encoder.widths() or ((), ()))
-        state, device = cache.on_device, keys.device
-        starts, bounds = state.starts(cache._starts, device), state.bounds(sizes.state, device)
-        norms = cache.storage("norms") if cache.with_norms else None
+    @lasting
+    def of(
+        cls, parts: Parts, cache: KVCache, shape: tuple[int, int], length: Tensor, *, causal: bool = True,
+        centre: Tensor | None = None,
+    ) -> Prepared:  # fmt: skip
+        """A step of so many (query heads, queries), of parts that are served.
+
+        Args:
+            length: int32 [1], filled columns.
+            centre: where the keys' centre stays, if not with the cache.
+        """
+        encoder, state, device = parts.encoder, cache.on_device, cache.keys.device
+        rule = rule_of(parts, shape[0] // cache.kv_heads)
+        assert rule is not None and encoder is not None
+        keys, values, codes = (cache.storage(what).detach() for what in ("keys", "values", "codes"))
+        stored = decode.Stored(keys, values, codes, length, cache.storage("norms") if cache.with_norms else None)
         estimate = parts.attend.fused_estimate(cache) if rule.critical is not None else None
+        if estimate is not None and centre is not None:
+            estimate = replace(estimate, centre=centre)
+        q = torch.empty((cache.batch, *shape, cache.head_dim), dtype=keys.dtype, device=device)
+        planes = cache.batch, *shape, encoder.query_bits, codes.shape[3]
+        query = torch.empty(planes, dtype=torch.int64, device=device)
+        like = decode.Inputs(q, query, stored, state.starts(cache._starts, device), rule, 1.0, causal, estimate)
+        sizes = replace(decode.Sizes.of(like), widths=encoder.widths() or ((), ()))
         workspace = state.scratch.workspace(sizes.workspace, device)
-        return cls(sizes.rule, keys, values, codes, norms, starts, bounds, workspace, estimate)
+        return cls(replace(like, bounds=state.bounds(sizes.state, device), workspace=workspace))
 
-    def step(self, q: Tensor, query: Tensor, length: Tensor, scale: float, causal: bool) -> tuple[Output, Selection]:
-        """Search and attend with queries and their codes; see :func:`hashattn.ops.decode.reference`."""
-        from hashattn.ops.decode import library  # registers operators
-
-        given = q, query, self.keys, self.values, self.codes, self.starts, length, self.bounds
-        if self.estimate is None:
-            out, lse, ids = library.decode(*given, self.rule, self.workspace, scale=scale, causal=causal)
-            return Output(out, lse), Selection(ids)
-        out, lse, ids, tier = library.decode_tiers(
-            *given, self.estimate, self.rule, self.workspace, scale=scale, causal=causal
-        )
+    def step(self, q: Tensor, query: Tensor, scale: float) -> tuple[Output, Selection]:
+        """Search and attend with queries and their codes; see :class:`hashattn.ops.decode.Inputs`."""
+        out, lse, ids, tier = self._step(q, query, scale)
         return Output(out, lse), Selection(ids, tier)
 
 
@@ -166,10 +168,33 @@ class FusedStep:
             return Reference().prepare(self.parts, cache, self.request)(q, cache, call)
         assert self.parts.encoder is not None
         cache.encode()
-        length = torch.full((1,), len(cache), dtype=torch.int32, device=q.device)
-        query = packed(self.parts.encoder, q)
-        prepared = Prepared.of(self.parts, cache, *q.shape[1:3])
-        return prepared.step(q, query, length, call.scale, call.causal)
+        query, prepared = packed(self.parts.encoder, q), self.prepared(q, cache, call.causal)
+        prepared.like.stored.length.fill_(len(cache))
+        return prepared.step(q, query, call.scale)
+
+    def prepared(self, q: Tensor, cache: KVCache, causal: bool) -> Prepared:
+        """Kept with the cache, and made anew where its memory has moved or another step has outgrown the workspace."""
+        parts, state, device = self.parts, cache.on_device, q.device
+        state.starts(cache._starts, device)  # brings them up to date, in place
+        held, like = state.prepared.get((q.shape[1], q.shape[2], causal)), None
+        memory = tuple(cache.storage(what).data_ptr() for what in ("keys", "values", "codes"))
+        if isinstance(held, Kept) and held.parts is parts and held.memory == memory:
+            like = held.prepared.like
+            if state.scratch.workspace(like.workspace.nbytes, device) is like.workspace:
+                return held.prepared
+        length = torch.empty(1, dtype=torch.int32, device=device) if like is None else like.stored.length
+        prepared = Prepared.of(parts, cache, (q.shape[1], q.shape[2]), length, causal=causal)
+        if prepared.like.estimate is None:  # whose centre moves
+            state.prepared[q.shape[1], q.shape[2], causal] = Kept(parts, memory, prepared)
+        return prepared
+
+
+class Kept(NamedTuple):
+    """A prepared step, and what it was prepared for."""
+
+    parts: Parts
+    memory: tuple[int, ...]
+    prepared: Prepared
 
 
 def wants_gradients(parts: Parts, q: Tensor, cache: KVCache) -> bool:

@@ -116,8 +116,7 @@ class Stages:
         assert selector is not None
         with torch.no_grad():  # codes choose: gradients go through what is chosen
             query = encoder.encode_query(q) if encoder is not None else None
-        engine = "cpu" if self.host else "reference"
-        view = cache.view(query, q.shape[1], spans, engine=engine, q=q, scale=call.scale)
+        view = cache.view(query, q.shape[1], spans, host=self.host, q=q, scale=call.scale)
         selection = selector.select(view, call.step)
         warmup = self.parts.warmup(cache)
         if min(end - first for row in spans for first, end in row) < warmup:

@@ -98,7 +98,7 @@ class Index(ABC):
         """What a query plan says of it beside its name."""
         return ""
 
-    def distances(self, store: Store, query: Tensor, *, biased: bool = False, engine: str = "reference") -> Tensor:
+    def distances(self, store: Store, query: Tensor, *, biased: bool = False, host: bool = False) -> Tensor:
         """Distances of queries to every key of the store, [B, Hq, T, N]; smaller is nearer.
 
         biased: whether the last byte of a code is a number to add; see :func:`hashattn.ops.hamming.distances`.

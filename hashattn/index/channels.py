@@ -40,7 +40,7 @@ class Channels(Index):
     def new_store(self, capacity: int | None = None) -> Store:
         return Store(capacity)
 
-    def distances(self, store: Store, query: Tensor, *, biased: bool = False, engine: str = "reference") -> Tensor:
+    def distances(self, store: Store, query: Tensor, *, biased: bool = False, host: bool = False) -> Tensor:
         """float32 [B, Hq, T, N] from queries [B, Hq, T, D].
 
         Raises:

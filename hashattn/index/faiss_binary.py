@@ -161,10 +161,10 @@ class FaissBinary(Index):
             index.nflip = self.nflip
         return index
 
-    def distances(self, store: Store, query: Tensor, *, biased: bool = False, engine: str = "reference") -> Tensor:
+    def distances(self, store: Store, query: Tensor, *, biased: bool = False, host: bool = False) -> Tensor:
         """int32 [B, Hq, T, N] from query codes int64 [B, Hq, T, W] or planes [B, Hq, T, b, W]; "BFlat" only."""
         if not self.scans:
-            return super().distances(store, query, biased=biased, engine=engine)
+            return super().distances(store, query, biased=biased, host=host)
         assert isinstance(store, FaissStore)
         planes = query.unsqueeze(3) if query.ndim == 4 else query
         found = store.scan(planes)  # [B, Hq, T, b, N]

@@ -24,7 +24,7 @@ class FlatBuckets(Index):
     def new_store(self, capacity: int | None = None) -> Store:
         return Store(capacity)
 
-    def distances(self, store: Store, query: Tensor, *, biased: bool = False, engine: str = "reference") -> Tensor:
+    def distances(self, store: Store, query: Tensor, *, biased: bool = False, host: bool = False) -> Tensor:
         """int32 [B, Hq, T, N] from buckets of queries, int64 [B, Hq, T, W]."""
         codes = store.codes
         if query.dtype != torch.int64 or query.ndim != 4 or query.shape[-1] != codes.shape[-1]:

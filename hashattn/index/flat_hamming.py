@@ -26,11 +26,11 @@ class FlatHamming(Index):
     def new_store(self, capacity: int | None = None) -> Store:
         return Store(capacity)
 
-    def distances(self, store: Store, query: Tensor, *, biased: bool = False, engine: str = "reference") -> Tensor:
+    def distances(self, store: Store, query: Tensor, *, biased: bool = False, host: bool = False) -> Tensor:
         """int32 [B, Hq, T, N] from query codes int64 [B, Hq, T, W] or planes [B, Hq, T, b, W]."""
         if query.is_floating_point() or query.shape[-1] != store.codes.shape[-1]:
             raise ValueError(
                 f"query must hold int64 codes of {store.codes.shape[-1]} words, as the keys do, got {query.dtype} of "
                 f"{query.shape[-1]} words"
             )
-        return hamming.distances(query, store.codes, biased=biased, engine=engine)
+        return hamming.distances(query, store.codes, biased=biased, host=host)

@@ -27,7 +27,7 @@ class FlatPQ(Index):
     def new_store(self, capacity: int | None = None) -> Store:
         return Store(capacity)
 
-    def distances(self, store: Store, query: Tensor, *, biased: bool = False, engine: str = "reference") -> Tensor:
+    def distances(self, store: Store, query: Tensor, *, biased: bool = False, host: bool = False) -> Tensor:
         """int32 [B, Hq, T, N] from tables [B, Hq, T, m, C]."""
         codes = store.codes  # uint8 [B, H, N, m]
         if query.ndim != 5 or query.shape[3] != codes.shape[-1]:

@@ -29,7 +29,7 @@ class FlatRaBitQ(Index):
     def new_store(self, capacity: int | None = None) -> Store:
         return Store(capacity)
 
-    def distances(self, store: Store, query: Tensor, *, biased: bool = False, engine: str = "reference") -> Tensor:
+    def distances(self, store: Store, query: Tensor, *, biased: bool = False, host: bool = False) -> Tensor:
         """float32 [B, Hq, T, N] from rotated queries [B, Hq, T, bits]."""
         codes = store.codes
         batch, q_heads, tokens, dim = query.shape

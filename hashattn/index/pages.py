@@ -47,7 +47,7 @@ class Pages(Index):
     def read_bytes(self, row: int) -> float:
         return 2 * row / self.page
 
-    def distances(self, store: Store, query: Tensor, *, biased: bool = False, engine: str = "reference") -> Tensor:
+    def distances(self, store: Store, query: Tensor, *, biased: bool = False, host: bool = False) -> Tensor:
         """int32 [B, Hq, T, N] from queries [B, Hq, T, D]."""
         assert isinstance(store, PageStore)
         bounds = store.codes  # [B, H, P, 2 D]: the least of k and of -k

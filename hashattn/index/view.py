@@ -12,9 +12,8 @@ from torch import Tensor
 from hashattn.core.budget import Budget
 from hashattn.core.types import Table
 from hashattn.core.votes import Votes
-from hashattn.ops.engine import on_cpu
 from hashattn.ops.nearest import nearest, nearest_of_pool, nearest_visible, within
-from hashattn.ops.search import search
+from hashattn.ops.search import Ranking, search
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +28,9 @@ class View:
         scan: returns the raw distances, [B, Hq, T, N].
         device: where the tensors are.
         query: what the encoder made of the queries; None if nothing is ranked.
-        codes: packed codes int64 [B, heads, N, W]: of a flat index, which an engine may scan and search in one pass, or
+        codes: packed codes int64 [B, heads, N, W]: of a flat index, which the CPU may scan and search in one pass, or
             of one that only searches.
-        engine: "reference" or "cpu".
+        host: whether the CPU's implementation searches (numpy, FAISS) instead of plain PyTorch.
         sinks: this many first visible keys are ranked before every distance.
         recents: this many last visible keys too.
         biased: whether the last byte of a code is a number that is added to its distance.
@@ -52,7 +51,7 @@ class View:
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
     query: Tensor | None = None
     codes: Tensor | None = None
-    engine: str = "reference"
+    host: bool = False
     sinks: int = 0
     recents: int = 0
     biased: bool = False
@@ -138,7 +137,7 @@ class View:
         if self.find is not None:
             return self._found(min(k, self.longest), shared=False)
         distances = self.distances()
-        if on_cpu(self.engine) and not distances.is_floating_point():
+        if self.host and not distances.is_floating_point():
             counts = [[[min(k, self.longest)] for _ in row] for row in self.spans]
             return nearest_visible(
                 distances, counts, self.spans, sinks=self.sinks, recents=self.recents, kept=self.kept, ordered=True
@@ -165,7 +164,7 @@ class View:
         Returns:
             int32 [B, heads, T, K], in no promised order within a budget's keys, -1 in empty slots.
         """
-        if not on_cpu(self.engine) or self.find is not None:
+        if not self.host or self.find is not None:
             if self.find is not None:
                 ids = self._found(self.slots(budgets[-1]), shared)
             else:
@@ -177,13 +176,11 @@ class View:
         fused = self.codes is not None and self.calibrated is None and self.kept is None and not self.scanned
         if fused and self.codes is not None and (not shared or self.codes.shape[1] == self.kv_heads):
             assert self.query is not None
-            return search(
-                self.query, self.codes, counts, self.spans, shared=shared, sinks=self.sinks, recents=self.recents,
-                radius=radius, biased=self.biased,
-            )  # fmt: skip
+            ranking = Ranking(shared, self.sinks, self.recents, radius, self.biased)
+            return search(self.query, self.codes, counts, self.spans, ranking)
         view = self._within(shared, radius)
         if view.distances().is_floating_point():
-            return replace(view, engine="reference").nearest(budgets)
+            return replace(view, host=False).nearest(budgets)
         return nearest_visible(
             view.distances(), counts, self.spans, sinks=self.sinks, recents=self.recents, kept=view.kept
         )

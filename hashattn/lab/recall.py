@@ -65,12 +65,11 @@ def _judge(
     seen = seen_from(positions, keys.shape[1])
     counts = [min(p + 1, k if k is not None else math.ceil(budget * (p + 1))) for p in positions.tolist()]
     logits = logits_of(q, keys, seen, q.shape[-1] ** -0.5)
-    engine = "cpu" if keys.device.type == "cpu" else "reference"
     store = index.new_store()
     centre = encoder.centre_of(keys.unsqueeze(0))
     store.add(encoder.encode_key(keys.unsqueeze(0), centre))
     query = encoder.encode_query(q.unsqueeze(0))
-    distances = index.distances(store, query, biased=encoder.biased, engine=engine)[0]
+    distances = index.distances(store, query, biased=encoder.biased, host=keys.device.type == "cpu")[0]
     count = torch.tensor(counts, device=keys.device)
     wanted = torch.arange(max(counts), device=keys.device) < count.unsqueeze(-1)
     near = as_mask(nearest(distances, max(counts), seen).masked_fill(~wanted, -1), logits)

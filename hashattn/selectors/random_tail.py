@@ -102,7 +102,7 @@ class RandomTail(Wrapper):
         place = torch.arange(view.keys, device=view.device) - view.visible[..., :1]  # [B, T, N]
         drawn = draws(self.seed, step.layer, heads, view.counts[:, None, :, None], place.unsqueeze(1))
         budget = Budget(self.k, self.share)
-        plain = replace(view, sinks=0, recents=0, engine="reference").calibrate(drawn, rest)
+        plain = replace(view, sinks=0, recents=0, host=False).calibrate(drawn, rest)
         ids = plain.search(plain.slots(budget))
         wanted = budget.counts(view.counts)[:, None, :, None]
         ids = ids.masked_fill(torch.arange(ids.shape[-1], device=ids.device) >= wanted, -1)

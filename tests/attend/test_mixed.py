@@ -108,7 +108,7 @@ def test_estimates_equal_the_formula_to_float32_rounding():
     with torch.no_grad():
         _, selection = attn.run(q, cache)
         logits, _ = by_hand(attn, q, cache, selection, 1.0)
-        view = cache.view(attn.encoder.encode_query(q), 4, cache.spans(1), engine="cpu")
+        view = cache.view(attn.encoder.encode_query(q), 4, cache.spans(1), host=True)
         found = attn.attend.estimate(q, cache, selection.ids, view).squeeze(3)
     medium = selection.tier == MEDIUM
     bound = 16 * torch.finfo(torch.float32).eps * logits[medium].abs().max()

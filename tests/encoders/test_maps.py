@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hashattn import ITQ, AsymmetricHash, FlatHamming, HashAttention, PerLayer, SimHash, SymmetricHash, TopK
-from hashattn.ops.decode.gpu import kernels
+from hashattn.ops.decode import kernels_on
 from tests.ops.decode.encoding import randomised
 from tests.structured import qkv
 
@@ -51,7 +51,10 @@ def test_layers_have_the_widths_of_the_first():
 @pytest.mark.parametrize(
     ("encoder", "words"),
     [
-        (AsymmetricHash(64), (f"{kernels()} in a decoder", "appends in the same kernel")),
+        (
+            AsymmetricHash(64),
+            (f"{kernels_on(torch.device('cuda')).language} in a decoder", "appends in the same kernel"),
+        ),
         (AsymmetricHash(64, heads=8), (": PyTorch", "all heads share")),
         (AsymmetricHash(64, key_hidden=(9, 9, 9)), (": PyTorch", "up to 2 hidden layers, not 3")),
     ],

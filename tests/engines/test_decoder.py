@@ -43,7 +43,7 @@ DENSE = FUSED["sign"].replace(engine="dense")
 
 @pytest.fixture(autouse=True)
 def anywhere(monkeypatch):
-    monkeypatch.setattr(decode, "DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(decode.request, "DEVICES", ("cuda", "cpu"))
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -24,7 +24,7 @@ ROOM = LENGTH + 20
 
 @pytest.fixture(autouse=True)
 def anywhere(monkeypatch):
-    monkeypatch.setattr(decode, "DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(decode.request, "DEVICES", ("cuda", "cpu"))
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

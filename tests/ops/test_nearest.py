@@ -95,8 +95,8 @@ def test_the_cpu_finds_what_the_reference_finds(seed, keys, k, high, forced, mas
     assert torch.equal(ids if ordered else ids.sort().values, expected if ordered else expected.sort().values)
     assert torch.equal(distances, before)
     if k <= view.longest:
-        for engine in ("reference", "cpu"):
-            view = make_view(distances, 3, start, sinks=forced[0], recents=forced[1], kept=kept, engine=engine)
+        for host in (False, True):
+            view = make_view(distances, 3, start, sinks=forced[0], recents=forced[1], kept=kept, host=host)
             assert torch.equal(view.search(k), expected)
 
 

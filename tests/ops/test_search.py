@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hashattn.ops import hamming
 from hashattn.ops.hamming.cpu import merge_planes
-from hashattn.ops.search import reference, scan, search
+from hashattn.ops.search import Ranking, reference, scan, search
 from tests.structured import generator, hamming_numpy, heads, odd_lengths, seeds
 
 
@@ -24,8 +24,8 @@ def check(query, codes, counts, visible, **options):
     """Both find the same keys in each part of the slots."""
     slots = max(c[-1] for row in counts for c in row)
     tensors = [torch.tensor([[c[i] for c in row] for row in counts]) for i in range(len(counts[0][0]))]
-    expected = reference(query, codes, tensors, slots, visible, **options)
-    found = pad(search(query, codes, counts, visible.tolist(), **options), slots)
+    expected = reference(query, codes, tensors, slots, visible, Ranking(**options))
+    found = pad(search(query, codes, counts, visible.tolist(), Ranking(**options)), slots)
     assert found.dtype == torch.int32
     assert torch.equal(found.sort().values, expected.sort().values)
     if len(tensors) > 1:  # what the first count takes comes first
@@ -108,4 +108,4 @@ def test_strides_that_the_scan_cannot_take_are_copied():
     codes = words(g, 1, 2, 2, 300).transpose(2, 3)  # words of a key far apart
     assert not codes[0, 0].is_contiguous()
     check(query, codes, [[[9]]], torch.tensor([[[0, 300]]]))
-    assert np.array_equal(hamming.distances(query, codes, engine="cpu").numpy(), hamming_numpy(query, codes))
+    assert np.array_equal(hamming.distances(query, codes, host=True).numpy(), hamming_numpy(query, codes))

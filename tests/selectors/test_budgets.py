@@ -42,7 +42,6 @@ from hashattn import (
 from hashattn.core.budget import MOST_KEYS, Budget
 from hashattn.engines.base import Request
 from hashattn.engines.cost import step_microseconds
-from hashattn.ops import attend, hamming
 from hashattn.ops.decode.rule import Rule
 from hashattn.presets import budget_options, options_of
 from hashattn.presets.written import parse
@@ -397,20 +396,6 @@ def test_a_fused_plan_asks_for_the_group(monkeypatch):
     plan = attn.explain(q_heads=8, kv_heads=2, head_dim=64, keys=10_000, device="cuda")
     assert plan.engine == "gpu"
     assert set(asked) == {4}
-
-
-def test_unknown_engines_of_operations_are_refused():
-    codes, q = torch.zeros(1, 1, 5, 1, dtype=torch.int64), torch.zeros(1, 1, 1, 1, dtype=torch.int64)
-    keys, ids = torch.randn(1, 1, 5, 8), torch.zeros(1, 1, 1, 2, dtype=torch.int32)
-    logits = torch.zeros(1, 1, 1, 1, 2)
-    calls = (
-        lambda engine: hamming.distances(q, codes, engine=engine),
-        lambda engine: attend.logits(torch.randn(1, 1, 1, 8), keys, ids, 1.0, engine=engine),
-        lambda engine: attend.weigh(logits, keys, ids, torch.float32, engine=engine),
-        lambda engine: make_view(torch.zeros(1, 1, 1, 5, dtype=torch.int32), 1, [0], engine=engine).search(2),
-    )
-    for call, engine in itertools.product(calls, ("triton", "CPU", "auto", "")):
-        raises_naming(ValueError, "engine", repr(engine), "'reference'", "'cpu'")(lambda c=call, e=engine: c(e))
 
 
 # ---- nothing found

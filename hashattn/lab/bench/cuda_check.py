@@ -36,9 +36,7 @@ def check_step(
         bounds: what the step finds its hints in.
     """
     q, what = layer.q[0], f"{case}, {rule}"
-    expected, critical = choose(
-        layer.query[0], layer.codes, layer.starts, layer.length, rule, layer.keys.shape[2], causal=True
-    )
+    expected, critical = choose(layer.inputs(0, rule))
     medium = ~critical & (expected >= 0)
     tiers = torch.where(medium, MEDIUM, CRITICAL).to(torch.int8)
     exact, size = exact_output(layer, expected, medium if rule.critical is not None else None)
@@ -77,7 +75,9 @@ def exact_output(layer: Layer, ids: Tensor, medium: Tensor | None) -> tuple[Tens
         guessed = None
         if medium is not None and layer.estimate is not None:
             by = replace(layer.estimate, norms=layer.estimate.norms[one], centre=layer.estimate.centre[one])
-            products = estimated(q, layer.query[0][one], layer.codes[one], own, by)[0, :, 0]
+            x = layer.inputs(0, decode.Rule(k=1))
+            x = replace(x, q=q, query=x.query[one], stored=replace(x.stored, codes=layer.codes[one]), estimate=by)
+            products = estimated(x, own)[0, :, 0]
             guessed = medium[b][..., filled], products.double()
         pairs.append(attention(q[0], keys.double(), values.double(), own[0] < 0, guessed))
     exact, size = (torch.stack(x) for x in zip(*pairs, strict=True))

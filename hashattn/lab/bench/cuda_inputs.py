@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hashattn.lab.bench.cases import DTYPES, Case
 from hashattn.lab.bench.floors import code_bytes
-from hashattn.ops.decode import Estimate
+from hashattn.ops.decode import Estimate, Inputs, Rule, Stored
 from hashattn.ops.hamming import query_planes
 
 COLD = 200 << 20  # bytes of the codes of all layers: several times an L2 cache, whatever else a step reads
@@ -29,6 +29,12 @@ class Layer:
     starts: Tensor
     length: Tensor
     estimate: Estimate | None = None
+
+    def inputs(self, i: int, rule: Rule) -> Inputs:
+        """The step with query i; with critical keys in the rule the logits of the others are estimated."""
+        stored = Stored(self.keys, self.values, self.codes, self.length)
+        scale, estimate = self.q[i].shape[-1] ** -0.5, self.estimate if rule.critical is not None else None
+        return Inputs(self.q[i], self.query[i], stored, self.starts, rule, scale, estimate=estimate)
 
 
 def layer_count(case: Case, bits: int) -> int:

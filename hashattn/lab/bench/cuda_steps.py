@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,11 +14,11 @@ from hashattn.core.naming import short
 from hashattn.encoders import AsymmetricHash, SimHash
 from hashattn.encoders.base import Encoder
 from hashattn.index import FlatHamming
-from hashattn.lab.bench.caches import Kind, random_cache, twin
+from hashattn.lab.bench.caches import random_cache, twin
 from hashattn.lab.bench.cases import DTYPES, Case
 from hashattn.lab.bench.cuda_inputs import Layer
 from hashattn.ops import decode
-from hashattn.ops.decode import Rule, Scratch, Sizes, gpu
+from hashattn.ops.decode import Rule, Scratch, Sizes
 from hashattn.selectors import LocalTopK, Selector, TopK
 
 Result = tuple[Tensor, ...]  # out, lse, ids, and tiers where the rule has them
@@ -58,23 +59,14 @@ def rule(case: Case, selector: Selector) -> Rule:
 def why_not(case: Case, bits: int, selector: Selector, planes: int = 1) -> str | None:
     """Why the fused step does not serve a case, as the end of a sentence; None if it does."""
     asked = rule(case, selector)
-    heads = {"head_dim": case.head_dim, "group": case.q_heads // case.kv_heads}
-    codes = {"words": bits // 64, "planes": planes}
-    reason = decode.why_not(device="cuda", dtype=DTYPES[case.dtype], **heads, tokens=1, **codes, rule=asked)
-    if reason is not None:
-        return reason
-    try:
-        Sizes(
-            case.batch, case.q_heads, case.kv_heads, 1, case.head_dim, case.keys, case.keys, planes, bits // 64, asked
-        )
-    except ValueError as error:
-        return str(error)
-    return None
+    heads = case.q_heads, case.kv_heads, case.head_dim
+    request = decode.Request(torch.device("cuda"), DTYPES[case.dtype], *heads, bits // 64, planes, asked)
+    return "; ".join(decode.why_not(replace(request, batch=case.batch, room=case.keys))) or None
 
 
 def kernels() -> str:
     """What the step is written in that runs on the current GPU: "CUDA C++" or "Triton"."""
-    return gpu.kernels(torch.device("cuda"))
+    return decode.kernels_on(torch.device("cuda")).language
 
 
 def has_stages(rule: Rule) -> bool:
@@ -84,42 +76,39 @@ def has_stages(rule: Rule) -> bool:
 
 def first_bounds(layer: Layer, rule: Rule) -> Tensor:
     """The bounds of a layer's first step, which rewrites them for the next one."""
-    return torch.zeros(_sizes(layer, 0, rule).state, dtype=torch.int32, device=layer.keys.device)
+    return torch.zeros(Sizes.of(layer.inputs(0, rule)).state, dtype=torch.int32, device=layer.keys.device)
 
 
 def fused(
     layer: Layer, i: int, bounds: Tensor, rule: Rule, scratch: Scratch, scan_only: bool = False, triton: bool = False
-) -> Result:
+) -> Result:  # fmt: skip
     """The step with a layer's query i, or its first kernel alone; with tiers, logits of medium keys are estimated."""
-    workspace = scratch.workspace(_sizes(layer, i, rule).workspace, layer.keys.device)
-    scale = layer.q[i].shape[-1] ** -0.5
-    held = layer.keys, layer.values, layer.codes, layer.starts, layer.length
-    given = layer.q[i], layer.query[i], *held, bounds
-    if not triton and rule.critical is None:
-        return gpu.decode(*given, rule, workspace, scale=scale, scan_only=scan_only)
-    from hashattn.ops.decode import triton as written_in_triton
-
-    if rule.critical is None:
-        return written_in_triton.decode(*given, rule, workspace, scale=scale, scan_only=scan_only)
-    assert layer.estimate is not None
-    return written_in_triton.decode_tiers(*given, layer.estimate, rule, workspace, scale=scale)
-
-
-def _sizes(layer: Layer, i: int, rule: Rule) -> Sizes:
-    return Sizes.of(layer.q[i], layer.query[i], layer.keys, layer.codes, rule)
+    x = layer.inputs(i, rule)
+    x = replace(x, bounds=bounds, workspace=scratch.workspace(Sizes.of(x).workspace, layer.keys.device))
+    if triton or decode.kernels_for(decode.Request.of(x)).language == "Triton":
+        from hashattn.ops.decode.triton.decode import decode as run
+    else:
+        from hashattn.ops.decode.cuda.decode import decode as run
+    return tuple(part for part in run(x, scan_only) if part is not None)
 
 
 def whole_caches(
     case: Case, encoder: Encoder, layers: Sequence[Layer], *, room: int, scratch: Scratch
-) -> list[KVCache]:
+) -> list[KVCache]:  # fmt: skip
     """A cache for each layer, of as many other keys, with room for more."""
     attn = HashAttention(encoder, FlatHamming(), TopK(k=1))
-    shape, device = (case.batch, case.kv_heads, case.head_dim), layers[0].keys.device
-    kind = Kind(shape, case.keys, DTYPES[case.dtype], device, room, scratch)
-    return [random_cache(attn, kind, seed) for seed in range(len(layers))]
+    return [
+        random_cache(
+            attn, (case.batch, case.kv_heads, case.head_dim), case.keys, capacity=case.keys + room, scratch=scratch,
+            dtype=DTYPES[case.dtype], seed=seed, device=layer.keys.device,
+        )
+        for seed, layer in enumerate(layers)
+    ]  # fmt: skip
 
 
-def whole(attn: HashAttention, layers: Sequence[Layer], caches: Sequence[KVCache]) -> Callable[[Layer, int], Tensor]:
+def whole(
+    attn: HashAttention, layers: Sequence[Layer], caches: Sequence[KVCache]
+) -> Callable[[Layer, int], Tensor]:  # fmt: skip
     """A step with encode and append: of a layer and the number of its query, whose newest key it appends."""
     decoders = {id(layer): attn.decoder(twin(cache)) for layer, cache in zip(layers, caches, strict=True)}
     newest = {id(layer): [newest_of(layer, i) for i in range(len(layer.q))] for layer in layers}

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hashattn.ops.decode.rows import LOG2E, combine, load_rows, store_part
 from hashattn.ops.decode.scratch import Scratch
+from hashattn.ops.decode.triton.rows import LOG2E, combine, load_rows, store_part
 
 TILE = 64
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-Result = TypeVar("Result")
+HERE = contextlib.nullcontext()
 
 
 def why_not_nvidia() -> str | None:
@@ -41,21 +39,20 @@ def starts_early(device: torch.device) -> bool:
     return capability(device) >= (9, 0)
 
 
-def on_its_device(launch: Callable[..., Result]) -> Callable[..., Result]:
-    """Launch kernels on the GPU of the first tensor, on its current stream, whichever GPU is the current one.
+def check_nvidia(device: torch.device) -> None:
+    """Raise RuntimeError if this is a GPU, but not NVIDIA's."""
+    reason = why_not_nvidia()
+    if device.type == "cuda" and reason is not None:
+        raise RuntimeError(f"a fused step cannot run here: {reason}")
 
-    Raises:
-        RuntimeError: it is no NVIDIA GPU.
-    """
 
-    @functools.wraps(launch)
-    def there(first: Tensor, *others: Any, **options: Any) -> Result:
-        if not first.is_cuda:  # interpreted or emulated
-            return launch(first, *others, **options)
-        reason = why_not_nvidia()
-        if reason is not None:
-            raise RuntimeError(f"a fused step cannot run here: {reason}")
-        with torch.cuda.device(first.device):
-            return launch(first, *others, **options)
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Within it this GPU is the current one, and kernels go to its current stream; nothing where they are emulated."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return HERE
+    return torch.cuda.device(device)
 
-    return there
+
+def stream_of(device: torch.device) -> int:
+    """The current stream of a device, as a number; 0 where there are none."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -1,26 +1,24 @@
 """The fused step and what precedes it as operators of torch, which torch.compile takes for one node each.
 
-On CUDA they launch the kernels, on the CPU they run the specifications. Importing this module registers them in the
-namespace "hashattn": torch asks for that, so that it is imported where a step is made and nowhere else.
+Their flat arguments are packed and unpacked here alone. Importing this module registers them in the namespace
+"hashattn": torch asks for that, so that it is imported where a step is made and nowhere else.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hashattn.ops.decode import append_reference, reference, reference_tiers
+from hashattn.ops.decode import kernels_for, kernels_on
 from hashattn.ops.decode.estimate import Estimate
+from hashattn.ops.decode.inputs import Inputs, Newest, Outputs, Stored
 from hashattn.ops.decode.maps import Map
+from hashattn.ops.decode.request import Request
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.sizes import Sizes
-
-Result = TypeVar("Result")
 
 _KINDS = {"int | None": "int?", "float | None": "float?", "int": "int", "bool": "bool"}
 _NAMES = tuple(f.name for f in fields(Rule))
@@ -29,19 +27,9 @@ _RULE = ", ".join(f"{_KINDS[str(f.type)]} {f.name}" for f in fields(Rule))
 _OPS = torch.library.Library("hashattn", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _OPS.define(
-    "decode(Tensor q, Tensor query, Tensor keys, Tensor values, Tensor codes, Tensor starts, Tensor length, "
-    f"Tensor(a!) bounds, Tensor(b!) workspace, float scale, bool causal, {_RULE}) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
-_OPS.define(
-    "decode_tiers(Tensor q, Tensor query, Tensor keys, Tensor values, Tensor codes, Tensor starts, Tensor length, "
-    "Tensor(a!) bounds, Tensor norms, Tensor centre, Tensor a, int bits, Tensor(b!) workspace, float scale, "
+    "decode(Tensor q, Tensor query, Tensor keys, Tensor values, Tensor codes, Tensor length, Tensor starts, "
+    "Tensor(a!) bounds, Tensor(b!) workspace, Tensor? norms, Tensor? centre, Tensor? a, int bits, float scale, "
     f"bool causal, {_RULE}) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
-_OPS.define(
-    "append(Tensor k, Tensor v, Tensor codes, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) stored, "
-    "Tensor(d!) length, Tensor(e!) arrived, Tensor? new_norms=None, Tensor(f!)? norms=None) -> ()",
     tags=_TAGS,
 )
 _OPS.define(
@@ -50,52 +38,71 @@ _OPS.define(
     "Tensor(f!) workspace, Tensor(g!)? norms=None) -> Tensor",
     tags=_TAGS,
 )
+_OPS.define(
+    "append(Tensor k, Tensor v, Tensor codes, Tensor? new_norms, Tensor(a!) keys, Tensor(b!) values, "
+    "Tensor(c!) stored, Tensor(d!) length, Tensor(e!) arrived, Tensor(f!)? norms=None) -> ()",
+    tags=_TAGS,
+)
 _OPS.define("filled(Tensor length) -> Tensor", tags=_TAGS)
 
 
-def decode(
-    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
-    bounds: Tensor, rule: Rule, workspace: Tensor, *, scale: float, causal: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See :func:`hashattn.ops.decode.triton.decode`."""
-    out: tuple[Tensor, Tensor, Tensor] = torch.ops.hashattn.decode(
-        q, query, keys, values, codes, starts, length, bounds, workspace, scale, causal,
-        *[getattr(rule, name) for name in _NAMES],
-    )  # fmt: skip
-    return out
+class Decode:
+    """A step that is made ready: steps like it give their queries alone.
+
+    Args:
+        like: with bounds and a workspace; of q and query shape, dtype and device are looked at.
+    """
+
+    def __init__(self, like: Inputs) -> None:
+        self.like = like
+        self._step = kernels_for(Request.of(like)).decode(like)
+
+    def __call__(self, q: Tensor, query: Tensor, scale: float) -> Outputs:
+        """Search and attend with queries [B, Hq, T, D] and their codes; see :class:`Inputs`.
+
+        Raises:
+            RuntimeError: a gradient is wanted, of which nothing would be left.
+        """
+        if torch.compiler.is_compiling():
+            out, lse, ids, tier = torch.ops.hashattn.decode(*flat_inputs(self.like, q, query, scale))
+            return Outputs(out, lse, ids, None if self.like.estimate is None else tier)
+        if torch.is_grad_enabled():
+            _check_decode(self.like, q)
+        return self._step(q, query, scale)
 
 
-def decode_tiers(
-    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
-    bounds: Tensor, estimate: Estimate, rule: Rule, workspace: Tensor, *, scale: float, causal: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See :func:`hashattn.ops.decode.triton.decode_tiers`."""
-    out: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.hashattn.decode_tiers(
-        q, query, keys, values, codes, starts, length, bounds, estimate.norms, estimate.centre, estimate.a,
-        estimate.bits, workspace, scale, causal, *[getattr(rule, name) for name in _NAMES],
-    )  # fmt: skip
-    return out
+class Encode:
+    """Encoding that is made ready: what is encoded like this gives the newest queries, keys and values alone.
+
+    Args:
+        like: with arrived and a workspace; of q, k and v shape, dtype and device are looked at.
+    """
+
+    def __init__(self, like: Newest) -> None:
+        self.like = like
+        self._encode = kernels_on(like.q.device).encode(like)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Encode and append; see :class:`Newest`. Returns the packed queries, int64 [B, Hq, T, query_bits, W].
+
+        Raises:
+            RuntimeError: a gradient is wanted, of which nothing would be left.
+        """
+        if torch.compiler.is_compiling():
+            query: Tensor = torch.ops.hashattn.encode(*flat_newest(self.like, q, k, v))
+            return query
+        if torch.is_grad_enabled():
+            _check_stored("encode", self.like.stored, q=q, k=k, v=v)
+        return self._encode(q, k, v)
 
 
-def append(
-    k: Tensor, v: Tensor, codes: Tensor, keys: Tensor, values: Tensor, stored: Tensor, length: Tensor, arrived: Tensor,
-    new_norms: Tensor | None = None, norms: Tensor | None = None,
-) -> None:  # fmt: skip
-    """See :func:`hashattn.ops.decode.append.append`."""
-    torch.ops.hashattn.append(k, v, codes, keys, values, stored, length, arrived, new_norms, norms)
-
-
-def encode(
-    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, maps: tuple[Map, Map], query_bits: int, keys: Tensor,
-    values: Tensor, codes: Tensor, length: Tensor, arrived: Tensor, workspace: Tensor, norms: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """See :func:`hashattn.ops.decode.encode.encode`."""
-    of_query, of_key = maps
-    query: Tensor = torch.ops.hashattn.encode(
-        q, k, v, centre, of_query.tensors, of_key.tensors, of_query.unit, query_bits, keys, values, codes, length,
-        arrived, workspace, norms,
-    )  # fmt: skip
-    return query
+def append(k: Tensor, v: Tensor, codes: Tensor, norms: Tensor | None, stored: Stored, arrived: Tensor) -> None:
+    """See :func:`hashattn.ops.decode.encode_reference.append`; arrived: int32 [1], zero before and after."""
+    held = stored.keys, stored.values, stored.codes, stored.length
+    if torch.compiler.is_compiling():
+        torch.ops.hashattn.append(k, v, codes, norms, *held, arrived, stored.norms)
+    else:
+        _append(k, v, codes, norms, *held, arrived, stored.norms)
 
 
 def filled(length: Tensor) -> Tensor:
@@ -108,182 +115,104 @@ def filled(length: Tensor) -> Tensor:
     return now
 
 
-def _not_differentiable(name: str, **places: int) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Refuse to run where the arguments in these places want a gradient, of which nothing would be left.
-
-    Args:
-        name: of the operator.
-    """
-
-    def refusing(run: Callable[..., Result]) -> Callable[..., Result]:
-        @functools.wraps(run)
-        def checked(*given: Any) -> Result:
-            if torch.is_grad_enabled():
-                wanted = [argument for argument, place in places.items() if given[place].requires_grad]
-                if wanted:
-                    raise RuntimeError(
-                        f"hashattn::{name} is not differentiable, and a gradient is wanted of {', '.join(wanted)}: "
-                        'call it under torch.no_grad(), or attend with engine="reference"'
-                    )
-            return run(*given)
-
-        return checked
-
-    return refusing
+def flat_inputs(x: Inputs, q: Tensor, query: Tensor, scale: float) -> tuple[Any, ...]:
+    """What hashattn::decode takes for a step like this one."""
+    held, by = x.stored, x.estimate
+    estimate = (None, None, None, 0) if by is None else (by.norms, by.centre, by.a, by.bits)
+    stored = held.keys, held.values, held.codes, held.length
+    rule = [getattr(x.rule, name) for name in _NAMES]
+    return (q, query, *stored, x.starts, x.bounds, x.workspace, *estimate, scale, x.causal, *rule)
 
 
-_of_decode = _not_differentiable("decode", q=0, keys=2, values=3)
-_of_decode_tiers = _not_differentiable("decode_tiers", q=0, keys=2, values=3, a=10)
-_of_append = _not_differentiable("append", k=0, v=1, keys=3, values=4)
-_of_encode = _not_differentiable("encode", q=0, k=1, v=2, keys=8, values=9)
+def _inputs(*given: Any) -> Inputs:
+    """The step that hashattn::decode was given flat."""
+    (q, query, *stored), (starts, bounds, workspace, *estimate) = given[:6], given[6:13]
+    scale, causal, *rule = given[13:]
+    by = None if estimate[0] is None else Estimate(*estimate)
+    return Inputs(q, query, Stored(*stored), starts, Rule(*rule), scale, causal, by, bounds, workspace)
 
 
-@torch.library.impl(_OPS, "decode", "CUDA")
-@_of_decode
-def _decode_cuda(
-    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
-    bounds: Tensor, workspace: Tensor, scale: float, causal: bool, *rule: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from hashattn.ops.decode.gpu import decode as fused
-
-    return fused(
-        q.contiguous(), query, keys, values, codes, starts, length, bounds, Rule(*rule), workspace, scale=scale,
-        causal=causal,
-    )  # fmt: skip
+def flat_newest(x: Newest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+    """What hashattn::encode takes for encoding like this."""
+    (of_query, of_key), held = x.maps, x.stored
+    maps = of_query.tensors, of_key.tensors, of_query.unit, x.query_bits
+    stored = held.keys, held.values, held.codes, held.length
+    return (q, k, v, x.centre, *maps, *stored, x.arrived, x.workspace, held.norms)
 
 
-@torch.library.impl(_OPS, "decode", "CPU")
-@_of_decode
-def _decode_cpu(
-    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
-    bounds: Tensor, workspace: Tensor, scale: float, causal: bool, *rule: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    sizes = Sizes.of(q, query, keys, codes, Rule(*rule))
-    out, lse, ids = reference(
-        q, query, keys, values, codes, starts, length.clamp(max=sizes.limit), sizes.rule, scale=scale, causal=causal
-    )
-    return *_as_kernels_do(out, lse, int(length) > sizes.limit), _padded(ids, sizes.slots, -1)
+def _newest(*given: Any) -> Newest:
+    """What hashattn::encode was given flat."""
+    (q, k, v, centre, of_query, of_key, unit, query_bits), (*stored, arrived, workspace) = given[:8], given[8:14]
+    maps, held = (Map.of(of_query, unit), Map.of(of_key)), Stored(*stored, *given[14:])
+    return Newest(q, k, v, centre, maps, query_bits, held, arrived, workspace)
 
 
-def _as_kernels_do(out: Tensor, lse: Tensor, outgrown: bool) -> tuple[Tensor, Tensor]:
-    """Contiguous; nothing beyond the room is read, and the result says so."""
-    return (torch.full_like(out, torch.nan) if outgrown else out).contiguous(), lse.contiguous()
+def _refuse_gradients(name: str, **given: Tensor) -> None:
+    """Raise RuntimeError where a gradient is wanted of any of them, of which nothing would be left."""
+    wanted = [argument for argument, x in given.items() if x.requires_grad]
+    if wanted and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"hashattn::{name} is not differentiable, and a gradient is wanted of {', '.join(wanted)}: "
+            'call it under torch.no_grad(), or attend with engine="reference"'
+        )
 
 
-def _padded(x: Tensor, slots: int, value: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, slots - x.shape[-1]), value=value)
+def _check_decode(x: Inputs, q: Tensor) -> None:
+    estimate = {} if x.estimate is None else {"a": x.estimate.a}
+    _refuse_gradients("decode", q=q, keys=x.stored.keys, values=x.stored.values, **estimate)
+
+
+def _check_stored(name: str, stored: Stored, **new: Tensor) -> None:
+    _refuse_gradients(name, **new, keys=stored.keys, values=stored.values)
+
+
+def _decode(*given: Any) -> tuple[Tensor, ...]:
+    x = _inputs(*given)
+    _check_decode(x, x.q)
+    out, lse, ids, tier = kernels_for(Request.of(x)).decode(x)(x.q, x.query, x.scale)
+    return out, lse, ids, ids.new_empty(0, dtype=torch.int8) if tier is None else tier
+
+
+def _encode(*given: Any) -> Tensor:
+    x = _newest(*given)
+    _check_stored("encode", x.stored, q=x.q, k=x.k, v=x.v)
+    return kernels_on(x.q.device).encode(x)(x.q, x.k, x.v)
+
+
+def _append(k: Tensor, v: Tensor, codes: Tensor, new_norms: Tensor | None, *given: Any) -> None:
+    *stored, arrived = given[:5]
+    held = Stored(*stored, *given[5:])
+    _check_stored("append", held, k=k, v=v)
+    kernels_on(k.device).append(k, v, codes, new_norms, held, arrived)
+
+
+for _device in ("CPU", "CUDA"):
+    _OPS.impl("decode", _decode, _device)
+    _OPS.impl("encode", _encode, _device)
+    _OPS.impl("append", _append, _device)
 
 
 @torch.library.register_fake("hashattn::decode", lib=_OPS)
-@_of_decode
-def _decode_fake(
-    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
-    bounds: Tensor, workspace: Tensor, scale: float, causal: bool, *rule: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    sizes = Sizes.of(q, query, keys, codes, Rule(*rule))
-    ids = q.new_empty((sizes.batch, q.shape[1] // sizes.summed, sizes.tokens, sizes.slots), dtype=torch.int32)
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32), ids
-
-
-@torch.library.impl(_OPS, "decode_tiers", "CUDA")
-@_of_decode_tiers
-def _decode_tiers_cuda(
-    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
-    bounds: Tensor, norms: Tensor, centre: Tensor, a: Tensor, bits: int, workspace: Tensor, scale: float,
-    causal: bool, *rule: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from hashattn.ops.decode.triton import decode_tiers as fused
-
-    return fused(
-        q.contiguous(), query, keys, values, codes, starts, length, bounds, Estimate(norms, centre, a, bits),
-        Rule(*rule), workspace, scale=scale, causal=causal,
-    )  # fmt: skip
-
-
-@torch.library.impl(_OPS, "decode_tiers", "CPU")
-@_of_decode_tiers
-def _decode_tiers_cpu(
-    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
-    bounds: Tensor, norms: Tensor, centre: Tensor, a: Tensor, bits: int, workspace: Tensor, scale: float,
-    causal: bool, *rule: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    sizes = Sizes.of(q, query, keys, codes, Rule(*rule))
-    out, lse, ids, tier = reference_tiers(
-        q, query, keys, values, codes, starts, length.clamp(max=sizes.limit), Estimate(norms, centre, a, bits),
-        sizes.rule, scale=scale, causal=causal,
-    )  # fmt: skip
-    padded = _padded(ids, sizes.slots, -1), _padded(tier, sizes.slots, 0)
-    return *_as_kernels_do(out, lse, int(length) > sizes.limit), *padded
-
-
-@torch.library.register_fake("hashattn::decode_tiers", lib=_OPS)
-@_of_decode_tiers
-def _decode_tiers_fake(
-    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
-    bounds: Tensor, norms: Tensor, centre: Tensor, a: Tensor, bits: int, workspace: Tensor, scale: float,
-    causal: bool, *rule: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    out, lse, ids = _decode_fake(q, query, keys, values, codes, starts, length, bounds, workspace, scale, causal, *rule)
-    return out, lse, ids, torch.empty_like(ids, dtype=torch.int8)
-
-
-@torch.library.impl(_OPS, "append", "CUDA")
-@_of_append
-def _append_cuda(
-    k: Tensor, v: Tensor, codes: Tensor, keys: Tensor, values: Tensor, stored: Tensor, length: Tensor, arrived: Tensor,
-    *norms: Tensor | None,
-) -> None:  # fmt: skip
-    from hashattn.ops.decode.append import append as fused
-
-    fused(k, v, codes, keys, values, stored, length, arrived, *norms)
-
-
-@torch.library.impl(_OPS, "append", "CPU")
-@_of_append
-def _append_cpu(
-    k: Tensor, v: Tensor, codes: Tensor, keys: Tensor, values: Tensor, stored: Tensor, length: Tensor, arrived: Tensor,
-    *norms: Tensor | None,
-) -> None:  # fmt: skip
-    append_reference.append(k, v, codes, keys, values, stored, length, *norms)
-
-
-@torch.library.register_fake("hashattn::append", lib=_OPS)
-@_of_append
-def _append_fake(*given: Tensor | None) -> None:
-    return None
-
-
-@torch.library.impl(_OPS, "encode", "CUDA")
-@_of_encode
-def _encode_cuda(
-    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_map: list[Tensor], key_map: list[Tensor], unit: bool,
-    query_bits: int, keys: Tensor, values: Tensor, codes: Tensor, length: Tensor, arrived: Tensor, workspace: Tensor,
-    norms: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    from hashattn.ops.decode.gpu import encode as fused
-
-    maps = Map.of(query_map, unit), Map.of(key_map)
-    return fused(q, k, v, centre, maps, query_bits, keys, values, codes, length, arrived, workspace, norms)
-
-
-@torch.library.impl(_OPS, "encode", "CPU")
-@_of_encode
-def _encode_cpu(
-    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_map: list[Tensor], key_map: list[Tensor], unit: bool,
-    query_bits: int, keys: Tensor, values: Tensor, codes: Tensor, length: Tensor, arrived: Tensor, workspace: Tensor,
-    norms: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    maps = Map.of(query_map, unit), Map.of(key_map)
-    return append_reference.encode(q, k, v, centre, maps, query_bits, keys, values, codes, length, norms)
+def _decode_fake(*given: Any) -> tuple[Tensor, ...]:
+    x = _inputs(*given)
+    _check_decode(x, x.q)
+    sizes = Sizes.of(x)
+    shape = sizes.batch, sizes.q_heads // sizes.summed, sizes.tokens, sizes.slots
+    tier = x.q.new_empty(0 if x.estimate is None else shape, dtype=torch.int8)
+    lse, ids = x.q.new_empty(x.q.shape[:3], dtype=torch.float32), x.q.new_empty(shape, dtype=torch.int32)
+    return x.q.new_empty(x.q.shape), lse, ids, tier
 
 
 @torch.library.register_fake("hashattn::encode", lib=_OPS)
-@_of_encode
-def _encode_fake(
-    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, query_map: list[Tensor], key_map: list[Tensor], unit: bool,
-    query_bits: int, keys: Tensor, values: Tensor, codes: Tensor, *_: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return q.new_empty((*q.shape[:3], query_bits, codes.shape[3]), dtype=torch.int64)
+def _encode_fake(*given: Any) -> Tensor:
+    x = _newest(*given)
+    _check_stored("encode", x.stored, q=x.q, k=x.k, v=x.v)
+    return x.q.new_empty((*x.q.shape[:3], x.query_bits, x.stored.codes.shape[3]), dtype=torch.int64)
+
+
+@torch.library.register_fake("hashattn::append", lib=_OPS)
+def _append_fake(*given: Any) -> None:
+    return None
 
 
 @torch.library.impl(_OPS, "filled", "CompositeExplicitAutograd")

@@ -53,17 +53,18 @@ class Map:
         return p + x if self.weights else p
 
 
-def why_not(widths: tuple[tuple[int, ...], tuple[int, ...]] | None) -> str | None:
-    """Why queries and keys are encoded in PyTorch and not in the step's own kernels; None if they are not.
+def why_not(widths: tuple[tuple[int, ...], tuple[int, ...]] | None) -> list[str]:
+    """Why queries and keys are encoded in PyTorch and not in the step's own kernels: every reason, [] if they are not.
 
     Args:
         widths: of the hidden layers of the queries' and the keys' map; None for codes that do not come from such maps.
     """
     if widths is None:
-        return "its codes are not signs of maps that all heads share"
+        return ["its codes are not signs of maps that all heads share"]
     deepest, widest = max(map(len, widths)), max((0, *widths[0], *widths[1]))
+    reasons = []
     if deepest > MOST_HIDDEN:
-        return f"its kernels serve up to {MOST_HIDDEN} hidden layers, not {deepest}"
+        reasons.append(f"its kernels serve up to {MOST_HIDDEN} hidden layers, not {deepest}")
     if widest > WIDEST:
-        return f"its kernels serve hidden layers up to {WIDEST} wide, not {widest}"
-    return None
+        reasons.append(f"its kernels serve hidden layers up to {WIDEST} wide, not {widest}")
+    return reasons

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hashattn.core.lasting import lasting
+from hashattn.ops.decode.device import stream_of
 
 Key = tuple[str, torch.device, int]
 
@@ -16,8 +17,9 @@ Key = tuple[str, torch.device, int]
 class Scratch:
     """Buffers by name and stream, allocated when first needed and again when a step needs more.
 
-    What was outgrown is freed, unless it was handed out while a CUDA graph was captured, which may point to it. Who
-    captures later what was handed out before (a Decoder) keeps it. Steps on one stream overwrite each other's buffers.
+    A buffer that is too small is freed, unless it was handed out while a CUDA graph was captured, which may point to
+    it. Who captures later what was handed out before (a Decoder) keeps it. Steps on one stream overwrite each other's
+    buffers.
     """
 
     def __init__(self) -> None:
@@ -60,8 +62,3 @@ class Scratch:
         """Bytes allocated."""
         held = {x.data_ptr(): x for x in self._held.values()} | self._captured
         return sum(x.numel() * x.element_size() for x in held.values())
-
-
-def stream_of(device: torch.device) -> int:
-    """The current stream of a device, as a number; 0 where there are none."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hashattn.ops.decode.inputs import Inputs
 from hashattn.ops.decode.rule import Rule
 
 CHUNK = 2048  # keys of a program of the first kernel
 ROWS = 64  # keys of a program of the second
-SPLIT = 2048  # words of codes that a program of the first kernel of local.py compares, of one chunk
+SPLIT = 2048  # words of codes that a program of the first kernel of triton/local.py compares, of one chunk
 LEVELS = 32  # of candidates, as in cuda/step.cuh
-MOST_SPLITS = 128  # of a chunk, that the second kernel of local.py merges
+MOST_SPLITS = 128  # of a chunk, that the second kernel of triton/local.py merges
 MOST_COLUMNS = 1 << 28  # that kernels count in 32 bits, with words of their codes and what is added to them
 MOST_PROGRAMS = 65_535  # in the second and the third dimension of a grid
 _ALIGNED = 256  # bytes
@@ -29,7 +30,7 @@ class Sizes:
 
     Attributes:
         rule: in numbers no larger than the room.
-        hidden: widths of the hidden layers of the queries' and the keys' map, if the workspace serves them as well.
+        widths: of the hidden layers of the queries' and the keys' map, if the workspace serves them as well.
     """
 
     batch: int
@@ -42,35 +43,22 @@ class Sizes:
     planes: int
     words: int
     rule: Rule
-    hidden: Widths = ((), ())
+    widths: Widths = ((), ())
 
     def __post_init__(self) -> None:
         """Raise ValueError for more than the kernels count, and for more columns than so few chunks serve."""
         object.__setattr__(self, "rule", self.rule.within(self.code_room))
-        if max(self.room, self.code_room) > MOST_COLUMNS:
-            raise ValueError(
-                f"the cache has room for {max(self.room, self.code_room):,} columns, the kernels count up to "
-                f'{MOST_COLUMNS:,}: engine="reference" serves them'
-            )
-        for what, queries in (("sequences", self.batch), ("query heads", self.q_heads)):
-            if queries * self.tokens > MOST_PROGRAMS:
-                raise ValueError(
-                    f"{queries:,} {what} of {self.tokens} queries are more than the {MOST_PROGRAMS:,} that the kernels "
-                    "serve at a time: take fewer"
-                )
-        if self.rule.chunks is not None and self.splits > MOST_SPLITS:
-            most = MOST_SPLITS * (SPLIT // self.words) * self.rule.chunks
-            raise ValueError(
-                f"the cache has room for {self.code_room:,} columns, {self.rule.chunks} chunks serve up to {most:,} of "
-                "them: take a larger k or a smaller per_chunk"
-            )
+        room = max(self.room, self.code_room)
+        reasons = too_many(self.batch, self.q_heads, self.tokens, room, self.words, self.rule)
+        if reasons:
+            raise ValueError("; ".join(reasons))
 
     @classmethod
-    def of(cls, q: Tensor, query: Tensor, keys: Tensor, codes: Tensor, rule: Rule) -> Sizes:
+    def of(cls, x: Inputs) -> Sizes:
         """The sizes of a step on these tensors."""
-        batch, q_heads, tokens, dim = q.shape
-        planes, words = query.shape[3:]
-        return cls(batch, q_heads, keys.shape[1], tokens, dim, keys.shape[2], codes.shape[2], planes, words, rule)
+        (batch, q_heads, tokens, dim), (planes, words) = x.q.shape, x.query.shape[3:]
+        kv_heads, room, code_room = x.stored.keys.shape[1], x.stored.keys.shape[2], x.stored.codes.shape[2]
+        return cls(batch, q_heads, kv_heads, tokens, dim, room, code_room, planes, words, x.rule)
 
     @property
     def limit(self) -> int:
@@ -86,6 +74,11 @@ class Sizes:
     def summed(self) -> int:
         """Query heads that make one choice."""
         return self.group if self.rule.shared else 1
+
+    @property
+    def lanes(self) -> int:
+        """Rows of a KV head that a program of the scan serves."""
+        return max(n for n in (1, 2, 3, 4) if self.group // self.summed % n == 0)
 
     @property
     def rows(self) -> int:
@@ -105,8 +98,8 @@ class Sizes:
 
     @property
     def splits(self) -> int:
-        """Programs of the first kernel of local.py for each chunk."""
-        return -(-self.code_room // (SPLIT // self.words * (self.rule.chunks or 1)))
+        """Programs of the first kernel of triton/local.py for each chunk."""
+        return splits(self.code_room, self.words, self.rule)
 
     @property
     def state(self) -> tuple[int, int]:
@@ -144,8 +137,9 @@ class Sizes:
             return {"entries": (entries, torch.int32), **joint}
         return {
             "candidates": ((self.rows, self.chunks, CHUNK), torch.int32),
-            "counts": ((self.rows, self.bins, self.chunks), torch.uint16), **joint,
-        }  # fmt: skip
+            "counts": ((self.rows, self.bins, self.chunks), torch.uint16),
+            **joint,
+        }
 
     @property
     def cuda(self) -> Buffers:
@@ -158,8 +152,9 @@ class Sizes:
         return {
             "lists": ((self.rows, self.cuda_chunks, self.cuda_chunk), torch.uint16),
             "counts": ((self.rows, LEVELS, self.count_stride), torch.uint16),
-            "parts": ((*parts, width), torch.float32), "stats": ((*parts, 2), torch.float32),
-        }  # fmt: skip
+            "parts": ((*parts, width), torch.float32),
+            "stats": ((*parts, 2), torch.float32),
+        }
 
     @property
     def cuda_chunk(self) -> int:
@@ -180,8 +175,36 @@ class Sizes:
     def workspace(self) -> int:
         """Bytes of a workspace that holds any one's buffers."""
         tokens = self.batch * self.tokens
-        encoding = Encoding((tokens * self.q_heads, tokens * self.kv_heads), self.hidden, 64 * self.words)
-        return max(map(_nbytes, (self.triton, self.cuda, hidden_parts(*encoding.counts, self.hidden), encoding.parts)))
+        encoding = Encoding((tokens * self.q_heads, tokens * self.kv_heads), self.widths, 64 * self.words)
+        return max(map(_nbytes, (self.triton, self.cuda, layer_parts(encoding.counts, self.widths), encoding.parts)))
+
+
+def splits(columns: int, words: int, rule: Rule) -> int:
+    """Programs of the first kernel of triton/local.py for each chunk."""
+    return -(-columns // (SPLIT // words * (rule.chunks or 1)))
+
+
+def too_many(batch: int, q_heads: int, tokens: int, room: int, words: int, rule: Rule) -> list[str]:
+    """What of a step is more than the kernels count, and what would be served: every reason."""
+    reasons = []
+    if room > MOST_COLUMNS:
+        reasons.append(
+            f"the cache has room for {room:,} columns, the kernels count up to {MOST_COLUMNS:,}: "
+            'engine="reference" serves them'
+        )
+    for what, queries in (("sequences", batch), ("query heads", q_heads)):
+        if queries * tokens > MOST_PROGRAMS:
+            reasons.append(
+                f"{queries:,} {what} of {tokens} queries are more than the {MOST_PROGRAMS:,} that the kernels serve at "
+                "a time: take fewer"
+            )
+    if rule.chunks is not None and words <= SPLIT and splits(room, words, rule) > MOST_SPLITS:
+        most = MOST_SPLITS * (SPLIT // words) * rule.chunks
+        reasons.append(
+            f"the cache has room for {room:,} columns, {rule.chunks} chunks serve up to {most:,} of them: take a "
+            "larger k or a smaller per_chunk"
+        )
+    return reasons
 
 
 @dataclass(frozen=True)
@@ -241,10 +264,10 @@ def counters(queries: int, keys: int) -> int:
     return 1 + sum(-(-count // together(queries)) for count in (queries, keys))
 
 
-def hidden_parts(queries: int, keys: int, widths: Widths) -> Buffers:
-    """Shape and type of what hidden.py writes: parts of the last hidden layer of MLPs, of queries and of new keys."""
+def layer_parts(counts: tuple[int, int], widths: Widths) -> Buffers:
+    """Shape and type of what triton/mlp.py writes: parts of the last hidden layer, of queries and of new keys."""
     buffers: Buffers = {}
-    for name, count, layers in (("query", queries, widths[0]), ("key", keys, widths[1])):
+    for name, count, layers in zip(("query", "key"), counts, widths, strict=True):
         if layers:
             parts = -(-layers[0] // blocking(count)[1]) if len(layers) > 1 else 1
             buffers[name] = (parts, count, layers[-1]), torch.float32
@@ -252,7 +275,7 @@ def hidden_parts(queries: int, keys: int, widths: Widths) -> Buffers:
 
 
 def blocking(count: int) -> tuple[int, int, int]:
-    """Vectors and hidden units of a program of hidden.py, and its warps: many small programs for a few vectors."""
+    """Vectors and hidden units of a program of triton/mlp.py, and its warps: many small programs for a few vectors."""
     if count <= 64:
         return 4, 16, 4
     return (16, 16, 4) if count <= 512 else (8, 64, 8)
@@ -265,11 +288,19 @@ def grid(programs: int, rows: int, batch: int) -> tuple[int, int, int]:
 
 def carve(workspace: Tensor, buffers: Buffers) -> dict[str, Tensor]:
     """The buffers as parts of a workspace, uint8."""
-    found, at = {}, 0
+    found = {}
+    for name, at in places(0, buffers).items():
+        shape, dtype = buffers[name]
+        found[name] = workspace[at : at + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+    return found
+
+
+def places(first: int, buffers: Buffers) -> dict[str, int]:
+    """Where they begin in a workspace that begins at `first`, in bytes."""
+    found, at = {}, first
     for name, (shape, dtype) in buffers.items():
-        nbytes = math.prod(shape) * dtype.itemsize
-        found[name] = workspace[at : at + nbytes].view(dtype).view(shape)
-        at += _aligned(nbytes)
+        found[name] = at
+        at += _aligned(math.prod(shape) * dtype.itemsize)
     return found
 
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hashattn.ops.engine import on_cpu
 from hashattn.ops.hamming import cpu, reference
 from hashattn.ops.hamming.reference import popcount, unpack_bits, words
 
 __all__ = ["differing", "distances", "pack_bits", "popcount", "query_planes", "unpack_bits", "words"]
 
 
-def distances(query: Tensor, codes: Tensor, *, biased: bool = False, engine: str = "reference") -> Tensor:
-    """Distances of every query to every key; see :func:`reference.distances`. engine: "reference" or "cpu"."""
-    return (cpu if on_cpu(engine) else reference).distances(query, codes, biased=biased)
+def distances(query: Tensor, codes: Tensor, *, biased: bool = False, host: bool = False) -> Tensor:
+    """Distances of every query to every key; see :func:`reference.distances`.
+
+    Args:
+        host: compute them by FAISS or numpy, for tensors on the CPU.
+    """
+    return (cpu if host else reference).distances(query, codes, biased=biased)
 
 
 def pack_bits(bits: Tensor) -> Tensor:

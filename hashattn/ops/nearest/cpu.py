@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hashattn.core.types import Table
 
+Mask = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[Any]
 
 _COLUMNS = np.arange(1 << 14, dtype=np.int32)
@@ -69,9 +70,8 @@ def _nearest_of_many(row: IntArray, k: int, top: int | None) -> IntArray:
 
 
 def select(
-    distances: IntArray, counts: Sequence[int], kept: npt.NDArray[np.bool_] | None = None, *, ordered: bool = False,
-    top: int | None = None,
-) -> IntArray:  # fmt: skip
+    distances: IntArray, counts: Sequence[int], kept: Mask | None = None, ordered: bool = False, top: int | None = None
+) -> IntArray:
     """Columns of the counts[-1] smallest of integers [R, n], the counts[0] smallest of these before the others.
 
     Args:
@@ -105,9 +105,8 @@ def select(
 
 
 def nearest_visible(
-    distances: Tensor, counts: Table, spans: Table, *, sinks: int = 0, recents: int = 0, kept: Tensor | None = None,
-    ordered: bool = False,
-) -> Tensor:  # fmt: skip
+    distances: Tensor, counts: Table, spans: Table, sinks: int, recents: int, kept: Tensor | None, ordered: bool = False
+) -> Tensor:
     """What :func:`reference.nearest` keeps, for integers and forced keys that are ranges.
 
     Args:

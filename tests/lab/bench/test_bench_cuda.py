@@ -19,7 +19,7 @@ from hashattn.lab.bench.cuda_reads import reads
 from hashattn.lab.bench.cuda_steps import encoders, first_bounds, rule, selectors, whole, whole_caches
 from hashattn.lab.bench.floors import Machine, Reads, code_bytes, floors, popcounts, step_bytes
 from hashattn.ops import decode
-from hashattn.ops.decode import Rule, Scratch, reference, reference_tiers
+from hashattn.ops.decode import Rule, Scratch, reference
 from hashattn.ops.decode.cuda import compiler
 from hashattn.ops.decode.reference import choose
 from hashattn.ops.hamming import unpack_bits
@@ -39,10 +39,7 @@ def small_layer(rule, clustered=False):
 
 
 def spec(layer, rule):
-    return reference(
-        layer.q[0], layer.query[0], layer.keys, layer.values, layer.codes, layer.starts, layer.length, rule,
-        scale=16**-0.5,
-    )  # fmt: skip
+    return reference(replace(layer.inputs(0, rule), estimate=None))[:3]
 
 
 def without_a_gpu(monkeypatch):
@@ -224,10 +221,7 @@ def test_a_wrong_step_is_not_measured(wrong, words):
 
 
 def tiers_spec(layer, rule):
-    return reference_tiers(
-        layer.q[0], layer.query[0], layer.keys, layer.values, layer.codes, layer.starts, layer.length, layer.estimate,
-        rule, scale=16**-0.5,
-    )  # fmt: skip
+    return reference(layer.inputs(0, rule))
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -254,7 +248,7 @@ def test_a_critical_key_weighs_enough_to_be_checked():
     case = Case(8, 2, 128, "bfloat16", 4000, 256)
     layer = with_estimate(make_layer(case, 64, steps=1, clustered=False, seed=0, device=torch.device("cpu")))
     asked = Rule(share=0.064, critical=0.001)  # 4 of 256 keys
-    ids, critical = choose(layer.query[0], layer.codes, layer.starts, layer.length, asked, 4000, True)
+    ids, critical = choose(layer.inputs(0, asked))
     exact, size = exact_output(layer, ids, ~critical & (ids >= 0))
     without = ids.masked_fill(critical, -1)
     other, _ = exact_output(layer, without, without >= 0)
@@ -278,7 +272,7 @@ def test_a_step_that_believes_its_hints_is_not_measured(selector):
 @pytest.mark.parametrize("name", ["linear", "MLP"])
 def test_a_whole_step_is_the_reference_but_for_a_few_heads(monkeypatch, name):
     pytest.importorskip("triton")
-    monkeypatch.setattr(decode, "DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(decode.request, "DEVICES", ("cuda", "cpu"))
     step = Decoder.__call__
     case = Case(4, 2, 64, "float32", 300, 40)
     layer = make_layer(case, 64, steps=2, clustered=False, seed=0, device=torch.device("cpu"))
@@ -399,10 +393,7 @@ def pretended(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "dense", lambda _: {"a": sdpa, "unserved": unserved, "b": sdpa})
 
     def fused(layer, i, bounds, rule, scratch, scan_only=False, triton=False):
-        return reference(
-            layer.q[i], layer.query[i], layer.keys, layer.values, layer.codes, layer.starts, layer.length, rule,
-            scale=16**-0.5,
-        )  # fmt: skip
+        return reference(layer.inputs(i, rule))[:3]
 
     monkeypatch.setattr(cuda_graphs, "fused", fused)
     monkeypatch.setattr(cuda_graphs, "check_whole", lambda _, attn, cache, layer: attn.check_cache(cache))
@@ -443,7 +434,10 @@ def test_each_selector_that_is_served_has_a_row_of_its_own(pretended, monkeypatc
 )
 def test_a_row_says_which_kernels_ran(monkeypatch, capability, reason, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(compiler, "why_not", lambda: reason)
+    monkeypatch.setattr(compiler, "why_not_on", lambda _: None)
     assert cuda_steps.kernels() == expected
 
 

@@ -167,7 +167,7 @@ def test_a_graph_that_does_something_else_is_not_measured():
 
 def test_a_model_decodes_by_fused_steps_and_its_ratios_are_those_of_its_times(monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr(decode, "DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(decode.request, "DEVICES", ("cuda", "cpu"))
     monkeypatch.setattr(e2e, "kernels", lambda: "CUDA C++")
     monkeypatch.setattr(e2e_memory, "free_memory", lambda _: 5 << 30)
     monkeypatch.setattr(e2e, "FEW", 270)

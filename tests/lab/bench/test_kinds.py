@@ -14,7 +14,8 @@ from hashattn.lab.bench.cuda_steps import rule
 from hashattn.lab.bench.floors import Machine
 from hashattn.lab.bench.kinds import IN_TRITON, TOPK, radius_for
 from hashattn.ops import decode
-from hashattn.ops.decode import Scratch, gpu
+from hashattn.ops.decode import Scratch
+from hashattn.ops.decode.cuda import decode as in_cuda
 from hashattn.selectors import LocalTopK, Tiers
 
 CASE = Case(4, 2, 64, "float32", 600, 130, batch=2)
@@ -75,7 +76,7 @@ def pretended(monkeypatch):
     monkeypatch.setattr(kinds, "refuse", lambda *_: None)
     monkeypatch.setattr(kinds, "kernels", lambda: "CUDA C++")
     monkeypatch.setattr(kinds, "measure_machine", lambda: Machine(1e12, 100, None))
-    monkeypatch.setattr(decode, "DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(decode.request, "DEVICES", ("cuda", "cpu"))
     monkeypatch.setattr(cuda_graphs, "capture", lambda calls: [call() for call in calls])
     monkeypatch.setattr(kinds, "take_turns", lambda graphs, calls, _: {n: 50.0 + i for i, n in enumerate(graphs)})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -86,10 +87,7 @@ def pretended(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "dense", lambda _: {"a": sdpa, "b": sdpa})
 
     def fused(layer, i, bounds, rule, scratch, scan_only=False, triton=False):
-        given = layer.q[i], layer.query[i], layer.keys, layer.values, layer.codes, layer.starts, layer.length
-        if rule.critical is None:
-            return decode.reference(*given, rule, scale=64**-0.5)
-        return decode.reference_tiers(*given, layer.estimate, rule, scale=64**-0.5)
+        return tuple(x for x in decode.reference(layer.inputs(i, rule)) if x is not None)
 
     monkeypatch.setattr(cuda_graphs, "fused", fused)
 
@@ -154,7 +152,7 @@ def test_triton_kernels_are_checked_and_run_as_they_will_be(monkeypatch, per):
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled where there is a GPU")
-    monkeypatch.setattr(gpu, "decode", lambda *_, **__: pytest.fail("not Triton's"))
+    monkeypatch.setattr(in_cuda, "decode", lambda *_, **__: pytest.fail("not Triton's"))
     case = Case(4, 2, 64, "float32", 200, 128)
     layer = with_estimate(make_layer(case, 64, steps=1, clustered=False, seed=0, device=CPU, planes=2))
     named = kinds.kinds(case, per, 25)

@@ -4,44 +4,38 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hashattn.core.types import Selection
-from hashattn.ops.decode import Estimate, Rule, reference, reference_tiers
-from hashattn.ops.decode.sizes import Sizes
+from hashattn.ops.decode import Estimate, Inputs, Outputs, Rule, Sizes, Stored, reference
 from tests.structured import generator
 
 WORST = 2**31 - 1
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What decode takes before bounds."""
+def stored(x: Inputs, **changes: Tensor) -> Inputs:
+    """The same over other columns."""
+    return replace(x, stored=replace(x.stored, **changes))
 
-    q: Tensor
-    query: Tensor
-    keys: Tensor
-    values: Tensor
-    codes: Tensor
-    starts: Tensor
-    length: Tensor
 
-    def to(self, device: str) -> Inputs:
-        return Inputs(*(x.to(device) for x in self.all))
+def moved(x: Inputs, device: str) -> Inputs:
+    """The same on another device."""
+    held = Stored(*(getattr(x.stored, name).to(device) for name in ("keys", "values", "codes", "length")))
+    return replace(x, q=x.q.to(device), query=x.query.to(device), stored=held, starts=x.starts.to(device))
 
-    def state(self, rule: Rule) -> tuple[Tensor, Tensor]:
-        """Bounds of a first step, and a workspace that holds anything."""
-        sizes = Sizes.of(self.q, self.query, self.keys, self.codes, rule)
-        bounds = torch.zeros(sizes.state, dtype=torch.int32, device=self.q.device)
-        return bounds, torch.full((sizes.workspace,), 0xA5, dtype=torch.uint8, device=self.q.device)
 
-    @property
-    def all(self) -> tuple[Tensor, ...]:
-        return self.q, self.query, self.keys, self.values, self.codes, self.starts, self.length
+def ready(x: Inputs, rule: Rule, **changes: Any) -> Inputs:
+    """A first step by a rule, with a workspace that holds anything."""
+    x = replace(x, rule=rule, **changes)
+    sizes = Sizes.of(x)
+    bounds = torch.zeros(sizes.state, dtype=torch.int32, device=x.q.device)
+    return replace(
+        x, bounds=bounds, workspace=torch.full((sizes.workspace,), 0xA5, dtype=torch.uint8, device=x.q.device)
+    )
 
 
 def inputs(
@@ -70,7 +64,8 @@ def inputs(
         near = bits(batch, kv_heads, few, words) & bits(batch, kv_heads, few, words)
         codes[:, :, filled // 2 : filled // 2 + few] = query[:, ::group, 0, -1].unsqueeze(2) ^ near
     first = torch.tensor(starts or [0] * batch, dtype=torch.int32)
-    return Inputs(q, query, keys, values, codes, first, torch.tensor([filled], dtype=torch.int32))
+    held = Stored(keys, values, codes, torch.tensor([filled], dtype=torch.int32))
+    return Inputs(q, query, held, first, Rule(k=1), dim**-0.5)
 
 
 CASES: list[tuple[dict[str, Any], Rule]] = [
@@ -143,19 +138,20 @@ def shifted(x: Tensor) -> Tensor:
 
 def norms_of(x: Inputs, bits: int) -> Estimate:
     """Norms of the keys about a random centre, NaN outside the filled columns; the room is another than the keys'."""
-    centre = torch.randn(x.keys.shape[0], x.keys.shape[1], x.keys.shape[3], generator=generator(bits))
-    centre = centre.to(x.keys.device)
-    norms = (x.keys.float() - centre.unsqueeze(2)).norm(dim=-1, keepdim=True).bfloat16()
+    keys = x.stored.keys
+    centre = torch.randn(keys.shape[0], keys.shape[1], keys.shape[3], generator=generator(bits)).to(keys.device)
+    norms = (keys.float() - centre.unsqueeze(2)).norm(dim=-1, keepdim=True).bfloat16()
     norms = torch.nn.functional.pad(norms, (0, 0, 0, 5), value=torch.nan)
-    return Estimate(norms, centre, torch.tensor([0.8], device=x.keys.device), bits)
+    return Estimate(norms, centre, torch.tensor([0.8], device=keys.device), bits)
 
 
 def only_read(x: Inputs, ids: Tensor, tier: Tensor) -> Inputs:
     """The same with NaN for every key that is not critical to a query of its head."""
-    heads, room = x.keys.shape[1:3]
+    keys = x.stored.keys
+    heads, room = keys.shape[1:3]
     read = ids.masked_fill((ids < 0) | (tier == 1), room).unflatten(1, (heads, -1)).flatten(2).long()
     away = torch.ones(len(ids), heads, room + 1, dtype=torch.bool, device=ids.device).scatter_(2, read, False)
-    return replace(x, keys=x.keys.masked_fill(away[..., :room].unsqueeze(-1), torch.nan))
+    return stored(x, keys=keys.masked_fill(away[..., :room].unsqueeze(-1), torch.nan))
 
 
 def by_column(selection: Selection, slots: int) -> tuple[Tensor, Tensor]:
@@ -179,38 +175,46 @@ def poisoned() -> Iterator[None]:
 HINTS = (None, None, 0, WORST, 16 * 20)  # what bounds hold before a step; None: what the step before left
 
 
-def agrees(
-    decode: Any, x: Inputs, rule: Rule, *, causal: bool = True, hints: tuple[int | None, ...] = HINTS
-) -> None:  # fmt: skip
+def agrees(decode: Any, x: Inputs, rule: Rule, *, causal: bool = True, hints: tuple[int | None, ...] = HINTS) -> None:
     """The step's keys are the reference's, its outputs within rounding, and bitwise the same whatever the bounds.
 
-    With a rule of tiers, of decode_tiers: tiers are the reference's too, and medium keys are not read.
+    With a rule of tiers, tiers are the reference's too, and medium keys are not read.
     """
-    scale, specified, estimate = x.q.shape[-1] ** -0.5, reference, ()
-    if rule.critical is not None:
-        specified, estimate = reference_tiers, (norms_of(x, 64 * x.codes.shape[3] - 3),)
-    expected = specified(*x.all, *estimate, rule, scale=scale, causal=causal)[2:]  # ids, and tiers
-    (bounds, workspace), first, numbers = x.state(rule), None, rule.chunks or 1
-    readable, slots = only_read(x, *expected) if estimate else x, expected[0].shape[-1]
+    estimate = norms_of(x, 64 * x.stored.codes.shape[3] - 3) if rule.critical is not None else None
+    x, numbers, first = ready(x, rule, causal=causal, estimate=estimate), rule.chunks or 1, None
+    expected = reference(x)
+    readable, slots = x if estimate is None else only_read(x, *expected[2:]), expected.ids.shape[-1]
     for wrong in hints:
         if wrong is not None:
-            bounds[:numbers].fill_(wrong)
+            x.bounds[:numbers].fill_(wrong)
         with poisoned():
-            found = decode(*readable.all, bounds, *estimate, rule, workspace, scale=scale, causal=causal)
-        for own, of_reference, empty in zip(found[2:], expected, (-1, 0)[: len(expected)], strict=True):
-            assert torch.equal(own[..., :slots], of_reference), (rule, wrong)
-            assert (own[..., slots:] == empty).all()
-        assert not bounds[numbers:].any()
+            found = decode(readable)
+        for own, of_reference, empty in zip(found[2:], expected[2:], (-1, 0), strict=True):
+            assert (own is None) == (of_reference is None)
+            if own is not None:
+                assert torch.equal(own[..., :slots], of_reference), (rule, wrong)
+                assert (own[..., slots:] == empty).all()
+        assert not x.bounds[numbers:].any()
         first = found if first is None else first
-        assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True)), (rule, wrong)
-    exact = specified(
-        *(y.double() if y.is_floating_point() else y for y in x.all), *estimate, rule, scale=scale, causal=causal
-    )
+        assert same(found, first), (rule, wrong)
+    keys, values = (x.stored.keys[:, :, : int(x.stored.length)].double(), x.stored.values[:, :, : int(x.stored.length)])
+    exact = reference(replace(in_float64(x), estimate=estimate))
     spacing = torch.finfo(x.q.dtype).eps
-    size = x.values[:, :, : int(x.length)].double().abs().max()
+    size = values.double().abs().max()
     # p and the output are rounded to the values' dtype; sums are float32 over at most 4,096 keys
-    assert (first[0].double() - exact[0]).abs().max() <= 3 * spacing * size + 1e-5 * size, rule
-    seen = torch.isfinite(exact[1])
-    assert torch.equal(torch.isfinite(first[1]), seen)
-    logit = (x.q.double().norm(dim=-1).max() * x.keys[:, :, : int(x.length)].double().norm(dim=-1).max()) * scale
-    assert ((first[1] - exact[1])[seen].abs() <= 1e-6 * logit + 1e-5).all()
+    assert (first.out.double() - exact.out).abs().max() <= 3 * spacing * size + 1e-5 * size, rule
+    seen = torch.isfinite(exact.lse)
+    assert torch.equal(torch.isfinite(first.lse), seen)
+    logit = (x.q.double().norm(dim=-1).max() * keys.norm(dim=-1).max()) * x.scale
+    assert ((first.lse - exact.lse)[seen].abs() <= 1e-6 * logit + 1e-5).all()
+
+
+def in_float64(x: Inputs) -> Inputs:
+    """The same in float64."""
+    return replace(stored(x, keys=x.stored.keys.double(), values=x.stored.values.double()), q=x.q.double())
+
+
+def same(found: Outputs, expected: Outputs) -> bool:
+    """Whether two steps gave the same bits."""
+    pairs = zip(found, expected, strict=True)
+    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)

@@ -14,16 +14,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hashattn.ops.decode.append import append_rows
-from hashattn.ops.decode.encode import encode_rows, vectors
-from hashattn.ops.decode.hidden import hidden_sums
-from hashattn.ops.decode.local import ROWS as LOCAL_ROWS
-from hashattn.ops.decode.local import SPLIT, attend_chunks, level_bits, search_splits
-from hashattn.ops.decode.local import attend_options as local_options
-from hashattn.ops.decode.scan import scan
 from hashattn.ops.decode.sizes import blocking
-from hashattn.ops.decode.topk import attend_topk
-from hashattn.ops.decode.triton import CHUNK, ROWS, attend_options, levels, scan_warps
+from hashattn.ops.decode.triton.append import append_rows
+from hashattn.ops.decode.triton.decode import CHUNK, ROWS, attend_options, levels, scan_warps
+from hashattn.ops.decode.triton.encode import encode_rows, vectors
+from hashattn.ops.decode.triton.local import ROWS as LOCAL_ROWS
+from hashattn.ops.decode.triton.local import SPLIT, attend_chunks, level_bits, search_splits
+from hashattn.ops.decode.triton.local import attend_options as local_options
+from hashattn.ops.decode.triton.mlp import hidden_layers
+from hashattn.ops.decode.triton.scan import scan
+from hashattn.ops.decode.triton.topk import attend_topk
 
 POINTERS = {
     "query": "*i64", "codes": "*i64", "counts": "*u16", "parts": "*fp32", "stats": "*fp32",
@@ -163,7 +163,7 @@ def main(arch: int) -> None:
                 "LAST": second, "WIDTH": triton.next_power_of_2(max(1, second)), "SLICE": units, "TILE": tile,
                 "UNIT": True, "PDL": arch >= 90, **dict.fromkeys([] if second else ["last", "last_bias"]),
             }  # fmt: skip
-            found = compiled(hidden_sums, layer, {"num_warps": warps}, arch, dtype)
+            found = compiled(hidden_layers, layer, {"num_warps": warps}, arch, dtype)
             print(json.dumps({"kernel": f"hidden {name}", **found}), flush=True)
     append = {"T": 1, "DIM": 96, "PADDED": 128, "WORDS": 2, "TILE": 4}
     for norms in (False, True):

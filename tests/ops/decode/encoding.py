@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hashattn import AsymmetricHash, Encoder, SimHash, SymmetricHash
 from hashattn.encoders.learned import LearnedHash
-from hashattn.ops.decode import Map, Rule, Sizes
+from hashattn.ops.decode import Map, Newest, Rule, Sizes, Stored
 from hashattn.ops.decode.sizes import counters
 from hashattn.ops.hamming import unpack_bits
 from tests.ops.decode.cases import poisoned
@@ -55,18 +55,21 @@ def encodes(
     q = (3 * torch.randn(batch, kv_heads * group, tokens, dim, generator=g)).to(device, dtype)
     k, v = (torch.randn(batch, kv_heads, tokens, dim, generator=g).to(device, dtype) for _ in range(2))
     centre = torch.randn(batch, kv_heads, dim, generator=g).to(device)
-    held = (
+    held = [
         *(torch.randn(batch, kv_heads, room, dim, generator=g).to(device, dtype) for _ in range(2)),
         torch.randint(-(2**63), 2**63 - 1, (batch, kv_heads, code_room, words), generator=g).to(device),
-    )
-    if norms:
-        held += (torch.randn(batch, kv_heads, code_room, 1, generator=g).to(device, torch.bfloat16),)
-    before, (arrived, workspace) = [x.clone() for x in held], encoding_state(q, k, held[2], maps)
+    ]
     length = torch.tensor([filled], dtype=torch.int32, device=device)
+    into = Stored(*held, length)
+    if norms:
+        held += [torch.randn(batch, kv_heads, code_room, 1, generator=g).to(device, torch.bfloat16)]
+        into = Stored(*held[:3], length, held[3])
+    before = [x.clone() for x in held]
+    newest = encoding(Newest(q, k, v, centre, maps, encoder.query_bits, into))
     with poisoned():
-        query = encode(q, k, v, centre, maps, encoder.query_bits, *held[:3], length, arrived, workspace, *held[3:])
+        query = encode(newest)
     assert int(length) == filled + tokens
-    assert not arrived.any()
+    assert not newest.arrived.any()
     assert query.shape == (batch, kv_heads * group, tokens, encoder.query_bits, words)
     same_bits(query, q, maps[0], encoder.query_bits)
     end = max(filled, min(filled + tokens, room, code_room))
@@ -89,13 +92,14 @@ def same_norms(found: Tensor, k: Tensor, centre: Tensor) -> None:
     assert ((found.double() - exact).abs() <= exact * (2**-7 + 1e-6)).all()
 
 
-def encoding_state(q: Tensor, k: Tensor, codes: Tensor, maps: tuple[Map, Map]) -> tuple[Tensor, Tensor]:
-    """What encode is given beside: zeros, and a workspace that holds NaN, as large as a decoder's."""
-    (batch, q_heads, tokens, dim), room = q.shape, codes.shape[2]
-    sizes = Sizes(batch, q_heads, k.shape[1], tokens, dim, room, room, 1, codes.shape[3], Rule(k=1),
-                  (maps[0].widths, maps[1].widths))  # fmt: skip
-    arrived = torch.zeros(counters(q[..., 0].numel(), k[..., 0].numel()), dtype=torch.int32, device=q.device)
-    return arrived, torch.full((sizes.workspace,), 0xFF, dtype=torch.uint8, device=q.device)
+def encoding(x: Newest) -> Newest:
+    """The same with zeros, and a workspace that holds NaN, as large as a decoder's."""
+    (batch, q_heads, tokens, dim), (_, kv_heads, room, words) = x.q.shape, x.stored.codes.shape
+    shape = batch, q_heads, kv_heads, tokens, dim, room, room, 1, words
+    sizes = Sizes(*shape, Rule(k=1), (x.maps[0].widths, x.maps[1].widths))
+    arrived = torch.zeros(counters(x.q[..., 0].numel(), x.k[..., 0].numel()), dtype=torch.int32, device=x.q.device)
+    workspace = torch.full((sizes.workspace,), 0xFF, dtype=torch.uint8, device=x.q.device)
+    return replace(x, arrived=arrived, workspace=workspace)
 
 
 def same_bits(code: Tensor, x: Tensor, by: Map, planes: int) -> None:
@@ -118,7 +122,29 @@ def same_bits(code: Tensor, x: Tensor, by: Map, planes: int) -> None:
 
 
 def in_float64(by: Map) -> Map:
-    return dataclasses.replace(
+    return replace(
         by, linear=by.linear.double(), weights=tuple(w.double() for w in by.weights),
         biases=tuple(b.double() for b in by.biases),
     )  # fmt: skip
+
+
+def given(encoder: Encoder, *, tokens: int = 3, dim: int = 64, filled: int = 20, room: int = 30) -> Newest:
+    """What encode is given, with norms of -1, for 12 queries and 4 keys at a time."""
+    g, (batch, kv_heads, q_heads) = generator(7), (2, 2, 6)
+    maps = randomised(encoder, dim).maps(dim, torch.device("cpu"))
+    q = torch.randn(batch, q_heads, tokens, dim, generator=g)
+    k, v = (torch.randn(batch, kv_heads, tokens, dim, generator=g) for _ in range(2))
+    centre, length = torch.randn(batch, kv_heads, dim, generator=g), torch.tensor([filled], dtype=torch.int32)
+    keys, values = (torch.zeros(batch, kv_heads, room, dim) for _ in range(2))
+    codes = torch.zeros(batch, kv_heads, room, -(-encoder.bits // 64), dtype=torch.int64)
+    norms = torch.full((batch, kv_heads, room, 1), -1.0, dtype=torch.bfloat16)
+    stored = Stored(keys, values, codes, length, norms)
+    return encoding(Newest(q, k, v, centre, maps, encoder.query_bits, stored))
+
+
+def twin(x: Newest) -> Newest:
+    """The same over a copy of what is stored."""
+    held = x.stored
+    norms = None if held.norms is None else held.norms.clone()
+    copies = (part.clone() for part in (held.keys, held.values, held.codes, held.length))
+    return replace(x, stored=Stored(*copies, norms))

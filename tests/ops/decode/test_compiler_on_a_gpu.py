@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from hashattn import FlatHamming, HashAttention, SimHash, TopK
-from hashattn.ops.decode.cuda import compiler
-from hashattn.ops.decode.gpu import OLDEST, why_triton
+from hashattn.ops.decode.cuda import OLDEST, InCuda, compiler
 from tests.structured import qkv
 
 pytestmark = pytest.mark.gpu
@@ -27,7 +26,7 @@ def fresh(tmp_path, monkeypatch):
 
 def test_the_probe_lets_it_run_and_explain_says_so(fresh):
     assert compiler.why_not_on(torch.cuda.current_device()) is None
-    assert why_triton(torch.device("cuda")) is None
+    assert InCuda().why_not_on(torch.device("cuda")) == []
     attn = HashAttention(SimHash(64), FlatHamming(), TopK(k=64), engine="gpu")
     assert "CUDA C++" in str(attn.explain(q_heads=8, kv_heads=2, head_dim=64, keys=4096, device="cuda"))
 

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hashattn.ops.decode import Rule, Sizes, reference
-from hashattn.ops.decode.cuda import compiler
-from hashattn.ops.decode.cuda.step import launches
-from hashattn.ops.decode.gpu import kernels, why_triton
-from tests.ops.decode.cases import CASES, LOCAL_CASES, agrees, inputs
+from hashattn.ops.decode import Request, Rule, Sizes, kernels_on, reference, served_by
+from hashattn.ops.decode.cuda import InCuda, compiler
+from hashattn.ops.decode.cuda.decode import Prepared, launches
+from tests.ops.decode.cases import CASES, LOCAL_CASES, agrees, inputs, ready, same
 from tests.ops.decode.emulator.run import emulate
 
 triton = pytest.importorskip("triton")
@@ -89,25 +88,32 @@ def test_kernels_do_what_their_reference_does(emulated, shape, rule, dtype):
     ids=str,
 )  # fmt: skip
 def test_hints_of_other_lengths_change_nothing(emulated, rule, words):
-    x = inputs(4, **TWO, words=words, planes=words)
-    x.keys[:], x.values[:] = torch.randn_like(x.keys), torch.randn_like(x.values)
-    bounds, workspace = x.state(rule)
+    x = ready(inputs(4, **TWO, words=words, planes=words), rule, scale=0.1)
+    x.stored.keys.normal_(), x.stored.values.normal_()
     for filled in (700, 720, 721, 820, 300):
-        x.length.fill_(filled)
-        out, lse, ids = emulated(*x.all, bounds, rule, workspace, scale=0.1)
-        exact, exact_lse, expected = reference(*x.all, rule, scale=0.1)
+        x.stored.length.fill_(filled)
+        (out, lse, ids, _), (exact, exact_lse, expected, _) = emulated(x), reference(x)
         assert torch.equal(ids[..., : expected.shape[-1]], expected)
         assert (out - exact).abs().max() < 1e-5 and (lse - exact_lse).abs().max() < 1e-5
 
 
 def test_a_scan_alone_leaves_the_state_of_the_next_step_as_it_was(emulated):
-    x, rule = inputs(5, filled=500, room=512), Rule(k=20)
-    bounds, workspace = x.state(rule)
-    emulated(*x.all, bounds, rule, workspace, scale=0.1)
-    before = bounds.clone()
+    x = ready(inputs(5, filled=500, room=512), Rule(k=20))
+    emulated(x)
+    before = x.bounds.clone()
     for _ in range(2):
-        emulated(*x.all, bounds, rule, workspace, scale=0.1, scan_only=True)
-    assert torch.equal(bounds, before)
+        emulated(x, scan_only=True)
+    assert torch.equal(x.bounds, before)
+
+
+@pytest.mark.parametrize("rule", [Rule(share=0.05, shared=True), Rule(k=64, chunks=4)], ids=str)
+def test_a_step_that_is_made_ready_serves_other_queries_and_scales(emulated, rule):
+    x = ready(inputs(6, **TWO), rule)
+    step = Prepared(x)
+    for scale in (0.1, 0.3):
+        q, query = torch.randn_like(x.q), torch.randint_like(x.query, -(2**62), 2**62)
+        own = replace(x, q=q, query=query, scale=scale)
+        assert same(step(q, query, scale), emulated(ready(own, rule)))
 
 
 def test_what_is_compiled_is_kept_and_made_anew_if_it_cannot_be_read(tmp_path, monkeypatch):
@@ -173,10 +179,11 @@ def gpu(monkeypatch):
 def test_an_architecture_that_the_compiler_does_not_know_leaves_the_step_to_triton(gpu):
     device = torch.device("cuda", 0)
     gpu((13, 7))
-    assert re.search(r"NVRTC \d+\.\d+ does not know compute capability 13\.7", why_triton(device))
-    assert kernels(device) == "Triton"
+    (reason,) = InCuda().why_not_on(device)
+    assert re.search(r"NVRTC \d+\.\d+ does not know compute capability 13\.7", reason)
+    assert kernels_on(device).language == "Triton"
     tried = gpu((9, 0))
-    assert why_triton(device) is None and kernels(device) == "CUDA C++"
+    assert InCuda().why_not_on(device) == [] and kernels_on(device).language == "CUDA C++"
     ((code, name),) = tried
     assert code.startswith(b"\x7fELF") and name == "nothing"
 
@@ -186,7 +193,7 @@ def test_a_driver_that_does_not_load_what_was_compiled_leaves_the_step_to_triton
         raise RuntimeError("CUDA says CUDA_ERROR_UNSUPPORTED_PTX_VERSION (222)")
 
     gpu((9, 0), too_old)
-    assert "CUDA_ERROR_UNSUPPORTED_PTX_VERSION" in why_triton(torch.device("cuda", 0))
+    assert "CUDA_ERROR_UNSUPPORTED_PTX_VERSION" in InCuda().why_not_on(torch.device("cuda", 0))[0]
 
 
 def test_a_kernel_that_does_not_compile_shows_the_compilers_words():
@@ -195,6 +202,11 @@ def test_a_kernel_that_does_not_compile_shows_the_compilers_words():
 
 
 def test_triton_takes_over_where_cuda_cannot_be_compiled(monkeypatch):
-    assert why_triton() is None
+    request = Request(torch.device("cuda"), torch.bfloat16, 32, 8, 128, 1, 1, Rule(k=9))
+    kernels, slower = served_by(request)
+    assert kernels.language == "CUDA C++" and slower == []
+    kernels, slower = served_by(replace(request, rule=Rule(share=0.1, critical=0.05)))
+    assert kernels.language == "Triton" and slower == ["estimates of medium keys are made in Triton"]
     monkeypatch.setattr(compiler, "why_not", lambda: "it is not installed")
-    assert why_triton() == "it is not installed"
+    kernels, slower = served_by(request)
+    assert kernels.language == "Triton" and slower == ["it is not installed"]

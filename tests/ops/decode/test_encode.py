@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hashattn import AsymmetricHash, SimHash
-from hashattn.ops.decode import why_not_encode
+from hashattn.ops.decode import Stored, why_not_encode
 from tests.ops.decode.cases import inputs
 from tests.ops.decode.encoding import SMALL, encodes
 
@@ -12,9 +12,9 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("kernels are compiled where there is a GPU: test_encode_on_a_gpu.py", allow_module_level=True)
 
-from hashattn.ops.decode.append import append
-from hashattn.ops.decode.encode import encode
 from hashattn.ops.decode.estimate import NORMS
+from hashattn.ops.decode.triton.append import append
+from hashattn.ops.decode.triton.encode import encode
 
 
 @pytest.mark.parametrize(("encoder", "shape"), SMALL)
@@ -38,14 +38,15 @@ def test_append_drops_and_counts_what_does_not_fit():
     x = inputs(6, batch=2, kv_heads=3, filled=63, room=64, dim=96, words=2)
     k, v, codes = torch.ones(2, 3, 3, 96), torch.full((2, 3, 3, 96), 2.0), torch.full((2, 3, 3, 2), 3)
     new_norms, empty = torch.full((2, 3, 3, 1), 4, dtype=NORMS), torch.zeros(2, 3, 64, 1, dtype=NORMS)
-    held, length = (x.keys.clone(), x.values.clone(), x.codes.clone()), x.length.clone()
-    arrived, norms = torch.zeros(1, dtype=torch.int32), empty.clone()
-    append(k, v, codes, *held, length, arrived, new_norms, norms)
+    before, length = (x.stored.keys, x.stored.values, x.stored.codes, empty), x.stored.length.clone()
+    *held, norms = (part.clone() for part in before)
+    arrived = torch.zeros(1, dtype=torch.int32)
+    append(k, v, codes, new_norms, Stored(*held, length, norms), arrived)
     assert int(length) == 66
-    for stored, before, value in zip((*held, norms), (x.keys, x.values, x.codes, empty), (1, 2, 3, 4), strict=True):
+    for stored, old, value in zip((*held, norms), before, (1, 2, 3, 4), strict=True):
         assert (stored[:, :, 63] == value).all()
-        assert torch.equal(stored[:, :, :63], before[:, :, :63])
-    append(k, v, codes, *held, length.fill_(2), arrived)
+        assert torch.equal(stored[:, :, :63], old[:, :, :63])
+    append(k, v, codes, None, Stored(*held, length.fill_(2)), arrived)
     assert int(arrived) == 0 and int(length) == 5 and (held[0][:, :, 2:5] == 1).all()
     assert not norms[:, :, :63].any()
 
@@ -63,4 +64,4 @@ def test_append_drops_and_counts_what_does_not_fit():
 )
 def test_what_is_encoded_in_pytorch_is_named(widths, reason):
     found = why_not_encode(widths)
-    assert found is None if reason is None else reason in found
+    assert found == [] if reason is None else len(found) == 1 and reason in found[0]

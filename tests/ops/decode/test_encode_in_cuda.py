@@ -1,23 +1,21 @@
 """Encoding and appending in CUDA C++ without a GPU: emulated against PyTorch, and compiled for A100s and H100s."""
 
-import functools
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from hashattn import AsymmetricHash, SimHash, SymmetricHash
-from hashattn.ops.decode import append_reference, gpu
+from hashattn.ops.decode import encode_reference, kernels_on
 from hashattn.ops.decode.cuda import compiler
-from hashattn.ops.decode.cuda import encode as in_cuda
-from hashattn.ops.decode.cuda.encode import encode, launch
+from hashattn.ops.decode.cuda.encode import Prepared, encode, launch
 from hashattn.ops.decode.sizes import Encoding
 from tests.ops.decode.emulator import run
-from tests.ops.decode.encoding import SMALL, encodes, encoding_state, randomised
-from tests.structured import generator
+from tests.ops.decode.encoding import SMALL, encodes, given, twin
 
 triton = pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
@@ -76,7 +74,8 @@ LARGE = [
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize(("encoder", "shape"), SMALL + LARGE)
 def test_newest_queries_and_keys_are_encoded_and_appended(emulated, encoder, shape, backwards, monkeypatch):
-    monkeypatch.setattr(compiler, "launch", functools.partial(run.launch, backwards=backwards))
+    if backwards:
+        monkeypatch.setattr(compiler, "Launcher", run.Backwards)
     encodes(encode, encoder, **shape)
 
 
@@ -86,26 +85,26 @@ def test_what_does_not_fit_is_dropped_and_counted(emulated, encoder, filled, roo
     encodes(encode, encoder, dim=64, tokens=3, filled=filled, room=room, code_room=code_room)
 
 
-def given(encoder, *, tokens=3, dim=64, filled=20, room=30):
-    """What encode is given, and bfloat16 norms, for 12 queries and 4 keys at a time."""
-    g, (batch, kv_heads, q_heads) = generator(7), (2, 2, 6)
-    maps = randomised(encoder, dim).maps(dim, torch.device("cpu"))
-    q = torch.randn(batch, q_heads, tokens, dim, generator=g)
-    k, v = (torch.randn(batch, kv_heads, tokens, dim, generator=g) for _ in range(2))
-    centre, length = torch.randn(batch, kv_heads, dim, generator=g), torch.tensor([filled], dtype=torch.int32)
-    keys, values = (torch.zeros(batch, kv_heads, room, dim) for _ in range(2))
-    codes = torch.zeros(batch, kv_heads, room, -(-encoder.bits // 64), dtype=torch.int64)
-    call = q, k, v, centre, maps, encoder.query_bits, keys, values, codes, length, *encoding_state(q, k, codes, maps)
-    return call, torch.full((batch, kv_heads, room), -1.0, dtype=torch.bfloat16)
+@pytest.mark.parametrize("encoder", [SimHash(64), AsymmetricHash(64, key_hidden=(9, 9))], ids=["linear", "MLP"])
+def test_norms_are_appended_if_they_are_kept(emulated, encoder):
+    x = given(encoder, filled=28)
+    encode(x)
+    expected = (x.k - x.centre.unsqueeze(2)).norm(dim=-1, keepdim=True)[:, :, :2]
+    norms = x.stored.norms
+    assert ((norms[:, :, 28:] - expected).abs() <= expected * 2**-8).all()
+    assert (norms[:, :, :28] == -1).all()
 
 
 @pytest.mark.parametrize("encoder", [SimHash(64), AsymmetricHash(64, key_hidden=(9, 9))], ids=["linear", "MLP"])
-def test_norms_are_appended_if_they_are_kept(emulated, encoder):
-    call, norms = given(encoder, filled=28)
-    encode(*call, norms)
-    expected = (call[1] - call[3].unsqueeze(2)).norm(dim=-1)[:, :, :2]
-    assert ((norms[:, :, 28:] - expected).abs() <= expected * 2**-8).all()
-    assert (norms[:, :, :28] == -1).all()
+def test_what_is_made_ready_serves_other_vectors(emulated, encoder):
+    x = given(encoder, filled=20)
+    other, made = twin(x), Prepared(x)
+    for _ in range(3):
+        q, k, v = (torch.randn_like(part) for part in (x.q, x.k, x.v))
+        assert torch.equal(made(q, k, v), encode(replace(other, q=q, k=k, v=v)))
+    held, expected = x.stored, other.stored
+    for name in ("keys", "values", "codes", "length", "norms"):
+        assert torch.equal(getattr(held, name), getattr(expected, name))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in:RuntimeWarning")  # by NumPy in the reference
@@ -119,31 +118,24 @@ def test_norms_are_appended_if_they_are_kept(emulated, encoder):
     ids=str,
 )  # fmt: skip
 def test_what_is_not_finite_gives_the_references_bits(emulated, encoder, value):
-    (q, k, *rest), _ = given(encoder)
-    q[0, 2, 1], k[1, 1, 2] = value, value
-    q[1, 3, 0, 5], k[0, 0, 1, 7] = value, value
-    *maps_and_held, arrived, workspace = rest
-    copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in maps_and_held]
-    expected = append_reference.encode(q, k, *copies)
-    found = encode(q, k, *maps_and_held, arrived, workspace)
-    special = [(0, 2, 1), (1, 3, 0)]
-    assert all(torch.equal(found[at], expected[at]) for at in special)
-    codes, exact = maps_and_held[-2], copies[-2]
+    x = given(encoder)
+    x.q[0, 2, 1], x.k[1, 1, 2] = value, value
+    x.q[1, 3, 0, 5], x.k[0, 0, 1, 7] = value, value
+    other = twin(x)
+    expected, found = encode_reference.encode(other), encode(x)
+    assert all(torch.equal(found[at], expected[at]) for at in [(0, 2, 1), (1, 3, 0)])
+    codes, exact = x.stored.codes, other.stored.codes
     assert torch.equal(codes[1, 1, 22], exact[1, 1, 22]) and torch.equal(codes[0, 0, 21], exact[0, 0, 21])
 
 
 def test_triton_encodes_where_cuda_cannot_be_compiled(emulated, monkeypatch):
-    from hashattn.ops.decode import encode as in_triton
-
-    call, _ = given(SimHash(64))
-    for language in (in_cuda, in_triton):
-        monkeypatch.setattr(language, "encode", lambda *_, name=language.__name__: name)
-    assert gpu.encode(*call) == in_cuda.__name__
+    device = torch.device("cuda")
+    assert kernels_on(device).language == "CUDA C++"
     monkeypatch.setattr(compiler, "why_not", lambda: "it is not installed")
-    assert gpu.encode(*call) == in_triton.__name__
+    assert kernels_on(device).language == "Triton"
 
 
 def test_too_few_counters_are_refused(emulated):
-    call, _ = given(AsymmetricHash(64))
+    x = given(AsymmetricHash(64))
     with pytest.raises(ValueError, match="arrived has 1 numbers, 13 are needed"):
-        encode(*call[:-2], call[-2][:1], call[-1])
+        encode(replace(x, arrived=x.arrived[:1]))

@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from hashattn import AsymmetricHash, SimHash
-from tests.ops.decode.encoding import SMALL, encodes, encoding_state, randomised, same_bits
+from hashattn.ops.decode import Newest, Stored
+from tests.ops.decode.encoding import SMALL, encodes, encoding, randomised, same_bits
 
 pytestmark = pytest.mark.gpu
 LLAMA = {"dim": 128, "kv_heads": 8, "group": 4, "dtype": torch.bfloat16, "device": "cuda"}
 
 
-@pytest.fixture(scope="module", params=["cuda.encode", "encode"], ids=["CUDA C++", "Triton"])
+@pytest.fixture(scope="module", params=["cuda", "triton"], ids=["CUDA C++", "Triton"])
 def encode(request):
-    return importlib.import_module(f"hashattn.ops.decode.{request.param}").encode
+    return importlib.import_module(f"hashattn.ops.decode.{request.param}.encode").encode
 
 
 @pytest.mark.parametrize(("encoder", "shape"), SMALL)
@@ -50,11 +51,11 @@ def test_one_captured_launch_serves_many_steps(encode, encoder):
     centre, length = torch.randn(1, 8, 128, device="cuda"), torch.zeros(1, device="cuda", dtype=torch.int32)
     keys, values = (torch.zeros(1, 8, 100, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     codes = torch.zeros(1, 8, 100, 1, device="cuda", dtype=torch.int64)
-    call = q, k, v, centre, maps, 1, keys, values, codes, length, *encoding_state(q, k, codes, maps)
-    encode(*call)
+    x = encoding(Newest(q, k, v, centre, maps, 1, Stored(keys, values, codes, length)))
+    encode(x)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        query = encode(*call)
+        query = encode(x)
     new = torch.randn(100, 1, 8, 1, 128, device="cuda", dtype=torch.bfloat16)
     length.zero_()
     for step in new:
@@ -80,8 +81,8 @@ def test_bits_do_not_depend_on_which_program_comes_last():
     centre, length = torch.zeros(1, kv_heads, 128, device="cuda"), torch.zeros(1, device="cuda", dtype=torch.int32)
     keys, values = (torch.zeros(1, kv_heads, room, 128, device="cuda").half() for _ in range(2))
     codes = torch.zeros(1, kv_heads, room, 2, device="cuda", dtype=torch.int64)
-    call = q, k, k, centre, maps, 2, keys, values, codes, length, *encoding_state(q, k, codes, maps)
-    queries = torch.stack([encode(*call) for _ in range(steps)])
+    x = encoding(Newest(q, k, k, centre, maps, 2, Stored(keys, values, codes, length)))
+    queries = torch.stack([encode(x) for _ in range(steps)])
     assert int(length) == steps
     assert torch.equal(queries, queries[:1].expand_as(queries))
     assert torch.equal(codes[:, :, :steps], codes[:, :, :1].expand(-1, -1, steps, -1))

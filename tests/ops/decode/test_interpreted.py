@@ -9,16 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashattn.ops.decode import Rule, Scratch, why_not
+from hashattn.ops.decode import Request, Rule, Scratch, why_not
 from hashattn.ops.decode.sizes import Sizes, carve
-from tests.ops.decode.cases import CASES, LOCAL_CASES, TIER_CASES, WORST, agrees, inputs
+from tests.ops.decode.cases import CASES, LOCAL_CASES, TIER_CASES, WORST, agrees, inputs, ready, same, stored
 from tests.structured import seeds
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("kernels are compiled where there is a GPU: test_on_a_gpu.py", allow_module_level=True)
 
-from hashattn.ops.decode.triton import decode, decode_tiers
+from hashattn.ops.decode.triton.decode import decode
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")  # rows that keep no key
@@ -31,7 +31,7 @@ def test_it_selects_and_attends_as_the_reference_does(shape, rule):
 @pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")  # rows that keep no key
 @pytest.mark.parametrize(("shape", "rule"), TIER_CASES)
 def test_medium_keys_are_estimated_as_the_reference_does_and_not_read(shape, rule):
-    agrees(decode_tiers, inputs(1, **shape), rule)
+    agrees(decode, inputs(1, **shape), rule)
 
 
 @pytest.mark.parametrize("rule", [Rule(k=20), Rule(k=32, chunks=2)], ids=str)
@@ -61,19 +61,13 @@ def test_more_columns_than_chunks_serve_are_refused():
     x = inputs(8, filled=9, room=16)
     codes = torch.zeros(1, 1, 1, 1, dtype=torch.int64).expand(-1, -1, 600_000, -1)
     with pytest.raises(ValueError, match="600,000 columns, 2 chunks serve up to 524,288"):
-        decode(*x.all[:4], codes, *x.all[5:], torch.zeros(4), Rule(k=16, chunks=2), Scratch(), scale=1.0)
+        decode(replace(stored(x, codes=codes), rule=Rule(k=16, chunks=2)))
 
 
 def test_codes_may_have_another_room_than_keys():
     x = inputs(3, filled=300, room=400)
-    wide = torch.nn.functional.pad(x.codes, (0, 0, 0, 112))
-    rule, found = Rule(k=9), []
-    for codes in (x.codes, wide):
-        own = replace(x, codes=codes)
-        bounds, workspace = own.state(rule)
-        found.append(decode(*own.all, bounds, rule, workspace, scale=1.0))
-    a, b = found
-    assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+    wide = stored(x, codes=torch.nn.functional.pad(x.stored.codes, (0, 0, 0, 112)))
+    assert same(decode(ready(x, Rule(k=9))), decode(ready(wide, Rule(k=9))))
 
 
 def test_a_workspace_is_shared_kept_and_no_larger_than_needed():
@@ -83,9 +77,9 @@ def test_a_workspace_is_shared_kept_and_no_larger_than_needed():
     first = scratch.workspace(300, device)
     assert scratch.workspace(200, device) is first
     assert first is not scratch.workspace(400, device) and scratch.nbytes == 400  # who holds the first one keeps it
-    outgrown = weakref.ref(first)
+    small_one = weakref.ref(first)
     del first
-    assert outgrown() is None
+    assert small_one() is None
     buffers = [scratch.borrow("parts", (n,), torch.float32, device) for n in (3, 9, 2)]
     assert scratch.nbytes == 436 and buffers[1].data_ptr() == buffers[2].data_ptr() and len(buffers[2]) == 2
     buffers = carve(torch.empty(small.workspace, dtype=torch.uint8), small.triton)
@@ -97,10 +91,10 @@ def test_a_workspace_is_shared_kept_and_no_larger_than_needed():
     ("change", "reason"),
     [
         ({}, None),
-        ({"device": "cpu"}, "NVIDIA GPU"),
+        ({"device": torch.device("cpu")}, "NVIDIA GPU"),
         ({"dtype": torch.float64}, "float64"),
         ({"head_dim": 80}, "head_dim 64, 96, 128, 256, not 80"),
-        ({"group": 32}, "1 to 16 query heads"),
+        ({"q_heads": 256}, "1 to 16 query heads"),
         ({"tokens": 17}, "up to 16 queries"),
         ({"words": 3}, "64, 128 or 256 bits, not 192"),
         ({"planes": 4}, "query_bits"),
@@ -108,25 +102,30 @@ def test_a_workspace_is_shared_kept_and_no_larger_than_needed():
         ({"rule": Rule(k=64, chunks=4, shared=True)}, "per query head"),
         ({"rule": Rule(k=40, chunks=4)}, "per_chunk 8, 16, 32, 64, not 10"),
         ({"rule": Rule(k=32, chunks=4, sinks=4, recents=8)}, "up to 12 sinks and recents"),
-        ({"group": 16, "words": 4, "planes": 2, "rule": Rule(k=3, shared=True)}, "fewer bits"),
-        ({"group": 8, "rule": Rule(k=3, shared=True, biased=True)}, None),
-        ({"group": 16, "rule": Rule(k=3, shared=True, biased=True)}, "6,128"),
+        ({"q_heads": 128, "words": 4, "planes": 2, "rule": Rule(k=3, shared=True)}, "fewer bits"),
+        ({"q_heads": 64, "rule": Rule(k=3, shared=True, biased=True)}, None),
+        ({"q_heads": 128, "rule": Rule(k=3, shared=True, biased=True)}, "6,128"),
     ],
 )
 def test_what_is_not_served_is_named(change, reason):
-    call = {
-        "device": "cuda", "dtype": torch.bfloat16, "head_dim": 128, "group": 4, "tokens": 1, "words": 2, "planes": 1,
-        "rule": Rule(k=3),
-    }  # fmt: skip
-    found = why_not(**{**call, **change})
-    assert found is None if reason is None else reason in found
+    request = Request(torch.device("cuda"), torch.bfloat16, 32, 8, 128, 2, 1, Rule(k=3))
+    found = why_not(replace(request, **change))
+    if reason is None:
+        assert found == []
+    else:
+        assert len(found) == 1 and reason in found[0]
+
+
+def test_every_reason_is_named_at_once():
+    found = why_not(Request(torch.device("cuda"), torch.float64, 32, 8, 80, 3, 1, Rule(k=40, chunks=4, shared=True)))
+    wanted = "float64", "head_dim", "192", "per query head", "per_chunk"
+    assert len(found) == len(wanted) and all(word in reason for word, reason in zip(wanted, found, strict=True))
 
 
 @pytest.mark.parametrize("rule", [Rule(k=64), Rule(k=64, chunks=1)], ids=str)
-def test_an_outgrown_length_gives_nan_and_reads_nothing_beyond_the_room(rule):
+def test_a_length_beyond_the_room_gives_nan_and_reads_nothing_beyond_the_room(rule):
     x = inputs(7, filled=64, room=64)
-    x.length.fill_(70)
-    bounds, workspace = x.state(rule)
-    out, lse, ids = decode(*x.all, bounds, rule, workspace, scale=1.0)
+    x.stored.length.fill_(70)
+    out, lse, ids, _ = decode(ready(x, rule))
     assert out.isnan().all() and torch.isfinite(lse).all()
     assert sorted(ids[0, 0, 0].tolist()) == list(range(64))

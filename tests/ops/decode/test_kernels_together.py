@@ -19,7 +19,7 @@ from hashattn import (
     TopK,
 )
 from hashattn.ops import decode
-from hashattn.ops.decode import library
+from hashattn.ops.decode import library, served_by
 from tests.ops.decode.emulator.run import emulate
 from tests.ops.decode.encoding import same_norms
 from tests.structured import qkv
@@ -28,10 +28,8 @@ pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("kernels are compiled where there is a GPU: test_on_a_gpu.py", allow_module_level=True)
 
-from hashattn.ops.decode import encode as in_triton
-from hashattn.ops.decode.append import append
-from hashattn.ops.decode.cuda import encode as in_cuda
-from hashattn.ops.decode.triton import decode_tiers
+from hashattn.ops.decode.cuda import InCuda
+from hashattn.ops.decode.triton import InTriton
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator is compiled by g++, which is not here")
@@ -39,15 +37,15 @@ from hashattn.ops.decode.triton import decode_tiers
 @pytest.mark.parametrize(
     ("encoder", "selector", "attend", "encoding"),
     [
-        (SimHash(64), TopK(share=0.1), ExactAttend(), in_cuda),
-        (SimHash(128), TopK(share=0.1, per="kv_head"), ExactAttend(), in_cuda),
-        (SimHash(64), LocalTopK(64), ExactAttend(), in_triton),
-        (AsymmetricHash(128, query_bits=2), TopK(share=0.1), ExactAttend(), in_cuda),
-        (AsymmetricHash(64, query_hidden=(20, 20)), TopK(share=0.1), ExactAttend(), in_triton),
-        (AsymmetricHash(64, heads=2), TopK(k=50), ExactAttend(), in_cuda),
-        (SimHash(128), Tiers(0.05, 0.1, per="kv_head"), MixedPrecision(), in_cuda),
-        (SimHash(64), Tiers(0.05, 0.1), MixedPrecision(), in_triton),
-        (AsymmetricHash(64, heads=2), Tiers(0.05, 0.1), MixedPrecision(), in_cuda),
+        (SimHash(64), TopK(share=0.1), ExactAttend(), InCuda()),
+        (SimHash(128), TopK(share=0.1, per="kv_head"), ExactAttend(), InCuda()),
+        (SimHash(64), LocalTopK(64), ExactAttend(), InTriton()),
+        (AsymmetricHash(128, query_bits=2), TopK(share=0.1), ExactAttend(), InCuda()),
+        (AsymmetricHash(64, query_hidden=(20, 20)), TopK(share=0.1), ExactAttend(), InTriton()),
+        (AsymmetricHash(64, heads=2), TopK(k=50), ExactAttend(), InCuda()),
+        (SimHash(128), Tiers(0.05, 0.1, per="kv_head"), MixedPrecision(), InCuda()),
+        (SimHash(64), Tiers(0.05, 0.1), MixedPrecision(), InTriton()),
+        (AsymmetricHash(64, heads=2), Tiers(0.05, 0.1), MixedPrecision(), InCuda()),
     ],
     ids=[
         "sign", "kv_head", "local", "MLP", "MLP in Triton", "in PyTorch", "tiers", "tiers in Triton",
@@ -58,12 +56,10 @@ from hashattn.ops.decode.triton import decode_tiers
 def test_a_decoder_does_what_the_reference_does_until_the_cache_is_full(
     encoder, selector, attend, encoding, monkeypatch
 ):
-    monkeypatch.setattr(decode, "DEVICES", ("cpu",))
-    kernels = {
-        "decode": emulate(monkeypatch), "decode_tiers": decode_tiers, "encode": encoding.encode, "append": append
-    }  # fmt: skip
-    for name, kernel in kernels.items():
-        monkeypatch.setattr(library, name, kernel)
+    monkeypatch.setattr(decode.request, "DEVICES", ("cpu",))
+    emulate(monkeypatch)
+    monkeypatch.setattr(library, "kernels_for", lambda request: served_by(request)[0])
+    monkeypatch.setattr(library, "kernels_on", lambda device: encoding)
     q, k, v = qkv(7, 2, keys=607, dim=64, group=4)
     queries = torch.randn(7, *q.shape)
     attn = HashAttention(encoder, FlatHamming(), Sink(4) | Recent(9) | selector, attend, engine="gpu")

@@ -19,43 +19,27 @@ from hashattn import (
 from hashattn.core.types import Step
 from hashattn.engines.base import Call, Request
 from hashattn.engines.gpu import FusedStep
-from hashattn.ops.decode import Rule, library, reference, reference_tiers
+from hashattn.ops.decode import Newest, Rule, Stored, library, reference
 from hashattn.ops.decode.estimate import key_norms
 from hashattn.ops.hamming import query_planes
-from tests.ops.decode.cases import CASES, TIER_CASES, by_column, inputs, norms_of
-from tests.ops.decode.encoding import SMALL, encodes, encoding_state, randomised
+from tests.ops.decode.cases import CASES, TIER_CASES, by_column, inputs, norms_of, ready
+from tests.ops.decode.encoding import SMALL, encodes, encoding, randomised, twin
 from tests.structured import qkv
 
 
-def fields(rule):
-    return [getattr(rule, name) for name in library._NAMES]
-
-
-@pytest.mark.parametrize(("shape", "rule"), CASES[1:5])
+@pytest.mark.parametrize(("shape", "rule"), CASES[1:5] + TIER_CASES[1:3])
 def test_decode_is_the_reference_and_sound(shape, rule):
     x = inputs(1, **shape)
-    bounds, workspace = x.state(rule)
-    out, lse, ids = library.decode(*x.all, bounds, rule, workspace, scale=0.3)
-    exact = reference(*x.all, rule, scale=0.3)
-    assert torch.equal(out, exact[0]) and torch.equal(lse, exact[1])
-    assert torch.equal(ids[..., : exact[2].shape[-1]], exact[2]) and (ids[..., exact[2].shape[-1] :] == -1).all()
-    torch.library.opcheck(torch.ops.hashattn.decode, (*x.all, bounds, workspace, 0.3, True, *fields(rule)))
-
-
-@pytest.mark.parametrize(("shape", "rule"), TIER_CASES[1:3])
-def test_decode_tiers_is_the_reference_and_sound(shape, rule):
-    x = inputs(1, **shape)
-    estimate, (bounds, workspace) = norms_of(x, 60), x.state(rule)
-    found = library.decode_tiers(*x.all, bounds, estimate, rule, workspace, scale=0.3)
-    exact = reference_tiers(*x.all, estimate, rule, scale=0.3)
-    assert torch.equal(found[0], exact[0]) and torch.equal(found[1], exact[1])
-    for own, expected, empty in zip(found[2:], exact[2:], (-1, 0), strict=True):
-        assert torch.equal(own[..., : expected.shape[-1]], expected)
-        assert (own[..., expected.shape[-1] :] == empty).all()
-    given = estimate.norms, estimate.centre, estimate.a, estimate.bits
-    torch.library.opcheck(
-        torch.ops.hashattn.decode_tiers, (*x.all, bounds, *given, workspace, 0.3, True, *fields(rule))
-    )
+    x = ready(x, rule, estimate=norms_of(x, 60) if rule.critical is not None else None)
+    exact, flat = reference(x), library.flat_inputs(x, x.q, x.query, x.scale)
+    for out, lse, ids, tier in (library.Decode(x)(x.q, x.query, x.scale), torch.ops.hashattn.decode(*flat)):
+        assert torch.equal(out, exact.out) and torch.equal(lse, exact.lse)
+        assert torch.equal(ids[..., : exact.ids.shape[-1]], exact.ids)
+        assert (ids[..., exact.ids.shape[-1] :] == -1).all()
+        if rule.critical is not None:
+            assert torch.equal(tier[..., : exact.ids.shape[-1]], exact.tier)
+            assert not tier[..., exact.ids.shape[-1] :].any()
+    torch.library.opcheck(torch.ops.hashattn.decode, flat)
 
 
 @torch.inference_mode()
@@ -78,16 +62,20 @@ def test_tiers_of_a_composition(per, attend):
     assert (out.lse - exact.lse).abs().max() <= 1e-5 * exact.lse.abs().max()
 
 
-def test_an_outgrown_length_gives_nan():
-    x, rule = inputs(2, filled=64, room=64), Rule(k=9)
-    x.length.fill_(70)
-    assert library.decode(*x.all, *x.state(rule)[:1], rule, x.state(rule)[1], scale=1.0)[0].isnan().all()
+def test_a_length_beyond_the_room_gives_nan():
+    x = ready(inputs(2, filled=64, room=64), Rule(k=9))
+    x.stored.length.fill_(70)
+    assert library.Decode(x)(x.q, x.query, x.scale).out.isnan().all()
+
+
+def encode(x):
+    return library.Encode(x)(x.q, x.k, x.v)
 
 
 @pytest.mark.parametrize(("encoder", "shape"), SMALL)
 def test_queries_and_keys_are_encoded_and_appended(encoder, shape):
-    encodes(library.encode, encoder, **shape)
-    encodes(library.encode, encoder, **shape, norms=True)
+    encodes(encode, encoder, **shape)
+    encodes(encode, encoder, **shape, norms=True)
 
 
 @pytest.mark.parametrize("encoder", [SimHash(64, query_bits=2), AsymmetricHash(64, key_hidden=(9,))], ids=str)
@@ -95,19 +83,19 @@ def test_queries_and_keys_are_encoded_and_appended(encoder, shape):
 def test_append_and_encode_are_sound(encoder, filled, with_norms):
     x, encoder = inputs(3, batch=2, kv_heads=2, tokens=2, filled=filled, room=64), randomised(encoder, 64)
     k, v, centre = torch.randn(2, 2, 2, 64), torch.randn(2, 2, 2, 64), torch.randn(2, 2, 64)
-    held = [t.nan_to_num() if t.is_floating_point() else t for t in (x.keys, x.values, x.codes, x.length)]
-    of_query, of_key = maps = encoder.maps(64, torch.device("cpu"))
-    codes, state = query_planes(of_key(k - centre.unsqueeze(2)), 1), encoding_state(x.q, k, x.codes, maps)
-    torch.library.opcheck(torch.ops.hashattn.filled, (x.length,))
-    norms = [torch.zeros(2, 2, 64, 1, dtype=torch.bfloat16)] if with_norms else []
-    new_norms = [key_norms(k, centre)] if with_norms else []
-    torch.library.opcheck(torch.ops.hashattn.append, (k, v, codes, *held, state[0], *new_norms, *norms))
-    given = x.q, k, v, centre, of_query.tensors, of_key.tensors, of_query.unit, encoder.query_bits, *held, *state
-    torch.library.opcheck(torch.ops.hashattn.encode, (*given, *norms))
-    twin, twin_norms = ([t.clone() for t in one] for one in (held, norms))
-    library.encode(x.q, k, v, centre, maps, encoder.query_bits, *held, *state, *norms)
-    library.append(k, v, codes, *twin, state[0], *new_norms, *twin_norms)
-    assert all(torch.equal(a, b) for a, b in zip((*held, *norms), (*twin, *twin_norms), strict=True))
+    held = x.stored.keys.nan_to_num(), x.stored.values.nan_to_num(), x.stored.codes, x.stored.length
+    norms = torch.zeros(2, 2, 64, 1, dtype=torch.bfloat16) if with_norms else None
+    new_norms, maps = key_norms(k, centre) if with_norms else None, encoder.maps(64, torch.device("cpu"))
+    newest = encoding(Newest(x.q, k, v, centre, maps, encoder.query_bits, Stored(*held, norms)))
+    codes = query_planes(maps[1](k - centre.unsqueeze(2)), 1)
+    torch.library.opcheck(torch.ops.hashattn.filled, (x.stored.length,))
+    torch.library.opcheck(torch.ops.hashattn.append, (k, v, codes, new_norms, *held, newest.arrived, norms))
+    torch.library.opcheck(torch.ops.hashattn.encode, library.flat_newest(newest, x.q, k, v))
+    other = twin(newest)
+    encode(newest)
+    library.append(k, v, codes, new_norms, other.stored, other.arrived)
+    for name in ("keys", "values", "codes", "length", *(["norms"] if with_norms else [])):
+        assert torch.equal(getattr(newest.stored, name), getattr(other.stored, name))
     assert int(held[3]) == filled + 2
     fits = max(0, min(2, 64 - filled))
     assert torch.equal(held[0][:, :, filled : filled + fits], k[:, :, :fits])

@@ -1,5 +1,7 @@
 """The fused decode step compiled, on a GPU, against its reference. Run with pytest -m gpu."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ from hashattn import (
     TopK,
 )
 from hashattn.ops.decode import Rule
-from tests.ops.decode.cases import CASES, LOCAL_CASES, TIER_CASES, agrees, by_column, inputs
+from tests.ops.decode.cases import CASES, LOCAL_CASES, TIER_CASES, agrees, by_column, inputs, moved, ready, same
 from tests.ops.decode.encoding import same_norms
 from tests.structured import qkv
 
@@ -28,24 +30,24 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(scope="module", params=["cuda", "triton"])
 def decode(request):
     if request.param == "triton":
-        from hashattn.ops.decode.triton import decode
+        from hashattn.ops.decode.triton.decode import decode
     else:
-        from hashattn.ops.decode.cuda.step import decode
+        from hashattn.ops.decode.cuda.decode import decode
     return decode
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("shape", "rule"), CASES + LOCAL_CASES)
 def test_it_selects_and_attends_as_the_reference_does(decode, shape, rule, dtype):
-    agrees(decode, inputs(1, **shape, dtype=dtype).to("cuda"), rule)
+    agrees(decode, moved(inputs(1, **shape, dtype=dtype), "cuda"), rule)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("shape", "rule"), TIER_CASES)
 def test_medium_keys_are_estimated_as_the_reference_does_and_not_read(shape, rule, dtype):
-    from hashattn.ops.decode.triton import decode_tiers
+    from hashattn.ops.decode.triton.decode import decode
 
-    agrees(decode_tiers, inputs(1, **shape, dtype=dtype).to("cuda"), rule)
+    agrees(decode, moved(inputs(1, **shape, dtype=dtype), "cuda"), rule)
 
 
 @pytest.mark.parametrize("clustered", [False, True])
@@ -59,24 +61,21 @@ def test_medium_keys_are_estimated_as_the_reference_does_and_not_read(shape, rul
 )  # fmt: skip
 def test_long_rows(decode, rule, clustered):
     shape = {"kv_heads": 2, "dim": 128, "filled": 131_000, "room": 131_072, "clustered": clustered}
-    agrees(decode, inputs(2, **shape, dtype=torch.bfloat16).to("cuda"), rule)
+    agrees(decode, moved(inputs(2, **shape, dtype=torch.bfloat16), "cuda"), rule)
 
 
 @pytest.mark.parametrize("rule", [Rule(share=0.05, recents=8), Rule(k=64, chunks=4, recents=8)], ids=str)
 def test_one_captured_step_serves_growing_lengths(decode, rule):
-    x = inputs(3, filled=1000, room=4096).to("cuda")
-    x.keys[:], x.values[:] = torch.randn_like(x.keys), torch.randn_like(x.values)
-    bounds, workspace = x.state(rule)
-    decode(*x.all, bounds, rule, workspace, scale=0.1)
+    x = ready(moved(inputs(3, filled=1000, room=4096), "cuda"), rule)
+    x.stored.keys.normal_(), x.stored.values.normal_()
+    decode(x)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = decode(*x.all, bounds, rule, workspace, scale=0.1)
+        captured = decode(x)
     for length in (1000, 1001, 1500, 4096, 3, 700):
-        x.length.fill_(length)
+        x.stored.length.fill_(length)
         graph.replay()
-        other, apart = x.state(rule)
-        fresh = decode(*x.all, other, rule, apart, scale=0.1)
-        assert all(torch.equal(a, b) for a, b in zip(captured, fresh, strict=True)), length
+        assert same(captured, decode(ready(x, rule))), length
 
 
 @pytest.mark.parametrize(
@@ -84,12 +83,12 @@ def test_one_captured_step_serves_growing_lengths(decode, rule):
 )
 @pytest.mark.parametrize("filled", [1500, 40_000])
 def test_steps_that_start_while_the_last_ones_end_see_nothing_of_theirs(decode, rule, filled):
-    x = inputs(6, kv_heads=8, dim=128, filled=filled, room=40_960, dtype=torch.bfloat16).to("cuda")
+    x = inputs(6, kv_heads=8, dim=128, filled=filled, room=40_960, dtype=torch.bfloat16)
+    x = ready(moved(x, "cuda"), rule, scale=0.1)
     steps = [(torch.randn_like(x.q), torch.randint_like(x.query, -(2**62), 2**62)) for _ in range(16)]
-    bounds, workspace = x.state(rule)
 
     def step(q, query):
-        return decode(q, query, *x.all[2:], bounds, rule, workspace, scale=0.1)
+        return decode(replace(x, q=q, query=query))
 
     expected = []
     for one in steps:
@@ -100,8 +99,7 @@ def test_steps_that_start_while_the_last_ones_end_see_nothing_of_theirs(decode, 
         found = [step(*one) for one in steps]
     for _ in range(5):
         graph.replay()
-        for own, alone in zip(found, expected, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(own, alone, strict=True))
+        assert all(same(own, alone) for own, alone in zip(found, expected, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:this AsymmetricHash is not fitted:UserWarning")
@@ -149,12 +147,11 @@ def test_a_step_runs_where_its_tensors_are_whichever_gpu_is_current():
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 def test_the_step_waits_for_nothing(decode):
-    x, rule = inputs(4).to("cuda"), Rule(k=9)
-    bounds, workspace = x.state(rule)
-    decode(*x.all, bounds, rule, workspace, scale=1.0)
+    x = ready(moved(inputs(4), "cuda"), Rule(k=9))
+    decode(x)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        decode(*x.all, bounds, rule, workspace, scale=1.0)
+        decode(x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

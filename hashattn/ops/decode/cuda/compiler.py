@@ -17,6 +17,7 @@ from hashattn.core.files import default_cache_dir, keep, kept, private_folder
 RESERVED = 1024  # bytes of shared memory that a program takes beside its own
 SOURCES = Path(__file__).parent
 Defines = tuple[tuple[str, int], ...]
+Grid = tuple[int, int, int]
 
 
 @functools.cache
@@ -105,30 +106,42 @@ def padding(kernel: Any, programs: int, device: int) -> int:
     return wanted
 
 
-def launch(
-    kernel: Any, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, *, early: bool, even: bool
-) -> None:  # fmt: skip
-    """Launch a kernel of one argument on the current stream.
+class Launcher:
+    """Launches of a kernel of one argument, whose memory each launch reads anew.
 
     Args:
+        kernel: on the current GPU.
+        grid, threads: its programs and their threads.
+        argument: kept, and given by its address.
         early: it may start while the kernel before it ends.
         even: multiprocessors get equal numbers of programs, also if it starts early.
     """
-    from cuda.bindings import driver
 
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = grid
-    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.hStream = torch.cuda.current_stream().cuda_stream
-    if early and even:
-        config.sharedMemBytes = padding(kernel, math.prod(grid), torch.cuda.current_device())
-    if early:
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attribute.value.programmaticStreamSerializationAllowed = 1
-        config.attrs, config.numAttrs = [attribute], 1
-    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
-    _checked(driver.cuLaunchKernelEx(config, kernel, ctypes.addressof(pointers), 0))
+    def __init__(
+        self, kernel: Any, grid: Grid, threads: int, argument: ctypes.Structure, *, early: bool, even: bool
+    ) -> None:
+        from cuda.bindings import driver
+
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        if early and even:
+            config.sharedMemBytes = padding(kernel, math.prod(grid), torch.cuda.current_device())
+        if early:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+        self._kernel, self._config, self._stream = kernel, config, -1
+        self._given, self._address = (argument, pointers), ctypes.addressof(pointers)
+        self._launch = driver.cuLaunchKernelEx
+
+    def __call__(self, stream: int) -> None:
+        """Launch it on a stream of the current GPU."""
+        if stream != self._stream:
+            self._config.hStream = self._stream = stream
+        _checked(self._launch(self._config, self._kernel, self._address, 0))
 
 
 def _compiled(source: bytes, name: str, headers: list[Path], options: list[str], arch: int) -> bytes:

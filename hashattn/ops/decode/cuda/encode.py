@@ -8,11 +8,11 @@ import functools
 import torch
 from torch import Tensor
 
-from hashattn.ops.decode.cuda import compiler
-from hashattn.ops.decode.cuda.step import TYPES, Launch
-from hashattn.ops.decode.device import on_its_device, starts_early
+from hashattn.ops.decode.cuda.decode import TYPES, Launch
+from hashattn.ops.decode.device import check_nvidia, on, stream_of
+from hashattn.ops.decode.inputs import Newest
 from hashattn.ops.decode.maps import Map
-from hashattn.ops.decode.sizes import Encoding, carve, counters, together
+from hashattn.ops.decode.sizes import Encoding, counters, places, together
 
 _LAYERS = "first", "first_bias", "second", "second_bias", "last", "last_bias"
 _OTHERS = "v", "held_keys", "held_values", "query", "codes", "norms", "length", "arrived"
@@ -21,74 +21,90 @@ _OTHERS = "v", "held_keys", "held_values", "query", "codes", "norms", "length", 
 class Vectors(ctypes.Structure):
     """Queries or keys, and the map that encodes them: struct Vectors of encode.cu."""
 
-    _fields_ = [
+    _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "centre", "linear", *_LAYERS, "parts", "straight", "arrived")),
-        ("count", ctypes.c_int), ("groups", ctypes.c_int),
-    ]  # fmt: skip
+        *(("count", ctypes.c_int), ("groups", ctypes.c_int)),
+    )
 
 
-class Encode(ctypes.Structure):
+class Arguments(ctypes.Structure):
     """What the kernel is given: struct Encode of encode.cu."""
 
-    _fields_ = [
-        ("queries", Vectors), ("keys", Vectors), *((name, ctypes.c_void_p) for name in _OTHERS),
+    _fields_ = (
+        *(("queries", Vectors), ("keys", Vectors)),
+        *((name, ctypes.c_void_p) for name in _OTHERS),
         *((name, ctypes.c_int) for name in ("tokens", "room", "code_room")),
-    ]  # fmt: skip
+    )
 
 
-@on_its_device
-def encode(
-    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, maps: tuple[Map, Map], query_bits: int, keys: Tensor,
-    values: Tensor, codes: Tensor, length: Tensor, arrived: Tensor, workspace: Tensor, norms: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """See :func:`hashattn.ops.decode.encode.encode`, which does the same.
+class Prepared:
+    """Encoding whose struct and launch are made: a call writes where the newest vectors are, and launches.
 
     Args:
-        q, k, v: of the dtype of keys and values.
-        arrived: int32, zeros before and after, as many as :func:`hashattn.ops.decode.sizes.counters` says.
-        norms: bfloat16 [B, Hkv, room], contiguous: |k - centre| of what is appended is written to it.
+        like: q, k and v of the dtype of keys and values.
 
     Raises:
         ValueError: arrived is too short.
-        RuntimeError: the kernel does not compile or launch.
+        RuntimeError: the kernel does not compile.
     """
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    batch, q_heads, tokens, _ = q.shape
-    words, bits = codes.shape[3], maps[0].linear.shape[1]
-    query = torch.empty((batch, q_heads, tokens, query_bits, words), dtype=torch.int64, device=q.device)
-    sizes = Encoding((batch * q_heads * tokens, batch * k.shape[1] * tokens), (maps[0].widths, maps[1].widths), bits)
-    parts, (groups, _) = carve(workspace, sizes.parts), sizes.groups
-    if arrived.numel() < counters(*sizes.counts):
-        raise ValueError(f"arrived has {arrived.numel()} numbers, {counters(*sizes.counts)} are needed")
-    argument = Encode(
-        _vectors("query", q, maps[0], {"arrived": arrived[1:], **parts}, *(x[0] for x in (sizes.counts, sizes.groups))),
-        _vectors(
-            "key", k, maps[1], {"centre": centre, "arrived": arrived[1 + groups :], **parts},
-            *(x[1] for x in (sizes.counts, sizes.groups)),
-        ),
-        *(None if x is None else x.data_ptr() for x in (v, keys, values, query, codes, norms, length, arrived)), tokens,
-        keys.shape[2], codes.shape[2],
-    )  # fmt: skip
-    one = launch(sizes, q.shape[3], q.dtype, words, query_bits, maps[0].unit)
-    kernel = compiler.kernel(one.name, one.defines, q.get_device())
-    compiler.launch(kernel, one.grid, one.threads, argument, early=starts_early(q.device), even=one.even)
-    return query
+
+    def __init__(self, like: Newest) -> None:
+        check_nvidia(like.q.device)
+        (batch, q_heads, tokens, dim), stored, arrived = like.q.shape, like.stored, like.arrived
+        assert arrived is not None and like.workspace is not None
+        words, (of_query, of_key) = stored.codes.shape[3], like.maps
+        counts = batch * q_heads * tokens, batch * like.k.shape[1] * tokens
+        sizes = Encoding(counts, (of_query.widths, of_key.widths), of_query.linear.shape[1])
+        if arrived.numel() < counters(*counts):
+            raise ValueError(f"arrived has {arrived.numel()} numbers, {counters(*counts)} are needed")
+        self._device, self._held = like.q.device, (stored, like.centre, like.maps, arrived, like.workspace)
+        self._query = batch, q_heads, tokens, like.query_bits, words
+        parts, (groups, _) = places(like.workspace.data_ptr(), sizes.parts), sizes.groups
+        queries = _vectors("query", of_query, parts, counts[0], arrived[1:])
+        keys = _vectors("key", of_key, parts, counts[1], arrived[1 + groups :])
+        queries.groups, keys.groups = sizes.groups
+        keys.centre = like.centre.data_ptr()
+        self._arguments = Arguments(queries, keys, tokens=tokens, room=stored.keys.shape[2])
+        self._arguments.code_room, self._arguments.arrived = stored.codes.shape[2], arrived.data_ptr()
+        self._arguments.held_keys, self._arguments.held_values = stored.keys.data_ptr(), stored.values.data_ptr()
+        self._arguments.codes, self._arguments.length = stored.codes.data_ptr(), stored.length.data_ptr()
+        self._arguments.norms = None if stored.norms is None else stored.norms.data_ptr()
+        one = launch(sizes, dim, like.q.dtype, words, like.query_bits, of_query.unit)
+        with on(self._device):
+            self._launcher = one.bound(self._arguments, self._device)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See :func:`hashattn.ops.decode.encode_reference.encode`.
+
+        Raises:
+            RuntimeError: the kernel does not launch.
+        """
+        arguments, q, k, v = self._arguments, q.contiguous(), k.contiguous(), v.contiguous()
+        query = q.new_empty(self._query, dtype=torch.int64)
+        arguments.queries.x, arguments.keys.x, arguments.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        arguments.query = query.data_ptr()
+        with on(self._device):
+            self._launcher(stream_of(self._device))
+        return query
+
+
+def encode(x: Newest) -> Tensor:
+    """Once, made ready for itself alone."""
+    return Prepared(x)(x.q, x.k, x.v)
 
 
 @functools.cache
 def launch(sizes: Encoding, dim: int, dtype: torch.dtype, words: int, query_bits: int, unit: bool) -> Launch:
     """The launch that encodes vectors [dim]; unit: queries are scaled to unit mean square."""
     (first, second), (key_first, key_second) = ((*own, 0, 0)[:2] for own in sizes.widths)
-    defines = {
-        "DIM": dim, "TYPE": TYPES[dtype], "BITS": sizes.bits, "WORDS": words, "PLANES": query_bits, "UNIT": int(unit),
-        "VECTORS": together(sizes.counts[0]), "UNITS": sizes.units, "QUERY_FIRST": first, "QUERY_SECOND": second,
-        "KEY_FIRST": key_first, "KEY_SECOND": key_second,
-    }  # fmt: skip
+    defines = {"DIM": dim, "TYPE": TYPES[dtype], "BITS": sizes.bits, "WORDS": words, "PLANES": query_bits}
+    defines |= {"UNIT": int(unit), "VECTORS": together(sizes.counts[0]), "UNITS": sizes.units}
+    defines |= {"QUERY_FIRST": first, "QUERY_SECOND": second, "KEY_FIRST": key_first, "KEY_SECOND": key_second}
     return Launch("encode", tuple(defines.items()), (sum(sizes.programs), 1, 1), 256)
 
 
-def _vectors(name: str, x: Tensor, by: Map, tensors: dict[str, Tensor], count: int, groups: int) -> Vectors:
-    own = {key.removeprefix(f"{name}_"): tensor for key, tensor in tensors.items()}
-    own |= {"x": x, "linear": by.linear, **dict(zip(_LAYERS, by.tensors[1:], strict=False))}
-    pointers = {field[0]: own[field[0]].data_ptr() for field in Vectors._fields_ if field[0] in own}
-    return Vectors(**pointers, count=count, groups=groups)
+def _vectors(name: str, by: Map, parts: dict[str, int], count: int, arrived: Tensor) -> Vectors:
+    """Those of this name, all but where they are; parts: where the buffers of the workspace begin."""
+    buffers = {key.removeprefix(f"{name}_"): at for key, at in parts.items() if key.startswith(f"{name}_")}
+    layers = {key: tensor.data_ptr() for key, tensor in zip(_LAYERS, by.tensors[1:], strict=False)}
+    return Vectors(linear=by.linear.data_ptr(), **layers, **buffers, arrived=arrived.data_ptr(), count=count)

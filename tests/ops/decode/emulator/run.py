@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from hashattn.core.files import default_cache_dir, keep, kept, private_folder
-from hashattn.ops.decode.cuda import compiler, step
+from hashattn.ops.decode.cuda import compiler, decode
 
 HERE = Path(__file__).parent
 KERNEL = """
@@ -53,18 +53,28 @@ def kernel(name: str, defines: compiler.Defines) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def launch(
-    own: ctypes.CDLL, grid: tuple[int, int, int], threads: int, argument: ctypes.Structure, *, early: bool,
-    even: bool, backwards: bool = False,
-) -> None:  # fmt: skip
-    """As compiler.launch; backwards: the last block and its last thread run first."""
-    own.run(ctypes.byref(argument), *grid, threads, backwards)
+class Launcher:
+    """As compiler.Launcher; backwards: the last block and its last thread run first."""
+
+    backwards = False
+
+    def __init__(
+        self, own: ctypes.CDLL, grid: compiler.Grid, threads: int, argument: ctypes.Structure, **_: bool
+    ) -> None:
+        self.own, self.grid, self.threads, self.argument = own, grid, threads, argument
+
+    def __call__(self, stream: int) -> None:
+        self.own.run(ctypes.byref(self.argument), *self.grid, self.threads, self.backwards)
+
+
+class Backwards(Launcher):
+    backwards = True
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """step.decode, which like encode.encode runs on the CPU as long as the patch lasts."""
+    """decode.decode, which like encode.encode runs on the CPU as long as the patch lasts."""
     monkeypatch.setattr(compiler, "kernel", lambda name, defines, _: kernel(name, defines))
-    monkeypatch.setattr(compiler, "launch", launch)
+    monkeypatch.setattr(compiler, "Launcher", Launcher)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=1))
-    return step.decode
+    return decode.decode

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hashattn.ops.decode.append import lengthen, load_rows, place, store_rows
-from hashattn.ops.decode.device import on_its_device, starts_early
-from hashattn.ops.decode.hidden import sum_hidden
+from hashattn.ops.decode.device import check_nvidia, on, starts_early
+from hashattn.ops.decode.inputs import Newest
 from hashattn.ops.decode.maps import Map
-from hashattn.ops.decode.matrix import load_block, load_columns, load_vectors, relu, times
-from hashattn.ops.decode.sizes import carve, hidden_parts
+from hashattn.ops.decode.sizes import carve, layer_parts
+from hashattn.ops.decode.triton.append import lengthen, load_rows, place, store_rows
+from hashattn.ops.decode.triton.matrix import load_block, load_columns, load_vectors, relu, times
+from hashattn.ops.decode.triton.mlp import run_layers
 
 
 @triton.jit
 def load_weights(
     linear, last, bias, word, DIM: tl.constexpr, PADDED: tl.constexpr, HIDDEN: tl.constexpr, BITS: tl.constexpr
-):  # fmt: skip
+):
     """The 64 columns of a word: of the linear map and, with HIDDEN, of the MLP's last layer and its bias."""
     weights = (load_block(linear, 0, 64 * word, DIM, BITS, PADDED, 64),)
     if HIDDEN:
@@ -167,43 +170,45 @@ def encode_rows(
         gdc_launch_dependents()
 
 
-@on_its_device
-def encode(
-    q: Tensor, k: Tensor, v: Tensor, centre: Tensor, maps: tuple[Map, Map], query_bits: int, keys: Tensor,
-    values: Tensor, codes: Tensor, length: Tensor, arrived: Tensor, workspace: Tensor, norms: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """See :func:`hashattn.ops.decode.append_reference.encode`.
-
-    Args:
-        q, k, v, centre, maps, query_bits: as there; centre and maps contiguous, and only the queries' map scales.
-        keys, values, codes, length, norms: as there, contiguous.
-        arrived: int32 [1 or more], zero before and after.
-        workspace: uint8, Sizes.workspace of them at least, whatever it holds.
-    """
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    batch, q_heads, tokens, dim = q.shape
-    words, queries, new = codes.shape[3], batch * q_heads * tokens, batch * k.shape[1] * tokens
-    early = {"launch_pdl": True} if starts_early(q.device) else {}
-    query = torch.empty((batch, q_heads, tokens, query_bits, words), dtype=torch.int64, device=q.device)
-    of_query, of_key = maps
-    sums = carve(workspace, hidden_parts(queries, new, (of_query.widths, of_key.widths)))
+def prepare(like: Newest) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Encoding like this, of other queries, keys and values; see :class:`Newest`."""
+    check_nvidia(like.q.device)
+    (batch, q_heads, tokens, dim), stored, (of_query, of_key) = like.q.shape, like.stored, like.maps
+    assert like.arrived is not None and like.workspace is not None
+    bits, words = like.query_bits, stored.codes.shape[3]
+    queries, new = batch * q_heads * tokens, batch * like.k.shape[1] * tokens
+    early = {"launch_pdl": True} if starts_early(like.q.device) else {}
+    sums = carve(like.workspace, layer_parts((queries, new), (of_query.widths, of_key.widths)))
     query_sums, key_sums = sums.get("query"), sums.get("key")
-    if query_sums is not None:
-        sum_hidden(q, None, of_query, query_sums, early)
-    if key_sums is not None:
-        sum_hidden(k, centre, of_key, key_sums, early)
-    tile = vectors(queries, query_bits)
-    programs = triton.cdiv(queries, tile) * (1 if query_bits > 1 else words) + triton.cdiv(new, tile) * words
-    encode_rows[(programs,)](
-        q, k, v, centre, *_last(of_query), query_sums, *_last(of_key), key_sums, query, keys, values, codes, norms,
-        length, arrived, queries, new, tokens, keys.shape[2], codes.shape[2], DIM=dim,
-        PADDED=triton.next_power_of_2(dim), BITS=of_query.linear.shape[1], WORDS=words, PLANES=query_bits,
-        UNIT=of_query.unit, TILE=tile, QUERY_HIDDEN=0 if query_sums is None else query_sums.shape[2],
-        KEY_HIDDEN=0 if key_sums is None else key_sums.shape[2],
-        QUERY_PARTS=0 if query_sums is None else query_sums.shape[0],
-        KEY_PARTS=0 if key_sums is None else key_sums.shape[0], PDL=bool(early), num_warps=8, **early,
-    )  # fmt: skip
-    return query
+    query_parts, query_hidden = (0, 0) if query_sums is None else query_sums.shape[::2]
+    key_parts, key_hidden = (0, 0) if key_sums is None else key_sums.shape[::2]
+    tile = vectors(queries, bits)
+    programs = triton.cdiv(queries, tile) * (1 if bits > 1 else words) + triton.cdiv(new, tile) * words
+    weights = *_last(of_query), query_sums, *_last(of_key), key_sums
+    held = stored.keys, stored.values, stored.codes, stored.norms, stored.length, like.arrived
+    numbers = queries, new, tokens, stored.keys.shape[2], stored.codes.shape[2]
+    options = {"DIM": dim, "PADDED": triton.next_power_of_2(dim), "BITS": of_query.linear.shape[1], "WORDS": words}
+    options |= {"PLANES": bits, "UNIT": of_query.unit, "TILE": tile, "PDL": bool(early), "num_warps": 8, **early}
+    options |= {"QUERY_HIDDEN": query_hidden, "QUERY_PARTS": query_parts}
+    options |= {"KEY_HIDDEN": key_hidden, "KEY_PARTS": key_parts}
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        query = q.new_empty((batch, q_heads, tokens, bits, words), dtype=torch.int64)
+        with on(q.device):
+            if query_sums is not None:
+                run_layers(q, None, of_query, query_sums, early)
+            if key_sums is not None:
+                run_layers(k, like.centre, of_key, key_sums, early)
+            encode_rows[(programs,)](q, k, v, like.centre, *weights, query, *held, *numbers, **options)
+        return query
+
+    return run
+
+
+def encode(x: Newest) -> Tensor:
+    """Once."""
+    return prepare(x)(x.q, x.k, x.v)
 
 
 def vectors(queries: int, query_bits: int) -> int:

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hashattn.ops.decode.device import on_its_device
+from hashattn.ops.decode.device import check_nvidia, on
+from hashattn.ops.decode.inputs import Stored
 
 
 @triton.jit
@@ -65,23 +66,19 @@ def append_rows(
         store_rows(norm, norms, head * code_room + column, fits, 1, 1)
 
 
-@on_its_device
-def append(
-    k: Tensor, v: Tensor, codes: Tensor, keys: Tensor, values: Tensor, stored: Tensor, length: Tensor, arrived: Tensor,
-    new_norms: Tensor | None = None, norms: Tensor | None = None,
-) -> None:  # fmt: skip
-    """See :func:`hashattn.ops.decode.append_reference.append`.
+def append(k: Tensor, v: Tensor, codes: Tensor, norms: Tensor | None, stored: Stored, arrived: Tensor) -> None:
+    """See :func:`hashattn.ops.decode.encode_reference.append`.
 
     Args:
-        k, v, codes, length, new_norms: as there.
-        keys, values, stored, norms: as there, contiguous.
+        stored: contiguous.
         arrived: int32 [1], zero before and after.
     """
+    check_nvidia(k.device)
     batch, heads, tokens, dim = k.shape
     count, tile = batch * heads * tokens, 4
-    new_norms = new_norms.contiguous() if new_norms is not None else None
-    append_rows[(triton.cdiv(count, tile),)](
-        k.contiguous(), v.contiguous(), codes.contiguous(), new_norms, keys, values, stored, norms, length, arrived,
-        count, tokens, keys.shape[2], stored.shape[2], DIM=dim, PADDED=triton.next_power_of_2(dim),
-        WORDS=codes.shape[3], TILE=tile, num_warps=4,
-    )  # fmt: skip
+    new = *(x.contiguous() for x in (k, v, codes)), None if norms is None else norms.contiguous()
+    held = stored.keys, stored.values, stored.codes, stored.norms, stored.length, arrived
+    rooms = stored.keys.shape[2], stored.codes.shape[2]
+    constants = {"DIM": dim, "PADDED": triton.next_power_of_2(dim), "WORDS": codes.shape[3], "TILE": tile}
+    with on(k.device):
+        append_rows[(triton.cdiv(count, tile),)](*new, *held, count, tokens, *rooms, **constants, num_warps=4)

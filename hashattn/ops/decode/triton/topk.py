@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hashattn.ops.decode.codes import FAR, RUN, distance, load_runs, offsets, program_row, read_bound, span
-from hashattn.ops.decode.rows import combine, estimate, group_of_heads, one_head, store_part
+from hashattn.ops.decode.triton.codes import FAR, RUN, distance, load_runs, offsets, program_row, read_bound, span
+from hashattn.ops.decode.triton.rows import combine, estimate, group_of_heads, one_head, store_part
 
 LOW = tl.constexpr(0xFFFFFFFF)
 
@@ -119,13 +119,11 @@ def from_codes(
     RADIUS: tl.constexpr, TIERS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The same from all codes of the row, for a bound that missed the threshold. Returns the threshold's distance."""
+    row = (query, step, codes, first, end, sinks, recents, radius, room)
     levels = tl.arange(0, LEVELS)
     seen_at = tl.zeros([LEVELS], tl.int32)
     for t0 in range(first // TILE * TILE, end, TILE):
-        level = level_of(
-            t0, query, step, codes, first, end, sinks, recents, radius, room, SUM, WORDS, PLANES, BIASED, LEVELS,
-            RADIUS, TILE,
-        )  # fmt: skip
+        level = level_of(t0, *row, SUM, WORDS, PLANES, BIASED, LEVELS, RADIUS, TILE)
         seen_at += tl.histogram(level, LEVELS)
     running = tl.cumsum(seen_at, 0)
     cut = tl.minimum(tl.sum((running < wanted).to(tl.int32), 0), LEVELS - 1)
@@ -137,10 +135,7 @@ def from_codes(
     state = tl.zeros([1], tl.int64)
     for t0 in range(first // TILE * TILE, end, TILE):
         columns = t0 + tl.arange(0, TILE)
-        near = level_of(
-            t0, query, step, codes, first, end, sinks, recents, radius, room, SUM, WORDS, PLANES, BIASED, LEVELS,
-            RADIUS, TILE,
-        )  # fmt: skip
+        near = level_of(t0, *row, SUM, WORDS, PLANES, BIASED, LEVELS, RADIUS, TILE)
         hit = ((near == cut).to(tl.int64) << 32) + (near < cut).to(tl.int64)
         order = tl.cumsum(hit, 0) + state
         ties = (order >> 32).to(tl.int32)
@@ -225,21 +220,21 @@ def attend_topk(
         tl.store(own_tier + ranks, 0, mask=~filled)
     if s < programs:
         query_at = query + (head.to(tl.int64) * SUM * T + t) * PLANES * WORDS
+        words_step = T * PLANES * WORDS  # from a head's query to the next head's
         own_codes = codes + kv.to(tl.int64) * code_room * WORDS
         bound = read_bound(bounds + row)
         if missed:
+            seen = (query_at, words_step, own_codes, first, end, sinks, recents, radius)
+            ranks_of = (wanted, wanted_1, code_room, rank0, rank1)
             threshold = from_codes(
-                own_ids, own_tier, query_at, T * PLANES * WORDS, own_codes, first, end, sinks, recents, radius, wanted,
-                wanted_1, code_room, rank0, rank1, SUM, WORDS, PLANES, BIASED, LEVELS, RADIUS, TIERS, TILE,
-            )  # fmt: skip
+                own_ids, own_tier, *seen, *ranks_of, SUM, WORDS, PLANES, BIASED, LEVELS, RADIUS, TIERS, TILE
+            )
         else:
             threshold = bound - (BINS - 1 - bin)
             if rank0 < rank1:
-                own_list = candidates + row.to(tl.int64) * chunks * CHUNK
-                from_candidates(
-                    own_ids, own_tier, own_list, own, chunks, bin, upto - wanted, bin_1, upto_1 - wanted_1, rank0,
-                    rank1, CHUNK, BINS, CHUNKS, 4, TIERS, 128,
-                )  # fmt: skip
+                listed = (candidates + row.to(tl.int64) * chunks * CHUNK, own, chunks)
+                cuts = (bin, upto - wanted, bin_1, upto_1 - wanted_1, rank0, rank1)
+                from_candidates(own_ids, own_tier, *listed, *cuts, CHUNK, BINS, CHUNKS, 4, TIERS, 128)
         if (not RADIUS) & (s == 0):
             fallen = tl.minimum(tl.load(bounds + row), FAR * 16) - 1  # a bin in 16 steps
             tl.store(bounds + row, tl.maximum((threshold + margin) * 16, fallen))
@@ -250,11 +245,12 @@ def attend_topk(
         exact, estimated = None, None
         if TIERS:
             exact = filled & (tl.load(own_tier + ranks, mask=filled, other=0) == 0)
+            about = (centre + kv.to(tl.int64) * DIM, a, norms + kv.to(tl.int64) * norm_room, own_codes)
+            signs = (query_at + (PLANES - 1) * WORDS, words_step)
+            medium = filled & ~exact
             estimated = estimate(
-                q_at, T * DIM, centre + kv.to(tl.int64) * DIM, a, norms + kv.to(tl.int64) * norm_room, own_codes,
-                query_at + (PLANES - 1) * WORDS, T * PLANES * WORDS, columns, filled & ~exact, per_bit, SUM, PADDED,
-                WORDS, DIM, WIDTH,
-            )  # fmt: skip
+                q_at, T * DIM, *about, *signs, columns, medium, per_bit, SUM, PADDED, WORDS, DIM, WIDTH
+            )
         if SUM == 1:
             if TIERS:
                 estimated = tl.reshape(estimated, [ROWS])
@@ -270,8 +266,6 @@ def attend_topk(
             gdc_launch_dependents()
         if tl.atomic_add(arrived + row, 1, sem="acq_rel") == programs - 1:
             tl.store(arrived + row, 0)
-            row0 = head * SUM * T + t
-            combine(
-                parts, stats, part, programs, wanted > 0, tl.load(length) > limit, out, lse, row0, T, DIM, WIDTH, SUM,
-                PADDED_OUT, 16,
-            )  # fmt: skip
+            spoilt = tl.load(length) > limit
+            to = (out, lse, head * SUM * T + t, T)
+            combine(parts, stats, part, programs, wanted > 0, spoilt, *to, DIM, WIDTH, SUM, PADDED_OUT, 16)

@@ -13,7 +13,7 @@ import triton.language as tl
 @triton.jit
 def load_block(
     matrix, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
+):
     """[1, HEIGHT, WIDTH] of a matrix [ROWS, COLUMNS] from (row, column) on, zero beyond it."""
     rows = row + tl.arange(0, HEIGHT)[None, :, None]
     columns = column + tl.arange(0, WIDTH)[None, None, :]

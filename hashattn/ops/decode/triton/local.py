@@ -5,16 +5,19 @@ Neither needs to know how near the keys of other chunks are: there is no thresho
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hashattn.ops.decode.codes import RUN, distance, load_runs, program_row, span
-from hashattn.ops.decode.device import capability, registers
-from hashattn.ops.decode.rows import combine, one_head, store_part
+from hashattn.ops.decode.device import capability, on, registers, starts_early
+from hashattn.ops.decode.inputs import Inputs, Outputs
 from hashattn.ops.decode.sizes import ROWS, SPLIT, Sizes, carve, grid
+from hashattn.ops.decode.triton.codes import RUN, distance, load_runs, program_row, span
+from hashattn.ops.decode.triton.rows import combine, one_head, store_part
 
 
 @triton.jit
@@ -127,9 +130,7 @@ def attend_chunks(
     columns = tl.load(own_ids + slots, mask=inside, other=-1)
     kv = row // (G * T)
     k_at, v_at = keys + kv.to(tl.int64) * room * DIM, values + kv.to(tl.int64) * room * DIM
-    peak, total, acc = one_head(
-        q + row.to(tl.int64) * DIM, k_at, v_at, columns, columns >= 0, scale, DIM, WIDTH
-    )  # fmt: skip
+    peak, total, acc = one_head(q + row.to(tl.int64) * DIM, k_at, v_at, columns, columns >= 0, scale, DIM, WIDTH)
     programs = tl.num_programs(0)
     part = row.to(tl.int64) * programs
     store_part(parts, stats, part + s, peak, total, acc, WIDTH, 1, 1)
@@ -141,42 +142,40 @@ def attend_chunks(
         first, end = span(starts, length, limit, kv // kv_heads, row % T, T, CAUSAL)
         combine(
             parts, stats, part, programs, end > first, tl.load(length) > limit, out, lse, row, T, DIM, WIDTH, 1, 1, 16
-        )  # fmt: skip
+        )
 
 
-def decode(
-    q: Tensor, query: Tensor, keys: Tensor, values: Tensor, codes: Tensor, starts: Tensor, length: Tensor,
-    bounds: Tensor, sizes: Sizes, workspace: Tensor, *, scale: float, causal: bool = True, early: bool = False,
-    scan_only: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """See :func:`hashattn.ops.decode.triton.decode`; the rule has chunks, and every query head chooses for itself.
-
-    Args:
-        early: whether a kernel may start while the one before it ends (Hopper and later).
-    """
+def prepare(like: Inputs, scan_only: bool = False) -> Callable[[Tensor, Tensor, float], Outputs]:
+    """See :func:`hashattn.ops.decode.triton.decode.prepare`; the rule has chunks, a query head chooses for itself."""
+    sizes, stored, device = Sizes.of(like), like.stored, like.q.device
+    assert like.bounds is not None and like.workspace is not None
     rule, rows, tokens, dim = sizes.rule, sizes.rows, sizes.tokens, sizes.head_dim
     chunks, keep, split, splits = rule.chunks or 1, rule.per_chunk, SPLIT // sizes.words, sizes.splits
-    programs, width = triton.cdiv(chunks * keep, ROWS), triton.next_power_of_2(dim)
-    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
-    ids = torch.empty((rows, chunks * keep), dtype=torch.int32, device=q.device)
-    buffers, arrived = carve(workspace, sizes.triton), bounds[sizes.hints]
-    common = {
-        "G": sizes.group, "KEEP": keep, "BITS": level_bits(sizes.words, sizes.planes), "SPLIT": split, "PDL": early,
-        **({"launch_pdl": True} if early else {}),
-    }  # fmt: skip
-    search_splits[grid(chunks * splits, rows, sizes.batch)](
-        query, codes, buffers["entries"], starts, length, rule.sinks, rule.recents, sizes.limit, sizes.code_room,
-        chunks, splits, sizes.kv_heads, tokens, WORDS=sizes.words, PLANES=sizes.planes, BIASED=rule.biased,
-        CAUSAL=causal, num_warps=4, **common,
-    )  # fmt: skip
-    if not scan_only:
-        attend_chunks[grid(programs, rows, sizes.batch)](
-            q, keys, values, buffers["entries"], starts, length, ids, buffers["parts"], buffers["stats"], arrived, out,
-            lse, scale, sizes.limit, sizes.room, chunks, splits, sizes.kv_heads, tokens, CAUSAL=causal, DIM=dim,
-            WIDTH=width, ENTRIES=triton.next_power_of_2(splits * keep), ROWS=ROWS,
-            **attend_options(width, splits, capability(q.device)), **common,
-        )  # fmt: skip
-    return out, lse, ids.view(sizes.batch, -1, tokens, chunks * keep)
+    width, shape = triton.next_power_of_2(dim), (sizes.batch, sizes.q_heads, tokens, chunks * keep)
+    buffers, arrived = carve(like.workspace, sizes.triton), like.bounds[sizes.hints]
+    entries, parts = buffers["entries"], (buffers["parts"], buffers["stats"])
+    searches, attends = (grid(n, rows, sizes.batch) for n in (chunks * splits, triton.cdiv(chunks * keep, ROWS)))
+    ends, last = (like.starts, stored.length), (chunks, splits, sizes.kv_heads, tokens)
+    early = {"launch_pdl": True} if starts_early(device) else {}
+    common = {"G": sizes.group, "KEEP": keep, "BITS": level_bits(sizes.words, sizes.planes), "SPLIT": split}
+    common |= {"CAUSAL": like.causal, "PDL": bool(early), **early}
+    search = {"WORDS": sizes.words, "PLANES": sizes.planes, "BIASED": rule.biased, "num_warps": 4, **common}
+    attend = {"DIM": dim, "WIDTH": width, "ENTRIES": triton.next_power_of_2(splits * keep), "ROWS": ROWS, **common}
+    attend |= attend_options(width, splits, capability(device))
+
+    def step(q: Tensor, query: Tensor, scale: float) -> Outputs:
+        q = q.contiguous()
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        ids = q.new_empty(shape, dtype=torch.int32)
+        with on(device):
+            numbers = rule.sinks, rule.recents, sizes.limit, sizes.code_room
+            search_splits[searches](query, stored.codes, entries, *ends, *numbers, *last, **search)
+            if not scan_only:
+                given, results = (q, stored.keys, stored.values, entries), (ids, *parts, arrived, out, lse)
+                attend_chunks[attends](*given, *ends, *results, scale, sizes.limit, sizes.room, *last, **attend)
+        return Outputs(out, lse, ids)
+
+    return step
 
 
 def level_bits(words: int, planes: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hashattn.ops.decode.codes import distance
+from hashattn.ops.decode.triton.codes import distance
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -50,7 +50,7 @@ def estimate(
 @triton.jit
 def one_head(
     q, keys, values, columns, filled, scale, DIM: tl.constexpr, WIDTH: tl.constexpr, exact=None, estimated=None
-):  # fmt: skip
+):
     """A query's attention to a tile of keys, not yet divided: (peak [1], total [1], sum [WIDTH]), float32, base 2.
 
     Keys that are filled and not exact are not read: theirs is the estimated q.k. A maximum passes NaN over, which is
@@ -92,9 +92,7 @@ def group_of_heads(
 
 
 @triton.jit
-def store_part(
-    parts, stats, at, peak, total, out, WIDTH: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr
-):  # fmt: skip
+def store_part(parts, stats, at, peak, total, out, WIDTH: tl.constexpr, HEADS: tl.constexpr, PADDED: tl.constexpr):
     """Keep one program's part: parts float32 [..., HEADS, WIDTH], stats float32 [..., HEADS, 2]."""
     dims, heads = tl.arange(0, WIDTH), tl.arange(0, PADDED)
     at = at.to(tl.int64)

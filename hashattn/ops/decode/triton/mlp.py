@@ -1,4 +1,4 @@
-"""First kernel of an MLP's codes: the last hidden layer before its ReLU, in parts that the next kernel adds up."""
+"""First kernel of an MLP's codes: its hidden layers but for the last ReLU, in parts that the next kernel adds up."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hashattn.ops.decode.maps import Map
-from hashattn.ops.decode.matrix import load_block, load_columns, load_vectors, relu, times
 from hashattn.ops.decode.sizes import blocking
+from hashattn.ops.decode.triton.matrix import load_block, load_columns, load_vectors, relu, times
 
 
 @triton.jit
-def hidden_sums(
+def hidden_layers(
     x, centre, first, first_bias, last, last_bias, sums, count, T, DIM: tl.constexpr, PADDED: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr, TILE: tl.constexpr,
     UNIT: tl.constexpr, PDL: tl.constexpr,
@@ -42,32 +42,33 @@ def hidden_sums(
         gdc_wait()
         gdc_launch_dependents()  # the next kernel has weights to fetch
     units += times(load_vectors(x, centre, rows, count, T, DIM, PADDED, UNIT), into)
-    written = rows[:, None] < count
+    inside = rows[:, None] < count
     if LAST:
         columns = tl.arange(0, WIDTH)[None, :]
         part = times(relu(units), onward) + once
         to = sums + (tl.program_id(1).to(tl.int64) * count + rows[:, None]) * LAST + columns
-        tl.store(to, part, mask=written & (columns < LAST))
+        tl.store(to, part, mask=inside & (columns < LAST))
     else:
         columns = low + tl.arange(0, SLICE)[None, :]
-        tl.store(sums + rows[:, None].to(tl.int64) * FIRST + columns, units, mask=written & (columns < FIRST))
+        tl.store(sums + rows[:, None].to(tl.int64) * FIRST + columns, units, mask=inside & (columns < FIRST))
 
 
-def sum_hidden(x: Tensor, centre: Tensor | None, by: Map, sums: Tensor, early: dict[str, Any]) -> None:
+def run_layers(x: Tensor, centre: Tensor | None, by: Map, sums: Tensor, early: dict[str, Any]) -> None:
     """The last hidden layer of an MLP before its ReLU, in parts to be added up.
 
     Args:
         x: [B, H, T, D], contiguous; centre: float32 [B, H, D], contiguous, subtracted first.
         by: a map with layers.
-        sums: float32 [parts, B * H * T, hidden], written: see :func:`hashattn.ops.decode.sizes.hidden_parts`.
+        sums: float32 [parts, B * H * T, width], written: see :func:`hashattn.ops.decode.sizes.layer_parts`.
         early: launch options.
     """
     (_, count, last), dim, first = sums.shape, x.shape[3], by.widths[0]
     two = len(by.widths) == 2
     tile, units, warps = blocking(count)
-    hidden_sums[(triton.cdiv(count, tile), triton.cdiv(first, units))](
-        x, centre, by.weights[0], by.biases[0], by.weights[1] if two else None, by.biases[1] if two else None,
-        sums, count, x.shape[2], DIM=dim, PADDED=triton.next_power_of_2(dim), FIRST=first, LAST=last if two else 0,
-        WIDTH=triton.next_power_of_2(last) if two else 1, SLICE=units, TILE=tile, UNIT=by.unit, PDL=bool(early),
-        num_warps=warps, **early,
-    )  # fmt: skip
+    second = (by.weights[1], by.biases[1]) if two else (None, None)
+    constants = {"DIM": dim, "PADDED": triton.next_power_of_2(dim), "FIRST": first, "LAST": last if two else 0}
+    constants |= {"WIDTH": triton.next_power_of_2(last) if two else 1, "SLICE": units, "TILE": tile}
+    constants |= {"UNIT": by.unit, "PDL": bool(early)}
+    hidden_layers[(triton.cdiv(count, tile), triton.cdiv(first, units))](
+        x, centre, by.weights[0], by.biases[0], *second, sums, count, x.shape[2], **constants, num_warps=warps, **early
+    )

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hashattn.ops.decode.codes import LANE, RUN, list_near, load_runs, offsets, program_row, span
+from hashattn.ops.decode.triton.codes import LANE, RUN, list_near, load_runs, offsets, program_row, span
 
 
 @triton.jit

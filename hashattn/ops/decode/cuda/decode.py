@@ -1,0 +1,156 @@
+"""The fused decode step in CUDA C++: exact top-k attention in two kernels, LocalTopK in one."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hashattn.ops.decode.cuda import compiler
+from hashattn.ops.decode.device import check_nvidia, on, starts_early, stream_of
+from hashattn.ops.decode.inputs import Inputs, Outputs
+from hashattn.ops.decode.sizes import ROWS, Sizes, places
+
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+RUN = 8  # neighbouring columns of a chunk
+WIDEST = 16  # bytes that kernels read at a time
+AT_ONCE = 4  # programs of a multiprocessor, so that all are there from the start
+CACHED = 32 << 20  # bytes of keys and values that a cache holds until they are wanted
+_POINTERS = "q keys values query codes starts length bounds totals arrived lists counts parts stats ids out lse"
+_INTS = "k least radius sinks recents margin room code_room chunks count_stride slots kv_heads"
+
+
+class Arguments(ctypes.Structure):
+    """What the kernels are given: struct Step of step.cuh."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS.split()),
+        *(("share", ctypes.c_double), ("scale", ctypes.c_float)),
+        *((name, ctypes.c_int) for name in _INTS.split()),
+    )
+
+
+class Prepared:
+    """A step whose struct and launches are made: a call writes where its queries and results are, and launches.
+
+    It neither waits for the device nor asks it anything, and serves one thread at a time.
+
+    Args:
+        like: q may be any view; the others are contiguous, and keys, values and workspace begin at a multiple of 16
+            bytes.
+        scan_only: launch the first kernel alone, to time it; what is returned is not written then.
+
+    Raises:
+        ValueError: they are or do not.
+        RuntimeError: a kernel does not compile.
+    """
+
+    def __init__(self, like: Inputs, scan_only: bool = False) -> None:
+        check_nvidia(like.q.device)
+        sizes, stored, bounds, workspace = Sizes.of(like), like.stored, like.bounds, like.workspace
+        assert bounds is not None and workspace is not None
+        _check_wide(keys=stored.keys, values=stored.values, workspace=workspace)
+        self._device, self._held = like.q.device, (stored, like.starts, bounds, workspace)
+        self._ids = sizes.batch, sizes.q_heads // sizes.summed, sizes.tokens, sizes.slots
+        self._arguments = arguments = _arguments(like, sizes, bounds, places(workspace.data_ptr(), sizes.cuda))
+        if scan_only:  # what the second kernel would leave at zero is left alone
+            arguments.totals = arguments.parts
+        aligned = sizes.code_room * sizes.words % 2 == 0 and stored.codes.data_ptr() % 16 == 0
+        with on(self._device):
+            multiprocessors = torch.cuda.get_device_properties(self._device).multi_processor_count
+            plan = launches(sizes, like.q.dtype, like.causal, aligned, multiprocessors)
+            plan = plan[:1] if scan_only and sizes.rule.chunks is None else plan
+            self._launchers = [one.bound(arguments, self._device) for one in plan]
+
+    def __call__(self, q: Tensor, query: Tensor, scale: float) -> Outputs:
+        """See :func:`hashattn.ops.decode.reference.decode`.
+
+        Raises:
+            RuntimeError: a kernel does not launch.
+        """
+        arguments, q = self._arguments, q.contiguous()
+        if q.data_ptr() % WIDEST:
+            q = q.clone()
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        ids = q.new_empty(self._ids, dtype=torch.int32)
+        arguments.q, arguments.query, arguments.scale = q.data_ptr(), query.data_ptr(), scale
+        arguments.out, arguments.lse, arguments.ids = out.data_ptr(), lse.data_ptr(), ids.data_ptr()
+        with on(self._device):
+            stream = stream_of(self._device)
+            for launch in self._launchers:
+                launch(stream)
+        return Outputs(out, lse, ids)
+
+
+def decode(x: Inputs, scan_only: bool = False) -> Outputs:
+    """One step, made ready for itself alone."""
+    return Prepared(x, scan_only)(x.q, x.query, x.scale)
+
+
+def _arguments(x: Inputs, sizes: Sizes, bounds: Tensor, buffers: dict[str, int]) -> Arguments:
+    """All but what a call gives; buffers: where they begin."""
+    rule, stored = sizes.rule, x.stored
+    tensors = {"keys": stored.keys, "values": stored.values, "codes": stored.codes, "length": stored.length}
+    tensors |= {"starts": x.starts, "bounds": bounds, "arrived": bounds[sizes.hints], "totals": bounds[sizes.hints + 1]}
+    found = Arguments(**{name: tensor.data_ptr() for name, tensor in tensors.items()}, **buffers)
+    found.share = rule.share or 0.0
+    found.k, found.least, found.radius = rule.k or 0, rule.least, min(rule.radius or 0, sizes.farthest)
+    found.sinks, found.recents, found.margin = rule.sinks, rule.recents, 2 * math.isqrt(sizes.spread)
+    found.room, found.code_room, found.kv_heads = sizes.room, sizes.code_room, sizes.kv_heads
+    found.chunks, found.count_stride, found.slots = sizes.cuda_chunks, sizes.count_stride, sizes.slots
+    return found
+
+
+def _check_wide(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if x.data_ptr() % WIDEST or not x.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous and begin at a multiple of {WIDEST} bytes, got strides {x.stride()} at "
+                f"{x.data_ptr():#x}: give a copy, {name}.clone(memory_format=torch.contiguous_format)"
+            )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, what it is compiled with, its programs and their threads; even: as many on each multiprocessor."""
+
+    name: str
+    defines: compiler.Defines
+    grid: compiler.Grid
+    threads: int
+    even: bool = False
+
+    def bound(self, argument: ctypes.Structure, device: torch.device) -> compiler.Launcher:
+        """Ready to be launched with an argument, on the current GPU."""
+        kernel = compiler.kernel(self.name, self.defines, -1 if device.index is None else device.index)
+        early = starts_early(device)
+        return compiler.Launcher(kernel, self.grid, self.threads, argument, early=early, even=self.even)
+
+
+@functools.cache
+def launches(sizes: Sizes, dtype: torch.dtype, causal: bool, aligned: bool, multiprocessors: int) -> tuple[Launch, ...]:
+    """The launches of a step; aligned: codes may be read in 16 bytes."""
+    rule, summed, queries = sizes.rule, sizes.summed, sizes.batch * sizes.tokens
+    lanes, heads = sizes.lanes, sizes.kv_heads * sizes.group // summed
+    common = {"G": sizes.group, "SUM": summed, "WORDS": sizes.words, "PLANES": sizes.planes, "TOKENS": sizes.tokens}
+    common |= {"DIM": sizes.head_dim, "TYPE": TYPES[dtype], "CAUSAL": causal, "RADIUS": rule.radius is not None}
+    common |= {"BIASED": rule.biased, "ALIGNED": aligned}
+
+    def launch(name: str, grid: compiler.Grid, threads: int, even: bool, **own: int) -> Launch:
+        return Launch(name, tuple((key, int(value)) for key, value in (common | own).items()), grid, threads, even)
+
+    if rule.chunks is not None:
+        own = {"LOCAL": 1, "CHUNKS": rule.chunks, "RUN": RUN, "LANES": lanes, "ROWS": rule.per_chunk}
+        return (launch("local", (rule.chunks, heads // lanes, queries), 256, False, **own),)
+    scans, attends = (sizes.cuda_chunks, heads // lanes, queries), (sizes.slots // ROWS, heads, queries)
+    few, crowded = math.prod(scans) <= AT_ONCE * multiprocessors, math.prod(attends) > AT_ONCE * multiprocessors
+    gathered = 2 * sizes.rows * sizes.slots * sizes.head_dim * dtype.itemsize
+    share = rule.share is not None
+    return (
+        launch("scan", scans, 256, few, LANES=lanes, PREFETCH=gathered <= CACHED),
+        launch("attend", attends, 128, not crowded, LANES=1, ROWS=ROWS, SHARE=share, CROWDED=crowded),
+    )

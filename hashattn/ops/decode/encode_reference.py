@@ -1,0 +1,38 @@
+"""Specification of what precedes a fused step: the newest queries and keys are encoded, and what keys need appended."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hashattn.ops.decode.estimate import key_norms
+from hashattn.ops.decode.inputs import Newest, Stored
+from hashattn.ops.hamming import query_planes
+
+
+def append(k: Tensor, v: Tensor, codes: Tensor, norms: Tensor | None, stored: Stored) -> None:
+    """Append n columns, and add n to the length. Columns beyond the room are dropped.
+
+    Args:
+        k, v: [B, Hkv, n, D]; codes: int64 [B, Hkv, n, W].
+        norms: bfloat16 [B, Hkv, n, 1]; None where none are stored.
+    """
+    first, n = int(stored.length), k.shape[2]
+    stored.length.add_(n)
+    end = min(first + n, stored.keys.shape[2], stored.codes.shape[2])
+    if first < end:
+        pairs = (k, stored.keys), (v, stored.values), (codes, stored.codes), (norms, stored.norms)
+        for new, held in pairs:
+            if new is not None and held is not None:
+                held[:, :, first:end] = new[:, :, : end - first]
+
+
+def encode(x: Newest) -> Tensor:
+    """Encode queries and new keys, append keys, values, codes and norms, and add T to the length.
+
+    Returns:
+        int64 [B, Hq, T, query_bits, W], the packed queries.
+    """
+    query = query_planes(x.maps[0](x.q.float()), x.query_bits)
+    codes = query_planes(x.maps[1](x.k.float() - x.centre.unsqueeze(2)), 1)
+    append(x.k, x.v, codes, key_norms(x.k, x.centre) if x.stored.norms is not None else None, x.stored)
+    return query if query.ndim == 5 else query.unsqueeze(3)

@@ -1,0 +1,104 @@
+"""What a decode step is given, what it gives, and what encoding the newest queries and keys is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from hashattn.ops.decode.estimate import Estimate
+from hashattn.ops.decode.maps import Map
+from hashattn.ops.decode.rule import Rule
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """The columns of a cache, as steps read them and append to them. Columns beyond the smallest room are none.
+
+    Attributes:
+        keys, values: [B, Hkv, room, D].
+        codes: int64 [B, Hkv, code_room, W].
+        length: int32 [1], filled columns.
+        norms: bfloat16 [B, Hkv, code_room, 1], see :class:`Estimate`; None where they are not kept.
+    """
+
+    keys: Tensor
+    values: Tensor
+    codes: Tensor
+    length: Tensor
+    norms: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """A decode step: attention of a few queries to the keys that their codes find nearest.
+
+    Attributes:
+        q: [B, Hq, T, D], the last T of the stored positions.
+        query: int64 [B, Hq, T, P, W], P bit planes of the packed queries, the least significant first.
+        stored: what is searched and attended to.
+        starts: int32 [B], each row's first column.
+        rule: which keys are kept.
+        scale: of the logits.
+        causal: each query sees the keys up to its own position; otherwise all of them.
+        estimate: what logits of medium keys are estimated from, with a rule that has critical ones; None if all logits
+            are exact.
+        bounds: int32, Sizes.state, zeros at first, which the step rewrites for the next one like it: how far
+            candidates are looked for (one that turns out wrong costs time and changes nothing), and zeros.
+        workspace: uint8, Sizes.workspace of them at least, whatever it holds; steps on the same stream share it.
+            The specification needs neither.
+    """
+
+    q: Tensor
+    query: Tensor
+    stored: Stored
+    starts: Tensor
+    rule: Rule
+    scale: float
+    causal: bool = True
+    estimate: Estimate | None = None
+    bounds: Tensor | None = None
+    workspace: Tensor | None = None
+
+
+class Outputs(NamedTuple):
+    """What a step gives.
+
+    Attributes:
+        out: [B, Hq, T, D], zero where a query keeps no key, NaN where length is beyond the room.
+        lse: float32 [B, Hq, T].
+        ids: int32 [B, H, T, slots] with H = Hkv where the rule is shared: columns in ascending order, -1 in empty
+            slots. A rule with chunks gives each chunk its slots, one chunk after the other.
+        tier: int8, the shape of ids: 1 for medium keys, 0 for critical ones and empty slots; None without an estimate.
+    """
+
+    out: Tensor
+    lse: Tensor
+    ids: Tensor
+    tier: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Newest:
+    """The newest queries, keys and values, which are encoded, and appended to what is stored.
+
+    Attributes:
+        q: [B, Hq, T, D]; k, v: [B, Hkv, T, D].
+        centre: float32 [B, Hkv, D], contiguous, subtracted from the keys first.
+        maps: of queries and of keys, which :func:`hashattn.ops.decode.maps.why_not` lets pass; only the first scales.
+        query_bits: planes of a query.
+        stored: contiguous; T is added to its length. Norms |k - centre| are appended where it has any.
+        arrived: int32, as many as :func:`hashattn.ops.decode.sizes.counters` says, zeros before and after.
+        workspace: uint8, Sizes.workspace of them at least, whatever it holds. The specification needs neither.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    centre: Tensor
+    maps: tuple[Map, Map]
+    query_bits: int
+    stored: Stored
+    arrived: Tensor | None = None
+    workspace: Tensor | None = None

@@ -1,0 +1,54 @@
+"""Kernels: what one folder's kernels serve, and how their steps are made ready."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hashattn.ops.decode.inputs import Inputs, Newest, Outputs, Stored
+from hashattn.ops.decode.request import Request
+
+Decode = Callable[[Tensor, Tensor, float], Outputs]  # of q, query and scale
+Encode = Callable[[Tensor, Tensor, Tensor], Tensor]  # of q, k and v
+
+
+class Kernels(ABC):
+    """The kernels of a folder. What is made ready holds all that does not change from step to step."""
+
+    @property
+    @abstractmethod
+    def language(self) -> str:
+        """What they are written in."""
+
+    @abstractmethod
+    def why_not_on(self, device: torch.device) -> list[str]:
+        """Why they do not run on a device, whatever the step, as ends of sentences: every reason."""
+
+    @abstractmethod
+    def why_not(self, request: Request) -> list[str]:
+        """Why they do not serve a step, and what would; [] if they do."""
+
+    @abstractmethod
+    def decode(self, like: Inputs) -> Decode:
+        """A step like this one, of other queries of the same shape and dtype.
+
+        Raises:
+            ValueError, RuntimeError: what is given does not fit, or a kernel does not compile.
+        """
+
+    @abstractmethod
+    def encode(self, like: Newest) -> Encode:
+        """Encoding and appending like this, of other queries, keys and values of the same shape and dtype.
+
+        Raises:
+            ValueError, RuntimeError: as in decode.
+        """
+
+    @abstractmethod
+    def append(
+        self, k: Tensor, v: Tensor, codes: Tensor, norms: Tensor | None, stored: Stored, arrived: Tensor
+    ) -> None:
+        """See :func:`hashattn.ops.decode.encode_reference.append`; arrived: int32 [1], zero before and after."""

@@ -1,0 +1,53 @@
+"""Specification: what the kernels compute, on the CPU and in plain PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hashattn.ops.decode import encode_reference
+from hashattn.ops.decode.inputs import Inputs, Newest, Outputs, Stored
+from hashattn.ops.decode.kernels import Decode, Encode, Kernels
+from hashattn.ops.decode.reference import decode
+from hashattn.ops.decode.request import Request
+from hashattn.ops.decode.sizes import Sizes
+
+
+class Specification(Kernels):
+    """In place of kernels where tensors are on the CPU: whoever traces or tests a step there runs it."""
+
+    @property
+    def language(self) -> str:
+        return "PyTorch"
+
+    def why_not_on(self, device: torch.device) -> list[str]:
+        return [] if device.type == "cpu" else [f"it runs on the CPU, the tensors are on {device.type}"]
+
+    def why_not(self, request: Request) -> list[str]:
+        return self.why_not_on(request.device)
+
+    def decode(self, like: Inputs) -> Decode:
+        sizes = Sizes.of(like)
+
+        def step(q: Tensor, query: Tensor, scale: float) -> Outputs:
+            length = like.stored.length
+            stored = replace(like.stored, length=length.clamp(max=sizes.limit))
+            inputs = replace(like, q=q, query=query, scale=scale, stored=stored, rule=sizes.rule)
+            out, lse, ids, tier = decode(inputs)
+            out = torch.full_like(out, torch.nan) if int(length) > sizes.limit else out
+            more = 0, sizes.slots - ids.shape[-1]
+            tier = None if tier is None else F.pad(tier, more)
+            return Outputs(out.contiguous(), lse.contiguous(), F.pad(ids, more, value=-1), tier)
+
+        return step
+
+    def encode(self, like: Newest) -> Encode:
+        return lambda q, k, v: encode_reference.encode(replace(like, q=q, k=k, v=v))
+
+    def append(
+        self, k: Tensor, v: Tensor, codes: Tensor, norms: Tensor | None, stored: Stored, arrived: Tensor
+    ) -> None:
+        encode_reference.append(k, v, codes, norms, stored)
