@@ -6,7 +6,8 @@ from torch import Tensor
 
 from hashattn.core.checks import check_int
 from hashattn.encoders.centring import Centring
-from hashattn.encoders.learned import DEFAULT_CENTRING, HashNet, LearnedHash
+from hashattn.encoders.hash_net import HashNet
+from hashattn.encoders.learned import DEFAULT_CENTRING, LearnedHash
 
 
 class AsymmetricHash(LearnedHash):

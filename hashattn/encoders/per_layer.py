@@ -85,9 +85,12 @@ class PerLayer(nn.Module, Encoder):
 
     def for_heads(self, first: int, count: int) -> PerLayer:
         part = copy.copy(self)
-        part._modules = {
-            "encoders": nn.ModuleDict({str(i): self.layer(i).for_heads(first, count) for i in self.layers})
-        }
+        parts = nn.ModuleDict()
+        for i in self.layers:
+            one = self.layer(i).for_heads(first, count)
+            assert isinstance(one, nn.Module)
+            parts[str(i)] = one
+        part._modules = {"encoders": parts}
         return part
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:

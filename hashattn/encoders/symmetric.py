@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from hashattn.encoders.centring import Centring
-from hashattn.encoders.learned import DEFAULT_CENTRING, HashNet, LearnedHash
+from hashattn.encoders.hash_net import HashNet
+from hashattn.encoders.learned import DEFAULT_CENTRING, LearnedHash
 
 
 class SymmetricHash(LearnedHash):

@@ -103,8 +103,9 @@ def asked_of(parts: Parts, request: Request) -> decode.Request | None:
     if rule is None or encoder is None:
         return None
     heads = request.q_heads, request.kv_heads, request.head_dim
-    codes = words(encoder.bits), encoder.query_bits, rule, encoder.code
-    return decode.Request(request.device, request.dtype, *heads, *codes, request.batch, request.tokens)
+    codes = words(encoder.bits), encoder.query_bits
+    asked = decode.Request(request.device, request.dtype, *heads, *codes, rule, encoder.code)
+    return replace(asked, batch=request.batch, tokens=request.tokens)
 
 
 class Prepared:
@@ -180,6 +181,7 @@ class FusedStep:
         memory = tuple(cache.storage(what).data_ptr() for what in ("keys", "values", "codes"))
         if isinstance(held, Kept) and held.parts is parts and held.memory == memory:
             like = held.prepared.like
+            assert like.workspace is not None
             if state.scratch.workspace(like.workspace.nbytes, device) is like.workspace:
                 return held.prepared
         length = torch.empty(1, dtype=torch.int32, device=device) if like is None else like.stored.length

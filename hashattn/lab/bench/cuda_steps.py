@@ -14,7 +14,7 @@ from hashattn.core.naming import short
 from hashattn.encoders import AsymmetricHash, SimHash
 from hashattn.encoders.base import Encoder
 from hashattn.index import FlatHamming
-from hashattn.lab.bench.caches import random_cache, twin
+from hashattn.lab.bench.caches import Kind, random_cache, twin
 from hashattn.lab.bench.cases import DTYPES, Case
 from hashattn.lab.bench.cuda_inputs import Layer
 from hashattn.ops import decode
@@ -81,7 +81,7 @@ def first_bounds(layer: Layer, rule: Rule) -> Tensor:
 
 def fused(
     layer: Layer, i: int, bounds: Tensor, rule: Rule, scratch: Scratch, scan_only: bool = False, triton: bool = False
-) -> Result:  # fmt: skip
+) -> Result:
     """The step with a layer's query i, or its first kernel alone; with tiers, logits of medium keys are estimated."""
     x = layer.inputs(i, rule)
     x = replace(x, bounds=bounds, workspace=scratch.workspace(Sizes.of(x).workspace, layer.keys.device))
@@ -94,21 +94,15 @@ def fused(
 
 def whole_caches(
     case: Case, encoder: Encoder, layers: Sequence[Layer], *, room: int, scratch: Scratch
-) -> list[KVCache]:  # fmt: skip
+) -> list[KVCache]:
     """A cache for each layer, of as many other keys, with room for more."""
     attn = HashAttention(encoder, FlatHamming(), TopK(k=1))
-    return [
-        random_cache(
-            attn, (case.batch, case.kv_heads, case.head_dim), case.keys, capacity=case.keys + room, scratch=scratch,
-            dtype=DTYPES[case.dtype], seed=seed, device=layer.keys.device,
-        )
-        for seed, layer in enumerate(layers)
-    ]  # fmt: skip
+    shape, device = (case.batch, case.kv_heads, case.head_dim), layers[0].keys.device
+    kind = Kind(shape, case.keys, DTYPES[case.dtype], device, room, scratch)
+    return [random_cache(attn, kind, seed) for seed in range(len(layers))]
 
 
-def whole(
-    attn: HashAttention, layers: Sequence[Layer], caches: Sequence[KVCache]
-) -> Callable[[Layer, int], Tensor]:  # fmt: skip
+def whole(attn: HashAttention, layers: Sequence[Layer], caches: Sequence[KVCache]) -> Callable[[Layer, int], Tensor]:
     """A step with encode and append: of a layer and the number of its query, whose newest key it appends."""
     decoders = {id(layer): attn.decoder(twin(cache)) for layer, cache in zip(layers, caches, strict=True)}
     newest = {id(layer): [newest_of(layer, i) for i in range(len(layer.q))] for layer in layers}
