@@ -191,7 +191,7 @@ class HashAttention:
             call = Call(check_scale(scale, cache.head_dim), causal, step or Step(), need_lse, need_weights)
             return engine.prepare(self.parts, cache, Request.of(q, cache))(q, cache, call)
 
-    def observe(
+    def accumulate(
         self, q: Tensor, cache: KVCache, *, scale: float | None = None, causal: bool = True, step: Step | None = None
     ) -> None:  # fmt: skip
         """Show the selector what full attention of these queries, the cache's last positions, attends to.

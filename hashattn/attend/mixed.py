@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hashattn.attend.base import Attend, Keys, on_host
-from hashattn.attend.medium import Medium, nearest_of
+from hashattn.attend.estimate_samples import EstimateSamples, nearest_of
 from hashattn.core.checks import check_fit, check_int, check_number
 from hashattn.core.kinds import MakesCodes
 from hashattn.core.lasting import lasting
@@ -157,7 +157,7 @@ class MixedPrecision(nn.Module, Attend):
 
     @torch.enable_grad()
     def _minimise(
-        self, batch: Medium, own: Tensor, parameters: list[nn.Parameter], steps: int, queries: int, lr: float
+        self, batch: EstimateSamples, own: Tensor, parameters: list[nn.Parameter], steps: int, queries: int, lr: float
     ) -> None:
         optimiser = torch.optim.Adam(parameters, lr=lr)
         for i in range(steps):
@@ -168,10 +168,10 @@ class MixedPrecision(nn.Module, Attend):
             optimiser.step()
 
     @torch.no_grad()
-    def _divergence(self, batch: Medium, queries: Tensor) -> float:
+    def _divergence(self, batch: EstimateSamples, queries: Tensor) -> float:
         return sum(float(self._loss(batch.part(i, queries))) for i in range(len(batch.true)))
 
-    def _loss(self, part: Medium) -> Tensor:
+    def _loss(self, part: EstimateSamples) -> Tensor:
         """The mean KL of the weights with estimated medium keys from the true ones, both over the same keys."""
         near = part.agreement
         if self.residual is not None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hashattn.cache.check_votes import VOTES, check_votes
+from hashattn.cache.check_attention_sums import VOTES, check_attention_sums
 
 _NEEDED = "keys", "values", "start"
 _KNOWN = {*_NEEDED, "codes", "ready", "norms", "centre", *VOTES}
@@ -63,7 +63,7 @@ def check_state(state: Mapping[str, Any], shape: Shape) -> None:
         if not held:
             raise ValueError("state holds norms, but no codes that they stand beside")
         _expect("norms", state["norms"], (batch, heads, held, 1), torch.bfloat16, torch.float16)
-    check_votes(state, batch, heads, shape.head_dim, columns)
+    check_attention_sums(state, batch, heads, shape.head_dim, columns)
 
 
 def _check_ready(state: Mapping[str, Any], shape: Shape) -> None:

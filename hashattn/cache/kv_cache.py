@@ -14,12 +14,12 @@ from hashattn.cache.centres import Centres
 from hashattn.cache.check_codes import check_codes
 from hashattn.cache.check_state import Shape, check_state
 from hashattn.cache.device_state import DeviceState
+from hashattn.core.attention_sums import AttentionSums
 from hashattn.core.buffer import TokenBuffer
 from hashattn.core.checks import as_rows, check_int, check_kv, check_query, check_start, row_index
 from hashattn.core.guard import Guard, guarded
 from hashattn.core.lasting import lasting
 from hashattn.core.types import Table
-from hashattn.core.votes import Votes
 from hashattn.encoders.base import Encoder
 from hashattn.index.base import Index
 from hashattn.index.view import View
@@ -65,7 +65,7 @@ class KVCache:
         self._starts = [0] * self.batch  # host copy of start
         self.centres = Centres(encoder, self.batch)
         self._fits = encoder.fits if encoder is not None else 0
-        self.votes = Votes(capacity)
+        self.attention_sums = AttentionSums(capacity)
         self.guard = Guard()
         self.on_device = DeviceState(scratch if scratch is not None else Scratch())
 
@@ -162,9 +162,9 @@ class KVCache:
 
     @property
     def code_nbytes(self) -> int:
-        """Bytes allocated for codes, norms, centres and votes."""
+        """Bytes allocated for codes, norms, centres and attention sums."""
         codes = self._store.nbytes if self._store is not None else 0
-        return codes + self._norms.nbytes + self.centres.nbytes + self.votes.nbytes
+        return codes + self._norms.nbytes + self.centres.nbytes + self.attention_sums.nbytes
 
     @property
     def nbytes(self) -> int:
@@ -239,10 +239,10 @@ class KVCache:
                 selector that looks back are no longer known. The cache is as before.
         """
         length = check_int("length", length, 0, len(self))
-        reason = self.votes.why_not_crop(length)
+        reason = self.attention_sums.why_not_crop(length)
         if reason is not None:
             raise ValueError(f"length {length} is a crop that cannot be made: {reason}")
-        self.votes.crop(length, self.keys if len(self) else None, self._starts)
+        self.attention_sums.crop(length, self.keys if len(self) else None, self._starts)
         self.kv.truncate(length)
         self._norms.truncate(length)
         if self._store is not None:
@@ -269,7 +269,7 @@ class KVCache:
             rows = rows.to(self.kind[1])
         self.kv.select_rows(rows)
         self._norms.select(rows)
-        self.votes.select(rows)
+        self.attention_sums.select(rows)
         if self._store is not None:
             self._store.select_rows(rows)
         self.centres.select_rows(rows)
@@ -381,7 +381,7 @@ class KVCache:
         device = self.keys.device
         return View(
             spans, q_heads, self.kv_heads, len(self), scan, device, query, codes, host, biased=biased,
-            find=find if searches else None, logits=None if q is None else logits, votes=self.votes,
+            find=find if searches else None, logits=None if q is None else logits, attention_sums=self.attention_sums,
         )  # fmt: skip
 
     def search(self, query: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -441,7 +441,7 @@ class KVCache:
             state |= self.centres.state_dict()
             if self.with_norms:
                 state["norms"] = self._norms.view.clone()
-        return state | self.votes.state_dict()
+        return state | self.attention_sums.state_dict()
 
     @lasting
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -466,7 +466,7 @@ class KVCache:
             other._store.add(state["codes"])
             if other.with_norms:
                 other._norms.append(state["norms"].to(NORMS))
-        other.votes.load_state_dict(state)
+        other.attention_sums.load_state_dict(state)
         self.__dict__.update(other.__dict__)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:

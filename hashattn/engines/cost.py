@@ -47,7 +47,7 @@ def step_microseconds(parts: Parts, request: Request, keys: int) -> tuple[float,
     heads, times = selector.choices(request.q_heads, request.kv_heads)
     kept = min(keys, times * selector.budget(keys))
     gathered = request.batch * heads * kept * 2 * request.head_dim * (_ESTIMATE if parts.attend.needs_norms else 1)
-    gathered += request.batch * heads * min(keys, times * selector.looked_at(keys)) * request.head_dim
+    gathered += request.batch * heads * min(keys, times * selector.keys_read(keys)) * request.head_dim
     scans = passes = 0.0
     if selector.ranked and parts.encoder is not None:
         group, planes = request.group, parts.encoder.query_bits

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hashattn.attend.dense import dense
 from hashattn.cache.kv_cache import KVCache
-from hashattn.core.votes import Shown
+from hashattn.core.attention_sums import Attended
 from hashattn.engines.base import Answer, Call, Engine, PlanRow, PreparedStep, Request
 from hashattn.engines.parts import Parts
 from hashattn.selectors.base import Selector
@@ -37,11 +37,11 @@ class Dense(Engine):
 
 def show(selector: Selector | None, q: Tensor, cache: KVCache, call: Call) -> None:
     """Show a selector that looks back what full attention of these queries attends to, at no position twice."""
-    if selector is None or not selector.observes or cache.longest == 0:
+    if selector is None or not selector.accumulates or cache.longest == 0:
         return
     tokens = q.shape[2]
-    known = max(0, cache.votes.queries.end - (len(cache) - tokens))
+    known = max(0, cache.attention_sums.queries.end - (len(cache) - tokens))
     if known < tokens:
         spans = cache.spans(tokens, call.causal)
-        shown = Shown(cache.votes, q.detach(), cache.keys, spans, call.scale, call.step.layer)
-        selector.observe(shown.part(known, tokens) if known else shown)
+        shown = Attended(cache.attention_sums, q.detach(), cache.keys, spans, call.scale, call.step.layer)
+        selector.accumulate(shown.part(known, tokens) if known else shown)

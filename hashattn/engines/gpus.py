@@ -1,4 +1,4 @@
-"""GPUS: from how many keys on a fused step is worth it, as `hashattn bench --device cuda --crossover` measured it."""
+"""GPUS: from how many keys on a fused step is worth it, as `hashattn bench crossover` measured it."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def step_bytes(parts: Parts, request: Request, keys: int, searches: bool) -> Byt
     attend = heads * kept * 2 * row
     if parts.attend.needs_norms:  # medium keys cost a value, a norm and a code, not a key
         attend = heads * (critical * 2 * row + (kept - critical) * (row + 2 + code_row))
-    scan = heads * min(keys, times * selector.looked_at(keys)) * row
+    scan = heads * min(keys, times * selector.keys_read(keys)) * row
     if parts.ranks and index is not None:
         scan += round(codes * index.read_bytes(code_row))
     return Bytes(kv, scan, attend, code, kv)

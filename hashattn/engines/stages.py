@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hashattn.cache.kv_cache import KVCache
+from hashattn.core.attention_sums import Attended
 from hashattn.core.types import Output, Selection, Table
-from hashattn.core.votes import Shown
 from hashattn.engines import cost
 from hashattn.engines.base import Answer, Call, Engine, PlanRow, PreparedStep, Request, part_name, selector_name
 from hashattn.engines.parts import Parts
@@ -97,13 +97,13 @@ class Stages:
         """Choose keys for queries [B, Hq, T, D], the last ones of the cache, and attend to them."""
         selector, tokens, spans = self.parts.selector, q.shape[2], cache.spans(q.shape[2], call.causal)
         assert selector is not None
-        if not selector.observes:
+        if not selector.accumulates:
             return self.search(q, cache, call, spans)
-        selector.settle(cache.votes, cache.keys, cache._starts, call.step.layer)
+        selector.refresh(cache.attention_sums, cache.keys, cache._starts, call.step.layer)
         if not selector.one_by_one:
             return self.search(q, cache, call, spans)
         found = [
-            self.search_and_vote(q[:, :, t : t + 1], cache, call, [row[t : t + 1] for row in spans], tokens - t)
+            self.search_and_sum(q[:, :, t : t + 1], cache, call, [row[t : t + 1] for row in spans], tokens - t)
             for t in range(tokens)
         ]
         return found[0] if tokens == 1 else joined(found)
@@ -124,17 +124,17 @@ class Stages:
         wanted = {"need_lse": call.need_lse, "need_weights": need_weights or call.need_weights}
         return attend.attend(q, cache, selection, call.scale, view=view, **wanted), selection
 
-    def search_and_vote(
+    def search_and_sum(
         self, q: Tensor, cache: KVCache, call: Call, spans: Table, from_end: int
     ) -> tuple[Output, Selection]:
         """The same for the query [B, Hq, 1, D] so many columns from the end; the selector is shown it, but once."""
         selector, column = self.parts.selector, len(cache) - from_end
         assert selector is not None
         output, selection = self.search(q, cache, call, spans, need_weights=True)
-        if column >= cache.votes.queries.end:
+        if column >= cache.attention_sums.queries.end:
             keys = cache.keys[:, :, : column + 1]
-            shown = Shown(cache.votes, q.detach(), keys, spans, call.scale, call.step.layer)
-            selector.observe(shown, selection, output.weights)
+            shown = Attended(cache.attention_sums, q.detach(), keys, spans, call.scale, call.step.layer)
+            selector.accumulate(shown, selection, output.weights)
         return output, selection
 
 

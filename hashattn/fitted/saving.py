@@ -25,7 +25,7 @@ from hashattn.core.json_files import is_number, parse_json, read_json, whole_num
 from hashattn.core.model_facts import ModelFacts
 from hashattn.core.version import __version__
 from hashattn.encoders import Encoder, PerLayer
-from hashattn.fitted import stored
+from hashattn.fitted import encoder_weights
 from hashattn.fitted.calibration import Calibration
 
 FORMAT_VERSION = 1
@@ -64,7 +64,7 @@ def save_pretrained(
     """Write fitted encoders to a folder: config.json and weights.safetensors. Other files in it stay as they are.
 
     Whenever it is stopped, the folder holds what it held before, or all of what is new. Weights are rounded to `dtype`;
-    stored.round_weights() first makes the encoder at hand the one that is loaded.
+    encoder_weights.round_weights() first makes the encoder at hand the one that is loaded.
 
     Args:
         part: a PerLayer, or a composition with one, whose calibration is then saved too.
@@ -99,10 +99,10 @@ def save_pretrained(
     for i in encoder.layers:
         one = encoder.layer(i)
         one.check_model(facts.q_heads, facts.kv_heads, facts.head_dim)
-        described[str(i)] = stored.describe(one)
-        tensors |= _prefixed(f"encoders.{i}.", stored.tensors_of(encoder.encoders[str(i)], dtype))
+        described[str(i)] = encoder_weights.describe(one)
+        tensors |= _prefixed(f"encoders.{i}.", encoder_weights.tensors_of(encoder.encoders[str(i)], dtype))
     for i, stage in calibration.mixed.items():
-        tensors |= _prefixed(f"mixed.{i}.", stored.tensors_of(stage, dtype))
+        tensors |= _prefixed(f"mixed.{i}.", encoder_weights.tensors_of(stage, dtype))
     folder = Path(folder)
     check_target(folder)
     data = tensor_files.packed(tensors)
@@ -174,7 +174,7 @@ def _read(config: Mapping[str, Any], path: Path) -> Pretrained:
     encoders: dict[int, Any] = {}
     for i, description in _by_layer("encoders", config["encoders"], facts):
         try:
-            encoders[i] = stored.restore(description, weights.part(f"encoders.{i}."), facts)
+            encoders[i] = encoder_weights.restore(description, weights.part(f"encoders.{i}."), facts)
         except ValueError as error:
             raise ValueError(f"layer {i}: {error}") from error
     mixed = {
@@ -208,7 +208,7 @@ class _Loading:
             raise ValueError(f"{error}; {CONFIG} names sha256 {sha256}") from error
         self.tensors: dict[str, Tensor] = {}
 
-    def part(self, prefix: str) -> stored.Weights:
+    def part(self, prefix: str) -> encoder_weights.Weights:
         """The tensors of a prefix, which are then no longer left."""
         said = {name: self.left.pop(name) for name in [*self.left] if name.startswith(prefix)}
 
@@ -218,7 +218,7 @@ class _Loading:
             self.tensors = self.tensors or tensor_files.read(self.path)
             return {name.removeprefix(prefix): self.tensors[name] for name in said}
 
-        return stored.Weights({name.removeprefix(prefix): tensor for name, tensor in said.items()}, read)
+        return encoder_weights.Weights({name.removeprefix(prefix): tensor for name, tensor in said.items()}, read)
 
 
 def _by_layer(field_name: str, described: Any, facts: ModelFacts) -> list[tuple[int, Any]]:
@@ -232,7 +232,7 @@ def _by_layer(field_name: str, described: Any, facts: ModelFacts) -> list[tuple[
     return [(numbers[i], description) for i, description in described.items()]
 
 
-def _mixed(where: str, arguments: Any, weights: stored.Weights, encoder: Encoder | None) -> MixedPrecision:
+def _mixed(where: str, arguments: Any, weights: encoder_weights.Weights, encoder: Encoder | None) -> MixedPrecision:
     if not (isinstance(arguments, Mapping) and whole_number(arguments.get("hidden"), 0, _WIDEST)):
         raise ValueError(f"{where}: MixedPrecision needs hidden, a number from 0 to {_WIDEST}, got {arguments!r:.100}")
     try:
@@ -240,7 +240,7 @@ def _mixed(where: str, arguments: Any, weights: stored.Weights, encoder: Encoder
             stage = MixedPrecision(hidden=arguments["hidden"])
             if encoder is not None and stage.hidden and any(name.startswith("residual.") for name in weights.said):
                 stage.residual = CodeResidual(encoder.bits, stage.hidden)
-        stored.fill(stage, weights)
+        encoder_weights.fill(stage, weights)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{where}: no MixedPrecision can be made of what is stored: {error}") from error
     return stage

@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hashattn.core.attention_sums import AttentionSums
 from hashattn.core.budget import Budget
 from hashattn.core.types import Table
-from hashattn.core.votes import Votes
 from hashattn.ops.nearest import nearest, nearest_of_pool, nearest_visible, within
 from hashattn.ops.search import Ranking, search
 
@@ -38,7 +38,7 @@ class View:
         kept: bool [B, H, T, N], keys that may be selected; None means all visible ones.
         logits: exact logits of the keys at ids int32 [B, H, T, K] (H = Hq or Hkv): float32 [B, H, T, Hq / H, K], of no
             meaning in empty slots. It reads these keys; None where the view was made without the queries.
-        votes: of past queries, for selectors that look back; None where nobody votes.
+        attention_sums: of past queries, for selectors that accumulate; None where none does.
         find: returns ids and raw distances of the k nearest keys, [B, Hq, T, k], where the index only searches. Then
             there are no distances, and neither calibrations nor a radius.
     """
@@ -58,7 +58,7 @@ class View:
     calibrated: Tensor | None = None
     kept: Tensor | None = None
     logits: Callable[[Tensor], Tensor] | None = None
-    votes: Votes | None = None
+    attention_sums: AttentionSums | None = None
     find: Callable[[int], tuple[Tensor, Tensor]] | None = None
 
     @cached_property
@@ -114,9 +114,10 @@ class View:
         return ((columns < first + self.sinks) | (columns >= end - self.recents)).unsqueeze(1) & self.seen
 
     @property
-    def voted(self) -> Tensor | None:
-        """The votes, float32 [B, Hkv, N], zero for new keys; None if there are none yet."""
-        return self.votes.of(self.keys, self.nothing) if self.votes is not None and len(self.votes) else None
+    def attention_so_far(self) -> Tensor | None:
+        """What past queries gave each key, float32 [B, Hkv, N], zero for new keys; None if there is none yet."""
+        sums = self.attention_sums
+        return sums.of(self.keys, self.nothing) if sums is not None and len(sums) else None
 
     @property
     def nothing(self) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from hashattn.attention import HashAttention
 from hashattn.core.extras import loaded
-from hashattn.fitted.pretrained import fitted
+from hashattn.fitted.for_presets import fitted
 from hashattn.fitted.saving import Pretrained
 from hashattn.presets.budgets import full, h2o, oracle_topk, pyramidkv, snapkv, streaming, twilight, vattention
 from hashattn.presets.dashkv import (

@@ -22,7 +22,7 @@ def h2o(*, share: float = 0.2, engine: str = "auto") -> HashAttention:
     """H2O, "Heavy-Hitter Oracle" (arXiv 2306.14048): accumulated attention, and half of the budget the most recent.
 
     Selection is restricted and keys are kept: the outputs are those of eviction, and no memory is saved. The original
-    fixes the budget at a share of the prompt and rounds it down; here it grows with the text and is rounded up. Votes
+    fixes the budget at a share of the prompt and rounds it down; here it grows with the text and is rounded up. Weights
     are summed over a KV head, where each query head of the original chooses.
     """
     return HashAttention(selector=HeavyHitters(share=share), attend=ExactAttend(), engine=engine)
@@ -33,7 +33,7 @@ def snapkv(*, k: int = 1024, window: int = 64, pool: int = 5, engine: str = "aut
 
     Selection is restricted and keys are kept: the outputs are those of eviction, and no memory is saved. 64 queries and
     means of 5 neighbours are the defaults of the authors' class; their LongBench runs take 32, the maximum of 7, and
-    4096 keys. Votes are summed over a KV head, where each query head of the original chooses.
+    4096 keys. Weights are summed over a KV head, where each query head of the original chooses.
     """
     return HashAttention(selector=ObservationWindow(k=k, window=window, pool=pool), attend=ExactAttend(), engine=engine)
 

@@ -11,10 +11,10 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from hashattn.core.attention_sums import Attended, AttentionSums
 from hashattn.core.budget import check_one
 from hashattn.core.kinds import HoldsCodes, MakesCodes, Weighs
 from hashattn.core.types import Selection, Step
-from hashattn.core.votes import Shown, Votes
 from hashattn.index.view import View, forced_ids
 from hashattn.ops.decode.rule import Rule
 
@@ -29,7 +29,7 @@ class Selector(ABC):
         matrices: passes over a matrix of all distances that it makes beyond a search, about.
         needs_weights: whether it looks at the softmax weights of the layer before (momentum).
         samples: whether some of its keys stand for others.
-        observes: whether it learns from the calls before.
+        accumulates: whether it learns from the calls before.
         one_by_one: whether it learns from each query that searches, before the next one.
         needs_distances: whether it asks for the distance to every key, which an index that only searches lacks.
     """
@@ -39,7 +39,7 @@ class Selector(ABC):
     matrices: int = 0
     needs_weights: bool = False
     samples: bool = False
-    observes: bool = False
+    accumulates: bool = False
     one_by_one: bool = False
 
     @property
@@ -74,7 +74,7 @@ class Selector(ABC):
         """How many of these get exact logits, at most."""
         return self.budget(visible, forced)
 
-    def looked_at(self, visible: int, forced: int = 0) -> int:
+    def keys_read(self, visible: int, forced: int = 0) -> int:
         """Keys that it reads itself, at most, beside the index: for query plans."""
         return 0
 
@@ -122,8 +122,8 @@ class Selector(ABC):
         """The modules that hold weights, in it and in what it wraps."""
         return (self,) if isinstance(self, nn.Module) else ()
 
-    def observe(  # noqa: B027 (most look at nothing)
-        self, shown: Shown, selection: Selection | None = None, weights: Tensor | None = None
+    def accumulate(  # noqa: B027 (most look at nothing)
+        self, shown: Attended, selection: Selection | None = None, weights: Tensor | None = None
     ) -> None:
         """Take note of a call; of each position once.
 
@@ -133,10 +133,10 @@ class Selector(ABC):
             weights: then its softmax weights over them, [B, Hq, 1, K].
         """
 
-    def settle(  # noqa: B027
-        self, votes: Votes, keys: Tensor, starts: Sequence[int], layer: int
+    def refresh(  # noqa: B027
+        self, sums: AttentionSums, keys: Tensor, starts: Sequence[int], layer: int
     ) -> None:
-        """Bring votes up to date before a search; keys [B, Hkv, N, D] and the rows' first columns are the cache's."""
+        """Bring sums up to date before a search; keys [B, Hkv, N, D] and the rows' first columns are the cache's."""
 
     def refuses(self, encoder: MakesCodes, index: HoldsCodes, attend: Weighs) -> str | None:
         """Why it cannot work with these parts, and what would fit, as the end of a sentence; None if it can."""
@@ -246,8 +246,8 @@ class Joined(Selector):
         return self.ranked_part is not None and self.ranked_part.samples
 
     @property
-    def observes(self) -> bool:  # type: ignore[override]
-        return self.ranked_part is not None and self.ranked_part.observes
+    def accumulates(self) -> bool:  # type: ignore[override]
+        return self.ranked_part is not None and self.ranked_part.accumulates
 
     @property
     def one_by_one(self) -> bool:  # type: ignore[override]
@@ -289,8 +289,8 @@ class Joined(Selector):
         forced = self._forced(visible, forced)
         return forced if self.ranked_part is None else max(forced, self.ranked_part.critical(visible, forced))
 
-    def looked_at(self, visible: int, forced: int = 0) -> int:
-        return 0 if self.ranked_part is None else self.ranked_part.looked_at(visible, self._forced(visible, forced))
+    def keys_read(self, visible: int, forced: int = 0) -> int:
+        return 0 if self.ranked_part is None else self.ranked_part.keys_read(visible, self._forced(visible, forced))
 
     def choices(self, q_heads: int, kv_heads: int) -> tuple[int, int]:
         part = self.ranked_part
@@ -315,13 +315,13 @@ class Joined(Selector):
     def weighted(self) -> tuple[nn.Module, ...]:
         return tuple(module for part in self.parts for module in part.weighted())
 
-    def observe(self, shown: Shown, selection: Selection | None = None, weights: Tensor | None = None) -> None:
+    def accumulate(self, shown: Attended, selection: Selection | None = None, weights: Tensor | None = None) -> None:
         if self.ranked_part is not None:
-            self.ranked_part.observe(shown, selection, weights)
+            self.ranked_part.accumulate(shown, selection, weights)
 
-    def settle(self, votes: Votes, keys: Tensor, starts: Sequence[int], layer: int) -> None:
+    def refresh(self, sums: AttentionSums, keys: Tensor, starts: Sequence[int], layer: int) -> None:
         if self.ranked_part is not None:
-            self.ranked_part.settle(votes, keys, starts, layer)
+            self.ranked_part.refresh(sums, keys, starts, layer)
 
     def refuses(self, encoder: MakesCodes, index: HoldsCodes, attend: Weighs) -> str | None:
         return self.ranked_part.refuses(encoder, index, attend) if self.ranked_part is not None else None

@@ -8,26 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hashattn.core.attention_sums import DROPPED, UNDO, Attended, dense_sums, selected_sums
 from hashattn.core.budget import Budget, check_min_k, check_one, check_share
 from hashattn.core.types import Selection, Step
-from hashattn.core.votes import DROPPED, UNDO, Shown, dense_votes, selected_votes
 from hashattn.index.view import View
 from hashattn.selectors.base import Selector
 from hashattn.selectors.grouping import chosen_mask
 
-_FAR = 1e37  # no sum of votes comes near
+_FAR = 1e37  # no sum of sums comes near
 
 
 @dataclass(frozen=True)
 class HeavyHitters(Selector):
     """The most recent keys, and those with the most accumulated attention (H2O, arXiv 2306.14048).
 
-    Votes are the softmax weights of all queries so far, summed over a KV head's queries: full attention's where the
-    composition ran dense (prefill), later those over the kept keys. A key that is once left out never comes back, so
-    that outputs are those of a cache that evicts it. The keys stay in memory all the same: nothing is saved but what a
-    step reads. Queries choose one after the other, also those of one call. A cache that nobody has voted in keeps all.
+    What counts are the softmax weights of all queries so far, summed over a KV head's queries: full attention's where
+    the composition ran dense (prefill), later those over the kept keys. A key that is once left out never comes back:
+    outputs are those of a cache that evicts it. The keys stay in memory all the same: nothing is saved but what a
+    step reads. Queries choose one after the other, also those of one call. A cache without any keeps all.
 
-    A crop takes back what the cropped queries did, votes and evictions: the cache is what it was at that length. It
+    A crop takes back what the cropped queries did, sums and evictions: the cache is what it was at that length. It
     remembers the last 256 queries for that, and the sums at the beginnings of the last 16 calls of several queries; a
     crop to anywhere else is refused.
 
@@ -45,7 +45,7 @@ class HeavyHitters(Selector):
 
     ranked = False
     needs_distances = False
-    observes = True
+    accumulates = True
     one_by_one = True
     shared = True
 
@@ -63,27 +63,27 @@ class HeavyHitters(Selector):
         return self.wanted.count(visible, forced)
 
     def select(self, view: View, step: Step) -> Selection:
-        votes, budget = view.voted, self.wanted
-        if votes is None:
+        sums, budget = view.attention_so_far, self.wanted
+        if sums is None:
             return Selection(view.calibrate(view.nothing).search(view.longest))
         columns = torch.arange(view.keys, device=view.device)
         last = torch.ceil(self.recent * budget.counts(view.counts).double()).long().unsqueeze(-1)  # [B, T, 1]
         recent = (columns >= view.visible[..., 1:] - last).unsqueeze(1)  # [B, 1, T, N]
         nearest = -_FAR * (1 + columns / view.keys)  # behind forced keys, of which the budget may leave no more
-        rank = torch.where(recent, nearest, -votes.unsqueeze(2))
-        ids = view.calibrate(rank, (votes > DROPPED).unsqueeze(2)).search(view.slots(budget))
+        rank = torch.where(recent, nearest, -sums.unsqueeze(2))
+        ids = view.calibrate(rank, (sums > DROPPED).unsqueeze(2)).search(view.slots(budget))
         slot = torch.arange(ids.shape[-1], device=ids.device)
         return Selection(ids.masked_fill(slot >= view.wanted(budget)[:, None, :, None], -1))
 
-    def observe(self, shown: Shown, selection: Selection | None = None, weights: Tensor | None = None) -> None:
+    def accumulate(self, shown: Attended, selection: Selection | None = None, weights: Tensor | None = None) -> None:
         keys, tokens = shown.keys.shape[2], shown.q.shape[2]
         if selection is not None and weights is not None:
             kept = chosen_mask(selection.ids, keys).squeeze(2)
-            shown.votes.add(shown, selected_votes(selection.ids, weights, keys), kept)
+            shown.attention_sums.add(shown, selected_sums(selection.ids, weights, keys), kept)
             return
-        deep = max(0, tokens - UNDO)  # the votes of later queries can be taken back
+        deep = max(0, tokens - UNDO)  # the sums of later queries can be taken back
         for part in ([shown.part(0, deep)] if deep else []) + [shown.part(deep, tokens)]:
-            shown.votes.add(part, dense_votes(part.q, part.keys, part.seen, part.scale), None)
+            shown.attention_sums.add(part, dense_sums(part.q, part.keys, part.seen, part.scale), None)
 
     def _budgeted(self, k: int | None = None, share: float | None = None) -> dict[str, Any]:
         return {"k": k, "share": share}

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hashattn.core.attention_sums import DROPPED, Attended, AttentionSums, dense_sums
 from hashattn.core.budget import Budget, check_k, check_share
 from hashattn.core.checks import check_number, keep_ints
 from hashattn.core.types import Selection, Step
-from hashattn.core.votes import DROPPED, Shown, Votes, dense_votes
 from hashattn.index.view import View
 from hashattn.selectors.base import Selector
 
@@ -24,9 +24,9 @@ class ObservationWindow(Selector):
 
     What comes in dense calls of several queries, one after the other, is a prompt. The last `window` queries of one
     choose for the steps after it: their attention weights are summed over a KV head's queries and averaged over
-    neighbouring keys; the keys of the window and those of most votes before it are kept, within the budget. Later keys
-    are all kept. So are all keys of a prompt shorter than that, and a second prompt chooses among what the one before
-    kept: outputs are those of a cache that evicts the others, but they stay in memory.
+    neighbouring keys; the keys of the window and those of most attention before it are kept, within the budget. Later
+    keys are all kept. So are all keys of a prompt shorter than that, and a second prompt chooses among what
+    the one before kept: outputs are those of a cache that evicts the others, but they stay in memory.
 
     A crop into a prompt makes it a shorter one, whose last queries choose: the last 256 before the window are
     remembered for that, and a crop that asks for others is refused. A crop behind its end changes no choice.
@@ -36,7 +36,7 @@ class ObservationWindow(Selector):
         share: of the prompt's keys, rounded up; or
         shares: such a share for each layer of the model. Exactly one of the three is given.
         window: queries that vote.
-        pool: keys that votes are averaged over, odd.
+        pool: keys that sums are averaged over, odd.
         layers: of the model. With it k or share is what a layer keeps on average: each keeps the window, and what is
             left falls evenly from the first layer to the last (PyramidKV, arXiv 2406.02069). None: all layers alike.
         beta: that the last layer gets 1 / beta of the average beside the window; at least 1.
@@ -54,7 +54,7 @@ class ObservationWindow(Selector):
 
     ranked = False
     needs_distances = False
-    observes = True
+    accumulates = True
     shared = True
 
     def __post_init__(self) -> None:
@@ -79,40 +79,40 @@ class ObservationWindow(Selector):
         return max(most, min(visible, forced))
 
     def select(self, view: View, step: Step) -> Selection:
-        votes, forced = view.voted, view.sinks + view.recents
-        if votes is None or view.votes is None:
+        sums, forced = view.attention_so_far, view.sinks + view.recents
+        if sums is None or view.attention_sums is None:
             return Selection(view.calibrate(view.nothing).search(view.longest))
-        counted = view.votes.most(view.keys)
+        counted = view.attention_sums.most(view.keys)
         most = view.longest if counted is None else counted + forced
-        kept = (votes > DROPPED).unsqueeze(2)
+        kept = (sums > DROPPED).unsqueeze(2)
         return Selection(view.calibrate(view.nothing, kept).search(max(1, min(view.longest, most))))
 
-    def observe(self, shown: Shown, selection: Selection | None = None, weights: Tensor | None = None) -> None:
+    def accumulate(self, shown: Attended, selection: Selection | None = None, weights: Tensor | None = None) -> None:
         if shown.q.shape[2] > 1:  # a single token is one that was decoded
-            shown.votes.extend(shown, self.window)
-            self.settle(shown.votes, shown.keys, [row[0][0] for row in shown.spans], shown.layer)
+            shown.attention_sums.extend(shown, self.window)
+            self.refresh(shown.attention_sums, shown.keys, [row[0][0] for row in shown.spans], shown.layer)
 
-    def settle(self, votes: Votes, keys: Tensor, starts: Sequence[int], layer: int) -> None:
-        if not votes.prompts or votes.prompts[-1].most is not None:
+    def refresh(self, past: AttentionSums, keys: Tensor, starts: Sequence[int], layer: int) -> None:
+        if not past.prompts or past.prompts[-1].most is not None:
             return
-        end = votes.prompts[-1].end
+        end = past.prompts[-1].end
         budgets = [self._kept(layer, max(0, end - start)) for start in starts]
-        if end - votes.prompts[-1].begin < self.window:
+        if end - past.prompts[-1].begin < self.window:
             return
-        q, ends = votes.window(self.window)
+        q, ends = past.window(self.window)
         spans = [[(start, end) for end in ends] for start in starts]
-        shown = Shown(votes, q, keys[:, :, :end], spans, votes.scale, layer)
-        sums = dense_votes(q, shown.keys, shown.seen, shown.scale)
+        shown = Attended(past, q, keys[:, :, :end], spans, past.scale, layer)
+        sums = dense_sums(q, shown.keys, shown.seen, shown.scale)
         first = torch.tensor(starts, device=sums.device).unsqueeze(1)  # [B, 1]
         columns = torch.arange(end, device=sums.device)
         before = (columns >= first) & (columns < end - self.window)  # [B, N]
         pooled = F.avg_pool1d(F.pad(sums[..., : end - self.window], (0, 1)), self.pool, 1, self.pool // 2)[..., :-1]
-        open_to = before.unsqueeze(1) & (votes.of(end, sums) > DROPPED)
+        open_to = before.unsqueeze(1) & (past.of(end, sums) > DROPPED)
         score = F.pad(pooled, (0, self.window)).masked_fill(~open_to, -torch.inf)
         wanted = (torch.tensor(budgets, device=sums.device) - self.window).clamp(min=0)[:, None, None]
         place = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         kept = ((place < wanted) & open_to) | (columns >= end - self.window)
-        votes.choose(kept, max(*budgets, self.window))
+        past.choose(kept, max(*budgets, self.window))
 
     def _made(self, **settings: Any) -> Self:
         if len({"k", "share", "shares"} & {*settings}) == 1:  # one takes the others' place

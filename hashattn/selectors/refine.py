@@ -58,7 +58,7 @@ class Refine(Wrapper):
     def needs_distances(self) -> bool:  # type: ignore[override]
         return self.inner.needs_distances or self.ties
 
-    def looked_at(self, visible: int, forced: int = 0) -> int:
+    def keys_read(self, visible: int, forced: int = 0) -> int:
         return self.inner.times(self.factor).budget(visible, forced)
 
     def select(self, view: View, step: Step) -> Selection:

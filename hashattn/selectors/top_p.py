@@ -51,9 +51,9 @@ class TopP(Wrapper):
     def needs_distances(self) -> bool:  # type: ignore[override]
         return self.inner.needs_distances or self.logits is not None
 
-    def looked_at(self, visible: int, forced: int = 0) -> int:
+    def keys_read(self, visible: int, forced: int = 0) -> int:
         own = self.inner.budget(visible, forced) if self.logits is None and self.p < 1 else 0
-        return own + self.inner.looked_at(visible, forced)
+        return own + self.inner.keys_read(visible, forced)
 
     def select(self, view: View, step: Step) -> Selection:
         found = self.inner.select(view, step)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
+from hashattn.core.attention_sums import Attended, AttentionSums
 from hashattn.core.kinds import HoldsCodes, MakesCodes, Weighs
 from hashattn.core.types import Selection
-from hashattn.core.votes import Shown, Votes
 from hashattn.selectors.base import Selector, check_settings
 
 
@@ -68,8 +68,8 @@ class Wrapper(Selector):
         return self.inner.samples
 
     @property
-    def observes(self) -> bool:  # type: ignore[override]
-        return self.inner.observes
+    def accumulates(self) -> bool:  # type: ignore[override]
+        return self.inner.accumulates
 
     @property
     def shared(self) -> bool:
@@ -89,8 +89,8 @@ class Wrapper(Selector):
     def critical(self, visible: int, forced: int = 0) -> int:
         return self.inner.critical(visible, forced)
 
-    def looked_at(self, visible: int, forced: int = 0) -> int:
-        return self.inner.looked_at(visible, forced)
+    def keys_read(self, visible: int, forced: int = 0) -> int:
+        return self.inner.keys_read(visible, forced)
 
     def choices(self, q_heads: int, kv_heads: int) -> tuple[int, int]:
         return self.inner.choices(q_heads, kv_heads)
@@ -103,11 +103,11 @@ class Wrapper(Selector):
     def follows(self) -> bool:
         return self.needs_weights or self.inner.follows
 
-    def observe(self, shown: Shown, selection: Selection | None = None, weights: Tensor | None = None) -> None:
-        self.inner.observe(shown, selection, weights)
+    def accumulate(self, shown: Attended, selection: Selection | None = None, weights: Tensor | None = None) -> None:
+        self.inner.accumulate(shown, selection, weights)
 
-    def settle(self, votes: Votes, keys: Tensor, starts: Sequence[int], layer: int) -> None:
-        self.inner.settle(votes, keys, starts, layer)
+    def refresh(self, sums: AttentionSums, keys: Tensor, starts: Sequence[int], layer: int) -> None:
+        self.inner.refresh(sums, keys, starts, layer)
 
     def refuses(self, encoder: MakesCodes, index: HoldsCodes, attend: Weighs) -> str | None:
         return self.inner.refuses(encoder, index, attend)

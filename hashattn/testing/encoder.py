@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hashattn.attention import HashAttention
 from hashattn.core.model_facts import ModelFacts
 from hashattn.encoders import Encoder, PerLayer
-from hashattn.fitted import stored
+from hashattn.fitted import encoder_weights
 from hashattn.fitted.saving import from_pretrained, save_pretrained
 from hashattn.index import FlatBuckets, FlatDot, FlatHamming, FlatPQ, FlatRaBitQ, Index
 from hashattn.selectors import Recent, Sink, TopK
@@ -111,7 +111,7 @@ def _check_weights(encoder: Encoder, data: Inputs) -> None:
     promise(twin.fits > before, encoder, "loading weights counts in `fits`, so that caches encode anew")
     _check_same(encoder, twin, data, "a state_dict that is loaded makes the same codes")
     try:
-        known = stored.encoder_class(name) is made
+        known = encoder_weights.encoder_class(name) is made
     except ValueError:  # no entry point: it is not meant to be saved
         return
     promise(known, encoder, f"the class that is loaded by the name {name!r} is its own")

@@ -49,8 +49,8 @@ def check_selector(
         _check_selection(selector, found, part)
         again = chosen(attn, part.q, filled(attn, part))
         promise(torch.equal(found.ids, again.ids), selector, "the same queries keep the same keys")
-        if selector.observes:  # it has seen nothing yet
-            attn.observe(data.q, cache)
+        if selector.accumulates:  # it has seen nothing yet
+            attn.accumulate(data.q, cache)
             found = chosen(attn, part.q, cache)
             _check_selection(selector, found, part)
         _check_budget(selector, found, part)
@@ -140,7 +140,7 @@ def _check_independence(attn: HashAttention, selector: Selector, data: Inputs) -
     for t in range(tokens):
         end = keys - tokens + t + 1
         before = Inputs(data.q[:, :, t : t + 1], data.k[:, :, :end], data.v[:, :, :end], data.start)
-        if cache is None or not selector.observes:
+        if cache is None or not selector.accumulates:
             cache = filled(attn, before)
         else:  # it goes by the queries before
             cache.append(data.k[:, :, end - 1 : end], data.v[:, :, end - 1 : end])

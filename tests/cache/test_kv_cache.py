@@ -21,7 +21,7 @@ from hashattn import (
     Tiers,
     TopK,
 )
-from hashattn.core.votes import NEVER
+from hashattn.core.attention_sums import NEVER
 from hashattn.encoders.simhash import orthogonal_planes
 from hashattn.ops import hamming
 from tests.structured import generator, poison, qkv, raises_naming, seeds

@@ -136,8 +136,8 @@ def test_attention_mass_rises_with_the_budget(family, seed):
         selector = BUDGETS[family](b)
         attn = HashAttention(SimHash(128, centring=None), FlatHamming(), selector, SampledAttend(), engine="reference")
         cache = filled(attn, data)
-        if selector.observes:  # it chooses by what it has seen
-            attn.observe(data.q, cache)
+        if selector.accumulates:  # it chooses by what it has seen
+            attn.accumulate(data.q, cache)
         mass = (weights * kept(chosen(attn, data.q, cache).ids, data.k.shape[2], 4)).sum(-1)
         assert (mass >= before - 1e-12).all()  # of sums of float64
         before = mass

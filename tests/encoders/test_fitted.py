@@ -24,7 +24,7 @@ from hashattn import (
     from_pretrained,
     save_pretrained,
 )
-from hashattn.fitted import stored
+from hashattn.fitted import encoder_weights
 from tests.structured import qkv, raises_naming
 
 MAKE = {
@@ -70,12 +70,12 @@ def test_a_loaded_encoder_encodes_exactly_as_the_saved_one(tmp_path, make, dtype
     facts = ModelFacts("small", "llama", 2, (0, 1), 4, 2, 16, rope, 97)
     encoder = PerLayer([make().fit(None, keys) for keys in (k, 3 * k * k)], facts)
     if dtype == "float16":
-        stored.round_weights(encoder)
+        encoder_weights.round_weights(encoder)
     loaded = from_pretrained(save_pretrained(encoder, tmp_path / "new", dtype=dtype)).encoder
     assert loaded.code == encoder.code
     for i in range(2):
         assert repr(loaded.layer(i)) == repr(encoder.layer(i))
-        assert stored.describe(loaded.layer(i)) == stored.describe(encoder.layer(i))
+        assert encoder_weights.describe(loaded.layer(i)) == encoder_weights.describe(encoder.layer(i))
         assert torch.equal(composed(loaded).layer(i)(q, k, v), composed(encoder).layer(i)(q, k, v))
     assert not same([loaded.layer(0).encode_key(k)], [loaded.layer(1).encode_key(k)])
 

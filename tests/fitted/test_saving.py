@@ -35,7 +35,7 @@ from hashattn import (
     save_pretrained,
 )
 from hashattn.core.files import locked
-from hashattn.fitted import saving, stored
+from hashattn.fitted import encoder_weights, saving
 from hashattn.ops.hamming import pack_bits
 from tests.damage import refused, spoil_json, spoil_tensors
 from tests.structured import qkv, raises_naming
@@ -53,7 +53,7 @@ makes = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 
 def layers(make=MAKE["asymmetric"], numbers=(1, 3)):
     encoder = PerLayer({i: make(seed=i) for i in numbers}, FACTS)
-    stored.round_weights(encoder)
+    encoder_weights.round_weights(encoder)
     return encoder
 
 
@@ -71,15 +71,15 @@ def test_a_loaded_encoder_encodes_exactly_as_the_saved_one(tmp_path, make, dtype
     encoder = PerLayer({i: make(seed=i) for i in (1, 3)}, FACTS)
     before = encoder.layer(1).fits
     if dtype == "float16":
-        stored.round_weights(encoder.layer(1))
-        stored.round_weights(encoder.layer(3))
+        encoder_weights.round_weights(encoder.layer(1))
+        encoder_weights.round_weights(encoder.layer(3))
         assert encoder.layer(1).fits > before  # caches encode anew
     loaded = from_pretrained(save_pretrained(encoder, tmp_path / "new", dtype=dtype))
     assert loaded.encoder.layers == (1, 3)
     assert loaded.encoder.facts == loaded.facts == FACTS
     for i in (1, 3):
         assert type(loaded.encoder.layer(i)) is type(encoder.layer(i))
-        assert stored.describe(loaded.encoder.layer(i)) == stored.describe(encoder.layer(i))
+        assert encoder_weights.describe(loaded.encoder.layer(i)) == encoder_weights.describe(encoder.layer(i))
         for a, b in zip(codes(loaded.encoder.layer(i)), codes(encoder.layer(i)), strict=True):
             assert torch.equal(a, b)
 
@@ -300,14 +300,14 @@ def test_third_party_encoders_come_through_entry_points_and_built_ins_win(tmp_pa
     raises_naming(ValueError, "Halves", "hashattn.encoders")(lambda: save_pretrained(encoder, tmp_path / "a"))
     found = [EntryPoint(n, f"{__name__}:{o}", "hashattn.encoders") for n, o in
              (("Halves", "Halves"), ("ITQ", "Halves"), ("Wrong", "saved"))]  # fmt: skip
-    monkeypatch.setattr(stored, "entry_points", lambda group: [e for e in found if e.group == group])
+    monkeypatch.setattr(encoder_weights, "entry_points", lambda group: [e for e in found if e.group == group])
     monkeypatch.setattr(EntryPoint, "load", lambda self: globals()[self.value.split(":")[1]])
     with torch.no_grad():
         encoder.layer(0).threshold.fill_(0.25)
     loaded = from_pretrained(save_pretrained(encoder, tmp_path / "a"))
     assert torch.equal(loaded.encoder.layer(0).encode_key(K), encoder.layer(0).encode_key(K))
-    assert stored.encoder_class("ITQ") is ITQ
-    raises_naming(ValueError, "Wrong", "no encoder")(lambda: stored.encoder_class("Wrong"))
+    assert encoder_weights.encoder_class("ITQ") is ITQ
+    raises_naming(ValueError, "Wrong", "no encoder")(lambda: encoder_weights.encoder_class("Wrong"))
 
 
 def test_a_class_that_only_shares_a_built_in_name_is_refused(tmp_path):

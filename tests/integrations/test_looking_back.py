@@ -52,8 +52,8 @@ def test_the_prompt_votes_and_decoding_reads_what_it_voted_for(llama, name):
         assert len(caches) == 4
         for kv in caches:
             heavy = "Heavy" in repr(SELECTORS[name])
-            assert len(kv.votes) == (LENGTH + NEW - 1 if heavy else LENGTH)
-            dropped = (kv.votes.of(LENGTH, kv.keys) == -torch.inf).float().mean()
+            assert len(kv.attention_sums) == (LENGTH + NEW - 1 if heavy else LENGTH)
+            dropped = (kv.attention_sums.of(LENGTH, kv.keys) == -torch.inf).float().mean()
             assert 0.5 < dropped < 0.99
     for row in report.layers:
         assert row.dense == {"prefill": 1}

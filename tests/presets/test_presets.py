@@ -4,9 +4,9 @@ from torch import nn
 
 from hashattn import PRESETS, AsymmetricHash, HashAttention, SymmetricHash
 from hashattn.encoders.learned import LearnedHash
-from hashattn.fitted.stored import encoder_class
+from hashattn.fitted.encoder_weights import encoder_class
 from hashattn.presets import budget_options, options_of
-from hashattn.presets.written import parse
+from hashattn.presets.parsing import parse
 from tests.structured import attention64, cones, poison, qkv, raises_naming, tolerance, visible_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:this .* is not fitted:UserWarning")

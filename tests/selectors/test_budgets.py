@@ -44,7 +44,7 @@ from hashattn.engines.base import Request
 from hashattn.engines.cost import step_microseconds
 from hashattn.ops.decode.rule import Rule
 from hashattn.presets import budget_options, options_of
-from hashattn.presets.written import parse
+from hashattn.presets.parsing import parse
 from hashattn.selectors import Selector
 from hashattn.selectors.observation_window import rescaled
 from hashattn.selectors.wrapper import Wrapper
@@ -231,7 +231,7 @@ def test_a_prompt_keeps_the_floor_beside_its_window(layers):
         attn = HashAttention(selector=selector, engine="reference")
         cache = attn.new_cache(1, 2, 16)
         cache.append(k, v)
-        attn.observe(q, cache, step=Step(3))
+        attn.accumulate(q, cache, step=Step(3))
         cache.append(k[:, :, :1], v[:, :, :1])
         _, selection = attn.run(q[:, :, :1], cache, step=Step(3))
         assert ((selection.ids >= 0).sum(-1) == kept + 1).all()
@@ -367,10 +367,10 @@ def test_a_wrapper_is_planned_as_what_it_wraps_whatever_it_calls_it(inner, expec
 
 def test_what_is_looked_at_is_counted_with_forced_keys_and_inside_others():
     refine = Refine(TopK(share=0.01, per="kv_head"), 4)
-    assert refine.looked_at(1010) == 41  # 4% of 1010, rounded once
-    assert (Sink(4) | Recent(64) | refine).looked_at(1000) == 68
-    assert Momentum(refine).looked_at(1000) == Reuse(refine, every=2).looked_at(1000) == 40
-    assert TopP(Refine(TopK(k=10), 3)).looked_at(1000) == 30 + 10
+    assert refine.keys_read(1010) == 41  # 4% of 1010, rounded once
+    assert (Sink(4) | Recent(64) | refine).keys_read(1000) == 68
+    assert Momentum(refine).keys_read(1000) == Reuse(refine, every=2).keys_read(1000) == 40
+    assert TopP(Refine(TopK(k=10), 3)).keys_read(1000) == 30 + 10
     attn = HashAttention(RANDOM, FlatHamming(), refine, engine="cpu")
     shape = {"q_heads": 8, "kv_heads": 2, "head_dim": 64, "keys": 10_000}
     plain = attn.replace(selector=refine.inner).explain(**shape)

@@ -115,17 +115,17 @@ def test_votes_follow_crops_reordered_rows_and_copies():
     for a, b in zip(expected[0], turned[0], strict=True):
         assert torch.allclose(a[rows], b, atol=1e-6)
     # what the cropped queries dropped is there again, and goes again with them
-    alive, (outs, masks) = twin.votes.of(55, twin.keys), decode(attn, copy.deepcopy(twin), q, k, v, 55, 57)
+    alive, (outs, masks) = twin.attention_sums.of(55, twin.keys), decode(attn, copy.deepcopy(twin), q, k, v, 55, 57)
     twin.crop(52)
-    assert len(twin.votes) == 52
-    assert ((twin.votes.of(52, twin.keys) == -torch.inf) < (alive[..., :52] == -torch.inf)).any()
+    assert len(twin.attention_sums) == 52
+    assert ((twin.attention_sums.of(52, twin.keys) == -torch.inf) < (alive[..., :52] == -torch.inf)).any()
     decode(attn, twin, q, k, v, 52, 55)
-    assert torch.equal(twin.votes.of(55, twin.keys) == -torch.inf, alive == -torch.inf)
+    assert torch.equal(twin.attention_sums.of(55, twin.keys) == -torch.inf, alive == -torch.inf)
     again = decode(attn, twin, q, k, v, 55, 57)
     assert all(torch.equal(a, b) for a, b in zip(masks, again[1], strict=True))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(outs, again[0], strict=True))
     twin.reset()
-    assert len(twin.votes) == 0
+    assert len(twin.attention_sums) == 0
 
 
 @settings(deadline=None, max_examples=6)
@@ -158,9 +158,9 @@ def test_queries_of_one_call_choose_as_they_do_one_at_a_time():
     for t in range(3):
         assert torch.equal(keep[:, :, t, : 41 + t], masks[t])
         assert torch.equal(output.out[:, :, t], outs[t][:, :, 0])
-    assert torch.equal(cache.votes.of(43, cache.keys), alone.votes.of(43, alone.keys))
+    assert torch.equal(cache.attention_sums.of(43, cache.keys), alone.attention_sums.of(43, alone.keys))
     attn.run(q[:, :, 42:43], cache)  # a query that is asked again does not vote again
-    assert torch.equal(cache.votes.of(43, cache.keys), alone.votes.of(43, alone.keys))
+    assert torch.equal(cache.attention_sums.of(43, cache.keys), alone.attention_sums.of(43, alone.keys))
 
 
 @settings(deadline=None, max_examples=5)
@@ -189,10 +189,10 @@ def test_it_needs_no_index_and_counts_its_votes():
     selector = Sink(4) | HeavyHitters(share=0.05)
     attn = composed(selector)
     assert eval(repr(attn)) == attn
-    assert (selector.ranked, selector.observes, selector.shared, selector.budget(100)) == (False, True, True, 5)
+    assert (selector.ranked, selector.accumulates, selector.shared, selector.budget(100)) == (False, True, True, 5)
     q, k, v = qkv(0, tokens=40, keys=40)
     cache = filled(attn, k, v, q)
-    assert cache.code_nbytes == cache.votes.nbytes > 0
+    assert cache.code_nbytes == cache.attention_sums.nbytes > 0
     plan = attn.explain(q_heads=4, kv_heads=2, head_dim=16, keys=1000)
     assert "HeavyHitters" in str(plan)
 

@@ -32,7 +32,7 @@ def composed(selector, engine="reference"):
 def prefilled(attn, q, k, v, start=None, layer=0):
     cache = attn.new_cache(k.shape[0], k.shape[1], k.shape[3])
     cache.append(k, v, start=start)
-    attn.observe(q, cache, step=Step(layer))
+    attn.accumulate(q, cache, step=Step(layer))
     return cache
 
 
@@ -110,7 +110,7 @@ def test_searches_change_nothing_and_a_second_prompt_chooses_again():
     q, k, v = qkv(3, 2, tokens=80, keys=80)
     attn = composed(ObservationWindow(k=20, **SMALL))
     cache = prefilled(attn, q[:, :, :60], k[:, :, :60], v[:, :, :60])
-    chosen = cache.votes.of(60, cache.keys) > -torch.inf
+    chosen = cache.attention_sums.of(60, cache.keys) > -torch.inf
     assert (chosen.sum(-1) == 20).all()
     cache.append(k[:, :, 60:64], v[:, :, 60:64])
     output, selection = attn.run(q[:, :, 60:64], cache)
@@ -118,14 +118,14 @@ def test_searches_change_nothing_and_a_second_prompt_chooses_again():
     seen = visible_mask(4, 64, [0, 0])
     expected = F.pad(chosen, (0, 4), value=True).repeat_interleave(2, 1).unsqueeze(2) & seen
     assert torch.equal(keep, expected)
-    assert len(cache.votes) == 60
+    assert len(cache.attention_sums) == 60
     exact = attention64(q[:, :, 60:64], k[:, :, :64], v[:, :, :64], keep)[0]
     assert (output.out - exact).abs().max() <= tolerance(q[:, :, 60:64], k[:, :, :64], v[:, :, :64], keep)
     cache.append(k[:, :, 64:80], v[:, :, 64:80])
     attn.run(q[:, :, 64:80], cache)
-    assert len(cache.votes) == 60  # what searches does not choose for others
-    attn.observe(q[:, :, 64:80], cache)
-    again = cache.votes.of(80, cache.keys) > -torch.inf
+    assert len(cache.attention_sums) == 60  # what searches does not choose for others
+    attn.accumulate(q[:, :, 64:80], cache)
+    again = cache.attention_sums.of(80, cache.keys) > -torch.inf
     assert (again.sum(-1) == 20).all()
     assert again[..., 72:].all()
     assert (again[..., :60] <= chosen).all()  # what was left out stays out
@@ -144,7 +144,8 @@ def test_the_choice_follows_crops_reordered_rows_and_copies():
     for other, of in ((saved, torch.arange(3)), (turned, rows)):
         other.append(k[of, :, 60:61], v[of, :, 60:61])
         assert torch.equal(
-            other.votes.of(60, other.keys) > -torch.inf, (cache.votes.of(60, cache.keys) > -torch.inf)[of]
+            other.attention_sums.of(60, other.keys) > -torch.inf,
+            (cache.attention_sums.of(60, cache.keys) > -torch.inf)[of],
         )
     cache.append(k[:, :, 60:], v[:, :, 60:])
     cache.crop(61)

@@ -144,7 +144,7 @@ def test_it_costs_what_inner_costs():
     assert (refine.budget(100), refine.critical(100), refine.shared) == (10, 10, True)
     assert eval(repr(refine)) == refine
     assert refine.rule(1) is None
-    assert (refine.looked_at(100), Refine(TopK(k=50), 3).looked_at(100)) == (40, 100)
+    assert (refine.keys_read(100), Refine(TopK(k=50), 3).keys_read(100)) == (40, 100)
     shape = {"q_heads": 4, "kv_heads": 2, "head_dim": 16, "keys": 1000}
     plans = [HashAttention(SHORT, FlatHamming(), s, engine="cpu").explain(**shape) for s in (refine.inner, refine)]
     assert plans[1].scan_bytes - plans[0].scan_bytes == 2 * 400 * 16 * 2  # KV heads, candidates, bfloat16 keys

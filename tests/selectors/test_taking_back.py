@@ -1,4 +1,4 @@
-"""Votes that are taken back: after any chunks, drafts and crops they are those of the columns that are left."""
+"""AttentionSums that are taken back: after any chunks, drafts and crops they are those of the columns that are left."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hashattn import ExactAttend, HashAttention, HeavyHitters, ObservationWindow, Recent, Sink
-from hashattn.core import votes
+from hashattn.core import attention_sums
 from hashattn.selectors import heavy_hitters
 from tests.structured import qkv, seeds
 
@@ -53,7 +53,7 @@ class Walk:
         self.came += [how] * (last - first)
         self.furthest = max(self.furthest, last)
         if how == DENSE:
-            self.attn.observe(q, self.cache)
+            self.attn.accumulate(q, self.cache)
             return None
         return self.attn.run(q, self.cache)[0].out
 
@@ -76,15 +76,15 @@ def straight(walk):
 
 
 def gone(cache):
-    return cache.votes.of(len(cache), cache.keys) == -torch.inf if len(cache) else None
+    return cache.attention_sums.of(len(cache), cache.keys) == -torch.inf if len(cache) else None
 
 
 @pytest.mark.parametrize("name", SELECTORS)
-@pytest.mark.parametrize("undo", [4, votes.UNDO])
+@pytest.mark.parametrize("undo", [4, attention_sums.UNDO])
 @settings(deadline=None, max_examples=12, derandomize=True)
 @given(seed=seeds, steps=walks, padding=st.sampled_from([0, 7]))
 def test_detours_leave_nothing(name, undo, seed, steps, padding):
-    before, votes.UNDO, heavy_hitters.UNDO = votes.UNDO, undo, undo
+    before, attention_sums.UNDO, heavy_hitters.UNDO = attention_sums.UNDO, undo, undo
     try:
         q, k, v = qkv(seed, 2, tokens=ROOM + 3, keys=ROOM + 3)
         walk = Walk(composed(SELECTORS[name]), (2 * q, k, v), torch.tensor([0, padding]))
@@ -110,7 +110,7 @@ def test_detours_leave_nothing(name, undo, seed, steps, padding):
             assert torch.equal(gone(walk.cache), gone(other.cache))
             assert torch.allclose(found, expected, atol=1e-5)
     finally:
-        votes.UNDO = heavy_hitters.UNDO = before
+        attention_sums.UNDO = heavy_hitters.UNDO = before
 
 
 @pytest.mark.parametrize("name", ["heavy hitters", "window"])
@@ -120,15 +120,15 @@ def test_what_is_no_longer_known_is_refused_and_says_what_to_do(name):
     cache = attn.new_cache(1, 2, 16)
     for first, last in ((0, 80), (80, 690)):
         cache.append(k[:, :, first:last], v[:, :, first:last])
-        attn.observe(q[:, :, first:last], cache)
+        attn.accumulate(q[:, :, first:last], cache)
     before = cache.state_dict()
     with pytest.raises(ValueError, match=r"length 200 .* should be a call of its own"):
         cache.crop(200)
     for key, x in cache.state_dict().items():
         assert torch.equal(x, before[key]) if isinstance(x, torch.Tensor) else x == before[key]
-    cache.crop(690 - votes.UNDO)
-    assert len(cache.votes.queries) <= 2 * votes.UNDO + 12  # what is remembered does not grow with the prompt
+    cache.crop(690 - attention_sums.UNDO)
+    assert len(cache.attention_sums.queries) <= 2 * attention_sums.UNDO + 12  # and does not grow with the prompt
     if name == "heavy hitters":
         cache.crop(80)  # a call began there
     cache.crop(0)
-    assert len(cache.votes) == 0
+    assert len(cache.attention_sums) == 0

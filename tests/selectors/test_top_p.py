@@ -173,8 +173,8 @@ def test_it_costs_what_its_candidates_cost():
     assert (top_p.budget(100), top_p.critical(100), top_p.shared, top_p.ranked) == (50, 50, True, True)
     assert eval(repr(top_p)) == top_p
     assert top_p.rule(1) is None
-    assert (top_p.looked_at(100), (Sink(1) | top_p).looked_at(100)) == (50, 50)
-    assert TopP(logits=LogitMap((1.0,), (0.0,))).looked_at(100) == TopP(p=1.0).looked_at(100) == 0
+    assert (top_p.keys_read(100), (Sink(1) | top_p).keys_read(100)) == (50, 50)
+    assert TopP(logits=LogitMap((1.0,), (0.0,))).keys_read(100) == TopP(p=1.0).keys_read(100) == 0
     assert not TopP().needs_weights
 
 

@@ -61,10 +61,10 @@ class ServedLayer:
         return self.why_dense if self.attn is None or self.why_dense is not None else why_never(self.attn)
 
     @property
-    def observes(self) -> bool:
+    def accumulates(self) -> bool:
         """Whether its selector wants to see every query."""
         selector = self.attn.selector if self.attn is not None and self.why_dense is None else None
-        return selector is not None and selector.observes
+        return selector is not None and selector.accumulates
 
 
 def layer_numbers(name: str, chosen: Any, modules: Collection[int], depth: int) -> list[int]:

@@ -95,8 +95,8 @@ class Simulation:
             before = previous[i] if i < len(previous) else None
             step = before.step(self.number) if before is not None else Step(self.number)
             output, selection = attn.run(part, cache, scale=self.scale, step=step, need_weights=wants)
-            if selector is not None and selector.observes and not selector.one_by_one:
-                attn.observe(part, cache, scale=self.scale, step=step)  # the next block's prompt ends here
+            if selector is not None and selector.accumulates and not selector.one_by_one:
+                attn.accumulate(part, cache, scale=self.scale, step=step)  # the next block's prompt ends here
             outs.append(output.out)
             lengths = visible_lengths(end, part.shape[2], self.starts)
             weights = output.weights if selection is not None else None

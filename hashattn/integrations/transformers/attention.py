@@ -116,7 +116,7 @@ class LayerCall:
 
     def _attend_densely(self, args: AttentionArguments, kv: KVCache | None, reason: str) -> tuple[Tensor, None]:
         if kv is not None:
-            self._observe(args, kv)
+            self._accumulate(args, kv)
         args = args.filled(kv)
         plain = args.mask is None or args.mask.dtype == torch.bool
         if kv is None or args.tokens > 1 or not plain:
@@ -177,15 +177,15 @@ class LayerCall:
         set_starts(kv, starts)
         return why_dense(self._searching(args.query), args.query, kv)
 
-    def _observe(self, args: AttentionArguments, kv: KVCache) -> None:
+    def _accumulate(self, args: AttentionArguments, kv: KVCache) -> None:
         """Show a dense call to a selector that looks back."""
-        if not self.served.observes:
+        if not self.served.accumulates:
             return
         starts, reason = self._read_rows(args, len(kv))
         if reason is None:
             set_starts(kv, starts)
             attn = self._searching(args.query)
-            attn.observe(args.query, kv, scale=args.scaling, step=Step(self.number))
+            attn.accumulate(args.query, kv, scale=args.scaling, step=Step(self.number))
 
     def _read_rows(self, args: AttentionArguments, keys: int) -> Rows:
         """The rows' first columns, and why the mask cannot be served (strict: raises ValueError)."""

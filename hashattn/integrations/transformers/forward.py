@@ -237,7 +237,7 @@ class Forward:
         batch, tokens = hidden.shape[:2]
         options = self.options
         searches = options.simulate or tokens <= options.max_sparse_q
-        asks = searches or served.observes or (options.strict and not one.mask_checked)
+        asks = searches or served.accumulates or (options.strict and not one.mask_checked)
         if served.why_never is not None or not asks or (layer is None and not options.simulate):
             return None
         if mask is not None and not isinstance(mask, Tensor):  # of which the module makes its own

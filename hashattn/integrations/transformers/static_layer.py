@@ -95,7 +95,7 @@ class HashedStaticLayer(HashedLayer):
         """Make the decoder ready, where what serves the layer can do without the host."""
         kv, attn = self.kv, served.attn
         assert attn is not None and kv is not None
-        if served.observes:
+        if served.accumulates:
             return  # it has to see every query
         query = kv.keys.new_empty((kv.batch, q_heads, 1, kv.head_dim))
         choice = for_graphs(attn, served.why_dense, query, kv)

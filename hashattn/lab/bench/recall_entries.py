@@ -17,7 +17,7 @@ from hashattn.index import Index
 from hashattn.lab.bench.recall_data import Layer
 from hashattn.lab.evaluation.contenders import Contender
 from hashattn.presets import PRESETS, budget_options, takes_budget
-from hashattn.presets.written import parse
+from hashattn.presets.parsing import parse
 
 Memo = dict[tuple[Any, ...], Encoder]
 
@@ -92,7 +92,7 @@ def entries(
     """Every preset at this budget where it takes one, and once more with the index where it fits; and remarks.
 
     Args:
-        presets: as :func:`hashattn.presets.written.parse` takes them; all of PRESETS by default.
+        presets: as :func:`hashattn.presets.parsing.parse` takes them; all of PRESETS by default.
         budget: share of the keys; None is each preset's own.
         index: as parse_index() takes it.
 

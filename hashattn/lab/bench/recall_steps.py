@@ -58,7 +58,7 @@ def decode(attn: HashAttention, layer: Layer, tokens: int, before: Sequence[Step
     keys, first = layer.k.shape[2], layer.k.shape[2] - tokens
     cache = attn.new_cache(1, layer.k.shape[1], layer.k.shape[3])
     cache.append(layer.k[:, :, :first], layer.v[:, :, :first])
-    looks_back = bool(getattr(attn.selector, "observes", False))
+    looks_back = attn.selector is not None and attn.selector.accumulates
     if looks_back:  # it is shown what full attention attends to
         attn.replace(engine="dense").run(layer.q[:, :, :first], cache, scale=layer.scale, step=Step(layer.number))
     cache.encode()

@@ -26,7 +26,7 @@ from hashattn.lab.workload.model import cache_argument, check_source, load
 from hashattn.lab.workload.prefill import ends_of, positions_of, prefill
 from hashattn.lab.workload.texts import read_text
 from hashattn.presets import budget_options
-from hashattn.presets.written import parse
+from hashattn.presets.parsing import parse
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -168,7 +168,7 @@ def encoder_options(preset: str, model: str | None, encoder: str | None) -> dict
     """The preset's option for fitted encoders: those named, else those that come with the library for its own model.
 
     Args:
-        preset: as :func:`hashattn.presets.written.parse` takes it. With options of its own it gets none unasked.
+        preset: as :func:`hashattn.presets.parsing.parse` takes it. With options of its own it gets none unasked.
         encoder: a folder, a name, "none" for unfitted ones, or None.
 
     Raises:

@@ -13,7 +13,7 @@ from hashattn.attention import HashAttention
 from hashattn.encoders.learned import LearnedHash
 from hashattn.fitted.saving import from_pretrained
 from hashattn.presets import budget_options, options_of, takes_budget
-from hashattn.presets.written import parse
+from hashattn.presets.parsing import parse
 
 FULL, EXACT = "full attention", "oracle_topk"
 DENSE = ("preset", "none")
@@ -76,7 +76,7 @@ def contenders(
     A preset that takes no budget is there once, with its own.
 
     Args:
-        presets: as :func:`hashattn.presets.written.parse` takes them.
+        presets: as :func:`hashattn.presets.parsing.parse` takes them.
         budgets: shares of the keys; None is each preset's own.
         dense: see :class:`Contender`.
         pretrained: fitted encoders for the presets that take some.

@@ -62,7 +62,7 @@ def last(text: Tensor, cache: DynamicCache, ids: Tensor, targets: Tensor) -> Con
 
 def looks_back(attn: HashAttention) -> bool:
     """Whether it chooses by what earlier calls attended to, so that it has to be there when a text is prefilled."""
-    return attn.selector is not None and attn.selector.observes
+    return attn.selector is not None and attn.selector.accumulates
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from hashattn.core.progress import bar
 from hashattn.core.types import Selection, Step
 from hashattn.encoders import Encoder, PerLayer
 from hashattn.encoders.sample import Sample
-from hashattn.fitted import stored
+from hashattn.fitted import encoder_weights
 from hashattn.fitted.calibration import Calibration
 from hashattn.index.view import View
 from hashattn.lab.kept import logits_of, seen_from
@@ -147,7 +147,7 @@ def fit_mixed(samples: Sequence[Sample], encoder: Encoder, *, share: float, seed
         torch.default_generator.manual_seed(seed)  # what is drawn and made is so on the CPU
         stage = MixedPrecision().to(q.device)
         stage.fit(q, k, encoder, positions=positions, critical=share / 2, share=share)
-    stored.round_weights(stage)
+    encoder_weights.round_weights(stage)
     return stage
 
 

@@ -20,7 +20,7 @@ from hashattn.encoders import Encoder
 from hashattn.encoders import fitting as learned
 from hashattn.encoders.learned import LearnedHash
 from hashattn.encoders.sample import Sample
-from hashattn.fitted import stored
+from hashattn.fitted import encoder_weights
 from hashattn.index import Index
 from hashattn.lab.learning.assemble import assemble
 from hashattn.lab.learning.fit_folder import FitFolder
@@ -173,7 +173,7 @@ def fit_layer(
                 where = f"it is in {str(good)!r}"
             raise Failure(f"layer {layer}: {error}. Its last good state: {where}") from error
         seen.restore(encoder)
-    stored.round_weights(encoder)  # from here on as it will be loaded
+    encoder_weights.round_weights(encoder)  # from here on as it will be loaded
     recall, mass = seen.judge(encoder)
     record = {"layer": layer, **seen.as_json(), "recall": recall, "mass": mass}
     record["seconds"] = round(time.perf_counter() - began, 2)

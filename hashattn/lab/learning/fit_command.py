@@ -15,7 +15,7 @@ from hashattn.lab.learning.fit_folder import FitFolder, read_asked
 from hashattn.lab.learning.recipe import ENCODERS, HEADS, Recipe
 from hashattn.lab.options import PRESET, add_device, add_numbers, add_words, begin, from_options, takes_long
 from hashattn.lab.report import aligned
-from hashattn.presets.written import parse
+from hashattn.presets.parsing import parse
 
 _WHOLE = {
     "bits": "length of a code, 8 to 1024",

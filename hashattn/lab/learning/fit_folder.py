@@ -16,7 +16,7 @@ from hashattn.core.files import locked, sha256
 from hashattn.core.json_files import is_number, read_json, write_json
 from hashattn.core.model_facts import ModelFacts
 from hashattn.encoders import Encoder
-from hashattn.fitted import stored
+from hashattn.fitted import encoder_weights
 
 RUN = "run.json"
 _FIGURES = ("recall", "mass", "seconds", "best_step")  # of a layer's record
@@ -96,8 +96,8 @@ class FitFolder:
         """Write a layer's weights, rounded to float16, and then its record. Returns the weights' file."""
         assert isinstance(encoder, nn.Module)
         weights, path = self._pair(layer, note)
-        tensor_files.write(weights, stored.tensors_of(encoder))
-        write_json(path, {**record, "encoder": stored.describe(encoder), "sha256": sha256(weights)})
+        tensor_files.write(weights, encoder_weights.tensors_of(encoder))
+        write_json(path, {**record, "encoder": encoder_weights.describe(encoder), "sha256": sha256(weights)})
         return weights
 
     def encoder(self, layer: int, facts: ModelFacts) -> Encoder:
@@ -112,8 +112,8 @@ class FitFolder:
             described = found["encoder"]
         except (OSError, KeyError, TypeError) as error:
             raise ValueError(f"{str(record)!r} describes no fitted layer: {error}") from error
-        held = stored.Weights(tensor_files.header(weights), lambda: tensor_files.read(weights))
-        return stored.restore(described, held, facts)
+        held = encoder_weights.Weights(tensor_files.header(weights), lambda: tensor_files.read(weights))
+        return encoder_weights.restore(described, held, facts)
 
     def _pair(self, layer: int, note: str = "") -> tuple[Path, Path]:
         stem = f"layer-{layer:02d}{note}"

@@ -12,10 +12,10 @@ from hashattn.attention import HashAttention
 from hashattn.core.budget import check_share
 from hashattn.encoders import ITQ, AsymmetricHash, Encoder, SymmetricHash
 from hashattn.encoders.losses import parse
-from hashattn.fitted import stored
+from hashattn.fitted import encoder_weights
 from hashattn.index import FlatHamming
 from hashattn.presets import build
-from hashattn.presets.written import parse as parse_preset
+from hashattn.presets.parsing import parse as parse_preset
 from hashattn.selectors import TopK
 
 ENCODERS = ("asymmetric", "symmetric", "itq")
@@ -110,7 +110,7 @@ class Recipe:
         if not isinstance(encoder, nn.Module) or not hasattr(encoder, "fit"):
             named = "none" if encoder is None else type(encoder).__name__
             raise ValueError(f"preset={self.preset!r} has nothing to fit: its encoder is {named}")
-        stored.check_class(encoder)
+        encoder_weights.check_class(encoder)
 
     def composition(self) -> HashAttention:
         """The preset's, or one that holds the encoder of layer 0 with the index for its codes."""
@@ -129,7 +129,7 @@ class Recipe:
         if self.preset is not None:
             encoder = self.composition().encoder
             assert encoder is not None
-            return stored.reseeded(encoder, seed)
+            return encoder_weights.reseeded(encoder, seed)
         if self.encoder == "itq":
             return ITQ(self.bits, query_bits=self.query_bits, seed=seed)
         if self.encoder == "symmetric":

@@ -11,7 +11,7 @@ import pytest
 from hashattn import HashAttention
 from hashattn.cli import parser
 from hashattn.lab.learning.fit_command import recipe_of
-from hashattn.presets.written import parse
+from hashattn.presets.parsing import parse
 
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "quality.py"
 

@@ -8,7 +8,7 @@ import torch
 from hashattn import PCA, HashAttention, ModelFacts, PerLayer, save_pretrained
 from hashattn.lab.evaluation.contenders import EXACT, Contender, contenders
 from hashattn.presets import budget_options, takes_budget
-from hashattn.presets.written import parse
+from hashattn.presets.parsing import parse
 
 
 def test_a_preset_is_written_with_options():

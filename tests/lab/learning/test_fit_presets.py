@@ -8,13 +8,13 @@ import torch
 from hashattn import HashAttention, PerLayer, from_pretrained
 from hashattn.cli import main
 from hashattn.encoders.learned import LearnedHash
-from hashattn.fitted.stored import reseeded
+from hashattn.fitted.encoder_weights import reseeded
 from hashattn.lab.bench.recall_entries import arguments
 from hashattn.lab.learning.fit import fit_layers, held_out
 from hashattn.lab.learning.recipe import SHAPE, Recipe
 from hashattn.lab.learning.shards import Shards
 from hashattn.lab.recall import recall_and_mass
-from hashattn.presets.written import parse
+from hashattn.presets.parsing import parse
 from tests.integrations.models import make as make_model
 from tests.lab.learning.shards import FACTS, LAYERS, make
 from tests.structured import qkv, raises_naming

@@ -13,7 +13,7 @@ from hashattn.ops.hamming import distances, unpack_bits
 
 
 @dataclass(frozen=True, eq=False)
-class Medium:
+class EstimateSamples:
     """The keys nearest to some queries by code, and what their estimates are made of.
 
     Attributes:
@@ -36,7 +36,7 @@ class Medium:
     seen: Tensor
     bits: int
 
-    def part(self, row: int, queries: Tensor) -> Medium:
+    def part(self, row: int, queries: Tensor) -> EstimateSamples:
         """Some queries of a batch row: [Hq, t, ...]."""
         names = ("true", "offset", "size", "agreement", "h_q", "codes", "medium", "seen")
         return replace(self, **{name: getattr(self, name)[row][:, queries] for name in names})
@@ -45,7 +45,7 @@ class Medium:
 @torch.no_grad()
 def nearest_of(
     q: Tensor, k: Tensor, encoder: MakesCodes, positions: Tensor | None, critical: float, share: float, scale: float
-) -> Medium:
+) -> EstimateSamples:
     """What MixedPrecision.fit looks at; its arguments are described there."""
     rows, tokens, keys = q.shape[0], q.shape[2], k.shape[2]
     if positions is None:
@@ -75,4 +75,6 @@ def nearest_of(
     true = ((queries.unsqueeze(-2) * found).sum(-1) * scale).masked_fill(~seen, -torch.inf)
     h_q = unpack_bits(signs, encoder.bits).float() * 2 - 1
     agreement = 1 - 2 * away.gather(-1, ids).float() / encoder.bits
-    return Medium(true, offset, size, agreement, h_q, h_k, medium.expand_as(true), seen.expand_as(true), encoder.bits)
+    return EstimateSamples(
+        true, offset, size, agreement, h_q, h_k, medium.expand_as(true), seen.expand_as(true), encoder.bits
+    )

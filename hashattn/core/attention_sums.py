@@ -1,4 +1,4 @@
-"""Votes: what past queries say of each key, and how a crop takes it back."""
+"""AttentionSums: what past queries say of each key, and how a crop takes it back."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 from hashattn.core.buffer import TokenBuffer
-from hashattn.core.queries import Queries
+from hashattn.core.latest_queries import LatestQueries
 from hashattn.core.types import Table
 
 DROPPED = float("-inf")
 NEVER = torch.iinfo(torch.int32).max  # instead of the column whose query left a key out
-UNDO = 256  # a crop can take back the votes of so many queries at least
+UNDO = 256  # a crop can take back the sums of so many queries at least
 MARKS = 16
 _ENTRIES = 1 << 22  # of a matrix of attention weights at a time
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
+class Attended:
     """A call, as a selector that looks back is shown it.
 
     Attributes:
-        votes: the cache's.
+        attention_sums: the cache's.
         q: [B, Hq, T, D], of its last T columns.
         keys: [B, Hkv, N, D].
         spans: [B][T], (first, end): the columns that each query sees.
@@ -33,18 +33,20 @@ class Shown:
         layer: number of the layer.
     """
 
-    votes: Votes
+    attention_sums: AttentionSums
     q: Tensor
     keys: Tensor
     spans: Table
     scale: float
     layer: int
 
-    def part(self, first: int, last: int) -> Shown:
+    def part(self, first: int, last: int) -> Attended:
         """The same of the queries first to last alone, with the columns up to theirs."""
         cut, keys = self.q.shape[2] - last, self.keys.shape[2]
         spans = [row[first:last] for row in self.spans]
-        return Shown(self.votes, self.q[:, :, first:last], self.keys[:, :, : keys - cut], spans, self.scale, self.layer)
+        return Attended(
+            self.attention_sums, self.q[:, :, first:last], self.keys[:, :, : keys - cut], spans, self.scale, self.layer
+        )
 
     @property
     def seen(self) -> Tensor | None:
@@ -70,27 +72,27 @@ class Prompt:
     most: int | None = None
 
 
-class Votes:
+class AttentionSums:
     """One number a key and KV head, and which keys were left out, by the query of which column: a KVCache owns it.
 
-    Whoever votes says so by column, so that a crop undoes what the cropped queries did: keys that they left out come
-    back, and their votes are taken back. For that the latest queries are kept, and sums of votes at some columns.
+    Whoever adds says so by column, so that a crop undoes what the cropped queries did: keys that they left out come
+    back, and what they gave is taken back. For that the latest queries are kept, and the sums at some columns.
 
     Attributes:
         queries: the latest ones.
         prompts: ascending.
-        marks: (column, votes before its query), ascending.
+        marks: (column, sums before its query), ascending.
     """
 
     def __init__(self, capacity: int | None = None) -> None:
         self._sums, self._left_out = TokenBuffer(capacity), TokenBuffer(capacity)
-        self.queries = Queries()
+        self.queries = LatestQueries()
         self.prompts: list[Prompt] = []
         self.marks: list[tuple[int, Tensor]] = []
         self._scale = 1.0
 
     def __len__(self) -> int:
-        """Keys that have been voted on: later ones are new."""
+        """Keys that have a sum: later ones are new."""
         return self._sums.length
 
     @property
@@ -103,7 +105,7 @@ class Votes:
         return self.sums(keys, like).masked_fill(self.left_out(keys, like) != NEVER, DROPPED)
 
     def sums(self, keys: int, like: Tensor) -> Tensor:
-        """The votes alone, float32 [B, Hkv, keys]."""
+        """The sums alone, float32 [B, Hkv, keys]."""
         return self._padded(self._sums, keys, torch.zeros(*like.shape[:2], keys, device=like.device))
 
     def left_out(self, keys: int, like: Tensor) -> Tensor:
@@ -122,10 +124,10 @@ class Votes:
         chosen = [prompt for prompt in self.prompts if prompt.most is not None]
         return (chosen[-1].most or 0) + keys - chosen[-1].end if chosen else None
 
-    # ---- those who add up votes
+    # ---- those who add
 
-    def add(self, shown: Shown, sums: Tensor, kept: Tensor | None) -> None:
-        """Add the votes of a call's queries, float32 [B, Hkv, N]; kept bool [B, Hkv, N] leaves the other keys out.
+    def add(self, shown: Attended, sums: Tensor, kept: Tensor | None) -> None:
+        """Add what a call's queries gave, float32 [B, Hkv, N]; kept bool [B, Hkv, N] leaves the other keys out.
 
         kept goes with a single query, and says also what it attended to.
         """
@@ -149,7 +151,7 @@ class Votes:
 
     # ---- those who choose at the end of a prompt
 
-    def extend(self, shown: Shown, window: int) -> None:
+    def extend(self, shown: Attended, window: int) -> None:
         """Add a call's columns to the prompt that they go on with, or begin one, whose last `window` queries choose."""
         tokens, keys, keep = shown.q.shape[2], shown.keys.shape[2], window + UNDO
         if self.prompts and self.prompts[-1].end == keys - tokens:
@@ -270,7 +272,7 @@ class Votes:
 
     # ---- inside
 
-    def _hear(self, shown: Shown, narrow: bool) -> None:
+    def _hear(self, shown: Attended, narrow: bool) -> None:
         ends = [max(row[t][1] for row in shown.spans) for t in range(shown.q.shape[2])]
         self.queries.append(shown.q, shown.keys.shape[2], ends, narrow)
         self._scale = shown.scale
@@ -284,7 +286,7 @@ class Votes:
             self._left_out.append(restored)
 
     def _since(self, column: int, keys: Tensor, starts: Sequence[int]) -> Tensor:
-        """The votes of the queries from this column on, as they were."""
+        """The sums of the queries from this column on, as they were."""
         q, ends, at, narrow = self.queries.within(column, keys.shape[2])
         if not at:
             return torch.zeros(*keys.shape[:3], device=keys.device)
@@ -295,7 +297,7 @@ class Votes:
         left_out = self.left_out(keys.shape[2], keys).unsqueeze(2)
         alone = torch.tensor(narrow, device=keys.device)[:, None]
         attended = ~alone | (left_out > torch.tensor(at, device=keys.device)[:, None])  # [B, Hkv, n, N]
-        return dense_votes(q, keys, seen & attended, self._scale)
+        return dense_sums(q, keys, seen & attended, self._scale)
 
     @staticmethod
     def _padded(buffer: TokenBuffer, keys: int, full: Tensor) -> Tensor:
@@ -306,7 +308,7 @@ class Votes:
 
 
 @torch.no_grad()
-def dense_votes(q: Tensor, k: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+def dense_sums(q: Tensor, k: Tensor, seen: Tensor | None, scale: float) -> Tensor:
     """Full attention's weights, summed over queries and the heads of a group: float32 [B, Hkv, N].
 
     Args:
@@ -314,21 +316,21 @@ def dense_votes(q: Tensor, k: Tensor, seen: Tensor | None, scale: float) -> Tens
         k: [B, Hkv, N, D].
         seen: bool [B, 1 or Hkv, T, N], which keys each query sees; None for all.
     """
-    votes = torch.zeros(*k.shape[:3], device=k.device)
+    sums = torch.zeros(*k.shape[:3], device=k.device)
     block = max(1, _ENTRIES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     for first in range(0, q.shape[2], block):
         part = q[:, :, first : first + block].float()
         logits = (part.unflatten(1, (k.shape[1], -1)) @ k.float().unsqueeze(2).transpose(-1, -2)) * scale
         if seen is not None:
             logits = logits.masked_fill(~seen[:, :, first : first + block].unsqueeze(2), -torch.inf)
-        votes += torch.softmax(logits, -1).nan_to_num(0.0).sum((2, 3))
-    return votes
+        sums += torch.softmax(logits, -1).nan_to_num(0.0).sum((2, 3))
+    return sums
 
 
 @torch.no_grad()
-def selected_votes(ids: Tensor, weights: Tensor, keys: int) -> Tensor:
+def selected_sums(ids: Tensor, weights: Tensor, keys: int) -> Tensor:
     """Weights [B, Hq, T, K] over the slots of ids [B, Hkv, T, K], summed likewise: float32 [B, Hkv, N]."""
     grouped = weights.unflatten(1, (ids.shape[1], -1)).sum(2).flatten(2)  # [B, Hkv, T*K]
     columns = torch.where(ids < 0, keys, ids).long().flatten(2)
-    votes = torch.zeros(*ids.shape[:2], keys + 1, device=ids.device)
-    return votes.scatter_add_(-1, columns, grouped.float().nan_to_num(0.0))[..., :keys]  # a broken query has no vote
+    sums = torch.zeros(*ids.shape[:2], keys + 1, device=ids.device)
+    return sums.scatter_add_(-1, columns, grouped.float().nan_to_num(0.0))[..., :keys]  # a broken query has no vote

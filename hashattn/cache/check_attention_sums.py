@@ -21,7 +21,7 @@ _TOGETHER = (  # all or none of each
 )  # fmt: skip
 
 
-def check_votes(state: Mapping[str, Any], batch: int, kv_heads: int, head_dim: int, columns: int) -> None:
+def check_attention_sums(state: Mapping[str, Any], batch: int, kv_heads: int, head_dim: int, columns: int) -> None:
     """Raise unless the votes, marks, prompts and queries in a state are those of a cache of so many columns.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hashattn.core.buffer import TokenBuffer
 
 
-class Queries:
+class LatestQueries:
     """Queries by the columns of their positions, ascending: [B, Hq, n, D].
 
     Attributes:
@@ -86,7 +86,7 @@ class Queries:
         self._held.select(rows)
 
     def state_dict(self) -> dict[str, Any]:
-        """As a part of Votes.state_dict."""
+        """As a part of AttentionSums.state_dict."""
         return {
             "votes_queries": self._held.view.clone(), "votes_columns": torch.tensor([self.at, self.ends, self.narrow]),
             "votes_known": self.known, "votes_wanted": self.wanted,
