@@ -114,9 +114,14 @@ class HashAttention:
         return self
 
     def new_cache(
-        self, batch: int, kv_heads: int, head_dim: int, *, capacity: int | None = None,
+        self,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        capacity: int | None = None,
         scratch: Scratch | None = None,
-    ) -> KVCache:  # fmt: skip
+    ) -> KVCache:
         """An empty cache for keys and values [batch, kv_heads, N, head_dim]; dtype and device come with the first keys.
 
         Args:
@@ -125,18 +130,31 @@ class HashAttention:
                 it and must run on one stream.
         """
         return KVCache(
-            batch, kv_heads, head_dim, encoder=self.encoder, index=self.index, norms=self.attend.needs_norms,
-            capacity=capacity, scratch=scratch,
-        )  # fmt: skip
+            batch,
+            kv_heads,
+            head_dim,
+            encoder=self.encoder,
+            index=self.index,
+            norms=self.attend.needs_norms,
+            capacity=capacity,
+            scratch=scratch,
+        )
 
     def decoder(self, cache: KVCache) -> Decoder:
         """Decode steps on a cache with a capacity that a CUDA graph can capture; see :class:`hashattn.Decoder`."""
         return Decoder(self.parts, cache, searches=self.searches)
 
     def __call__(
-        self, q: Tensor, k: Tensor | KVCache, v: Tensor | None = None, *, scale: float | None = None,
-        causal: bool = True, start: Tensor | None = None, validate: bool = False,
-    ) -> Tensor:  # fmt: skip
+        self,
+        q: Tensor,
+        k: Tensor | KVCache,
+        v: Tensor | None = None,
+        *,
+        scale: float | None = None,
+        causal: bool = True,
+        start: Tensor | None = None,
+        validate: bool = False,
+    ) -> Tensor:
         """Attend with queries to keys and values, or to a cache that holds them.
 
         Args:
@@ -172,9 +190,16 @@ class HashAttention:
         return self.run(q, cache, scale=scale, causal=causal)[0].out
 
     def run(
-        self, q: Tensor, cache: KVCache, *, scale: float | None = None, causal: bool = True, step: Step | None = None,
-        need_lse: bool = False, need_weights: bool = False,
-    ) -> tuple[Output, Selection | None]:  # fmt: skip
+        self,
+        q: Tensor,
+        cache: KVCache,
+        *,
+        scale: float | None = None,
+        causal: bool = True,
+        step: Step | None = None,
+        need_lse: bool = False,
+        need_weights: bool = False,
+    ) -> tuple[Output, Selection | None]:
         """Attend to a cache; returns the Output with what was asked for, and the Selection (None where it ran dense).
 
         Args:
@@ -193,7 +218,7 @@ class HashAttention:
 
     def accumulate(
         self, q: Tensor, cache: KVCache, *, scale: float | None = None, causal: bool = True, step: Step | None = None
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Show the selector what full attention of these queries, the cache's last positions, attends to.
 
         run() does so by itself; who attends elsewhere, as in a prefill, calls it. Most selectors look at nothing, and
@@ -248,9 +273,16 @@ class HashAttention:
             self.encoder.check_model(q.shape[1], cache.kv_heads, cache.head_dim)
 
     def explain(
-        self, *, batch: int = 1, q_heads: int, kv_heads: int, head_dim: int, keys: int, device: str = "cpu",
+        self,
+        *,
+        batch: int = 1,
+        q_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        keys: int,
+        device: str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
-    ) -> Plan:  # fmt: skip
+    ) -> Plan:
         """The query plan of one decode step of one layer: engines, bytes against dense, memory of codes, crossover."""
         sizes = {"batch": batch, "q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim, "keys": keys}
         batch, q_heads, kv_heads, head_dim, keys = (check_int(name, size, 1) for name, size in sizes.items())

@@ -68,11 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The argument parser with all commands."""
     top = argparse.ArgumentParser(
-        prog="hashattn", description="Attention as search over hashed keys.",
+        prog="hashattn",
+        description="Attention as search over hashed keys.",
         epilog="hashattn COMMAND --help lists the options of one. Exit status: 0; 2 for what cannot be used;\n"
         "1 for what failed; 130 and 143 if stopped by Ctrl-C and SIGTERM.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     top.add_argument("--version", action="version", version=_versions(), help="show versions and exit")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for module in (demo, presets, explain_command, capture_command, fit_command, evaluation, bench):

@@ -50,9 +50,16 @@ class Attend(ABC):
 
     @abstractmethod
     def attend(
-        self, q: Tensor, cache: Keys, selection: Selection | None, scale: float, *, view: View | None = None,
-        need_lse: bool = False, need_weights: bool = False,
-    ) -> Output:  # fmt: skip
+        self,
+        q: Tensor,
+        cache: Keys,
+        selection: Selection | None,
+        scale: float,
+        *,
+        view: View | None = None,
+        need_lse: bool = False,
+        need_weights: bool = False,
+    ) -> Output:
         """Attend with queries [B, Hq, T, D] to the selected keys of the cache.
 
         Args:

@@ -23,17 +23,30 @@ class DenseAttend(Attend):
     needs_selection = False
 
     def attend(
-        self, q: Tensor, cache: Keys, selection: Selection | None, scale: float, *, view: View | None = None,
-        need_lse: bool = False, need_weights: bool = False,
-    ) -> Output:  # fmt: skip
+        self,
+        q: Tensor,
+        cache: Keys,
+        selection: Selection | None,
+        scale: float,
+        *,
+        view: View | None = None,
+        need_lse: bool = False,
+        need_weights: bool = False,
+    ) -> Output:
         seen = cache.seen(q.shape[2])
         return dense(q, cache.keys, cache.values, seen, scale, need_lse=need_lse, need_weights=need_weights)
 
 
 def dense(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, *, need_lse: bool = False,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor | None,
+    scale: float,
+    *,
+    need_lse: bool = False,
     need_weights: bool = False,
-) -> Output:  # fmt: skip
+) -> Output:
     """Full attention of queries [B, Hq, T, D] to k, v [B, Hkv, N, D].
 
     A key that a query does not see matters to it in no way, also where it is NaN or inf; see :func:`masked` for a
@@ -64,9 +77,15 @@ def dense(
 
 
 def masked(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, *, need_lse: bool = False,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor | None,
+    scale: float,
+    *,
+    need_lse: bool = False,
     need_weights: bool = False,
-) -> Output:  # fmt: skip
+) -> Output:
     """The same without a look at values: keys that are not seen must be finite."""
     batch, q_heads, tokens, dim = q.shape
     kv_heads, keys = k.shape[1:3]

@@ -24,9 +24,16 @@ class ExactAttend(Attend):
         return True
 
     def attend(
-        self, q: Tensor, cache: Keys, selection: Selection | None, scale: float, *, view: View | None = None,
-        need_lse: bool = False, need_weights: bool = False,
-    ) -> Output:  # fmt: skip
+        self,
+        q: Tensor,
+        cache: Keys,
+        selection: Selection | None,
+        scale: float,
+        *,
+        view: View | None = None,
+        need_lse: bool = False,
+        need_weights: bool = False,
+    ) -> Output:
         if selection is None:
             raise ValueError("ExactAttend needs a selection; DenseAttend does without")
         keys, values = cache.storage("keys"), cache.storage("values")
@@ -35,7 +42,14 @@ class ExactAttend(Attend):
         logits = ops.logits(q, keys, selection.ids, scale, rows=rows, host=host)
         return Output(
             *ops.weigh(
-                logits, values, selection.ids, q.dtype, log_weights=selection.log_weights,
-                rows=rows, need_lse=need_lse, need_weights=need_weights, host=host,
+                logits,
+                values,
+                selection.ids,
+                q.dtype,
+                log_weights=selection.log_weights,
+                rows=rows,
+                need_lse=need_lse,
+                need_weights=need_weights,
+                host=host,
             )
-        )  # fmt: skip
+        )

@@ -65,9 +65,16 @@ class MixedPrecision(nn.Module, Attend):
         self.residual: CodeResidual | None = None
 
     def attend(
-        self, q: Tensor, cache: Keys, selection: Selection | None, scale: float, *, view: View | None = None,
-        need_lse: bool = False, need_weights: bool = False,
-    ) -> Output:  # fmt: skip
+        self,
+        q: Tensor,
+        cache: Keys,
+        selection: Selection | None,
+        scale: float,
+        *,
+        view: View | None = None,
+        need_lse: bool = False,
+        need_weights: bool = False,
+    ) -> Output:
         if selection is None:
             raise ValueError("MixedPrecision needs a selection; DenseAttend does without")
         ids, tier, keys, values = selection.ids, selection.tier, cache.storage("keys"), cache.storage("values")
@@ -92,10 +99,16 @@ class MixedPrecision(nn.Module, Attend):
                 logits = exact
         return Output(
             *ops.weigh(
-                logits, values, ids, q.dtype, log_weights=selection.log_weights, need_lse=need_lse,
-                need_weights=need_weights, host=host,
+                logits,
+                values,
+                ids,
+                q.dtype,
+                log_weights=selection.log_weights,
+                need_lse=need_lse,
+                need_weights=need_weights,
+                host=host,
             )
-        )  # fmt: skip
+        )
 
     @property
     def fused(self) -> bool:
@@ -110,9 +123,18 @@ class MixedPrecision(nn.Module, Attend):
 
     @lasting
     def fit(
-        self, q: Tensor, k: Tensor, encoder: MakesCodes, *, positions: Tensor | None = None, critical: float = 0.05,
-        share: float = 0.1, scale: float | None = None, steps: int = 200, queries: int = 8,
-    ) -> MixedPrecision:  # fmt: skip
+        self,
+        q: Tensor,
+        k: Tensor,
+        encoder: MakesCodes,
+        *,
+        positions: Tensor | None = None,
+        critical: float = 0.05,
+        share: float = 0.1,
+        scale: float | None = None,
+        steps: int = 200,
+        queries: int = 8,
+    ) -> MixedPrecision:
         """Fit a and the residual, so that softmax weights over critical and medium keys change least. Returns itself.
 
         What is minimised is KL(true || mixed) over the nearest keys of each query: a few logits that are estimated

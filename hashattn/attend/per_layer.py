@@ -44,7 +44,14 @@ class PerLayerAttend(nn.Module, Attend):
         return stage
 
     def attend(
-        self, q: Tensor, cache: Keys, selection: Selection | None, scale: float, *, view: View | None = None,
-        need_lse: bool = False, need_weights: bool = False,
-    ) -> Output:  # fmt: skip
+        self,
+        q: Tensor,
+        cache: Keys,
+        selection: Selection | None,
+        scale: float,
+        *,
+        view: View | None = None,
+        need_lse: bool = False,
+        need_weights: bool = False,
+    ) -> Output:
         raise TypeError("PerLayerAttend holds one stage a layer: call attn.layer(i), and attend with that")

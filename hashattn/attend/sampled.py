@@ -36,9 +36,16 @@ class SampledAttend(Attend):
         return False
 
     def attend(
-        self, q: Tensor, cache: Keys, selection: Selection | None, scale: float, *, view: View | None = None,
-        need_lse: bool = False, need_weights: bool = False,
-    ) -> Output:  # fmt: skip
+        self,
+        q: Tensor,
+        cache: Keys,
+        selection: Selection | None,
+        scale: float,
+        *,
+        view: View | None = None,
+        need_lse: bool = False,
+        need_weights: bool = False,
+    ) -> Output:
         if selection is None:
             raise ValueError("SampledAttend needs a selection; DenseAttend does without")
         ids, log_weights = selection.ids, selection.log_weights
@@ -53,9 +60,15 @@ class SampledAttend(Attend):
             own = -found.clamp(min=torch.finfo(torch.float32).tiny).log().float().masked_fill(~sampled, 0)
             log_weights = own if log_weights is None else log_weights + own
         out, lse, weights = ops.weigh(
-            logits, values, ids, q.dtype, log_weights=log_weights, need_lse=need_lse,
-            need_weights=need_weights or self.errors, host=host,
-        )  # fmt: skip
+            logits,
+            values,
+            ids,
+            q.dtype,
+            log_weights=log_weights,
+            need_lse=need_lse,
+            need_weights=need_weights or self.errors,
+            host=host,
+        )
         if not self.errors:
             return Output(out, lse, weights)
         assert weights is not None

@@ -16,7 +16,7 @@ from hashattn.cache.check_state import Shape, check_state
 from hashattn.cache.device_state import DeviceState
 from hashattn.core.attention_sums import AttentionSums
 from hashattn.core.buffer import TokenBuffer
-from hashattn.core.checks import as_rows, check_int, check_kv, check_query, check_start, row_index
+from hashattn.core.checks import check_int, check_kv, check_query, check_start, row_index, row_order
 from hashattn.core.guard import Guard, guarded
 from hashattn.core.lasting import lasting
 from hashattn.core.types import Table
@@ -282,12 +282,7 @@ class KVCache:
         Raises:
             TypeError, ValueError: as select_rows(); a mask; another number of rows.
         """
-        given = as_rows(rows)
-        if given.dtype == torch.bool:
-            raise TypeError(f"rows must be numbers of rows, got the mask {given.tolist()}, which tells no order")
-        if given.shape != (self.batch,):
-            raise ValueError(f"rows must have shape ({self.batch},), got {(*given.shape,)}")
-        self.select_rows(given)
+        self.select_rows(row_order(rows, self.batch))
 
     def repeat(self, times: int) -> None:
         """Repeat every row `times` times, next to each other."""

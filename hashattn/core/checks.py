@@ -177,6 +177,16 @@ def row_index(rows: Tensor | Sequence[int] | Sequence[bool], batch: int) -> Tens
     return given.long()
 
 
+def row_order(rows: Tensor | Sequence[int], batch: int) -> Tensor:
+    """As many row numbers as there are rows; raises TypeError or ValueError for a mask or another number of them."""
+    given = as_rows(rows)
+    if given.dtype == torch.bool:
+        raise TypeError(f"rows must be numbers of rows, got the mask {given.tolist()}, which tells no order")
+    if given.shape != (batch,):
+        raise ValueError(f"rows must have shape ({batch},), got {(*given.shape,)}")
+    return given
+
+
 def check_start(start: Tensor, batch: int, columns: int) -> list[int]:
     """First columns of rows, int [batch], as numbers; ValueError unless each is one of so many columns or the end."""
     if not isinstance(start, Tensor) or start.shape != (batch,) or start.dtype not in _INTEGERS:

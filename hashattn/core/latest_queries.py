@@ -88,9 +88,11 @@ class LatestQueries:
     def state_dict(self) -> dict[str, Any]:
         """As a part of AttentionSums.state_dict."""
         return {
-            "votes_queries": self._held.view.clone(), "votes_columns": torch.tensor([self.at, self.ends, self.narrow]),
-            "votes_known": self.known, "votes_wanted": self.wanted,
-        }  # fmt: skip
+            "votes_queries": self._held.view.clone(),
+            "votes_columns": torch.tensor([self.at, self.ends, self.narrow]),
+            "votes_known": self.known,
+            "votes_wanted": self.wanted,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.at, self.ends, narrow = state["votes_columns"].tolist()

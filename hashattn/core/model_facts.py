@@ -11,9 +11,12 @@ from hashattn.core.json_files import whole_number
 
 # Of files: more than any model has, and little enough to try an encoder on such heads.
 _COUNTS = {
-    "layers": (1, 10_000), "q_heads": (1, 1024), "kv_heads": (1, 1024), "head_dim": (1, 4096),
+    "layers": (1, 10_000),
+    "q_heads": (1, 1024),
+    "kv_heads": (1, 1024),
+    "head_dim": (1, 4096),
     "vocab_size": (0, 1 << 31),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

@@ -121,9 +121,19 @@ class Run:
     """One optimisation: its optimiser, its schedule and its random numbers."""
 
     def __init__(
-        self, encoder: Learner, samples: Sequence[Sample], weights: dict[str, float], steps: int, queries: int,
-        keys: int, lr: float, temperature: float, scale: float, continuation: float, seed: int,
-    ) -> None:  # fmt: skip
+        self,
+        encoder: Learner,
+        samples: Sequence[Sample],
+        weights: dict[str, float],
+        steps: int,
+        queries: int,
+        keys: int,
+        lr: float,
+        temperature: float,
+        scale: float,
+        continuation: float,
+        seed: int,
+    ) -> None:
         questions = [asked for sample in samples if (asked := sample.question()) is not None and teaches(asked)]
         self.encoder, self.samples, self.weights, self.steps = encoder, [*samples, *questions], weights, steps
         self.queries, self.keys, self.temperature, self.scale = queries, keys, temperature, scale
@@ -181,9 +191,18 @@ class Run:
         with torch.no_grad():
             teacher = grouped_product(q, k) * self.scale
         return Batch(
-            teacher, student * self.log_scale.exp(), seen, v_q, v_k, h_q, h_k, self.temperature, generator, self.unit,
+            teacher,
+            student * self.log_scale.exp(),
+            seen,
+            v_q,
+            v_k,
+            h_q,
+            h_k,
+            self.temperature,
+            generator,
+            self.unit,
             encoder.key_net.skip,
-        )  # fmt: skip
+        )
 
     def _relax(self, v: Tensor, done: float) -> Tensor:
         if done < self.continuation:

@@ -119,9 +119,15 @@ class Prepared:
     @classmethod
     @lasting
     def of(
-        cls, parts: Parts, cache: KVCache, shape: tuple[int, int], length: Tensor, *, causal: bool = True,
+        cls,
+        parts: Parts,
+        cache: KVCache,
+        shape: tuple[int, int],
+        length: Tensor,
+        *,
+        causal: bool = True,
         centre: Tensor | None = None,
-    ) -> Prepared:  # fmt: skip
+    ) -> Prepared:
         """A step of so many (query heads, queries), of parts that are served.
 
         Args:

@@ -58,9 +58,14 @@ class Pretrained:
 
 
 def save_pretrained(
-    part: HashAttention | PerLayer, folder: str | Path, *, facts: ModelFacts | None = None,
-    calibration: Calibration | None = None, fitted_on: Any = None, dtype: str = "float16",
-) -> Path:  # fmt: skip
+    part: HashAttention | PerLayer,
+    folder: str | Path,
+    *,
+    facts: ModelFacts | None = None,
+    calibration: Calibration | None = None,
+    fitted_on: Any = None,
+    dtype: str = "float16",
+) -> Path:
     """Write fitted encoders to a folder: config.json and weights.safetensors. Other files in it stay as they are.
 
     Whenever it is stopped, the folder holds what it held before, or all of what is new. Weights are rounded to `dtype`;
@@ -108,15 +113,23 @@ def save_pretrained(
     data = tensor_files.packed(tensors)
     sha256 = hashlib.sha256(data).hexdigest()
     config = {
-        "format_version": FORMAT_VERSION, "library_version": __version__, "model": facts.as_json(),
-        "bits": encoder.bits, "bit_order": BIT_ORDER, "post_rope": True, "encoders": described,
+        "format_version": FORMAT_VERSION,
+        "library_version": __version__,
+        "model": facts.as_json(),
+        "bits": encoder.bits,
+        "bit_order": BIT_ORDER,
+        "post_rope": True,
+        "encoders": described,
         "dense_layers": list(Pretrained(encoder, facts).dense_layers),
         "calibration": {
-            "consensus": calibration.consensus, "momentum": calibration.momentum,
+            "consensus": calibration.consensus,
+            "momentum": calibration.momentum,
             "mixed": {str(i): {"hidden": stage.hidden} for i, stage in calibration.mixed.items()},
         },
-        "fitted_on": fitted_on, "dtype": dtype, "weights_sha256": sha256,
-    }  # fmt: skip
+        "fitted_on": fitted_on,
+        "dtype": dtype,
+        "weights_sha256": sha256,
+    }
     parse_json(json.dumps(config, allow_nan=False))  # what could not be read again is not written
     ModelFacts.from_json(config["model"])
     folder.mkdir(parents=True, exist_ok=True)

@@ -35,9 +35,7 @@ class FaissStore(Store):
         crops: whether it can remove its last keys; it is made anew otherwise.
     """
 
-    def __init__(
-        self, make: Callable[[int, bool], Any], needed: int, crops: bool, capacity: int | None = None
-    ) -> None:  # fmt: skip
+    def __init__(self, make: Callable[[int, bool], Any], needed: int, crops: bool, capacity: int | None = None) -> None:
         super().__init__(capacity)
         self._make, self._needed, self._crops = make, needed, crops
         self._searchers: dict[tuple[int, int], Searcher] = {}

@@ -55,9 +55,13 @@ def pyramidkv(
 
 
 def twilight(
-    *, p: float = 0.85, page: int = 16, share: float = 0.25, dense_layers: tuple[int, ...] = (0, 1),
+    *,
+    p: float = 0.85,
+    page: int = 16,
+    share: float = 0.25,
+    dense_layers: tuple[int, ...] = (0, 1),
     engine: str = "auto",
-) -> HashAttention:  # fmt: skip
+) -> HashAttention:
     """Twilight (arXiv 2502.02770) over Quest: of a quarter of the keys, the fewest that hold 85% of their attention.
 
     The candidates' logits are exact; the paper's come from a 4-bit copy of the keys.
@@ -73,9 +77,16 @@ def twilight(
 
 
 def vattention(
-    *, bits: int = 128, query_bits: int = 4, share: float = 0.05, tail: float = 0.05, sinks: int = 4, recent: int = 64,
-    dense_layers: tuple[int, ...] = (0, 1), engine: str = "auto",
-) -> HashAttention:  # fmt: skip
+    *,
+    bits: int = 128,
+    query_bits: int = 4,
+    share: float = 0.05,
+    tail: float = 0.05,
+    sinks: int = 4,
+    recent: int = 64,
+    dense_layers: tuple[int, ...] = (0, 1),
+    engine: str = "auto",
+) -> HashAttention:
     """vAttention, "Verified Sparse Attention" (arXiv 2510.05688): top keys, and a sample that stands for the rest.
 
     The top keys come from SimHash here; the paper takes any base. The size of the sample is given, where the paper
@@ -93,9 +104,13 @@ def vattention(
 
 
 def oracle_topk(
-    *, share: float = 0.05, sinks: int = 4, recent: int = 64, dense_layers: tuple[int, ...] = (0, 1),
+    *,
+    share: float = 0.05,
+    sinks: int = 4,
+    recent: int = 64,
+    dense_layers: tuple[int, ...] = (0, 1),
     engine: str = "auto",
-) -> HashAttention:  # fmt: skip
+) -> HashAttention:
     """The oracle: exact inner products rank the keys. What every encoder is measured against; it saves no reading."""
     return HashAttention(
         encoder=Identity(),

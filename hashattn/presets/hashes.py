@@ -19,9 +19,13 @@ from hashattn.selectors import CollisionSample, Recent, Sink, TopK
 
 
 def hata(
-    *, bits: int = 128, k: int = 512, heads: int | None = None, dense_layers: tuple[int, ...] = (0, 1),
+    *,
+    bits: int = 128,
+    k: int = 512,
+    heads: int | None = None,
+    dense_layers: tuple[int, ...] = (0, 1),
     engine: str = "auto",
-) -> HashAttention:  # fmt: skip
+) -> HashAttention:
     """HATA, "Trainable and Hardware-Efficient Hash-Aware Top-k Attention" (arXiv 2506.02572).
 
     One learned linear hash for queries and keys, 128 bits; Hamming distances summed over a KV head's queries; top 512
@@ -40,9 +44,14 @@ def hata(
 
 
 def hashattention(
-    *, bits: int = 32, k: int = 512, sinks: int = 128, recent: int = 128, heads: int | None = None,
+    *,
+    bits: int = 32,
+    k: int = 512,
+    sinks: int = 128,
+    recent: int = 128,
+    heads: int | None = None,
     engine: str = "auto",
-) -> HashAttention:  # fmt: skip
+) -> HashAttention:
     """HashAttention, "Semantic Sparsity for Faster Inference" (arXiv 2412.14468).
 
     MLPs d-128-128-32 for queries and keys; 128 sinks and 128 recent keys beside the top-k. The paper trains a pair per
@@ -59,9 +68,13 @@ def hashattention(
 
 
 def spotlight(
-    *, bits: int = 128, share: float = 0.02, hidden: int = 128, dense_layers: tuple[int, ...] = (0, 1),
+    *,
+    bits: int = 128,
+    share: float = 0.02,
+    hidden: int = 128,
+    dense_layers: tuple[int, ...] = (0, 1),
     engine: str = "auto",
-) -> HashAttention:  # fmt: skip
+) -> HashAttention:
     """Spotlight Attention (arXiv 2508.19740): MLP hashes fitted by ranking (the default loss); the nearest 2% exactly.
 
     The authors' code for LLaMA has a residual MLP 128-128-128 with SiLU for each query head, shared by queries and
@@ -79,9 +92,15 @@ def spotlight(
 
 
 def simhash_topk(
-    *, bits: int = 128, query_bits: int = 1, share: float = 0.05, sinks: int = 4, recent: int = 64,
-    dense_layers: tuple[int, ...] = (0, 1), engine: str = "auto",
-) -> HashAttention:  # fmt: skip
+    *,
+    bits: int = 128,
+    query_bits: int = 1,
+    share: float = 0.05,
+    sinks: int = 4,
+    recent: int = 64,
+    dense_layers: tuple[int, ...] = (0, 1),
+    engine: str = "auto",
+) -> HashAttention:
     """Random hyperplanes on centred keys (Charikar, STOC 2002) and exact attention to the nearest keys; no training."""
     return HashAttention(
         encoder=SimHash(bits, query_bits),
@@ -94,9 +113,15 @@ def simhash_topk(
 
 
 def itq(
-    *, bits: int = 128, query_bits: int = 4, share: float = 0.05, sinks: int = 4, recent: int = 64,
-    dense_layers: tuple[int, ...] = (0, 1), engine: str = "auto",
-) -> HashAttention:  # fmt: skip
+    *,
+    bits: int = 128,
+    query_bits: int = 4,
+    share: float = 0.05,
+    sinks: int = 4,
+    recent: int = 64,
+    dense_layers: tuple[int, ...] = (0, 1),
+    engine: str = "auto",
+) -> HashAttention:
     """Iterative quantisation (Gong & Lazebnik, CVPR 2011): principal axes, rotated to be near their signs.
 
     Queries are scored as multi-bit vectors, which the paper's symmetric codes are not: query_bits=1 is the original.
@@ -112,9 +137,14 @@ def itq(
 
 
 def spectral(
-    *, bits: int = 128, share: float = 0.05, sinks: int = 4, recent: int = 64, dense_layers: tuple[int, ...] = (0, 1),
+    *,
+    bits: int = 128,
+    share: float = 0.05,
+    sinks: int = 4,
+    recent: int = 64,
+    dense_layers: tuple[int, ...] = (0, 1),
     engine: str = "auto",
-) -> HashAttention:  # fmt: skip
+) -> HashAttention:
     """Spectral hashing (Weiss, Torralba & Fergus, NIPS 2008): signs of sinusoids along principal axes.
 
     It is made for neighbours in space. Queries are no keys: they are scaled to the keys' size first, which is ours.
@@ -130,9 +160,15 @@ def spectral(
 
 
 def alsh(
-    *, bits: int = 128, query_bits: int = 1, share: float = 0.05, sinks: int = 4, recent: int = 64,
-    dense_layers: tuple[int, ...] = (0, 1), engine: str = "auto",
-) -> HashAttention:  # fmt: skip
+    *,
+    bits: int = 128,
+    query_bits: int = 1,
+    share: float = 0.05,
+    sinks: int = 4,
+    recent: int = 64,
+    dense_layers: tuple[int, ...] = (0, 1),
+    engine: str = "auto",
+) -> HashAttention:
     """Simple-LSH for true inner products (Neyshabur & Srebro, ICML 2015), after ALSH (Shrivastava & Li, NIPS 2014).
 
     Keys get one more coordinate, which makes their norms equal, and then random planes. Keys longer than the largest
@@ -149,9 +185,15 @@ def alsh(
 
 
 def reformer(
-    *, rounds: int = 16, buckets: int = 64, share: float = 0.05, sinks: int = 4, recent: int = 64,
-    dense_layers: tuple[int, ...] = (0, 1), engine: str = "auto",
-) -> HashAttention:  # fmt: skip
+    *,
+    rounds: int = 16,
+    buckets: int = 64,
+    share: float = 0.05,
+    sinks: int = 4,
+    recent: int = 64,
+    dense_layers: tuple[int, ...] = (0, 1),
+    engine: str = "auto",
+) -> HashAttention:
     """Reformer's hash (Kitaev et al., arXiv 2001.04451): the largest coordinate after a random rotation, in rounds.
 
     Keys are ranked by the rounds in which they share the query's bucket. The original attends within sorted chunks of
@@ -168,9 +210,14 @@ def reformer(
 
 
 def magicpig(
-    *, tables: int = 150, bits: int = 10, sinks: int = 4, recent: int = 64, dense_layers: tuple[int, ...] = (0, 16),
+    *,
+    tables: int = 150,
+    bits: int = 10,
+    sinks: int = 4,
+    recent: int = 64,
+    dense_layers: tuple[int, ...] = (0, 16),
     engine: str = "auto",
-) -> HashAttention:  # fmt: skip
+) -> HashAttention:
     """MagicPIG, "LSH Sampling for Efficient LLM Generation" (arXiv 2410.16179): L=150 tables of K=10 bits.
 
     Keys that collide with the query in two tables are sampled and weighed by the probability of that. How many is up to

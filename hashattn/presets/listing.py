@@ -81,9 +81,15 @@ def _line(name: str, package: str) -> Line:
         about, options, attn = inspect.getdoc(preset(name)) or "", options_of(name), build(name)
         paper = re.search(r"arXiv \d{4}\.\d{4,5}", about)
         return Line(
-            name, about.partition("\n")[0], paper.group() if paper else "", package, _to_fit(attn),
-            takes_budget(name), engines_here(attn), options,
-        )  # fmt: skip
+            name,
+            about.partition("\n")[0],
+            paper.group() if paper else "",
+            package,
+            _to_fit(attn),
+            takes_budget(name),
+            engines_here(attn),
+            options,
+        )
     except Exception as error:  # what another package's code raises has no bounds, and the others are to be listed
         if package == "hashattn":
             raise

@@ -13,9 +13,15 @@ from hashattn.selectors import Recent, Selector, Sink, TopK
 
 
 def pqcache(
-    *, subquantisers: int = 2, sub_bits: int = 6, share: float = 0.2, sinks: int = 32, recent: int = 32,
-    dense_layers: tuple[int, ...] = (), engine: str = "auto",
-) -> HashAttention:  # fmt: skip
+    *,
+    subquantisers: int = 2,
+    sub_bits: int = 6,
+    share: float = 0.2,
+    sinks: int = 32,
+    recent: int = 32,
+    dense_layers: tuple[int, ...] = (),
+    engine: str = "auto",
+) -> HashAttention:
     """PQCache (arXiv 2407.12820): product quantisation of the keys, inner products from lookup tables.
 
     The paper clusters at each prefill; here codebooks are fitted beforehand, and serve every text. A code takes a byte
@@ -33,9 +39,14 @@ def pqcache(
 
 
 def quest(
-    *, page: int = 16, share: float = 0.05, sinks: int = 0, recent: int = 0, dense_layers: tuple[int, ...] = (0, 1),
+    *,
+    page: int = 16,
+    share: float = 0.05,
+    sinks: int = 0,
+    recent: int = 0,
+    dense_layers: tuple[int, ...] = (0, 1),
     engine: str = "auto",
-) -> HashAttention:  # fmt: skip
+) -> HashAttention:
     """Quest, "Query-Aware Sparsity" (arXiv 2406.10774): pages by the largest inner product they can hold.
 
     Pages of 16 keys, layers 0 and 1 dense. Budgets count keys here, so that the last page may be kept in part. The
@@ -53,9 +64,14 @@ def quest(
 
 
 def rabitq(
-    *, bits: int = 0, share: float = 0.05, sinks: int = 4, recent: int = 64, dense_layers: tuple[int, ...] = (0, 1),
+    *,
+    bits: int = 0,
+    share: float = 0.05,
+    sinks: int = 4,
+    recent: int = 64,
+    dense_layers: tuple[int, ...] = (0, 1),
     engine: str = "auto",
-) -> HashAttention:  # fmt: skip
+) -> HashAttention:
     """RaBitQ (Gao & Long, SIGMOD 2024, arXiv 2405.12497): a rotation, a sign a dimension, an unbiased estimate.
 
     The centre is the row's frozen one instead of a cluster's, and queries stay in float. bits=0 is one a dimension.
@@ -127,9 +143,16 @@ def double_sparsity(
 
 
 def faiss_hnsw(
-    *, bits: int = 128, links: int = 32, ef_search: int = 128, share: float = 0.05, sinks: int = 4, recent: int = 64,
-    dense_layers: tuple[int, ...] = (0, 1), engine: str = "auto",
-) -> HashAttention:  # fmt: skip
+    *,
+    bits: int = 128,
+    links: int = 32,
+    ef_search: int = 128,
+    share: float = 0.05,
+    sinks: int = 4,
+    recent: int = 64,
+    dense_layers: tuple[int, ...] = (0, 1),
+    engine: str = "auto",
+) -> HashAttention:
     """FAISS's graph over binary codes (Malkov & Yashunin, arXiv 1603.09320): SimHash codes in BHNSW32."""
     return HashAttention(
         encoder=SimHash(bits),
@@ -142,9 +165,16 @@ def faiss_hnsw(
 
 
 def faiss_ivf(
-    *, bits: int = 128, cells: int = 64, nprobe: int = 8, share: float = 0.05, sinks: int = 4, recent: int = 64,
-    dense_layers: tuple[int, ...] = (0, 1), engine: str = "auto",
-) -> HashAttention:  # fmt: skip
+    *,
+    bits: int = 128,
+    cells: int = 64,
+    nprobe: int = 8,
+    share: float = 0.05,
+    sinks: int = 4,
+    recent: int = 64,
+    dense_layers: tuple[int, ...] = (0, 1),
+    engine: str = "auto",
+) -> HashAttention:
     """FAISS's inverted file over binary codes: SimHash codes in BIVF64, of which 8 cells are searched."""
     return HashAttention(
         encoder=SimHash(bits),

@@ -97,9 +97,13 @@ class LocalTopK(Selector):
         places = RUN * -(-runs // chunks)
         most_forced = sum(min(places, most_of_span(n, chunks)) for n in (view.sinks, view.recents))
         ids = nearest_of_chunks(
-            view.distances(), chunks, min(self.per_chunk, places), keep, view.forced,
+            view.distances(),
+            chunks,
+            min(self.per_chunk, places),
+            keep,
+            view.forced,
             most_forced=min(places, most_forced),
-        ).flatten(-2)  # fmt: skip
+        ).flatten(-2)
         last = torch.iinfo(torch.int32).max
         ids = torch.where(ids < 0, last, ids).sort(-1).values[..., : max(1, view.longest)]
         return ids.masked_fill(ids == last, -1)

@@ -18,9 +18,13 @@ from hashattn.testing.selector import kept
 
 
 def check_attend(
-    attend: Attend, *, selector: Selector | None = None, encoder: Encoder | None = None, index: Index | None = None,
+    attend: Attend,
+    *,
+    selector: Selector | None = None,
+    encoder: Encoder | None = None,
+    index: Index | None = None,
     shape: Shape | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Its output is a softmax over the kept keys: weights sum to one, and make the output; parts merge by their lse.
 
     Where every slot of a selection is critical and unweighted, logits are exact.
@@ -65,9 +69,7 @@ def run(
         return attn.run(data.q, cache, need_lse=lse, need_weights=weights)
     query = attn.encoder.encode_query(data.q) if attn.encoder is not None else None
     view = cache.view(query, data.q.shape[1], cache.spans(data.q.shape[2]))
-    output = attn.attend.attend(
-        data.q, cache, selection, data.scale, view=view, need_lse=lse, need_weights=weights
-    )  # fmt: skip
+    output = attn.attend.attend(data.q, cache, selection, data.scale, view=view, need_lse=lse, need_weights=weights)
     return output, selection
 
 

@@ -31,9 +31,12 @@ def check_attention(attn: HashAttention, *, shape: Shape | None = None, part: ob
     shape, part = shape or Shape(), part if part is not None else attn
     attn = attn.replace(engine="reference") if attn.attend.needs_selection else attn
     data = inputs(shape, attn)
-    promise("engine" in str(attn.explain(
-        q_heads=shape.q_heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim, keys=1000
-    )), part, "explain() has a query plan")  # fmt: skip
+    promise(
+        "engine"
+        in str(attn.explain(q_heads=shape.q_heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim, keys=1000)),
+        part,
+        "explain() has a query plan",
+    )
     _check_outputs(attn, shape, part)
     _check_rows(attn, data, part)
     _check_life(attn, data, part)

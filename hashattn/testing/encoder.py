@@ -23,8 +23,12 @@ from hashattn.testing.inputs import DTYPES, Inputs, Shape, inputs
 from hashattn.testing.promise import check_description, promise
 
 INDEXES: dict[str, Index] = {
-    "binary": FlatHamming(), "buckets": FlatBuckets(), "pq": FlatPQ(), "rabitq": FlatRaBitQ(), "vector": FlatDot(),
-}  # fmt: skip
+    "binary": FlatHamming(),
+    "buckets": FlatBuckets(),
+    "pq": FlatPQ(),
+    "rabitq": FlatRaBitQ(),
+    "vector": FlatDot(),
+}
 
 
 def check_encoder(encoder: Encoder, *, index: Index | None = None, shape: Shape | None = None) -> None:

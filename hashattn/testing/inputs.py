@@ -52,9 +52,13 @@ class Inputs:
 
 
 def inputs(
-    shape: Shape, attn: HashAttention | None = None, *, tokens: int = 3, seed: int = 0,
+    shape: Shape,
+    attn: HashAttention | None = None,
+    *,
+    tokens: int = 3,
+    seed: int = 0,
     dtype: torch.dtype = torch.float32,
-) -> Inputs:  # fmt: skip
+) -> Inputs:
     """Gaussian inputs with enough keys for the centre of a composition's rows."""
     centring = attn.encoder.centring if attn is not None and attn.encoder is not None else None
     keys = 90 + shape.start + (centring.warmup if centring is not None else 0)

@@ -13,9 +13,12 @@ from hashattn.testing.promise import promise
 
 
 def check_preset(
-    preset: Callable[..., HashAttention], *, fitting: Mapping[str, Any] | None = None, shape: Shape | None = None,
+    preset: Callable[..., HashAttention],
+    *,
+    fitting: Mapping[str, Any] | None = None,
+    shape: Shape | None = None,
     **options: Any,
-) -> HashAttention:  # fmt: skip
+) -> HashAttention:
     """It is a documented function of keyword arguments that makes a composition, which keeps the promises of all.
 
     An encoder that learns is fitted to random keys first, where it is not fitted.

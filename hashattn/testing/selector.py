@@ -19,9 +19,14 @@ from hashattn.testing.promise import check_description, near, promise, reloaded
 
 
 def check_selector(
-    selector: Selector, *, whole: Selector | None = None, encoder: Encoder | None = None, index: Index | None = None,
-    attend: Attend | None = None, shape: Shape | None = None,
-) -> None:  # fmt: skip
+    selector: Selector,
+    *,
+    whole: Selector | None = None,
+    encoder: Encoder | None = None,
+    index: Index | None = None,
+    attend: Attend | None = None,
+    shape: Shape | None = None,
+) -> None:
     """It keeps visible keys, none twice, within its budget, and the same ones whatever else is in the batch.
 
     Args:
@@ -38,9 +43,12 @@ def check_selector(
     shape = shape or Shape()
     check_description(selector)
     attn = HashAttention(
-        encoder or SimHash(128, centring=None), index or FlatHamming(), selector, attend or ExactAttend(),
+        encoder or SimHash(128, centring=None),
+        index or FlatHamming(),
+        selector,
+        attend or ExactAttend(),
         engine="reference",
-    )  # fmt: skip
+    )
     data = inputs(shape, attn)
     for tokens in (1, 3):
         part = inputs(shape, attn, tokens=tokens)

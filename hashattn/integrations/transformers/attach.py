@@ -112,9 +112,15 @@ class Handle:
 
 
 def attach(
-    attn: HashAttention, model: nn.Module, *, strict: bool = True, max_sparse_q: int = 1, trace: bool = False,
-    simulate: bool = False, layers: Mapping[int, HashAttention] | None = None,
-) -> Handle:  # fmt: skip
+    attn: HashAttention,
+    model: nn.Module,
+    *,
+    strict: bool = True,
+    max_sparse_q: int = 1,
+    trace: bool = False,
+    simulate: bool = False,
+    layers: Mapping[int, HashAttention] | None = None,
+) -> Handle:
     """Let a composition serve the decoding of a Hugging Face causal language model.
 
     model.generate(**inputs) then works with no argument added. Prefill stays dense; a call with at most
