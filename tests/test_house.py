@@ -15,6 +15,9 @@ from hashattn.engines.base import Engine, PlanRow, PreparedStep, Request
 from hashattn.engines.parts import Parts
 from hashattn.engines.stages import Reference
 from hashattn.index.view import View
+from hashattn.ops import decode
+from hashattn.ops.decode.kernels import Decode
+from hashattn.ops.decode.specification import Specification
 
 HOUSE = Path(__file__).parents[1] / "hashattn"
 FLOORS = (  # from the ground up: what stands on a floor uses the floors below, and its own room
@@ -191,6 +194,38 @@ def test_an_engine_is_one_file_and_one_line(monkeypatch):
     assert [auto.explain(**sizes, keys=keys).engine for keys in (99, 100)] == ["dense", "toy"]
     assert "a toy" in str(attn.explain(**sizes, keys=7))
     assert auto.choice(q, cache).why(auto.parts) == ("toy", "auto, faster from 100 keys on")
+
+
+@dataclass(frozen=True)
+class OtherScores(FlatHamming):
+    """Scores of a family of its own."""
+
+    scores = "other"
+
+
+class OtherKernels(Specification):
+    """Kernels of that family, anywhere."""
+
+    def why_not(self, request: decode.Request) -> list[str]:
+        return [] if request.scores == "other" else ["they serve other scores"]
+
+    def decode(self, like: decode.Inputs) -> Decode:
+        steps.append(like.scores)
+        return super().decode(like)
+
+
+steps: list[str] = []
+
+
+def test_a_family_of_scores_on_a_gpu_is_one_file_and_one_line(monkeypatch):
+    monkeypatch.setattr(decode, "KERNELS", (*decode.KERNELS, OtherKernels()))
+    attn = HashAttention(SimHash(64, centring=None), OtherScores(), TopK(k=5), engine="gpu")
+    q, k = torch.randn(1, 4, 1, 64), torch.randn(1, 2, 40, 64)
+    found = attn(q, k, k)
+    assert steps == ["other"]
+    assert torch.allclose(found, attn.replace(engine="reference")(q, k, k), atol=1e-5)
+    with pytest.raises(ValueError, match="they serve other scores"):
+        attn.replace(index=FlatHamming())(q, k, k)
 
 
 class Signs(Encoder):

@@ -29,7 +29,7 @@ class Gpu(Engine):
 
     def why_not(self, parts: Parts, request: Request) -> list[str]:
         encoder, index, selector = parts.encoder, parts.index, parts.selector
-        if encoder is None or index is None or selector is None or not index.flat_codes:
+        if encoder is None or index is None or selector is None:
             return ["it serves binary codes in a FlatHamming index"]
         reasons = []
         if encoder.code_heads(request.kv_heads) != request.kv_heads:
@@ -99,12 +99,12 @@ def rule_of(parts: Parts, group: int) -> decode.Rule | None:
 
 def asked_of(parts: Parts, request: Request) -> decode.Request | None:
     """What such a step asks of the kernels; None if the selector's choice is no rule of theirs."""
-    rule, encoder = rule_of(parts, request.group), parts.encoder
-    if rule is None or encoder is None:
+    rule, encoder, index = rule_of(parts, request.group), parts.encoder, parts.index
+    if rule is None or encoder is None or index is None:
         return None
     heads = request.q_heads, request.kv_heads, request.head_dim
     codes = words(encoder.bits), encoder.query_bits
-    asked = decode.Request(request.device, request.dtype, *heads, *codes, rule, encoder.code)
+    asked = decode.Request(request.device, request.dtype, *heads, *codes, rule, index.scores)
     return replace(asked, batch=request.batch, tokens=request.tokens)
 
 
@@ -145,7 +145,8 @@ class Prepared:
         q = torch.empty((cache.batch, *shape, cache.head_dim), dtype=keys.dtype, device=device)
         planes = cache.batch, *shape, encoder.query_bits, codes.shape[3]
         query = torch.empty(planes, dtype=torch.int64, device=device)
-        like = decode.Inputs(q, query, stored, state.starts(cache._starts, device), rule, 1.0, causal, estimate)
+        starts, scores = state.starts(cache._starts, device), parts.index.scores if parts.index is not None else ""
+        like = decode.Inputs(q, query, stored, starts, rule, 1.0, causal, estimate, scores=scores)
         sizes = replace(decode.Sizes.of(like), widths=encoder.widths() or ((), ()))
         workspace = state.scratch.workspace(sizes.workspace, device)
         return cls(replace(like, bounds=state.bounds(sizes.state, device), workspace=workspace))

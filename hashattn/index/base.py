@@ -69,10 +69,12 @@ class Index(ABC):
             search the codes in one pass.
         scans: whether it gives the distance to every key. An index that does not only searches, and serves selectors
             that ask for no more.
+        scores: the family of its scores, for kernels to say which they serve; "" if only its own search gives them.
     """
 
     flat_codes: bool = False
     scans: bool = True
+    scores: str = ""
 
     @abstractmethod
     def accepts(self, code: str) -> bool:

@@ -26,6 +26,8 @@ class Channels(Index):
             "query_head" for each head's own.
     """
 
+    scores = "channels"
+
     channels: int = 32
     per: str = "kv_head"
 

@@ -18,6 +18,8 @@ class FlatBuckets(Index):
     to the most recent key.
     """
 
+    scores = "buckets"
+
     def accepts(self, code: str) -> bool:
         return code == "buckets"
 

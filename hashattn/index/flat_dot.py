@@ -16,6 +16,8 @@ class FlatDot(Index):
     Distances are float32 negated products; equal ones come in no promised order.
     """
 
+    scores = "dot"
+
     def accepts(self, code: str) -> bool:
         return code == "vector"
 

@@ -18,6 +18,8 @@ class FlatHamming(Index):
     Hamming distances for a query of several. The scan is linear in the number of keys at every token.
     """
 
+    scores = "hamming"
+
     flat_codes = True
 
     def accepts(self, code: str) -> bool:

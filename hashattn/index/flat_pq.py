@@ -21,6 +21,8 @@ class FlatPQ(Index):
     so that keys of equal codes tie, and the more recent are nearer.
     """
 
+    scores = "pq"
+
     def accepts(self, code: str) -> bool:
         return code == "pq"
 

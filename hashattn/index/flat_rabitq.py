@@ -23,6 +23,8 @@ class FlatRaBitQ(Index):
     promised order.
     """
 
+    scores = "rabitq"
+
     def accepts(self, code: str) -> bool:
         return code == "rabitq"
 

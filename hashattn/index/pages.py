@@ -30,6 +30,8 @@ class Pages(Index):
         page: keys of a page; the paper takes 16.
     """
 
+    scores = "pages"
+
     page: int = 16
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hashattn.engines.choose import DENSE
 from hashattn.lab import report
 from hashattn.lab.report import Row
 
@@ -54,13 +55,13 @@ def cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
 
 def on_front(row: Row, rows: Sequence[Row], cost: str) -> bool:
     """Whether none of the rows that search keeps more of exact top-k's mass at no more cost, or as much at less."""
-    if row["engine"] == "dense":
+    if row["engine"] == DENSE.name:
         return False
     mine = row["relative_mass"], -row[cost]
     return not any(
         other["relative_mass"] >= mine[0] and -other[cost] >= mine[1] and (other["relative_mass"], -other[cost]) != mine
         for other in rows
-        if other["engine"] != "dense"
+        if other["engine"] != DENSE.name
     )
 
 

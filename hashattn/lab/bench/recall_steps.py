@@ -16,6 +16,7 @@ from hashattn.cache.kv_cache import KVCache
 from hashattn.core.errors import Failure
 from hashattn.core.naming import short
 from hashattn.core.types import Output, Selection, Step
+from hashattn.engines import choose
 from hashattn.lab.bench.dense import DENSE
 from hashattn.lab.bench.recall_data import Layer
 from hashattn.lab.kept import kept_by
@@ -96,7 +97,7 @@ def costs(attn: HashAttention, layer: Layer, decoded: Decoded) -> dict[str, Any]
     q_heads, kv_heads, keys, dim = layer.q.shape[1], layer.k.shape[1], *layer.k.shape[2:]
     plan = attn.explain(q_heads=q_heads, kv_heads=kv_heads, head_dim=dim, keys=keys, dtype=torch.bfloat16)
     share = 1.0
-    if plan.engine != "dense" and attn.selector is not None:  # of the plan's keys, which are the most
+    if plan.engine != choose.DENSE.name and attn.selector is not None:  # of the plan's keys, which are the most
         planned = min(keys, attn.selector.budget(keys) * attn.selector.choices(q_heads, kv_heads)[1])
         share = min(1.0, decoded.choices / planned)
     return {

@@ -42,11 +42,11 @@ def kernels_for(request: Request) -> Kernels:
     Raises:
         ValueError: none serve it.
     """
-    if request.device.type == "cpu":
-        return Specification()
     for kernels in KERNELS:
         if not kernels.why_not(request):
             return kernels
+    if request.device.type == "cpu":
+        return Specification()
     raise ValueError("; ".join(why_not(request)))
 
 

@@ -46,6 +46,7 @@ class Inputs:
             are exact.
         bounds: int32, Sizes.state, zeros at first, which the step rewrites for the next one like it: how far
             candidates are looked for (one that turns out wrong costs time and changes nothing), and zeros.
+        scores: the family of scores that rank the keys.
         workspace: uint8, Sizes.workspace of them at least, whatever it holds; steps on the same stream share it.
             The specification needs neither.
     """
@@ -60,6 +61,7 @@ class Inputs:
     estimate: Estimate | None = None
     bounds: Tensor | None = None
     workspace: Tensor | None = None
+    scores: str = "hamming"
 
 
 class Outputs(NamedTuple):
@@ -90,6 +92,7 @@ class Newest:
         query_bits: planes of a query.
         stored: contiguous; T is added to its length. Norms |k - centre| are appended where it has any.
         arrived: int32, as many as :func:`hashattn.ops.decode.sizes.counters` says, zeros before and after.
+        scores: the family of scores that rank the keys.
         workspace: uint8, Sizes.workspace of them at least, whatever it holds. The specification needs neither.
     """
 

@@ -28,7 +28,7 @@ class Request:
     Attributes:
         device: where it runs; "cuda" without a number is any GPU.
         dtype: of queries, keys and values.
-        code: what kind of codes an encoder makes, as it says itself.
+        scores: the family of scores that rank the keys, as an index says itself.
         words: int64 words of a code.
         planes: bit planes of a query.
         rule: which keys are kept; with a share of critical keys the logits of the others are estimated.
@@ -44,7 +44,7 @@ class Request:
     words: int
     planes: int
     rule: Rule
-    code: str = "binary"
+    scores: str = "hamming"
     batch: int = 1
     tokens: int = 1
     room: int = 1
@@ -55,7 +55,7 @@ class Request:
         (batch, q_heads, tokens, head_dim), (planes, words) = x.q.shape, x.query.shape[3:]
         rule = x.rule if x.estimate is not None else replace(x.rule, critical=None)
         heads, room = (q_heads, x.stored.keys.shape[1]), max(x.stored.keys.shape[2], x.stored.codes.shape[2])
-        return cls(x.q.device, x.q.dtype, *heads, head_dim, words, planes, rule, "binary", batch, tokens, room)
+        return cls(x.q.device, x.q.dtype, *heads, head_dim, words, planes, rule, x.scores, batch, tokens, room)
 
     @property
     def group(self) -> int:
@@ -71,7 +71,7 @@ def why_not_binary(request: Request) -> list[str]:
     reasons = [] if other is None else [other]
     if importlib.util.find_spec("triton") is None:
         reasons.append('it needs Triton: pip install "hashattn[gpu]"')
-    if request.code != "binary":
+    if request.scores != "hamming":
         return [*reasons, "it serves binary codes in a FlatHamming index"]
     if request.dtype not in DTYPES:
         reasons.append(f"it serves bfloat16, float16 and float32, not {str(request.dtype).removeprefix('torch.')}")
