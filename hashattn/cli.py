@@ -17,13 +17,13 @@ import torch
 import hashattn
 from hashattn.core.errors import Failure, UserError, reason
 from hashattn.lab import explain_command
-from hashattn.lab import presets_command as presets
 from hashattn.lab.bench import command as bench
 from hashattn.lab.commands import add_common
 from hashattn.lab.demo import command as demo
 from hashattn.lab.evaluation import command as evaluation
 from hashattn.lab.learning import capture_command, fit_command
 from hashattn.lab.stopping import Terminated, stoppable
+from hashattn.lab import presets_command as presets
 
 FAILED, UNUSABLE, INTERRUPTED, UNREAD, TERMINATED = 1, 2, 130, 141, 143  # as shells have it: 128 and the signal
 _ROOM = "it needs more memory than there is: fewer tokens, a smaller model, or --dtype bfloat16 where there is one help"

@@ -158,7 +158,7 @@ def from_pretrained(source: str | Path) -> Pretrained:
 
 def shipped() -> dict[str, Path]:
     """Encoders that come with the library: name -> folder."""
-    home = Path(str(files("hashattn.fitted") / "weights"))
+    home = Path(str(files("hashattn") / "weights"))
     return {path.parent.name: path.parent for path in sorted(home.glob(f"*/{CONFIG}"))}
 
 

@@ -17,8 +17,8 @@ from hashattn import (
     TopK,
     from_pretrained,
     save_pretrained,
+    stored,
 )
-from hashattn.fitted import stored
 from tests.structured import qkv, raises_naming
 
 MAKE = {

@@ -11,9 +11,9 @@ from hashattn import (
     SymmetricHash,
     from_pretrained,
     save_pretrained,
+    saving,
     shipped,
 )
-from hashattn.fitted import saving
 from tests.structured import qkv, raises_naming
 
 FACTS = ModelFacts("small", "llama", 5, (0, 1, 2, 3, 4), 4, 2, 16, None, 97)

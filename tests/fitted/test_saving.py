@@ -33,9 +33,10 @@ from hashattn import (
     TopK,
     from_pretrained,
     save_pretrained,
+    saving,
+    stored,
 )
 from hashattn.core.files import locked
-from hashattn.fitted import saving, stored
 from hashattn.ops.hamming import pack_bits
 from tests.damage import refused, spoil_json, spoil_tensors
 from tests.structured import qkv, raises_naming
