@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from tests.interpreter import ranges_take_tensors
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,6 +29,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "smollm2" in getattr(item, "fixturenames", ()):
                 item.add_marker(pytest.mark.xdist_group("smollm2"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter() -> None:
+    ranges_take_tensors()
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,8 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 CHANGES: dict[str, dict[str, Any]] = {
     "bamba": MAMBA | {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 50},
-    "cohere_compass_text": {"layer_types": [SLIDING, FULL], "rope_parameters": ROPE_BY_TYPE},
+    "cohere_compass_text": {"layer_types": [SLIDING, FULL], "rope_parameters": {
+        kind: rope | {"mrope_section": [1, 1, 2]} for kind, rope in ROPE_BY_TYPE.items()}},
     "cpmant": {"dim_ff": 32},
     "deepseek_v4": {"o_lora_rank": 8},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1, "n_recurrent_loops": 2,
@@ -74,6 +75,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "zamba2": {"layer_types": ["linear_attention", "hybrid"], "hybrid_layer_ids": [1], "attention_hidden_size": 64,
                "attention_head_dim": 16, "mamba_headdim": 16, "n_mamba_heads": 4},
 }  # fmt: skip
+# the text of types that leave it out by default, before transformers 5.24
+TEXTS = {"gemma4_assistant": "gemma4_text", "gemma4_unified_assistant": "gemma4_unified_text"}
 # types of which no tiny model writes tokens here, and why
 UNTRIED: dict[str, str] = {
     "gemma3n": "its vision tower needs timm",
@@ -111,6 +114,8 @@ def config_of(kind: str) -> Any:
     if type(text) is not cls and MODEL_FOR_CAUSAL_LM_MAPPING[cls].config_class is type(text):
         return type(text)(**small(text) | CHANGES.get(kind, {}))
     parts = {name: getattr(full, name, None) for name in full.sub_configs}
+    if kind in TEXTS:
+        parts["text_config"] = parts["text_config"] or CONFIG_MAPPING[TEXTS[kind]]()
     given = small(full) | {name: small(part) for name, part in parts.items() if part is not None}
     return cls(**given | CHANGES.get(kind, {}))
 

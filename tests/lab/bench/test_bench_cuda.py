@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from hashattn.ops.decode.reference import choose
 from hashattn.ops.hamming import unpack_bits
 from tests.structured import raises_naming
 
+ROOT = Path(__file__).parents[3]
 SMALL = Case(4, 2, 16, "float32", 300, 40, batch=2)
 LARGE = Case(32, 8, 128, "bfloat16", 131072, 1024)
 ALL = Reads(1024, 32 * 1024, 32 * 1024)  # no two heads share a key
@@ -305,6 +307,8 @@ def test_the_dense_kernel_attends_to_everything(dtype):
 import torch
 from hashattn.lab.bench.dense_triton import attend
 from hashattn.ops.decode import Scratch
+from tests.interpreter import ranges_take_tensors
+ranges_take_tensors()
 torch.manual_seed(0)
 q, k, v = (torch.randn(2, h, n, 96, dtype=torch.{dtype}) for h, n in ((6, 1), (2, 331), (2, 331)))
 exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
@@ -317,7 +321,8 @@ for programs in (1, 8, 20, 100):  # 100: more than there are tiles
 assert not scratch.borrow("arrived", (4,), torch.int32, q.device).any()
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
