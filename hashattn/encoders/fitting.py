@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -44,22 +45,41 @@ class Learner(Protocol):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a hash is fitted.
+
+    Args:
+        steps: of Adam.
+        queries: drawn at each step.
+        keys: drawn at each step, of those that there are; 0 for all. The best share of some keys stands for the best
+            share of all of them.
+        lr: peak learning rate; 5% warm-up, then cosine.
+        temperature: of the teacher's softmax; used by "kl".
+        scale: of the true logits, 1 / sqrt(D) by default.
+        continuation: share of the steps with tanh; 0 takes signs from the start.
+        seed: of what is drawn; the encoder's by default.
+    """
+
+    steps: int = 400
+    queries: int = 64
+    keys: int = 2048
+    lr: float = 3e-3
+    temperature: float = 2.0
+    scale: float | None = None
+    continuation: float = 0.5
+    seed: int | None = None
+
+
 @lasting
 def fit(
     encoder: Learner,
     samples: Sequence[Sample],
     *,
     loss: str = "ranking",
-    steps: int = 400,
-    queries: int = 64,
-    keys: int = 2048,
-    lr: float = 3e-3,
-    temperature: float = 2.0,
-    scale: float | None = None,
-    continuation: float = 0.5,
-    seed: int | None = None,
     every: int = 50,
     watch: Callable[[int, float], bool | None] | None = None,
+    **settings: Any,
 ) -> None:
     """Fit a learned hash to one layer, in place.
 
@@ -72,31 +92,23 @@ def fit(
         samples: of the layer, on one device; each step draws one. Those with a question count twice, once with the
             queries of the question and its answer alone: there are few, and they are the ones that must find.
         loss: terms by name, such as "ranking" or "kl + 0.1 * balance"; see :mod:`hashattn.encoders.losses`.
-        steps: of Adam.
-        queries: drawn at each step.
-        keys: drawn at each step, of those that there are; 0 for all. The best share of some keys stands for the best
-            share of all of them.
-        lr: peak learning rate; 5% warm-up, then cosine.
-        temperature: of the teacher's softmax; used by "kl".
-        scale: of the true logits, 1 / sqrt(D) by default.
-        continuation: share of the steps with tanh; 0 takes signs from the start.
-        seed: of what is drawn; the encoder's by default.
         every: steps between two calls of watch, and between two states to go back to.
         watch: called with the step and its loss, when the encoder can be used; returning True stops.
+        settings: see :class:`Settings`.
 
     Raises:
         ValueError: samples that disagree with each other or with the encoder, or an unknown loss.
         FloatingPointError: the loss is not finite; the encoder is left as it was when it last was. After any other
             exception it is as it was before.
     """
+    chosen = Settings(**settings)
     weights = parse(loss)
-    check_options(steps=steps, queries=queries, every=every)
+    steps = chosen.steps
+    check_options(steps=steps, queries=chosen.queries, every=every)
     check_samples(encoder, samples)
     before = state_of(encoder)
     try:
-        scale = samples[0].q.shape[-1] ** -0.5 if scale is None else scale
-        seed = encoder.seed if seed is None else seed
-        run = Run(encoder, samples, weights, steps, queries, keys, lr, temperature, scale, continuation, seed)
+        run = Run(encoder, samples, weights, chosen)
         good = state_of(encoder)
         for step in range(steps):
             value = run.step(step)
@@ -121,23 +133,14 @@ class Run:
     """One optimisation: its optimiser, its schedule and its random numbers."""
 
     def __init__(
-        self,
-        encoder: Learner,
-        samples: Sequence[Sample],
-        weights: dict[str, float],
-        steps: int,
-        queries: int,
-        keys: int,
-        lr: float,
-        temperature: float,
-        scale: float,
-        continuation: float,
-        seed: int,
+        self, encoder: Learner, samples: Sequence[Sample], weights: dict[str, float], settings: Settings
     ) -> None:
         questions = [asked for sample in samples if (asked := sample.question()) is not None and teaches(asked)]
-        self.encoder, self.samples, self.weights, self.steps = encoder, [*samples, *questions], weights, steps
-        self.queries, self.keys, self.temperature, self.scale = queries, keys, temperature, scale
-        self.continuation = continuation
+        self.encoder, self.samples, self.weights = encoder, [*samples, *questions], weights
+        self.steps, self.queries, self.keys = settings.steps, settings.queries, settings.keys
+        self.temperature, self.continuation = settings.temperature, settings.continuation
+        self.scale = samples[0].q.shape[-1] ** -0.5 if settings.scale is None else settings.scale
+        steps, seed = settings.steps, encoder.seed if settings.seed is None else settings.seed
         device = samples[0].k.device
         encoder.build(samples[0].k.shape[-1], device)
         encoder.mean = torch.stack([s.k.float().mean(1) for s in samples]).mean(0)  # [Hkv, D]
@@ -148,7 +151,7 @@ class Run:
         start = -0.5 * math.log(encoder.sign_bits)
         self.log_scale = torch.tensor(start, device=device, requires_grad=True)
         self.parameters = [*{id(p): p for p in encoder.parameters()}.values(), self.log_scale]
-        self.optimiser = torch.optim.Adam(self.parameters, lr=lr)
+        self.optimiser = torch.optim.Adam(self.parameters, lr=settings.lr)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimiser,
             lambda i: min((i + 1) / max(1, steps // 20), 0.5 + 0.5 * math.cos(math.pi * i / steps)),
