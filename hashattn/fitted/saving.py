@@ -172,7 +172,7 @@ def from_pretrained(source: str | Path) -> Pretrained:
 
 def shipped() -> dict[str, Path]:
     """Encoders that come with the library: name -> folder."""
-    home = Path(str(files("hashattn") / "weights"))
+    home = Path(str(files("hashattn.fitted") / "weights"))
     return {path.parent.name: path.parent for path in sorted(home.glob(f"*/{CONFIG}"))}
 
 

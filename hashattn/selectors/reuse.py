@@ -34,7 +34,8 @@ class Reuse(Wrapper):
         check_inner("Reuse", self.inner)
         if (self.every is None) == (self.layers is None):
             raise ValueError(f"Reuse takes either every or layers, got every={self.every!r} and layers={self.layers!r}")
-        keep_ints(self, every=1)
+        if self.every is not None:
+            keep_ints(self, every=1)
         if self.layers is not None:
             if not isinstance(self.layers, tuple):
                 raise ValueError(f"layers must be a tuple of layer numbers from 0, got {self.layers!r}")

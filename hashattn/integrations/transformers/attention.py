@@ -24,7 +24,7 @@ from hashattn.integrations.attached.simulate import Simulation, visible_lengths
 from hashattn.integrations.transformers.attention_arguments import AttentionArguments
 from hashattn.integrations.transformers.cache_layer import HashedLayer
 from hashattn.integrations.transformers.static_layer import HashedStaticLayer
-from hashattn.ops.decode.request import DEVICES
+from hashattn.ops.decode import request
 
 HASHATTN_CALL, NO_CACHE = "hashattn_call", "no cache"
 
@@ -230,7 +230,7 @@ class LayerCall:
         Rows begin where the mask of this call says, its last query seeing all that the next one will.
         """
         kv = layer.kv
-        if kv is None or self.options.trace or torch.is_grad_enabled() or kv.keys.device.type not in DEVICES:
+        if kv is None or self.options.trace or torch.is_grad_enabled() or kv.keys.device.type not in request.DEVICES:
             return
         if mask is not None:
             starts, reason = self.one.last_rows(mask, kv.batch, len(kv))

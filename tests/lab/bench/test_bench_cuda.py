@@ -401,7 +401,7 @@ def pretended(monkeypatch):
         return reference(layer.inputs(i, rule))[:3]
 
     monkeypatch.setattr(cuda_graphs, "fused", fused)
-    monkeypatch.setattr(cuda_graphs, "check_whole", lambda _, attn, cache, layer: attn.check_cache(cache))
+    monkeypatch.setattr(cuda_graphs, "check_whole", lambda _, attn, cache, layer: attn.parts.check_cache(cache))
     monkeypatch.setattr(cuda_graphs, "whole", lambda *_: lambda layer, i: None)
 
 
