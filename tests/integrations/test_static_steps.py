@@ -10,11 +10,12 @@ import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import CompileConfig, StaticCache
 
 from hashattn.integrations.transformers import HashedLayer, static_layer
 from hashattn.ops import decode
+from hashattn.ops.decode.specification import Specification
 from tests.integrations.models import CACHE, LENGTH, TENTH, TIERS, cache_of, check_codes, hashed, make, prompt, write
 
 FUSED = TENTH.replace(engine="gpu")
@@ -113,10 +114,27 @@ WAITING = {
 }
 
 
+def unwatched(make):
+    """What stands for kernels on the CPU, which no dispatch mode sees on a GPU."""
+
+    def made(self, like):
+        run = make(self, like)
+
+        def step(*given):
+            with _disable_current_modes():
+                return run(*given)
+
+        return step
+
+    return made
+
+
 @pytest.mark.parametrize(("name", "changes"), [("llama", {}), ("qwen3", {}), ("llama", MEDIUM)])
 def test_a_captured_step_asks_the_device_nothing_and_tells_the_host_nothing(monkeypatch, name, changes):
     model, tokens = small(name), range(5, 9)
     expected, _, _ = eager_logits(TENTH.replace(dense_layers=(0,), **changes), model, tokens)
+    for what in ("decode", "encode"):
+        monkeypatch.setattr(Specification, what, unwatched(getattr(Specification, what)))
     with FUSED.replace(dense_layers=(0,), **changes).attach(model):
         cache, mask = prefilled(model)
         before = [len(layer.kv) for layer in cache.layers]

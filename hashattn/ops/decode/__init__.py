@@ -42,11 +42,9 @@ def kernels_for(request: Request) -> Kernels:
     Raises:
         ValueError: none serve it.
     """
-    for kernels in KERNELS:
+    for kernels in (Specification(), *KERNELS):
         if not kernels.why_not(request):
             return kernels
-    if request.device.type == "cpu":
-        return Specification()
     raise ValueError("; ".join(why_not(request)))
 
 

@@ -27,7 +27,8 @@ class Specification(Kernels):
         return [] if device.type == "cpu" else [f"it runs on the CPU, the tensors are on {device.type}"]
 
     def why_not(self, request: Request) -> list[str]:
-        return self.why_not_on(request.device)
+        other = request.scores != "hamming"
+        return [*self.why_not_on(request.device), *(["it serves binary codes in a FlatHamming index"] if other else [])]
 
     def decode(self, like: Inputs) -> Decode:
         sizes = Sizes.of(like)
