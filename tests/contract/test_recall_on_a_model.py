@@ -47,7 +47,7 @@ FLOORS = {
 pytestmark = pytest.mark.xdist_group("smollm2")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def captured(smollm2):
     model, tokenizer = smollm2
     found = []

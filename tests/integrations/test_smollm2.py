@@ -19,8 +19,8 @@ def story(smollm2):
     return build_story(smollm2[1], text, tokens=1024).input_ids
 
 
-def write(model, ids, **options):
-    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False, **options)
+def write(model, ids, tokens=16, **options):
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, **options)
 
 
 def test_everything_writes_what_the_model_writes_and_codes_are_those_of_the_keys(smollm2, story):
@@ -29,10 +29,10 @@ def test_everything_writes_what_the_model_writes_and_codes_are_those_of_the_keys
     assert contains_answer(tokenizer.decode(expected[0, story.shape[1] :]), ANSWER)
     attn = HashAttention(SimHash(64), FlatHamming(), FORCED | TopK(share=1.0), engine="reference")
     with attn.attach(model) as handle:
-        out = write(model, story, return_dict_in_generate=True)
-        assert torch.equal(out.sequences, expected)
+        out = write(model, story, 8, return_dict_in_generate=True)
+        assert torch.equal(out.sequences, expected[:, : out.sequences.shape[1]])
         check_codes(cache_of(out))
-        steps = expected.shape[1] - story.shape[1] - 1
+        steps = out.sequences.shape[1] - story.shape[1] - 1
         assert all(row.sparse == steps for row in handle.report().layers)
     assert torch.equal(write(model, story), expected)
 
@@ -57,7 +57,7 @@ def test_both_engines_write_the_same(smollm2, story):
     written = []
     for engine, options in (("reference", {}), ("cpu", {}), ("cpu", {"cache_implementation": "static"})):
         with attn.replace(engine=engine).attach(model, layers={0: attn.replace(engine="dense")}) as handle:
-            out = write(model, text, return_dict_in_generate=True, **options)
+            out = write(model, text, 10, return_dict_in_generate=True, **options)
             check_codes(cache_of(out))
             assert [row.engine for row in handle.report().layers] == ["dense"] + [engine] * 29
         written.append(out.sequences)
