@@ -206,7 +206,7 @@ class OtherScores(FlatHamming):
 class OtherKernels(Specification):
     """Kernels of that family, anywhere."""
 
-    def why_not(self, request: decode.Request) -> list[str]:
+    def why_not(self, request: decode.KernelRequest) -> list[str]:
         return [] if request.scores == "other" else ["they serve other scores"]
 
     def decode(self, like: decode.Inputs) -> Decode:

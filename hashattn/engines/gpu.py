@@ -97,14 +97,14 @@ def rule_of(parts: Parts, group: int) -> decode.Rule | None:
     return replace(rule, biased=parts.encoder.biased, critical=critical)
 
 
-def asked_of(parts: Parts, request: Request) -> decode.Request | None:
+def asked_of(parts: Parts, request: Request) -> decode.KernelRequest | None:
     """What such a step asks of the kernels; None if the selector's choice is no rule of theirs."""
     rule, encoder, index = rule_of(parts, request.group), parts.encoder, parts.index
     if rule is None or encoder is None or index is None:
         return None
     heads = request.q_heads, request.kv_heads, request.head_dim
     codes = words(encoder.bits), encoder.query_bits
-    asked = decode.Request(request.device, request.dtype, *heads, *codes, rule, index.scores)
+    asked = decode.KernelRequest(request.device, request.dtype, *heads, *codes, rule, index.scores)
     return replace(asked, batch=request.batch, tokens=request.tokens)
 
 

@@ -28,7 +28,7 @@ _LAYERS = 64
 
 
 @dataclass(frozen=True)
-class Layer:
+class TimedLayer:
     """One layer's queries and its cache."""
 
     q: Tensor
@@ -105,7 +105,7 @@ def check(case: Case, bits: int, per: str) -> None:
         raise Failure(f"{case}: the output is off by {error:.2e}, {allowed:.2e} is allowed; nothing is measured")
 
 
-def _layer(case: Case, attn: HashAttention, seed: int) -> Layer:
+def _layer(case: Case, attn: HashAttention, seed: int) -> TimedLayer:
     g = torch.Generator().manual_seed(seed)
     dtype = DTYPES[case.dtype]
     q = torch.randn(1, case.q_heads, 1, case.head_dim, generator=g).to(dtype)
@@ -113,7 +113,7 @@ def _layer(case: Case, attn: HashAttention, seed: int) -> Layer:
     cache = attn.new_cache(1, case.kv_heads, case.head_dim, capacity=case.keys)
     cache.append(k, v)
     cache.encode()
-    return Layer(q, cache)
+    return TimedLayer(q, cache)
 
 
 def _measure(case: Case, bits: int, per: str, rounds: int, sparse: bool, bandwidth: float) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _measure(case: Case, bits: int, per: str, rounds: int, sparse: bool, bandwid
     return row
 
 
-def _step(attn: HashAttention, layer: Layer) -> object:
+def _step(attn: HashAttention, layer: TimedLayer) -> object:
     """A decode step: the newest key waits to be encoded, as it does after every append."""
     layer.cache.forget_code()
     return attn.run(layer.q, layer.cache)

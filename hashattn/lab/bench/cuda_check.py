@@ -14,7 +14,7 @@ from hashattn.core.errors import Failure
 from hashattn.core.types import CRITICAL, MEDIUM
 from hashattn.lab.bench.caches import twin
 from hashattn.lab.bench.cases import Case
-from hashattn.lab.bench.cuda_inputs import Layer
+from hashattn.lab.bench.cuda_inputs import GpuLayer
 from hashattn.lab.bench.cuda_steps import newest_of
 from hashattn.ops import decode
 from hashattn.ops.attend.reference import gather
@@ -25,7 +25,7 @@ HINTS = {"no hint": 0, "its own hint": None, "a huge hint": torch.iinfo(torch.in
 
 
 def check_step(
-    step: Callable[[], tuple[Tensor, ...]], layer: Layer, bounds: Tensor, rule: decode.Rule, case: Case
+    step: Callable[[], tuple[Tensor, ...]], layer: GpuLayer, bounds: Tensor, rule: decode.Rule, case: Case
 ) -> None:
     """Raise RuntimeError unless a step on a layer's first query does what the reference does, whatever it is hinted.
 
@@ -59,7 +59,7 @@ def check_step(
             raise Failure(f"{what}: with {hint} the output has other bits than before; nothing is measured")
 
 
-def exact_output(layer: Layer, ids: Tensor, medium: Tensor | None) -> tuple[Tensor, Tensor]:
+def exact_output(layer: GpuLayer, ids: Tensor, medium: Tensor | None) -> tuple[Tensor, Tensor]:
     """Float64 attention of a layer's first query to the keys at ids [B, H, 1, K], and the same of |values|.
 
     Args:
@@ -84,14 +84,14 @@ def exact_output(layer: Layer, ids: Tensor, medium: Tensor | None) -> tuple[Tens
     return exact, size
 
 
-def check_dense(name: str, out: Tensor, layer: Layer, case: Case) -> None:
+def check_dense(name: str, out: Tensor, layer: GpuLayer, case: Case) -> None:
     """Raise RuntimeError unless out is attention of the layer's first query to all keys, but for rounding."""
     for b in range(case.batch):
         exact, size = attention(layer.q[0][b], layer.keys[b].float(), layer.values[b].float())
         check_rounding(f"{case}: {name}", out[b], exact, size)
 
 
-def check_whole(what: str, attn: HashAttention, cache: KVCache, layer: Layer) -> None:
+def check_whole(what: str, attn: HashAttention, cache: KVCache, layer: GpuLayer) -> None:
     """Raise RuntimeError unless a decoder's step on a cache is the reference's; the cache then holds one key more."""
     held, (k, v) = twin(cache), newest_of(layer, 0)
     decoder = attn.decoder(held)

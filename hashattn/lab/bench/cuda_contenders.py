@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hashattn.lab.bench.cuda_inputs import Layer
+from hashattn.lab.bench.cuda_inputs import GpuLayer
 from hashattn.ops.decode import Scratch
 from hashattn.ops.hamming.reference import distances
 
@@ -39,7 +39,7 @@ def _sdpa(backend: SDPBackend) -> Dense:
     return call
 
 
-def row_distances(layer: Layer, shared: bool) -> Tensor:
+def row_distances(layer: GpuLayer, shared: bool) -> Tensor:
     """int32 [rows, keys]: what a step with the signs of the layer's first query selects by."""
     rows = []
     for b in range(len(layer.codes)):

@@ -14,18 +14,18 @@ from hashattn.index import FlatHamming
 from hashattn.lab.bench.cases import Case
 from hashattn.lab.bench.cuda_check import check_dense, check_step, check_whole
 from hashattn.lab.bench.cuda_contenders import dense
-from hashattn.lab.bench.cuda_inputs import Layer, layer_count, make_layer, step_count
+from hashattn.lab.bench.cuda_inputs import GpuLayer, layer_count, make_layer, step_count
 from hashattn.lab.bench.cuda_steps import Result, first_bounds, fused, has_stages, rule, whole
 from hashattn.lab.bench.graphs import Captured, capture
 from hashattn.ops.decode import Rule, Scratch
 from hashattn.selectors import Selector
 
-Call = Callable[[Layer, int], object]  # of a layer and the number of its query
+Call = Callable[[GpuLayer, int], object]  # of a layer and the number of its query
 Step = Callable[..., Result]  # the same, and whether to scan only
-Turns = Sequence[tuple[Layer, int]]
+Turns = Sequence[tuple[GpuLayer, int]]
 
 
-def make_layers(case: Case, bits: int, clustered: bool, planes: int = 1) -> list[Layer]:
+def make_layers(case: Case, bits: int, clustered: bool, planes: int = 1) -> list[GpuLayer]:
     """Layers of a case, with queries of so many planes."""
     count = layer_count(case, bits)
     steps, device = step_count(count), torch.device("cuda")
@@ -35,12 +35,12 @@ def make_layers(case: Case, bits: int, clustered: bool, planes: int = 1) -> list
     ]
 
 
-def turns_of(layers: Sequence[Layer]) -> Turns:
+def turns_of(layers: Sequence[GpuLayer]) -> Turns:
     """The order in which a graph passes over layers and their queries."""
     return [(layer, i) for i in range(len(layers[0].q)) for layer in layers]
 
 
-def dense_graphs(case: Case, layers: Sequence[Layer], turns: Turns, notes: dict[str, None]) -> dict[str, Captured]:
+def dense_graphs(case: Case, layers: Sequence[GpuLayer], turns: Turns, notes: dict[str, None]) -> dict[str, Captured]:
     """Every dense contender that serves the case, checked and captured.
 
     Raises:
@@ -49,7 +49,7 @@ def dense_graphs(case: Case, layers: Sequence[Layer], turns: Turns, notes: dict[
     graphs = {}
     for name, attend in dense(Scratch()).items():
 
-        def call(layer: Layer, i: int, attend: Any = attend) -> Any:
+        def call(layer: GpuLayer, i: int, attend: Any = attend) -> Any:
             return attend(layer.q[i], layer.keys, layer.values)
 
         try:
@@ -64,7 +64,7 @@ def dense_graphs(case: Case, layers: Sequence[Layer], turns: Turns, notes: dict[
     return graphs
 
 
-def checked_step(case: Case, rule: Rule, layers: Sequence[Layer], scratch: Scratch, *, triton: bool = False) -> Step:
+def checked_step(case: Case, rule: Rule, layers: Sequence[GpuLayer], scratch: Scratch, *, triton: bool = False) -> Step:
     """The fused step on these layers, each with hints of its own, checked on the first one.
 
     Args:
@@ -75,7 +75,7 @@ def checked_step(case: Case, rule: Rule, layers: Sequence[Layer], scratch: Scrat
     """
     bounds = {id(layer): first_bounds(layer, rule) for layer in layers}
 
-    def step(layer: Layer, i: int, scan_only: bool = False) -> Result:
+    def step(layer: GpuLayer, i: int, scan_only: bool = False) -> Result:
         return fused(layer, i, bounds[id(layer)], rule, scratch, scan_only, triton)
 
     first = layers[0]
@@ -88,7 +88,7 @@ def step_graphs(
     case: Case,
     selector: Selector,
     step: Step,
-    layers: Sequence[Layer],
+    layers: Sequence[GpuLayer],
     turns: Turns,
     caches: Mapping[str, Sequence[KVCache]],
 ) -> dict[str, Captured]:

@@ -18,7 +18,7 @@ CALLS = 12
 
 
 @dataclass(frozen=True)
-class Layer:
+class GpuLayer:
     """One layer's cache, the queries of some decode steps, and what estimates of logits are made from, if any are."""
 
     q: list[Tensor]
@@ -50,7 +50,7 @@ def step_count(layers: int) -> int:
 
 def make_layer(
     case: Case, bits: int, *, steps: int, clustered: bool, seed: int, device: torch.device, planes: int = 1
-) -> Layer:
+) -> GpuLayer:
     """A layer of random keys.
 
     Args:
@@ -90,15 +90,15 @@ def make_layer(
     keys, values = (normal(*kv, case.keys, case.head_dim) for _ in range(2))
     starts = torch.zeros(case.batch, dtype=torch.int32, device=device)
     length = torch.tensor([case.keys], dtype=torch.int32, device=device)
-    return Layer(q, query, keys, values, codes, starts, length)
+    return GpuLayer(q, query, keys, values, codes, starts, length)
 
 
-def with_signs(layer: Layer) -> Layer:
+def with_signs(layer: GpuLayer) -> GpuLayer:
     """The same keys for queries of one plane, the signs."""
     return replace(layer, query=[query[..., -1:, :].contiguous() for query in layer.query])
 
 
-def with_estimate(layer: Layer) -> Layer:
+def with_estimate(layer: GpuLayer) -> GpuLayer:
     """The same with norms of its keys about a random centre. The random estimates are about as large as the logits."""
     keys = layer.keys
     centre = torch.randn(keys.shape[0], keys.shape[1], keys.shape[3], device=keys.device)

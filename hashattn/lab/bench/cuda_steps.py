@@ -16,7 +16,7 @@ from hashattn.encoders.base import Encoder
 from hashattn.index import FlatHamming
 from hashattn.lab.bench.caches import Kind, random_cache, twin
 from hashattn.lab.bench.cases import DTYPES, Case
-from hashattn.lab.bench.cuda_inputs import Layer
+from hashattn.lab.bench.cuda_inputs import GpuLayer
 from hashattn.ops import decode
 from hashattn.ops.decode import Rule, Scratch, Sizes
 from hashattn.selectors import LocalTopK, Selector, TopK
@@ -60,7 +60,7 @@ def why_not(case: Case, bits: int, selector: Selector, planes: int = 1) -> str |
     """Why the fused step does not serve a case, as the end of a sentence; None if it does."""
     asked = rule(case, selector)
     heads = case.q_heads, case.kv_heads, case.head_dim
-    request = decode.Request(torch.device("cuda"), DTYPES[case.dtype], *heads, bits // 64, planes, asked)
+    request = decode.KernelRequest(torch.device("cuda"), DTYPES[case.dtype], *heads, bits // 64, planes, asked)
     return "; ".join(decode.why_not(replace(request, batch=case.batch, room=case.keys))) or None
 
 
@@ -74,18 +74,18 @@ def has_stages(rule: Rule) -> bool:
     return rule.chunks is None or kernels() == "Triton"
 
 
-def first_bounds(layer: Layer, rule: Rule) -> Tensor:
+def first_bounds(layer: GpuLayer, rule: Rule) -> Tensor:
     """The bounds of a layer's first step, which rewrites them for the next one."""
     return torch.zeros(Sizes.of(layer.inputs(0, rule)).state, dtype=torch.int32, device=layer.keys.device)
 
 
 def fused(
-    layer: Layer, i: int, bounds: Tensor, rule: Rule, scratch: Scratch, scan_only: bool = False, triton: bool = False
+    layer: GpuLayer, i: int, bounds: Tensor, rule: Rule, scratch: Scratch, scan_only: bool = False, triton: bool = False
 ) -> Result:
     """The step with a layer's query i, or its first kernel alone; with tiers, logits of medium keys are estimated."""
     x = layer.inputs(i, rule)
     x = replace(x, bounds=bounds, workspace=scratch.workspace(Sizes.of(x).workspace, layer.keys.device))
-    if triton or decode.kernels_for(decode.Request.of(x)).language == "Triton":
+    if triton or decode.kernels_for(decode.KernelRequest.of(x)).language == "Triton":
         from hashattn.ops.decode.triton.decode import decode as run
     else:
         from hashattn.ops.decode.cuda.decode import decode as run
@@ -93,7 +93,7 @@ def fused(
 
 
 def whole_caches(
-    case: Case, encoder: Encoder, layers: Sequence[Layer], *, room: int, scratch: Scratch
+    case: Case, encoder: Encoder, layers: Sequence[GpuLayer], *, room: int, scratch: Scratch
 ) -> list[KVCache]:
     """A cache for each layer, of as many other keys, with room for more."""
     attn = HashAttention(encoder, FlatHamming(), TopK(k=1))
@@ -102,17 +102,19 @@ def whole_caches(
     return [random_cache(attn, kind, seed) for seed in range(len(layers))]
 
 
-def whole(attn: HashAttention, layers: Sequence[Layer], caches: Sequence[KVCache]) -> Callable[[Layer, int], Tensor]:
+def whole(
+    attn: HashAttention, layers: Sequence[GpuLayer], caches: Sequence[KVCache]
+) -> Callable[[GpuLayer, int], Tensor]:
     """A step with encode and append: of a layer and the number of its query, whose newest key it appends."""
     decoders = {id(layer): attn.decoder(twin(cache)) for layer, cache in zip(layers, caches, strict=True)}
     newest = {id(layer): [newest_of(layer, i) for i in range(len(layer.q))] for layer in layers}
 
-    def step(layer: Layer, i: int) -> Tensor:
+    def step(layer: GpuLayer, i: int) -> Tensor:
         return decoders[id(layer)](layer.q[i], *newest[id(layer)][i])
 
     return step
 
 
-def newest_of(layer: Layer, i: int) -> tuple[Tensor, Tensor]:
+def newest_of(layer: GpuLayer, i: int) -> tuple[Tensor, Tensor]:
     """A key and a value, [B, Hkv, 1, D], for query i to come with."""
     return layer.keys[:, :, i : i + 1].contiguous(), layer.values[:, :, i : i + 1].contiguous()

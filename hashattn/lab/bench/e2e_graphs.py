@@ -18,14 +18,14 @@ STEPS = 16  # tokens that are decoded between two looks at the clock
 
 
 @dataclass(frozen=True)
-class Step:
+class CapturedStep:
     """A captured step, and what it attends with."""
 
     attend: DenseLayers | HashedLayers
     graph: Captured
 
 
-def capture_step(name: str, decoding: Decoding, attend: DenseLayers | HashedLayers, keys: int) -> Step:
+def capture_step(name: str, decoding: Decoding, attend: DenseLayers | HashedLayers, keys: int) -> CapturedStep:
     """Capture a step, which must do from its graph what it does from Python.
 
     Raises:
@@ -41,10 +41,10 @@ def capture_step(name: str, decoding: Decoding, attend: DenseLayers | HashedLaye
         return logits
 
     check_graph(name, decoding, attend, keys, replay)
-    return Step(attend, graph)
+    return CapturedStep(attend, graph)
 
 
-def take_turns(decoding: Decoding, steps: Mapping[str, Step], keys: int, rounds: int) -> dict[str, float]:
+def take_turns(decoding: Decoding, steps: Mapping[str, CapturedStep], keys: int, rounds: int) -> dict[str, float]:
     """Median milliseconds a token. Each round starts anew from `keys` keys; the first is not counted."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + 1):

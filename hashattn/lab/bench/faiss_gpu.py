@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from hashattn.core.extras import require
-from hashattn.lab.bench.cuda_inputs import Layer
+from hashattn.lab.bench.cuda_inputs import GpuLayer
 
 TEMPORARY = 256 << 20  # bytes that FAISS sets aside once, instead of allocating at every search
 
 
-def faiss_us(layer: Layer, k: int, rounds: int) -> float:
+def faiss_us(layer: GpuLayer, k: int, rounds: int) -> float:
     """Median microseconds of one layer's search: an index per sequence and KV head, which its group's queries share.
 
     FAISS cannot be captured in a graph, so that what its host does between the searches counts; nothing is copied.

@@ -22,7 +22,7 @@ from hashattn.lab.bench.cuda_graphs import (
     make_layers,
     turns_of,
 )
-from hashattn.lab.bench.cuda_inputs import Layer, with_estimate, with_signs
+from hashattn.lab.bench.cuda_inputs import GpuLayer, with_estimate, with_signs
 from hashattn.lab.bench.cuda_reads import reads
 from hashattn.lab.bench.cuda_steps import kernels, rule, why_not
 from hashattn.lab.bench.floors import Machine, Reads, floors
@@ -147,7 +147,7 @@ def _measure(case: Case, settings: Settings, machine: Machine, notes: dict[str, 
     return rows
 
 
-def _served(case: Case, bits: int, per: str, layer: Layer, notes: dict[str, None]) -> dict[str, Kind]:
+def _served(case: Case, bits: int, per: str, layer: GpuLayer, notes: dict[str, None]) -> dict[str, Kind]:
     """The kinds that are served, and why others are not."""
     shared = per == "kv_head"
     radius = radius_for(row_distances(layer, shared), case.k, case.q_heads // case.kv_heads if shared else 1)

@@ -14,7 +14,7 @@ from hashattn.core.progress import bar
 from hashattn.core.threads import thread_count
 from hashattn.core.types import Step
 from hashattn.lab.bench import recall_steps as steps
-from hashattn.lab.bench.recall_data import SYNTHETIC, Layer, layers_of
+from hashattn.lab.bench.recall_data import SYNTHETIC, CapturedLayer, layers_of
 from hashattn.lab.bench.recall_entries import Entry, Memo, entries, shipped_for
 from hashattn.lab.kept import Truth, figures
 from hashattn.lab.report import remark
@@ -109,7 +109,7 @@ def run(settings: Settings | None = None, *, progress: bool = True) -> dict[str,
     return {"settings": asdict(settings), "rows": rows, "notes": notes}
 
 
-def _row(data: str, entry: Entry, layers: Sequence[Layer], found: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(data: str, entry: Entry, layers: Sequence[CapturedLayer], found: list[dict[str, Any]]) -> dict[str, Any]:
     """A preset on one data set: means over layers."""
     q, k = layers[0].q, layers[0].k
     numbers = [name for name, value in found[0].items() if isinstance(value, int | float) and name != "layer"]

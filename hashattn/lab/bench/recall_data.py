@@ -18,7 +18,7 @@ _FIT_QUERIES = 1024
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class CapturedLayer:
     """One attention layer over one text, and what encoders are fitted to: another one.
 
     Attributes:
@@ -41,7 +41,7 @@ class Layer:
 
 def layers_of(
     name: str, keys: int, queries: int, numbers: Sequence[int] | None, text: str | None, seed: int
-) -> list[Layer]:
+) -> list[CapturedLayer]:
     """The layers of a model, by a name that load() takes, over a text; or one made up, for "synthetic".
 
     Args:
@@ -57,7 +57,9 @@ def layers_of(
     return [synthetic(keys, queries, seed=seed)] if name == SYNTHETIC else captured(name, keys, numbers, text, seed)
 
 
-def synthetic(keys: int, queries: int, *, heads: tuple[int, int] = HEADS, dim: int = DIM, seed: int = 0) -> Layer:
+def synthetic(
+    keys: int, queries: int, *, heads: tuple[int, int] = HEADS, dim: int = DIM, seed: int = 0
+) -> CapturedLayer:
     """Two offset cones with planted neighbours: 8 a query and head, of many strengths, among keys of one mean.
 
     A few noisy channels dominate the keys, and queries avoid them. No key is asked for twice: past queries say nothing
@@ -65,7 +67,7 @@ def synthetic(keys: int, queries: int, *, heads: tuple[int, int] = HEADS, dim: i
     """
     q, k, v = _cones(keys, queries, heads, dim, 2 * seed)
     fit_q, fit_k, _ = _cones(keys, queries, heads, dim, 2 * seed + 1)
-    return Layer(NUMBER, q, k, v, fit_q[:, :, -queries:], fit_k, dim**-0.5)
+    return CapturedLayer(NUMBER, q, k, v, fit_q[:, :, -queries:], fit_k, dim**-0.5)
 
 
 def _cones(keys: int, queries: int, heads: tuple[int, int], dim: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,7 +91,7 @@ def _cones(keys: int, queries: int, heads: tuple[int, int], dim: int, seed: int)
 
 
 @torch.no_grad()
-def captured(model: str, keys: int, numbers: Sequence[int] | None, text: str | None, seed: int) -> list[Layer]:
+def captured(model: str, keys: int, numbers: Sequence[int] | None, text: str | None, seed: int) -> list[CapturedLayer]:
     """Of a model that reads two places of a text, densely: one to fit to, one to judge on."""
     from hashattn.integrations.transformers import capture, support
     from hashattn.integrations.transformers.capture import capturable
@@ -105,5 +107,5 @@ def captured(model: str, keys: int, numbers: Sequence[int] | None, text: str | N
     for number, c in found.items():
         scale = float(getattr(modules[number], "scaling", None) or c.q.shape[-1] ** -0.5)
         q, k, v, fit_q, fit_k = (x.float() for x in (c.q, c.k, c.v, fit[number].q, fit[number].k))
-        layers.append(Layer(number, q, k, v, fit_q, fit_k, scale))
+        layers.append(CapturedLayer(number, q, k, v, fit_q, fit_k, scale))
     return layers

@@ -14,7 +14,7 @@ from hashattn.encoders.base import Encoder
 from hashattn.encoders.learned import LearnedHash
 from hashattn.fitted.saving import Pretrained, from_pretrained, shipped
 from hashattn.index import Index
-from hashattn.lab.bench.recall_data import Layer
+from hashattn.lab.bench.recall_data import CapturedLayer
 from hashattn.lab.evaluation.contenders import Contender
 from hashattn.presets import PRESETS, budget_options, takes_budget
 from hashattn.presets.parsing import parse
@@ -52,7 +52,7 @@ class Entry:
         return attn if self.index is None else attn.replace(index=self.index)
 
     def fitted(
-        self, layer: Layer, pretrained: Sequence[Pretrained], memo: Memo, *, steps: int, seed: int
+        self, layer: CapturedLayer, pretrained: Sequence[Pretrained], memo: Memo, *, steps: int, seed: int
     ) -> tuple[HashAttention, str]:
         """The composition for a layer, and where its encoder's weights are from: "" where it has none.
 

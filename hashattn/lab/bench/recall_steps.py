@@ -18,7 +18,7 @@ from hashattn.core.naming import short
 from hashattn.core.types import Output, Selection, Step
 from hashattn.engines import choose
 from hashattn.lab.bench.dense import DENSE
-from hashattn.lab.bench.recall_data import Layer
+from hashattn.lab.bench.recall_data import CapturedLayer
 from hashattn.lab.kept import kept_by
 
 _ROUNDING = 1e-4  # of the largest value: float32 sums in another order
@@ -46,7 +46,7 @@ class Decoded:
 
 
 @torch.inference_mode()
-def decode(attn: HashAttention, layer: Layer, tokens: int, before: Sequence[Step] | None = None) -> Decoded:
+def decode(attn: HashAttention, layer: CapturedLayer, tokens: int, before: Sequence[Step] | None = None) -> Decoded:
     """Prefill all but the last `tokens` positions, densely, then decode those one by one.
 
     Args:
@@ -87,7 +87,7 @@ def decode(attn: HashAttention, layer: Layer, tokens: int, before: Sequence[Step
     return Decoded(kept, torch.stack(outs, 1), statistics.mean(slots), us, dense_us, after)
 
 
-def costs(attn: HashAttention, layer: Layer, decoded: Decoded) -> dict[str, Any]:
+def costs(attn: HashAttention, layer: CapturedLayer, decoded: Decoded) -> dict[str, Any]:
     """Bytes of bfloat16 keys and values as the query plan has them, and median microseconds.
 
     key_bytes: kept for a key and KV head beside the key itself: code, norm.

@@ -12,20 +12,32 @@ from hashattn.ops.decode.kernels import Kernels
 from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.maps import why_not as why_not_encode
 from hashattn.ops.decode.reference import decode as reference
-from hashattn.ops.decode.request import Request
+from hashattn.ops.decode.request import KernelRequest
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.scratch import Scratch
 from hashattn.ops.decode.sizes import Sizes
 from hashattn.ops.decode.specification import Specification
 from hashattn.ops.decode.triton import InTriton
 
-__all__ = ["Estimate", "Inputs", "Kernels", "Map", "Newest", "Outputs", "Request", "Rule", "Scratch", "Sizes", "Stored"]
+__all__ = [
+    "Estimate",
+    "Inputs",
+    "KernelRequest",
+    "Kernels",
+    "Map",
+    "Newest",
+    "Outputs",
+    "Rule",
+    "Scratch",
+    "Sizes",
+    "Stored",
+]
 __all__ += ["kernels_for", "kernels_on", "reference", "served_by", "why_not", "why_not_encode", "why_not_nvidia"]
 
 KERNELS: tuple[Kernels, ...] = (InCuda(), InTriton())  # the fastest first
 
 
-def why_not(request: Request) -> list[str]:
+def why_not(request: KernelRequest) -> list[str]:
     """Why no kernels serve a step, as ends of sentences; [] if some do. Of kernels, those that come nearest to it."""
     fewest: list[str] | None = None
     for kernels in reversed(KERNELS):  # the last serve the most
@@ -36,7 +48,7 @@ def why_not(request: Request) -> list[str]:
     return fewest or []
 
 
-def kernels_for(request: Request) -> Kernels:
+def kernels_for(request: KernelRequest) -> Kernels:
     """Those that run a step: the fastest that serve it, and on the CPU the specification.
 
     Raises:
@@ -55,7 +67,7 @@ def kernels_on(device: torch.device) -> Kernels:
     return next(kernels for kernels in KERNELS if not kernels.why_not_on(device))
 
 
-def served_by(request: Request) -> tuple[Kernels, list[str]]:
+def served_by(request: KernelRequest) -> tuple[Kernels, list[str]]:
     """The fastest kernels that serve a step which some serve, and why no faster ones do, as ends of sentences."""
     found = [(kernels, kernels.why_not(request)) for kernels in KERNELS]
     first = next(i for i, (_, reasons) in enumerate(found) if not reasons)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hashattn.ops.decode.inputs import Inputs, Newest, Outputs, Stored
-from hashattn.ops.decode.request import Request
+from hashattn.ops.decode.request import KernelRequest
 
 Decode = Callable[[Tensor, Tensor, float], Outputs]  # of q, query and scale
 Encode = Callable[[Tensor, Tensor, Tensor], Tensor]  # of q, k and v
@@ -28,7 +28,7 @@ class Kernels(ABC):
         """Why they do not run on a device, whatever the step, as ends of sentences: every reason."""
 
     @abstractmethod
-    def why_not(self, request: Request) -> list[str]:
+    def why_not(self, request: KernelRequest) -> list[str]:
         """Why they do not serve a step, and what would; [] if they do."""
 
     @abstractmethod

@@ -16,7 +16,7 @@ from hashattn.ops.decode import kernels_for, kernels_on
 from hashattn.ops.decode.estimate import Estimate
 from hashattn.ops.decode.inputs import Inputs, Newest, Outputs, Stored
 from hashattn.ops.decode.maps import Map
-from hashattn.ops.decode.request import Request
+from hashattn.ops.decode.request import KernelRequest
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.sizes import Sizes
 
@@ -55,7 +55,7 @@ class Decode:
 
     def __init__(self, like: Inputs) -> None:
         self.like = like
-        self._step = kernels_for(Request.of(like)).decode(like)
+        self._step = kernels_for(KernelRequest.of(like)).decode(like)
 
     def __call__(self, q: Tensor, query: Tensor, scale: float) -> Outputs:
         """Search and attend with queries [B, Hq, T, D] and their codes; see :class:`Inputs`.
@@ -169,7 +169,7 @@ def _check_stored(name: str, stored: Stored, **new: Tensor) -> None:
 def _decode(*given: Any) -> tuple[Tensor, ...]:
     x = _inputs(*given)
     _check_decode(x, x.q)
-    out, lse, ids, tier = kernels_for(Request.of(x)).decode(x)(x.q, x.query, x.scale)
+    out, lse, ids, tier = kernels_for(KernelRequest.of(x)).decode(x)(x.q, x.query, x.scale)
     return out, lse, ids, ids.new_empty(0, dtype=torch.int8) if tier is None else tier
 
 

@@ -1,4 +1,4 @@
-"""Request: a kind of step, and what of it the kernels for binary codes serve, in whichever language."""
+"""KernelRequest: a kind of step, and what of it the kernels for binary codes serve, in whichever language."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOST_SLOTS = 1 << 24  # of the chunks of LocalTopK, each of which has its own
 
 
 @dataclass(frozen=True)
-class Request:
+class KernelRequest:
     """A kind of step, of which there need not be any tensors yet.
 
     Attributes:
@@ -50,7 +50,7 @@ class Request:
     room: int = 1
 
     @classmethod
-    def of(cls, x: Inputs) -> Request:
+    def of(cls, x: Inputs) -> KernelRequest:
         """Of a step on these tensors."""
         (batch, q_heads, tokens, head_dim), (planes, words) = x.q.shape, x.query.shape[3:]
         rule = x.rule if x.estimate is not None else replace(x.rule, critical=None)
@@ -63,7 +63,7 @@ class Request:
         return self.q_heads // self.kv_heads
 
 
-def why_not_binary(request: Request) -> list[str]:
+def why_not_binary(request: KernelRequest) -> list[str]:
     """Why the kernels for binary codes do not serve a step, and what would: every reason."""
     if request.device.type not in DEVICES:
         return [f"its kernels need an NVIDIA GPU, the tensors are on {request.device.type}"]
@@ -87,7 +87,7 @@ def why_not_binary(request: Request) -> list[str]:
     return [*reasons, *_why_not_rule(request), *_why_not_distances(request), *too_many(*sizes)]
 
 
-def _why_not_rule(request: Request) -> list[str]:
+def _why_not_rule(request: KernelRequest) -> list[str]:
     rule, reasons = request.rule, []
     if rule.chunks is None:
         return []
@@ -102,7 +102,7 @@ def _why_not_rule(request: Request) -> list[str]:
     return reasons
 
 
-def _why_not_distances(request: Request) -> list[str]:
+def _why_not_distances(request: KernelRequest) -> list[str]:
     rule = request.rule
     spread = (request.group if rule.shared else 1) * (2**request.planes - 1)
     farthest = (64 * request.words + 255 * rule.biased) * spread

@@ -12,7 +12,7 @@ from hashattn.ops.decode import encode_reference
 from hashattn.ops.decode.inputs import Inputs, Newest, Outputs, Stored
 from hashattn.ops.decode.kernels import Decode, Encode, Kernels
 from hashattn.ops.decode.reference import decode
-from hashattn.ops.decode.request import Request
+from hashattn.ops.decode.request import KernelRequest
 from hashattn.ops.decode.sizes import Sizes
 
 
@@ -26,7 +26,7 @@ class Specification(Kernels):
     def why_not_on(self, device: torch.device) -> list[str]:
         return [] if device.type == "cpu" else [f"it runs on the CPU, the tensors are on {device.type}"]
 
-    def why_not(self, request: Request) -> list[str]:
+    def why_not(self, request: KernelRequest) -> list[str]:
         other = request.scores != "hamming"
         return [*self.why_not_on(request.device), *(["it serves binary codes in a FlatHamming index"] if other else [])]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hashattn.ops.decode import Request, Rule, Sizes, kernels_on, reference, served_by
+from hashattn.ops.decode import KernelRequest, Rule, Sizes, kernels_on, reference, served_by
 from hashattn.ops.decode.cuda import InCuda, compiler
 from hashattn.ops.decode.cuda.decode import Prepared, launches
 from tests.ops.decode.cases import CASES, LOCAL_CASES, agrees, inputs, ready, same
@@ -202,7 +202,7 @@ def test_a_kernel_that_does_not_compile_shows_the_compilers_words():
 
 
 def test_triton_takes_over_where_cuda_cannot_be_compiled(monkeypatch):
-    request = Request(torch.device("cuda"), torch.bfloat16, 32, 8, 128, 1, 1, Rule(k=9))
+    request = KernelRequest(torch.device("cuda"), torch.bfloat16, 32, 8, 128, 1, 1, Rule(k=9))
     kernels, slower = served_by(request)
     assert kernels.language == "CUDA C++" and slower == []
     kernels, slower = served_by(replace(request, rule=Rule(share=0.1, critical=0.05)))

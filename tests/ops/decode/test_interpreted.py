@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashattn.ops.decode import Request, Rule, Scratch, why_not
+from hashattn.ops.decode import KernelRequest, Rule, Scratch, why_not
 from hashattn.ops.decode.sizes import Sizes, carve
 from tests.ops.decode.cases import CASES, LOCAL_CASES, TIER_CASES, WORST, agrees, inputs, ready, same, stored
 from tests.structured import seeds
@@ -108,7 +108,7 @@ def test_a_workspace_is_shared_kept_and_no_larger_than_needed():
     ],
 )
 def test_what_is_not_served_is_named(change, reason):
-    request = Request(torch.device("cuda"), torch.bfloat16, 32, 8, 128, 2, 1, Rule(k=3))
+    request = KernelRequest(torch.device("cuda"), torch.bfloat16, 32, 8, 128, 2, 1, Rule(k=3))
     found = why_not(replace(request, **change))
     if reason is None:
         assert found == []
@@ -117,7 +117,9 @@ def test_what_is_not_served_is_named(change, reason):
 
 
 def test_every_reason_is_named_at_once():
-    found = why_not(Request(torch.device("cuda"), torch.float64, 32, 8, 80, 3, 1, Rule(k=40, chunks=4, shared=True)))
+    found = why_not(
+        KernelRequest(torch.device("cuda"), torch.float64, 32, 8, 80, 3, 1, Rule(k=40, chunks=4, shared=True))
+    )
     wanted = "float64", "head_dim", "192", "per query head", "per_chunk"
     assert len(found) == len(wanted) and all(word in reason for word, reason in zip(wanted, found, strict=True))
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hashattn.ops.decode import Request, Rule, device, reference, why_not
+from hashattn.ops.decode import KernelRequest, Rule, device, reference, why_not
 from hashattn.ops.decode.cuda.decode import launches
 from hashattn.ops.decode.device import check_nvidia, on
 from hashattn.ops.decode.sizes import MOST_COLUMNS, Sizes, grid
@@ -21,7 +21,7 @@ from hashattn.ops.decode.triton.decode import decode as in_triton
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")
 SMALL = {"filled": 90, "room": 96, "group": 2}
-REQUEST = Request(torch.device("cuda"), torch.bfloat16, 32, 8, 128, 1, 1, Rule(k=9))
+REQUEST = KernelRequest(torch.device("cuda"), torch.bfloat16, 32, 8, 128, 1, 1, Rule(k=9))
 
 
 @pytest.fixture(params=["cuda", "triton"])

@@ -8,7 +8,7 @@ from torch import Tensor
 from hashattn.ops.decode.cuda import compiler
 from hashattn.ops.decode.inputs import Inputs, Newest, Stored
 from hashattn.ops.decode.kernels import Decode, Encode, Kernels
-from hashattn.ops.decode.request import Request, why_not_binary
+from hashattn.ops.decode.request import KernelRequest, why_not_binary
 
 OLDEST = (8, 0)  # compute capability
 
@@ -29,7 +29,7 @@ class InCuda(Kernels):
             reason = compiler.why_not_on(torch.cuda.current_device() if device.index is None else device.index)
         return [] if reason is None else [reason]
 
-    def why_not(self, request: Request) -> list[str]:
+    def why_not(self, request: KernelRequest) -> list[str]:
         reasons = why_not_binary(request)
         if request.rule.critical is not None:
             reasons.append("estimates of medium keys are made in Triton")

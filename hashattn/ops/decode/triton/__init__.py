@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hashattn.ops.decode.inputs import Inputs, Newest, Stored
 from hashattn.ops.decode.kernels import Decode, Encode, Kernels
-from hashattn.ops.decode.request import Request, why_not_binary
+from hashattn.ops.decode.request import KernelRequest, why_not_binary
 
 
 class InTriton(Kernels):
@@ -20,7 +20,7 @@ class InTriton(Kernels):
     def why_not_on(self, device: torch.device) -> list[str]:
         return []
 
-    def why_not(self, request: Request) -> list[str]:
+    def why_not(self, request: KernelRequest) -> list[str]:
         return why_not_binary(request)
 
     def decode(self, like: Inputs) -> Decode:
