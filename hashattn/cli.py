@@ -11,6 +11,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = argparse.Namespace(prog="hashattn", debug=False, stopped=_nothing_left)
     try:
-        with stoppable():
+        with stoppable(), contextlib.redirect_stdout(Stdout(sys.stdout)):
             try:
                 bench.check_spelling(words)
                 parser().parse_args(words, arguments)
@@ -101,6 +102,24 @@ def _nothing_left(arguments: argparse.Namespace) -> str:
 
 def _say(arguments: argparse.Namespace, line: str) -> None:
     print(f"{arguments.prog}: {line}", file=sys.stderr)
+
+
+class Stdout:
+    """Standard output, which says of itself what it cannot take; everything else is the stream's own."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return int(self._stream.write(text))
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise Failure(f"standard output: {reason(error)}") from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _flush() -> None:

@@ -184,7 +184,10 @@ def test_a_capture_on_a_full_disk_keeps_what_is_whole(work, monkeypatch, capsys,
 def test_a_full_standard_output_is_said_and_a_reader_that_goes_away_is_not():
     full = 'python -m hashattn presets > /dev/full; echo "full $?" >&2'
     pipe = 'python -m hashattn presets | true; echo "piped ${PIPESTATUS[0]}" >&2'
-    for line, expected in ((full, ["hashattn presets: No space left on device", "full 1"]), (pipe, ["piped 141"])):
+    for line, expected in (
+        (full, ["hashattn presets: standard output: No space left on device", "full 1"]),
+        (pipe, ["piped 141"]),
+    ):
         script = line.replace("python", sys.executable)
         done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
         assert done.stderr.splitlines() == expected

@@ -87,7 +87,7 @@ def encode_constants(
 
 
 def main(arch: int) -> None:
-    """Those of a step; for H100s also those that encode and append."""
+    """Those of a step; for H100s also those of LocalTopK, and those that encode and append."""
     common = {"T": 1, "CAUSAL": True, "PDL": arch >= 90, "CHUNK": CHUNK}
     unused = dict.fromkeys(("norms", "centre", "a", "tier"))
     for group, shared, words, planes, dim, dtype in (
@@ -122,7 +122,7 @@ def main(arch: int) -> None:
             options = attend_options(attend["WIDTH"], attend["LEVELS"], tiers, divmod(arch, 10))
             found = compiled(attend_topk, constants, options, arch, dtype)
             print(json.dumps({"kernel": f"attend {name} tiers={tiers}", **found}), flush=True)
-        if not shared:
+        if not shared and arch == 90:
             near = {
                 "T": 1,
                 "G": group,

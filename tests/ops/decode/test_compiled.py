@@ -12,12 +12,12 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
 
-@pytest.mark.parametrize(("arch", "count"), [(80, 24), (90, 43), (100, 24)])
+@pytest.mark.parametrize(("arch", "count"), [(80, 15), (90, 43), (100, 15)])
 def test_kernels_compile_without_spills(arch, count):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, SCRIPT, str(arch)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == count  # those that encode and append need few registers: one architecture will do
+    assert len(kernels) == count  # of those that need few registers one architecture will do
     assert all(k["popc"] for k in kernels if k["kernel"].startswith(("scan", "attend", "local search"))), kernels
     assert [k for k in kernels if k["stack"]] == []

@@ -24,7 +24,7 @@ from hashattn.ops.decode.triton.decode import decode
 @pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")  # rows that keep no key
 @pytest.mark.parametrize(("shape", "rule"), CASES + LOCAL_CASES)
 def test_it_selects_and_attends_as_the_reference_does(shape, rule):
-    hints = (None, None) if rule.chunks is not None else (None, None, 0, WORST)  # chunks are searched without
+    hints = (None, None) if rule.chunks is not None else (None, WORST)  # chunks are searched without
     agrees(decode, inputs(1, **shape), rule, hints=hints)
 
 
