@@ -8,7 +8,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from hashattn import DenseAttend, FlatHamming, HashAttention, KVCache, Selection, Selector, SimHash, Step, TopK
+from hashattn import (
+    Centring,
+    DenseAttend,
+    ExactAttend,
+    FlatHamming,
+    HashAttention,
+    KVCache,
+    MixedPrecision,
+    RandomTail,
+    Recent,
+    Refine,
+    SampledAttend,
+    Selection,
+    Selector,
+    SimHash,
+    Sink,
+    Step,
+    Tiers,
+    TopK,
+)
 from hashattn.encoders.base import Encoder, key_bits
 from hashattn.engines import choose
 from hashattn.engines.base import Engine, PlanRow, PreparedStep, Request
@@ -18,6 +37,7 @@ from hashattn.index.view import View
 from hashattn.ops import decode
 from hashattn.ops.decode.kernels import Decode
 from hashattn.ops.decode.specification import Specification
+from hashattn.store import KVStore
 
 HOUSE = Path(__file__).parents[1] / "hashattn"
 FLOORS = (  # from the ground up: what stands on a floor uses the floors below, and its own room
@@ -271,3 +291,72 @@ def test_a_selector_is_one_file():
     q, k = torch.randn(1, 4, 1, 64), torch.randn(1, 2, 40, 64)
     dense = attn.replace(selector=None, attend=DenseAttend())
     assert torch.allclose(attn(q, k, k), dense(q, k[:, :, 0::3], k[:, :, 0::3]), atol=1e-5)
+
+
+class Pieces(KVStore):
+    """Keys and values as they came, a piece an append: nothing of it is in one piece of memory."""
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __len__(self) -> int:
+        return sum(k.shape[2] for k, _ in self.pieces)
+
+    @property
+    def kind(self) -> tuple[torch.dtype, torch.device] | None:
+        return (self.pieces[0][0].dtype, self.pieces[0][0].device) if self.pieces else None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for piece in self.pieces for x in piece)
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.pieces.append((k.clone(), v.clone()))
+
+    def rows(self, what: str, ids: torch.Tensor) -> torch.Tensor:
+        held = self.whole(what).repeat_interleave(ids.shape[1] // self.pieces[0][0].shape[1], 1)
+        columns = ids.clamp(min=0).long().flatten(2).unsqueeze(-1).expand(-1, -1, -1, held.shape[3])
+        return held.gather(2, columns).view(*ids.shape, -1)
+
+    def dense_chunks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        yield from self.pieces
+
+    def truncate(self, length: int) -> None:
+        self.pieces = [(self.whole("keys")[:, :, :length], self.whole("values")[:, :, :length])]
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        self.pieces = [(k[rows], v[rows]) for k, v in self.pieces]
+
+    def clear_before(self, row: int, column: int) -> None:
+        for x in self.pieces[0]:
+            x[row, :, :column] = 0
+
+
+@pytest.mark.parametrize("engine", ["reference", "cpu", "dense"])
+@pytest.mark.parametrize(
+    ("selector", "attend"),
+    [
+        (Sink(2) | Recent(4) | TopK(k=20, per="kv_head"), ExactAttend()),
+        (Tiers(0.1, 0.3), MixedPrecision()),
+        (Refine(TopK(k=9), 3), ExactAttend()),
+        (RandomTail(TopK(k=9), k=12), SampledAttend(errors=True)),
+    ],
+    ids=["exact", "tiers", "refined", "sampled"],
+)
+def test_a_store_is_one_file(selector, attend, engine):
+    attn = HashAttention(SimHash(64, centring=Centring(keys=40)), FlatHamming(), selector, attend, engine=engine)
+    made = {"encoder": attn.encoder, "index": attn.index, "norms": attend.needs_norms}
+    caches = [KVCache(2, 2, 16, **made, store=store) for store in (None, Pieces())]
+    k, v = torch.randn(2, 2, 130, 16), torch.randn(2, 2, 130, 16)
+    for tokens in (3, 1):
+        q = torch.randn(2, 4, tokens, 16)
+        for cache in caches:
+            cache.append(k[:, :, :120], v[:, :, :120], start=torch.tensor([0, 30]) if len(cache) == 0 else None)
+            cache.append(k[:, :, 120:], v[:, :, 120:])
+        outs = []
+        for cache in caches:
+            torch.manual_seed(0)
+            outs.append(attn.run(q, cache)[0].out)
+            cache.crop(100)
+            cache.select_rows(torch.tensor([1, 0]))
+        assert torch.allclose(*outs, atol=1e-5)

@@ -29,6 +29,7 @@ class Keys(Protocol):
     @property
     def bits(self) -> int: ...  # length of a code
     def storage(self, what: str) -> Tensor: ...  # all that is allocated for one of the above, [B, heads, room, X]
+    def selected(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...  # keys and values, and where ids are in them
     def gather(self, what: str, ids: Tensor) -> Tensor: ...  # its rows at [B, H, T, K]
     def seen(self, tokens: int, causal: bool = True) -> Tensor | None: ...  # bool [B, 1, T, N], None for all
 

@@ -36,15 +36,15 @@ class ExactAttend(Attend):
     ) -> Output:
         if selection is None:
             raise ValueError("ExactAttend needs a selection; DenseAttend does without")
-        keys, values = cache.storage("keys"), cache.storage("values")
+        keys, values, ids = cache.selected(selection.ids)
         host = on_host(view, selection, q, keys, values)
-        rows = ops.row_numbers(selection.ids, keys.shape[1], keys.shape[2])
-        logits = ops.logits(q, keys, selection.ids, scale, rows=rows, host=host)
+        rows = ops.row_numbers(ids, keys.shape[1], keys.shape[2])
+        logits = ops.logits(q, keys, ids, scale, rows=rows, host=host)
         return Output(
             *ops.weigh(
                 logits,
                 values,
-                selection.ids,
+                ids,
                 q.dtype,
                 log_weights=selection.log_weights,
                 rows=rows,

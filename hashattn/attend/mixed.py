@@ -77,15 +77,16 @@ class MixedPrecision(nn.Module, Attend):
     ) -> Output:
         if selection is None:
             raise ValueError("MixedPrecision needs a selection; DenseAttend does without")
-        ids, tier, keys, values = selection.ids, selection.tier, cache.storage("keys"), cache.storage("values")
+        ids, tier = selection.ids, selection.tier
+        keys, values, at = cache.selected(ids)
         host = on_host(view, selection, q, keys, values, *self.parameters())
         if tier is None:
-            logits = ops.logits(q, keys, ids, scale, host=host)
+            logits = ops.logits(q, keys, at, scale, host=host)
         else:
             if view is None or view.query is None:
                 raise ValueError("MixedPrecision needs the view of the encoded queries for a selection with tiers")
             few = ids.shape[-1] if selection.critical_slots is None else selection.critical_slots
-            exact_ids, medium = ids[..., :few], tier == MEDIUM
+            exact_ids, medium = at[..., :few], tier == MEDIUM
             mixed = not host or bool(medium[..., :few].any())  # where asking costs nothing
             if mixed:
                 exact_ids = exact_ids.masked_fill(medium[..., :few], -1)  # medium keys are not read
@@ -101,7 +102,7 @@ class MixedPrecision(nn.Module, Attend):
             *ops.weigh(
                 logits,
                 values,
-                ids,
+                at,
                 q.dtype,
                 log_weights=selection.log_weights,
                 need_lse=need_lse,

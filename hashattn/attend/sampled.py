@@ -49,9 +49,9 @@ class SampledAttend(Attend):
         if selection is None:
             raise ValueError("SampledAttend needs a selection; DenseAttend does without")
         ids, log_weights = selection.ids, selection.log_weights
-        keys, values = cache.storage("keys"), cache.storage("values")
+        keys, values, at = cache.selected(ids)
         host = on_host(view, selection, q, keys, values)
-        logits = ops.logits(q, keys, ids, scale, host=host)  # [B, H, T, G, K]
+        logits = ops.logits(q, keys, at, scale, host=host)  # [B, H, T, G, K]
         if selection.collisions is not None:
             if ids.shape[1] != q.shape[1] or selection.tier is None:
                 raise ValueError("a selection by collisions must be of query heads and say which slots are sampled")
@@ -62,7 +62,7 @@ class SampledAttend(Attend):
         out, lse, weights = ops.weigh(
             logits,
             values,
-            ids,
+            at,
             q.dtype,
             log_weights=log_weights,
             need_lse=need_lse,

@@ -26,6 +26,7 @@ from hashattn.index.view import View
 from hashattn.ops.attend import logits as exact_logits
 from hashattn.ops.decode.estimate import NORMS, key_norms
 from hashattn.ops.decode.scratch import Scratch
+from hashattn.store.base import KVStore
 from hashattn.store.resident import Resident, rows_of
 
 
@@ -49,18 +50,19 @@ class KVCache:
         encoder, index: of the composition; None for one that ranks nothing.
         norms: keep |k - centre| of each key, bfloat16.
         capacity: fixed number of columns; None grows by a quarter when full.
+        store: of keys and values, empty; Resident by default.
         scratch: device memory of the fused steps, to share among the caches of a model; None for one of its own.
     """
 
     def __init__(
         self, batch: int, kv_heads: int, head_dim: int, *, encoder: Encoder | None = None, index: Index | None = None,
-        norms: bool = False, capacity: int | None = None, scratch: Scratch | None = None,
+        norms: bool = False, capacity: int | None = None, scratch: Scratch | None = None, store: KVStore | None = None,
     ) -> None:  # fmt: skip
         self.batch, self.kv_heads = check_int("batch", batch, 1), check_int("kv_heads", kv_heads, 1)
         self.head_dim = check_int("head_dim", head_dim, 1)
         self.capacity = capacity = None if capacity is None else check_int("capacity", capacity, 1)
         self.encoder, self.index, self.with_norms = encoder, index, norms
-        self.kv, self._norms = Resident(capacity), TokenBuffer(capacity)
+        self.kv, self._norms = store if store is not None else Resident(capacity), TokenBuffer(capacity)
         self._store = index.new_store(capacity) if index is not None else None
         self._starts = [0] * self.batch  # host copy of start
         self.centres = Centres(encoder, self.batch)
@@ -69,8 +71,6 @@ class KVCache:
         self.guard = Guard()
         self.on_device = DeviceState(scratch if scratch is not None else Scratch())
 
-    # ---- what is in it
-
     def __len__(self) -> int:
         return len(self.kv)
 
@@ -78,13 +78,13 @@ class KVCache:
     def keys(self) -> Tensor:
         """[B, Hkv, N, D], a view."""
         self._check_filled()
-        return self.kv.storage("keys").narrow(2, 0, len(self))
+        return self.kv.whole("keys")
 
     @property
     def values(self) -> Tensor:
         """[B, Hkv, N, D], a view."""
         self._check_filled()
-        return self.kv.storage("values").narrow(2, 0, len(self))
+        return self.kv.whole("values")
 
     @property
     def allocated(self) -> tuple[Tensor, Tensor]:
@@ -317,11 +317,11 @@ class KVCache:
         if encoded == keys:
             return
         self._norms.truncate(encoded)
-        k = self.kv.keys.storage.narrow(2, encoded, keys - encoded)
+        k = self.kv.newest(encoded)
         with torch.no_grad():
             codes = self.encoder.encode_key(k, self.centres.frozen)
         if self.with_norms:
-            new = self.kv.storage("keys").narrow(2, encoded, keys - encoded)
+            new = self.kv.whole("keys")[:, :, encoded:]
             self._norms.append(key_norms(new, self.centres.subtracted))
         self._store.add(codes)
 
@@ -364,7 +364,8 @@ class KVCache:
 
         def logits(ids: Tensor) -> Tensor:
             assert q is not None
-            return exact_logits(q.detach(), self.kv.keys.storage, ids, scale, host=host)  # they choose: no gradients
+            keys, _, at = self.kv.selected(ids)
+            return exact_logits(q.detach(), keys.detach(), at, scale, host=host)  # they choose: no gradients
 
         def find(k: int) -> tuple[Tensor, Tensor]:
             assert index is not None and store is not None and query is not None
@@ -373,7 +374,8 @@ class KVCache:
         searches = query is not None and index is not None and not index.scans
         binary = index is not None and (index.flat_codes or searches)
         codes = store.codes if store is not None and binary and len(store) else None
-        device = self.keys.device
+        assert self.kind is not None
+        device = self.kind[1]
         return View(
             spans, q_heads, self.kv_heads, len(self), scan, device, query, codes, host, biased=biased,
             find=find if searches else None, logits=None if q is None else logits, attention_sums=self.attention_sums,
@@ -410,7 +412,11 @@ class KVCache:
 
         Empty slots (-1) read a row that is kept anyway, so that no padding is touched while anything is kept.
         """
-        return rows_of(self.storage(what), ids)
+        return self.kv.rows(what, ids) if what in ("keys", "values") else rows_of(self.storage(what), ids)
+
+    def selected(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :meth:`hashattn.store.KVStore.selected`."""
+        return self.kv.selected(ids)
 
     def storage(self, what: str) -> Tensor:
         """All that is allocated for "keys", "values", "codes" or "norms", contiguous [B, heads, room, X]."""
@@ -421,8 +427,6 @@ class KVCache:
         if what not in ("keys", "values", "norms"):
             raise ValueError(f"what must be one of keys, values, norms and codes, got {what!r}")
         return self._norms.traced if what == "norms" else self.kv.storage(what)
-
-    # ---- keeping it
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
@@ -483,8 +487,6 @@ class KVCache:
             f"KVCache(batch={self.batch}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, keys={len(self)}, "
             f"encoded={self.encoded}, nbytes={self.nbytes})"
         )
-
-    # ---- inside
 
     def _check_filled(self) -> None:
         if len(self) == 0:

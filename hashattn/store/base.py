@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,9 +12,14 @@ from torch import Tensor
 class KVStore(ABC):
     """Keys and values [B, Hkv, N, D] of one layer, which a KVCache appends, crops and reorders.
 
-    A step reads rows by their columns; dense attention reads all of them, a chunk at a time. What owns memory that
-    kernels may point to (storage) says so; others answer with None and are read by their rows.
+    A step reads rows by their columns; dense attention reads all of them, a chunk at a time. Only a store that keeps
+    them in one piece (Resident) has storage that the fused steps on a GPU can point to.
     """
+
+    @property
+    def wants_grad(self) -> bool:
+        """Whether gradients go on to keys or values of the last append, if any arrive."""
+        return False
 
     @abstractmethod
     def __len__(self) -> int:
@@ -53,3 +58,33 @@ class KVStore(ABC):
     @abstractmethod
     def clear_before(self, row: int, column: int) -> None:
         """Make the columns of a row before this one zeros: padding."""
+
+    def selected(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values at columns ids [B, H, T, K]: two tensors [B, heads, n, D], and the ids of theirs there."""
+        slots = torch.arange(ids.shape[2] * ids.shape[3], dtype=ids.dtype, device=ids.device).view(*ids.shape[2:])
+        keys, values = (self.rows(what, ids).flatten(2, 3) for what in ("keys", "values"))
+        return keys, values, torch.where(ids < 0, -1, slots)
+
+    def whole(self, what: str) -> Tensor:
+        """All of "keys" or "values", [B, Hkv, N, D]."""
+        return torch.cat([keys if what == "keys" else values for keys, values in self.dense_chunks()], 2)
+
+    def newest(self, first: int) -> Tensor:
+        """The keys from column `first` on, [B, Hkv, n, D], without gradients."""
+        return self.whole("keys")[:, :, first:].detach()
+
+    def storage(self, what: str) -> Tensor:
+        """All that is allocated for "keys" or "values" in one piece, [B, Hkv, room, D].
+
+        Raises:
+            ValueError: they are not in one piece.
+        """
+        raise ValueError(f"{type(self).__name__} keeps {what} in pieces, which this step cannot read")
+
+    def adopt(self, length: int) -> None:
+        """Count columns that a kernel wrote in place, up to `length`; only where there is storage."""
+        self.storage("keys")
+
+    def clear_unseen(self, starts: Sequence[int]) -> None:
+        """Make zeros of what is not finite before these columns of the rows, and in the free columns; likewise."""
+        self.storage("keys")

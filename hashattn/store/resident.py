@@ -57,6 +57,15 @@ class Resident(KVStore):
         """All that is allocated for "keys" or "values", which kernels may point to; gradients go on from it."""
         return {"keys": self.keys, "values": self.values}[what].traced
 
+    def selected(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.storage("keys"), self.storage("values"), ids
+
+    def whole(self, what: str) -> Tensor:
+        return self.storage(what).narrow(2, 0, len(self))
+
+    def newest(self, first: int) -> Tensor:
+        return self.keys.storage.narrow(2, first, len(self) - first)
+
     def adopt(self, length: int) -> None:
         """Count columns that a kernel wrote in place, up to `length`."""
         self.keys.adopt(length)
