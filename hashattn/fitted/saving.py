@@ -156,7 +156,7 @@ def from_pretrained(source: str | Path) -> Pretrained:
         ValueError: no such folder or name, another format, or a damaged file, which is named.
         ImportError: encoders of an installed package's class that cannot be imported.
     """
-    folder = _folder(source)
+    folder, same = _folder(source), 0
     while True:
         config = _config(folder)
         path = _weights(folder, config)
@@ -166,7 +166,8 @@ def from_pretrained(source: str | Path) -> Pretrained:
             raise ValueError(f"{str(folder / CONFIG)!r} lacks a field, or it is of another type: {error}") from error
         except ValueError as error:
             again = _config(folder)
-            if (again, _weights(folder, again)) == (config, path):  # else it was saved anew in between
+            same += (again, _weights(folder, again)) == (config, path)  # else it was saved anew in between,
+            if same == 3:  # or twice, back and forth
                 raise ValueError(f"{str(folder / CONFIG)!r} cannot be used: {error}") from error
 
 
