@@ -241,11 +241,24 @@ def test_a_family_of_scores_on_a_gpu_is_one_file_and_one_line(monkeypatch):
     monkeypatch.setattr(decode, "KERNELS", (*decode.KERNELS, OtherKernels()))
     attn = HashAttention(SimHash(64, centring=None), OtherScores(), TopK(k=5), engine="gpu")
     q, k = torch.randn(1, 4, 1, 64), torch.randn(1, 2, 40, 64)
+    steps.clear()
     found = attn(q, k, k)
     assert steps == ["other"]
     assert torch.allclose(found, attn.replace(engine="reference")(q, k, k), atol=1e-5)
     with pytest.raises(ValueError, match="they serve other scores"):
         attn.replace(index=FlatHamming())(q, k, k)
+
+
+def test_a_step_is_made_ready_once_and_let_go_when_the_memory_moves(monkeypatch):
+    monkeypatch.setattr(decode, "KERNELS", (*decode.KERNELS, OtherKernels()))
+    attn = HashAttention(SimHash(64, centring=None), OtherScores(), TopK(k=5), engine="gpu")
+    cache, plain = attn.new_cache(1, 2, 64), attn.replace(engine="reference")
+    steps.clear()
+    for keys, tokens, made, kept in ((40, 1, 1, 1), (1, 1, 1, 1), (1, 2, 2, 2), (900, 1, 3, 1), (1, 1, 3, 1)):
+        cache.append(torch.randn(1, 2, keys, 64), torch.randn(1, 2, keys, 64))
+        q = torch.randn(1, 4, tokens, 64)
+        assert torch.allclose(attn(q, cache), plain(q, cache), atol=1e-5)
+        assert (len(steps), len(cache.on_device.prepared)) == (made, kept)
 
 
 class Signs(Encoder):

@@ -21,7 +21,8 @@ class DeviceState:
     def __init__(self, scratch: Scratch) -> None:
         self.scratch = scratch
         self._starts: tuple[list[int], Tensor] | None = None
-        self.prepared: dict[tuple[int, int, bool], object] = {}  # steps, by query heads, queries and whether causal
+        self.prepared: dict[tuple[int, int, bool], object] = {}  # steps, by query heads, queries and whether causal,
+        self.memory: tuple[int, ...] = ()  # for keys, values and codes that lie here
         self._bounds: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
 
     @lasting

@@ -184,9 +184,11 @@ class FusedStep:
         """Kept with the cache, and made anew where its memory has moved or another step has outgrown the workspace."""
         parts, state, device = self.parts, cache.on_device, q.device
         state.starts(cache._starts, device)  # brings them up to date, in place
-        held, like = state.prepared.get((q.shape[1], q.shape[2], causal)), None
         memory = tuple(cache.storage(what).data_ptr() for what in ("keys", "values", "codes"))
-        if isinstance(held, Kept) and held.parts is parts and held.memory == memory:
+        if state.memory != memory:  # steps that were made ready before keep what it was alive
+            state.memory, state.prepared = memory, {}
+        held, like = state.prepared.get((q.shape[1], q.shape[2], causal)), None
+        if isinstance(held, Kept) and held.parts is parts:
             like = held.prepared.like
             assert like.workspace is not None
             if state.scratch.workspace(like.workspace.nbytes, device) is like.workspace:
@@ -194,7 +196,7 @@ class FusedStep:
         length = torch.empty(1, dtype=torch.int32, device=device) if like is None else like.stored.length
         prepared = Prepared.of(parts, cache, (q.shape[1], q.shape[2]), length, causal=causal)
         if prepared.like.estimate is None:  # whose centre moves
-            state.prepared[q.shape[1], q.shape[2], causal] = Kept(parts, memory, prepared)
+            state.prepared[q.shape[1], q.shape[2], causal] = Kept(parts, prepared)
         return prepared
 
 
@@ -202,7 +204,6 @@ class Kept(NamedTuple):
     """A prepared step, and what it was prepared for."""
 
     parts: Parts
-    memory: tuple[int, ...]
     prepared: Prepared
 
 
