@@ -43,7 +43,7 @@ def test_steps_leave_nothing_behind_but_their_keys(ranked):
         forward(model, prompt(1)["input_ids"], cache)
         for step in range(1, STEPS + 1):
             forward(model, token, cache)
-            if step in (STEPS // 8, STEPS):
+            if step % (STEPS // 8) == 0:
                 kept = sum(layer.kv.nbytes for layer in cache.layers)
                 counted.append((tensor_bytes() - kept, container_bytes(), kept))
         assert [row.sparse for row in handle.report().layers] == [STEPS, STEPS]
@@ -52,8 +52,10 @@ def test_steps_leave_nothing_behind_but_their_keys(ranked):
         for _ in range(40):
             forward(model, token, cache)
         assert held_bytes() == scratch  # it follows the length of the cache, not the number of steps
-    (others, objects, kept), (others_later, objects_later, kept_later) = counted
+    (others, _, kept), *_, (others_later, _, kept_later) = counted
     assert kept_later > 3 * kept
     assert scratch - borrowed < 0.5 * kept_later
     assert others_later - others < 0.01 * kept_later  # the last selection, 5% of the keys
-    assert objects_later - objects < 2000  # a pointer a step would be 2800
+    later = [objects for _, objects, _ in counted]
+    grown = [later[i + 2] - later[i] for i in range(len(later) - 2)]
+    assert min(grown) < 400, grown  # a pointer a step would be 800; a table that any module makes larger falls in two
