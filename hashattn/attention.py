@@ -18,7 +18,7 @@ from hashattn.core.lasting import lasting
 from hashattn.core.types import Output, Selection, Step
 from hashattn.encoders import Encoder
 from hashattn.engines.base import Call, Request
-from hashattn.engines.choose import AUTO, DENSE, Choice, choose, engine_name, ever_searches, searching
+from hashattn.engines.choose import AUTO, Choice, choose, engine_name, ever_searches, searching
 from hashattn.engines.decoder import Decoder
 from hashattn.engines.dense import show
 from hashattn.engines.parts import Parts
@@ -212,9 +212,10 @@ class HashAttention:
             raise TypeError(f"causal must be True or False, got {causal!r}")
         with cache.guard:
             choice = self.choice(q, cache)
-            engine = choice.at(cache.longest) if self.parts.can_search(cache) else DENSE
-            call = Call(check_scale(scale, cache.head_dim), causal, step or Step(), need_lse, need_weights)
-            return engine.prepare(self.parts, cache, Request.of(q, cache))(q, cache, call)
+            run = choice.step(cache.longest) if self.parts.can_search(cache) else choice.dense
+            return run(
+                q, cache, Call(check_scale(scale, cache.head_dim), causal, step or Step(), need_lse, need_weights)
+            )
 
     def accumulate(
         self, q: Tensor, cache: KVCache, *, scale: float | None = None, causal: bool = True, step: Step | None = None

@@ -188,8 +188,8 @@ class Toy(Engine):
     def why_not(self, parts: Parts, request: Request) -> list[str]:
         return [] if request.tokens == 1 else ["it takes one query at a time", "and it is a toy"]
 
-    def prepare(self, parts: Parts, cache: KVCache, request: Request) -> PreparedStep:
-        return Reference().prepare(parts, cache, request)
+    def prepare(self, parts: Parts, request: Request) -> PreparedStep:
+        return Reference().prepare(parts, request)
 
     def rows(self, parts: Parts, request: Request) -> list[PlanRow]:
         return [PlanRow("select", "a toy")]

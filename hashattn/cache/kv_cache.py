@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hashattn.cache.centres import Centres
-from hashattn.cache.check_codes import check_codes
 from hashattn.cache.check_state import Shape, check_state
 from hashattn.cache.device_state import DeviceState
+from hashattn.cache.indexed import Indexed
 from hashattn.core.attention_sums import AttentionSums
-from hashattn.core.buffer import TokenBuffer
 from hashattn.core.checks import check_int, check_kv, check_query, check_start, row_index, row_order
 from hashattn.core.guard import Guard, guarded
 from hashattn.core.lasting import lasting
@@ -24,7 +23,6 @@ from hashattn.encoders.base import Encoder
 from hashattn.index.base import Index
 from hashattn.index.view import View
 from hashattn.ops.attend import logits as exact_logits
-from hashattn.ops.decode.estimate import NORMS, key_norms
 from hashattn.ops.decode.scratch import Scratch
 from hashattn.store.base import KVStore
 from hashattn.store.resident import Resident, rows_of
@@ -62,11 +60,9 @@ class KVCache:
         self.head_dim = check_int("head_dim", head_dim, 1)
         self.capacity = capacity = None if capacity is None else check_int("capacity", capacity, 1)
         self.encoder, self.index, self.with_norms = encoder, index, norms
-        self.kv, self._norms = store if store is not None else Resident(capacity), TokenBuffer(capacity)
-        self._store = index.new_store(capacity) if index is not None else None
+        self.kv: KVStore = store if store is not None else Resident(capacity)
+        self.indexed = Indexed(encoder, index, norms, self.batch, capacity)
         self._starts = [0] * self.batch  # host copy of start
-        self.centres = Centres(encoder, self.batch)
-        self._fits = encoder.fits if encoder is not None else 0
         self.attention_sums = AttentionSums(capacity)
         self.guard = Guard()
         self.on_device = DeviceState(scratch if scratch is not None else Scratch())
@@ -101,15 +97,17 @@ class KVCache:
     def codes(self) -> Tensor:
         """Codes of all keys (of none while every row is short), a view: int64 [B, heads, encoded, W]."""
         self.encode()
-        if self._store is None or len(self._store) == 0:
+        store = self.indexed.store
+        if store is None or len(store) == 0:
             raise ValueError("nothing is encoded: the composition has no index, or every row is still short")
-        return self._store.codes
+        return store.codes
 
     @property
     def norms(self) -> Tensor:
         """|k - centre|, bfloat16 [B, Hkv, encoded, 1], a view."""
         self.encode()
-        return self._norms.traced.narrow(2, 0, self._norms.length)
+        norms = self.indexed.norms
+        return norms.traced.narrow(2, 0, norms.length)
 
     @property
     def centre(self) -> Tensor:
@@ -128,7 +126,7 @@ class KVCache:
     @property
     def encoded(self) -> int:
         """Keys that the index holds."""
-        return len(self._store) if self._store is not None else 0
+        return len(self.indexed)
 
     @property
     def start(self) -> Tensor:
@@ -144,6 +142,11 @@ class KVCache:
     def shortest(self) -> int:
         """Visible keys of the shortest row."""
         return max(0, len(self) - max(self._starts))
+
+    @property
+    def centres(self) -> Centres:
+        """What is subtracted from each row's keys."""
+        return self.indexed.centres
 
     @property
     def warmup(self) -> int:
@@ -163,8 +166,7 @@ class KVCache:
     @property
     def code_nbytes(self) -> int:
         """Bytes allocated for codes, norms, centres and attention sums."""
-        codes = self._store.nbytes if self._store is not None else 0
-        return codes + self._norms.nbytes + self.centres.nbytes + self.attention_sums.nbytes
+        return self.indexed.nbytes + self.attention_sums.nbytes
 
     @property
     def nbytes(self) -> int:
@@ -206,12 +208,9 @@ class KVCache:
     @guarded
     def adopt(self, length: int, *, codes: bool = True) -> None:
         """Count columns that a Decoder wrote in place, with or without their codes and norms, up to `length`."""
-        length = check_int("length", length, 0)
-        self.kv.adopt(length)
-        if self._store is not None and codes:
-            self._store.adopt(length)
-            if self.with_norms:
-                self._norms.adopt(length)
+        self.kv.adopt(check_int("length", length, 0))
+        if codes:
+            self.indexed.adopt(length)
 
     @guarded
     def set_start(self, start: Tensor) -> None:
@@ -222,7 +221,7 @@ class KVCache:
         starts = check_start(start, self.batch, len(self))
         for row, (old, new) in enumerate(zip(self._starts, starts, strict=True)):
             if old != new:
-                self._forget_centre(row)
+                self.indexed.forget_centre(row)
         self._starts = starts
 
     @guarded
@@ -244,12 +243,10 @@ class KVCache:
             raise ValueError(f"length {length} is a crop that cannot be made: {reason}")
         self.attention_sums.crop(length, self.keys if len(self) else None, self._starts)
         self.kv.truncate(length)
-        self._norms.truncate(length)
-        if self._store is not None:
-            self._store.truncate(length)
+        self.indexed.truncate(length)
         for row, first in enumerate(self._starts):
             if length - first < self.warmup:
-                self._forget_centre(row)
+                self.indexed.forget_centre(row)
 
     @guarded
     @lasting
@@ -268,11 +265,8 @@ class KVCache:
         if self.kind is not None:
             rows = rows.to(self.kind[1])
         self.kv.select_rows(rows)
-        self._norms.select(rows)
         self.attention_sums.select(rows)
-        if self._store is not None:
-            self._store.select_rows(rows)
-        self.centres.select_rows(rows)
+        self.indexed.select_rows(rows)
         self._starts = [self._starts[r] for r in picked]
         self.batch = len(picked)
 
@@ -296,39 +290,13 @@ class KVCache:
     # ---- searching it
 
     @guarded
-    @lasting
     def encode(self) -> None:
         """Encode the keys that are not yet encoded, unless every row is short."""
-        if self.encoder is None or self._store is None:
-            return
-        self._store.align(self._starts)
-        if self._fits != self.encoder.fits:  # fitted meanwhile: everything is encoded anew
-            self._fits, self.centres = self.encoder.fits, Centres(self.encoder, self.batch)
-            self._store.truncate(0)
-        if not all(self.centres.ready):
-            ready = self.ready
-            if not any(ready):
-                return
-            if ready != self.centres.ready:  # what was encoded with another centre is encoded anew
-                self.centres.freeze(self.keys.detach(), self._starts)
-                self._store.truncate(0)
-                self._norms.truncate(0)
-        encoded, keys = self.encoded, len(self)
-        if encoded == keys:
-            return
-        self._norms.truncate(encoded)
-        k = self.kv.newest(encoded)
-        with torch.no_grad():
-            codes = self.encoder.encode_key(k, self.centres.frozen)
-        if self.with_norms:
-            new = self.kv.whole("keys")[:, :, encoded:]
-            self._norms.append(key_norms(new, self.centres.subtracted))
-        self._store.add(codes)
+        self.indexed.encode(self.kv, self._starts)
 
     def forget_code(self) -> None:
         """Let the newest key wait to be encoded again, as it does after an append: for benchmarks."""
-        if self._store is not None:
-            self._store.truncate(len(self) - 1)
+        self.indexed.truncate(len(self) - 1)
 
     def spans(self, tokens: int, causal: bool = True) -> list[list[tuple[int, int]]]:
         """The columns (first, end) seen by `tokens` queries that are the last ones, for each row and query."""
@@ -354,7 +322,7 @@ class KVCache:
             q: the queries themselves, for selectors that ask for exact logits, which are scaled by `scale`.
         """
         self.encode()
-        index, store = self.index, self._store
+        index, store = self.index, self.indexed.store
         biased = self.encoder is not None and self.encoder.biased
 
         def scan() -> Tensor:
@@ -421,26 +389,19 @@ class KVCache:
     def storage(self, what: str) -> Tensor:
         """All that is allocated for "keys", "values", "codes" or "norms", contiguous [B, heads, room, X]."""
         if what == "codes":
-            if self._store is None:
+            if self.indexed.store is None:
                 raise ValueError("the composition has no index, so there are no codes")
-            return self._store._codes.storage
+            return self.indexed.store._codes.storage
         if what not in ("keys", "values", "norms"):
             raise ValueError(f"what must be one of keys, values, norms and codes, got {what!r}")
-        return self._norms.traced if what == "norms" else self.kv.storage(what)
+        return self.indexed.norms.traced if what == "norms" else self.kv.storage(what)
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """Everything it holds, as contiguous tensors and plain numbers."""
         self._check_filled()
         state: dict[str, Any] = {"keys": self.keys.clone(), "values": self.values.clone(), "start": self.start}
-        current = self.encoder is not None and self._fits == self.encoder.fits
-        if self.encoded and self._store is not None and current:
-            if self._store.per_key:
-                state["codes"] = self._store.codes.clone()
-            state |= self.centres.state_dict()
-            if self.with_norms:
-                state["norms"] = self._norms.view.clone()
-        return state | self.attention_sums.state_dict()
+        return state | self.indexed.state_dict() | self.attention_sums.state_dict()
 
     @lasting
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -457,14 +418,7 @@ class KVCache:
         check_state(state, Shape(self.batch, self.kv_heads, self.head_dim, self.warmup))
         other.append(state["keys"], state["values"])
         other._starts = state["start"].tolist()
-        other.centres.load_state_dict(dict(state))
-        if "codes" in state or "norms" in state:
-            check_codes(state, other.encoder if other._store is not None else None, other.with_norms)
-            assert other._store is not None
-            other._store.align(other._starts)
-            other._store.add(state["codes"])
-            if other.with_norms:
-                other._norms.append(state["norms"].to(NORMS))
+        other.indexed.load_state_dict(state, other._starts)
         other.attention_sums.load_state_dict(state)
         self.__dict__.update(other.__dict__)
 
@@ -491,8 +445,3 @@ class KVCache:
     def _check_filled(self) -> None:
         if len(self) == 0:
             raise ValueError("the cache is empty: append keys and values first")
-
-    def _forget_centre(self, row: int) -> None:
-        if self.centres.forget(row) and self._store is not None:
-            self._store.truncate(0)
-            self._norms.truncate(0)

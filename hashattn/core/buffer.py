@@ -65,15 +65,18 @@ class TokenBuffer:
     def append(self, rows: Tensor) -> None:
         """Append [B, H, n, X]."""
         length = self.length + rows.shape[2]
-        if self._data is None or self._data.shape[2] < length:
-            room = self.capacity if self.capacity is not None else max(length + 64, length * 5 // 4)
-            data = self._allocate(rows, rows.shape[0], room)
-            if self._data is not None:
-                data[:, :, : self.length] = self.view
-            self._data = data
-        self._data.narrow(2, self.length, rows.shape[2]).copy_(rows.detach())
+        data = self._data
+        if data is None or data.shape[2] < length:
+            data = self._grown(rows, length)
+        data.narrow(2, self.length, rows.shape[2]).copy_(rows.detach())
         self._newest = (rows, self.length) if rows.requires_grad and torch.is_grad_enabled() else None
         self.length = length
+
+    @lasting
+    def reserve(self, length: int) -> None:
+        """Make room for so many rows; some are there."""
+        if self.storage.shape[2] < length:
+            self._grown(self.storage, length)
 
     def adopt(self, length: int) -> None:
         """Count rows that were written into the storage, up to `length`."""
@@ -102,6 +105,14 @@ class TokenBuffer:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_newest": None}  # copies are numbers alone
+
+    def _grown(self, like: Tensor, length: int) -> Tensor:
+        room = self.capacity if self.capacity is not None else max(length + 64, length * 5 // 4)
+        data = self._allocate(like, like.shape[0], room)
+        if self._data is not None:
+            data[:, :, : self.length] = self.view
+        self._data = data
+        return data
 
     def _allocate(self, like: Tensor, batch: int, room: int) -> Tensor:
         shape = (batch, like.shape[1], room, like.shape[3])

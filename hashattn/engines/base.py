@@ -105,8 +105,8 @@ class Engine(ABC):
         """Every reason why it does not serve such a step, each as the end of a sentence; [] if it does."""
 
     @abstractmethod
-    def prepare(self, parts: Parts, cache: KVCache, request: Request) -> PreparedStep:
-        """What runs such steps on this cache, with all that does not change from one to the next done."""
+    def prepare(self, parts: Parts, request: Request) -> PreparedStep:
+        """What runs such steps; what it makes ready for a cache stays with the cache."""
 
     @abstractmethod
     def rows(self, parts: Parts, request: Request) -> list[PlanRow]:

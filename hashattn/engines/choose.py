@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hashattn.engines.base import Engine, Request
+from hashattn.engines.base import Engine, PreparedStep, Request
 from hashattn.engines.dense import Dense
 from hashattn.engines.gpu import Gpu
+from hashattn.engines.host import Host
 from hashattn.engines.parts import Parts
-from hashattn.engines.stages import Host, Reference
+from hashattn.engines.stages import Reference
 
 AUTO = "auto"
 DENSE: Engine = Dense()
@@ -24,6 +25,7 @@ class Choice:
     """Which engine serves steps of one kind.
 
     Attributes:
+        searched, dense: what runs them, where an engine searches and where it does not.
         wanted: what the composition names, or "auto".
         engine: what searches where there are keys enough; dense attention where nothing ever does.
         least: visible keys from which it does; 0 where it was named.
@@ -33,6 +35,8 @@ class Choice:
         reasons: why each of the engines does not serve such steps, by its name.
     """
 
+    searched: PreparedStep
+    dense: PreparedStep
     wanted: str
     engine: Engine
     least: int
@@ -44,6 +48,10 @@ class Choice:
     def at(self, keys: int) -> Engine:
         """The engine for a step over so many visible keys."""
         return self.engine if keys >= self.least else DENSE
+
+    def step(self, keys: int) -> PreparedStep:
+        """What runs a step over so many visible keys."""
+        return self.searched if keys >= self.least else self.dense
 
     def why_dense(self, keys: int) -> str | None:
         """Why a step over so many keys attends densely; None if it is searched."""
@@ -79,15 +87,16 @@ def choose(parts: Parts, request: Request, wanted: str = AUTO) -> Choice:
             crossover = engine.crossover(parts, request)
             first = first if crossover is None else engine
     home = next((engine for engine in ENGINES if engine.device == request.device.type), None)
-    known = crossover, first.measured(request), home, reasons
+    engine, least = first, crossover or 0
     if not ever_searches(parts, wanted):
-        return Choice(wanted, DENSE, 0, *known)
-    if wanted == AUTO:
-        return Choice(wanted, first, crossover or 0, *known)
-    if reasons[wanted]:
-        why = "; ".join(reasons[wanted])
-        raise ValueError(f'engine="{wanted}" cannot take this step: {why}; engine="reference" or "auto" can')
-    return Choice(wanted, next(engine for engine in ENGINES if engine.name == wanted), 0, *known)
+        engine, least = DENSE, 0
+    elif wanted != AUTO:
+        if reasons[wanted]:
+            why = "; ".join(reasons[wanted])
+            raise ValueError(f'engine="{wanted}" cannot take this step: {why}; engine="reference" or "auto" can')
+        engine, least = next(engine for engine in ENGINES if engine.name == wanted), 0
+    steps = engine.prepare(parts, request), DENSE.prepare(parts, request)
+    return Choice(*steps, wanted, engine, least, crossover, first.measured(request), home, reasons)
 
 
 def ever_searches(parts: Parts, wanted: str) -> bool:

@@ -20,7 +20,7 @@ _MARGIN = 0.85  # "auto" searches where this share of dense attention's time is 
 _LARGEST = 1 << 24
 
 
-def crossover(parts: Parts, request: Request) -> int | None:
+def crossover(parts: Parts, request: Request, compiled: bool = False) -> int | None:
     """Visible keys from which a search is clearly faster than dense attention; None if it never is."""
     low, high = 1, _LARGEST
     if not pays(parts, request, high):

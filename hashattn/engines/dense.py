@@ -22,7 +22,7 @@ class Dense(Engine):
     def why_not(self, parts: Parts, request: Request) -> list[str]:
         return []
 
-    def prepare(self, parts: Parts, cache: KVCache, request: Request) -> PreparedStep:
+    def prepare(self, parts: Parts, request: Request) -> PreparedStep:
         def step(q: Tensor, cache: KVCache, call: Call) -> Answer:
             show(parts.selector, q, cache, call)
             seen = cache.seen(q.shape[2], call.causal)

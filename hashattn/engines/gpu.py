@@ -44,7 +44,7 @@ class Gpu(Engine):
             return [*reasons, f"it serves {serves}, not {short(selector)}"]
         return [*reasons, *decode.why_not(asked)]
 
-    def prepare(self, parts: Parts, cache: KVCache, request: Request) -> PreparedStep:
+    def prepare(self, parts: Parts, request: Request) -> PreparedStep:
         return FusedStep(parts, request)
 
     def crossover(self, parts: Parts, request: Request) -> int | None:
@@ -173,7 +173,7 @@ class FusedStep:
     def __call__(self, q: Tensor, cache: KVCache, call: Call) -> Answer:
         fewest = cache.shortest - (q.shape[2] - 1 if call.causal else 0)  # keys that the shortest-sighted query sees
         if fewest < self.parts.warmup(cache) or call.need_weights or wants_gradients(self.parts, q, cache):
-            return Reference().prepare(self.parts, cache, self.request)(q, cache, call)
+            return Reference().prepare(self.parts, self.request)(q, cache, call)
         assert self.parts.encoder is not None
         cache.encode()
         query, prepared = packed(self.parts.encoder, q), self.prepared(q, cache, call.causal)

@@ -1,4 +1,4 @@
-"""Reference and Host: the stages one after the other, as plain PyTorch and as FAISS and numpy have them."""
+"""Reference: the stages one after the other, as plain PyTorch has them. Stages: also as FAISS and numpy do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from hashattn.cache.kv_cache import KVCache
 from hashattn.core.attention_sums import Attended
 from hashattn.core.types import Output, Selection, Table
-from hashattn.engines import cost
 from hashattn.engines.base import Answer, Call, Engine, PlanRow, PreparedStep, Request, part_name, selector_name
 from hashattn.engines.parts import Parts
 
@@ -25,45 +24,12 @@ class Reference(Engine):
     def why_not(self, parts: Parts, request: Request) -> list[str]:
         return []
 
-    def prepare(self, parts: Parts, cache: KVCache, request: Request) -> PreparedStep:
+    def prepare(self, parts: Parts, request: Request) -> PreparedStep:
         return Stages(parts, host=False)
 
     def rows(self, parts: Parts, request: Request) -> list[PlanRow]:
         binary = parts.index is not None and parts.index.flat_codes
         return stage_rows(parts, "PyTorch, plain operations" if binary else "PyTorch", "PyTorch top-k")
-
-
-class Host(Engine):
-    """FAISS's scan and numpy, on a CPU, for binary codes; everything else as the reference has it."""
-
-    name = device = "cpu"
-
-    def why_not(self, parts: Parts, request: Request) -> list[str]:
-        kind = request.device.type
-        return [] if kind == "cpu" else [f"it needs tensors on the CPU, got {kind}"]
-
-    def prepare(self, parts: Parts, cache: KVCache, request: Request) -> PreparedStep:
-        return Stages(parts, host=True)
-
-    def crossover(self, parts: Parts, request: Request) -> int | None:
-        if parts.encoder is not None and not (parts.index is not None and parts.index.flat_codes):
-            return None  # of the others no cost is known; scores of floats read as much as dense attention does
-        return cost.crossover(parts, request)
-
-    def measured(self, request: Request) -> str:
-        return cost.SOURCE
-
-    def runs_as(self, parts: Parts) -> tuple[str, str]:
-        if parts.encoder is not None and parts.encoder.code != "binary":
-            return Reference.name, f'"{self.name}" scans binary codes only'
-        return self.name, ""
-
-    def rows(self, parts: Parts, request: Request) -> list[PlanRow]:
-        if parts.index is None or not parts.index.flat_codes:
-            return stage_rows(parts, "PyTorch", "PyTorch top-k", "the reference serves it" if parts.encoder else "")
-        matrix = parts.selector is not None and parts.selector.matrices
-        remark = "a matrix of all distances is made" if matrix else ""
-        return stage_rows(parts, "FAISS's scan (numpy without FAISS)", "numpy or PyTorch", remark)
 
 
 def stage_rows(parts: Parts, scan: str, select: str, remark: str = "") -> list[PlanRow]:

@@ -49,6 +49,10 @@ class Store:
         """Count codes that were written into the storage, up to `length`."""
         self._codes.adopt(length)
 
+    def reserve(self, length: int) -> None:
+        """Make room for the codes of so many keys, some of which are there."""
+        self._codes.reserve(length)
+
     def truncate(self, length: int) -> None:
         """Keep the first `length` keys, or fewer: the cache adds again what is missing."""
         self._codes.truncate(length)

@@ -16,6 +16,8 @@ class KVStore(ABC):
     them in one piece (Resident) has storage that the fused steps on a GPU can point to.
     """
 
+    in_one_piece: bool = False
+
     @property
     def wants_grad(self) -> bool:
         """Whether gradients go on to keys or values of the last append, if any arrive."""

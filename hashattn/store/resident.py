@@ -19,6 +19,8 @@ class Resident(KVStore):
         capacity: fixed number of columns, allocated at once; None grows by a quarter when full.
     """
 
+    in_one_piece = True
+
     def __init__(self, capacity: int | None = None) -> None:
         self.keys, self.values = TokenBuffer(capacity), TokenBuffer(capacity)
 

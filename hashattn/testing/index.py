@@ -93,7 +93,7 @@ def _check_search(index: Index, query: Tensor, cache: KVCache, data: Inputs) -> 
         if index.scans:
             _check_nearest(index, ids, view.raw, data.start)
         elif query.dtype == torch.int64:
-            exact = FlatHamming().distances(cache._store, query).gather(-1, ids.clamp(min=0).long())  # type: ignore[arg-type]
+            exact = FlatHamming().distances(cache.indexed.store, query).gather(-1, ids.clamp(min=0).long())  # type: ignore[arg-type]
             promise((exact == near) | (ids < 0), index, "distances that it tells are those of the codes")
 
 

@@ -53,8 +53,8 @@ def snapshot(cache):
     held |= {"ready": cache.ready, "capacity": cache.capacity}
     if len(cache):
         held |= {"keys": cache.keys.clone(), "values": cache.values.clone()}
-        held |= {"codes": cache._store.codes.clone()} if cache.encoded else {}
-        held |= {"norms": cache._norms.view.clone()} if cache.encoded and cache.with_norms else {}
+        held |= {"codes": cache.indexed.store.codes.clone()} if cache.encoded else {}
+        held |= {"norms": cache.indexed.norms.view.clone()} if cache.encoded and cache.with_norms else {}
         held |= {"centre": cache.centres.frozen.clone()} if cache.centres.frozen is not None else {}
     return held
 
@@ -223,10 +223,10 @@ def test_spare_capacity_is_never_read(capacity):
         cache.append(poison(k, start), poison(v, start), start=start)
         clean = attn(q, cache)
         assert clean.isfinite().all()
-        for buffer, value in ((cache.kv.keys, torch.nan), (cache.kv.values, torch.nan), (cache._norms, torch.nan)):
+        for buffer in (cache.kv.keys, cache.kv.values, cache.indexed.norms):
             assert buffer.storage.shape[2] > 30
-            buffer.storage[:, :, 30:] = value
-        cache._store._codes.storage[:, :, 30:] = -1
+            buffer.storage[:, :, 30:] = torch.nan
+        cache.indexed.store._codes.storage[:, :, 30:] = -1
         assert torch.equal(attn(q, cache), clean)
 
 
@@ -459,7 +459,7 @@ def test_nbytes_counts_every_allocation():
 def test_without_norms_none_are_kept():
     cache = filled(make(norms=False))
     cache.encode()
-    assert cache._norms.empty
+    assert cache.indexed.norms.empty
     assert HashAttention(WARM, FlatHamming(), TopK(k=1), ExactAttend()).new_cache(1, 1, 8).with_norms is False
 
 

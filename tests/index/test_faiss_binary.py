@@ -77,7 +77,7 @@ def test_what_is_found_is_visible_and_has_its_hamming_distance(factory):
     query = attn.encoder.encode_query(q)
     view = cache.view(query, q.shape[1], cache.spans(5))
     ids, distances = view.find(40)
-    exact = FlatHamming().distances(cache._store, query)
+    exact = FlatHamming().distances(cache.indexed.store, query)
     keep = ids >= 0
     assert keep.any(-1).float().mean() > 0.5
     assert torch.equal(distances[keep], exact.gather(-1, ids.clamp(min=0).long())[keep])
@@ -93,7 +93,7 @@ def test_ivf_that_probes_every_cell_and_an_unfitted_one_find_the_nearest():
         query = attn.encoder.encode_query(q)
         view = cache.view(query, q.shape[1], cache.spans(3))
         ids, distances = view.find(25)
-        exact = FlatHamming().distances(cache._store, query).masked_fill(~view.seen, 10_000)
+        exact = FlatHamming().distances(cache.indexed.store, query).masked_fill(~view.seen, 10_000)
         assert torch.equal(distances, exact.sort(-1).values[..., :25])
         assert (selected(ids, keys, q.shape[1]).sum(-1) == 25).all()
 
@@ -125,7 +125,7 @@ def test_a_graph_is_rebuilt_after_a_crop_and_still_finds_its_keys():
     q, cache = filled(attn, 6, keys=300, chunk=50)
     cache.crop(111)
     ids, distances = cache.search(attn.encoder.encode_query(q), 10)
-    exact = FlatHamming().distances(cache._store, attn.encoder.encode_query(q)).sort(-1).values[..., :10]
+    exact = FlatHamming().distances(cache.indexed.store, attn.encoder.encode_query(q)).sort(-1).values[..., :10]
     assert int(ids.max()) < 111
     assert (distances == exact).float().mean() > 0.9  # observed 1.0
 
@@ -195,7 +195,7 @@ def test_recall_of_hamming_neighbours_on_offset_cones(factory, options, floor):
     cache.append(data.k, data.v)
     query = encoder.encode_query(data.q)
     distances = cache.search(query, 32)
-    exact = FlatHamming().distances(cache._store, query).sort(-1).values[..., 31:32]
+    exact = FlatHamming().distances(cache.indexed.store, query).sort(-1).values[..., 31:32]
     found = ((distances[1] <= exact) & (distances[0] >= 0)).float().mean().item()
     assert found >= floor
 
@@ -237,7 +237,7 @@ def test_an_error_leaves_the_cache_as_it_was():
     before = cache.search(attn.encoder.encode_query(q), 5)
     raises_naming(ValueError, "words")(lambda: cache.search(SimHash(64).encode_query(q), 5))
     raises_naming(ValueError, "length")(lambda: cache.crop(-1))
-    raises_naming(TypeError, "only searches")(lambda: attn.index.distances(cache._store, q))
+    raises_naming(TypeError, "only searches")(lambda: attn.index.distances(cache.indexed.store, q))
     assert all(torch.equal(a, b) for a, b in zip(cache.search(attn.encoder.encode_query(q), 5), before, strict=True))
 
 
@@ -273,7 +273,7 @@ def test_a_group_shares_the_nearest_of_what_its_heads_find(selector, query_bits)
     query = encoder.encode_query(q)
     view = cache.view(query, 6, cache.spans(3))
     pool = selected(view.find(chosen.ids.shape[-1])[0], 90, 6).unflatten(1, (2, 3)).any(2)
-    total = FlatHamming().distances(cache._store, query).unflatten(1, (2, 3)).sum(2)
+    total = FlatHamming().distances(cache.indexed.store, query).unflatten(1, (2, 3)).sum(2)
     own = selected(chosen.ids, 90, 2)
     if isinstance(selector, TopK):
         rank = (total.long() * 90 + 89 - torch.arange(90)).masked_fill(~pool, 10**9)

@@ -20,7 +20,7 @@ def test_faiss_finds_the_nearest_on_a_gpu_at_every_step(tokens):
             cache.append(k[:, :, len(cache) : n], v[:, :, len(cache) : n])
         view = cache.view(query, 4, cache.spans(tokens))
         ids, distances = view.find(64)
-        exact = FlatHamming().distances(cache._store, query).masked_fill(~view.seen, 10_000)
+        exact = FlatHamming().distances(cache.indexed.store, query).masked_fill(~view.seen, 10_000)
         assert torch.equal(distances, exact.sort(-1).values[..., :64])
         assert torch.equal(distances, exact.gather(-1, ids.long()))
     cache.crop(2000)

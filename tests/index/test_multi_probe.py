@@ -99,8 +99,8 @@ def test_recall_never_falls_with_more_probes(seed, query_bits):
         cache.append(k, v)
         query = attn.encoder.encode_query(q)
         ids, distances = cache.search(query, 20)
-        exact = FlatHamming().distances(cache._store, query).sort(-1).values[..., 19:20]
-        rows, columns, _ = attn.index.candidates(cache._store, query, cache.spans(3, causal=False))
+        exact = FlatHamming().distances(cache.indexed.store, query).sort(-1).values[..., 19:20]
+        rows, columns, _ = attn.index.candidates(cache.indexed.store, query, cache.spans(3, causal=False))
         pairs = set(zip(rows.tolist(), columns.tolist(), strict=True))
         assert before is None or before <= pairs
         before = pairs
@@ -155,7 +155,7 @@ def test_recall_of_the_nearest_codes_on_offset_cones(probes, floor):
     cache.append(data.k, data.v)
     query = attn.encoder.encode_query(data.q)
     ids, distances = cache.search(query, 32)
-    exact = FlatHamming().distances(cache._store, query).sort(-1).values[..., 31:32]
+    exact = FlatHamming().distances(cache.indexed.store, query).sort(-1).values[..., 31:32]
     found = ((ids >= 0) & (distances <= exact)).float().mean().item()
     assert found >= floor
 
