@@ -116,7 +116,7 @@ class Engine(ABC):
         """Visible keys from which it is faster than dense attention, as was measured; None if that is not known."""
         return None
 
-    def measured(self, request: Request) -> str:
+    def measured(self, parts: Parts, request: Request) -> str:
         """Where crossover() has its figures from; "" if there are none."""
         return ""
 

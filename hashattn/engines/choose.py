@@ -96,7 +96,7 @@ def choose(parts: Parts, request: Request, wanted: str = AUTO) -> Choice:
             raise ValueError(f'engine="{wanted}" cannot take this step: {why}; engine="reference" or "auto" can')
         engine, least = next(engine for engine in ENGINES if engine.name == wanted), 0
     steps = engine.prepare(parts, request), DENSE.prepare(parts, request)
-    return Choice(*steps, wanted, engine, least, crossover, first.measured(request), home, reasons)
+    return Choice(*steps, wanted, engine, least, crossover, first.measured(parts, request), home, reasons)
 
 
 def ever_searches(parts: Parts, wanted: str) -> bool:

@@ -51,7 +51,7 @@ class Gpu(Engine):
         found = this_gpu(request.device)
         return None if found is None else found[1].keys(request.key_bytes)
 
-    def measured(self, request: Request) -> str:
+    def measured(self, parts: Parts, request: Request) -> str:
         found = this_gpu(request.device)
         if found is None:
             return ""

@@ -44,8 +44,8 @@ class Host(Engine):
             return None  # of the others no cost is known; scores of floats read as much as dense attention does
         return cost.crossover(parts, request, compiled=not why_not_compiled(parts, request))
 
-    def measured(self, request: Request) -> str:
-        return cost.SOURCE
+    def measured(self, parts: Parts, request: Request) -> str:
+        return cost.source(compiled=not why_not_compiled(parts, request))
 
     def runs_as(self, parts: Parts) -> tuple[str, str]:
         if parts.encoder is not None and parts.encoder.code != "binary":
@@ -123,7 +123,8 @@ class CompiledStep:
         plain = cache.kv.in_one_piece and parts.attend.fused and not call.need_weights
         if fewest < parts.warmup(cache) or not plain or wants_gradients(parts, q, cache):
             return self.stages(q, cache, call)
-        encodes = self.inside[1] and cache.indexed.settled and 0 < cache.encoded >= len(cache) - _AT_ONCE
+        few = q.shape[2] == 1 and 0 < cache.encoded >= len(cache) - _AT_ONCE  # more queries might come before the codes
+        encodes = few and self.inside[1] and cache.indexed.settled
         if encodes:
             cache.indexed.reserve(len(cache))
         else:

@@ -56,6 +56,11 @@ def e2e(bench: argparse.ArgumentParser) -> None:
 
 def crossover(bench: argparse.ArgumentParser) -> None:
     """Add the options of `bench crossover`."""
+    where = "what is measured; a GPU where there is one. On a CPU one set of figures serves all shapes"
+    bench.add_argument("--device", choices=("cuda", "cpu"), help=where)
+    unkept = 'of a CPU: do not keep what was measured in the cache folder, where engine="auto" looks'
+    bench.add_argument("--no-keep", action="store_true", help=unkept)
+    _rounds(bench, 9)
     add_words(bench, {"shape": _SHAPE}, default=CUDA_SHAPES[0])
     add_numbers(bench, int, {"batch": "sequences"}, argparse.Namespace(batch=[1, 8]), nargs="+")
     _bits(bench, "64, 128 or 256", 64)

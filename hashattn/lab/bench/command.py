@@ -24,6 +24,8 @@ _STOPPED = "nothing was written; the same command begins anew, and fewer --keys,
 _RANDOM = "Random keys: cost, not quality."
 _ON_A_GPU = f"Needs an NVIDIA GPU. Checked against the reference first. {_RANDOM}"
 
+_CROSSOVER = 'Checked against the reference first. What is found of a CPU is kept, and engine="auto" follows it.'
+
 
 @dataclass(frozen=True)
 class Found:
@@ -52,7 +54,7 @@ def add(commands: Any) -> None:
     for measure, options_of, summary, about in (
         (_cpu, options.cpu, f"{step} on a CPU", f"Checked against the reference first. {_RANDOM}"),
         (_gpu, options.gpu, f"{step} on a GPU, by its stages, beside FAISS's search and torch.topk", _ON_A_GPU),
-        (_crossover, options.crossover, "from how many keys on a step on a GPU is faster than dense", _ON_A_GPU),
+        (_crossover, options.crossover, "from how many keys on a step is faster than dense", _CROSSOVER),
         (_kinds, options.kinds, "what each kind of step on a GPU costs beside TopK's", _ON_A_GPU),
         (_e2e, options.e2e, "tokens per second of a Llama-3-8B with random weights on a GPU", _ON_A_GPU),
         (_recall, options.recall, "what all presets keep of attention, against bytes and time", "Runs on a CPU."),
@@ -163,11 +165,27 @@ def _crossover(arguments: argparse.Namespace) -> Found:
 
     with refusals():
         shape = parse_shape(arguments.shape)
+    if (arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu":
+        return _crossover_on_a_cpu(arguments, shape)
     result = crossover.run(shape, arguments.batch, _settings(arguments), progress=not arguments.quiet)
     gpu = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     entry = crossover.entry(*gpu, result["bytes"], arguments.out or "a run without --out")
     found = Found.of(result, tables.CROSSOVER)
     return Found(result, f"{found.text}\n{entry}")
+
+
+def _crossover_on_a_cpu(arguments: argparse.Namespace, shape: tuple[int, int, int, str]) -> Found:
+    from hashattn.engines import cost
+    from hashattn.lab.bench import crossover_cpu
+
+    how = {"rounds": arguments.rounds, "progress": not arguments.quiet}
+    result = crossover_cpu.run(shape=Case(*shape, 1, 1), **how)
+    found = Found.of(result, tables.CROSSOVER_CPU, device="cpu")
+    if arguments.no_keep:
+        return found
+    with refusals(OSError):
+        path = cost.keep(cost.Costs(**result["costs"]))
+    return Found(result, f'{found.text}\nKept in {path}: engine="auto" follows it.', "cpu")
 
 
 def _recall(arguments: argparse.Namespace) -> Found:

@@ -153,3 +153,9 @@ CROSSOVER = Table(
     "The least numbers of keys tried from which a step takes clearly less than dense attention, and microseconds.\n"
     "eager: attn.run from Python, launches and the newest key's encoding included. captured: in a CUDA graph, without.",
 )
+
+CROSSOVER_CPU = Table(
+    [*_plain("shape", "per", "share"), ("wins from", lambda row: "-" if row["keys"] is None else f"{row['keys']:,}")],
+    "The least number of keys from which a compiled step is expected to take clearly less than dense attention, on\n"
+    "one thread, its newest key's and query's encoding and all Python included.",
+)

@@ -27,18 +27,18 @@ from hashattn.ops.compiled.scan import LEVELS, count_near, nearest, scan
 # What a step is given, by its place in an int64 array. Addresses first, all of memory in one piece:
 Q, QUERY = 0, 1  # [B, Hq, T, D] like keys; uint64 [B, Hq, T, P, W], which step() writes where there is a map
 KEYS, VALUES = 2, 3  # [B, Hkv, room, D], float32, or uint16 for bfloat16
-CODES, NORMS = 4, 5  # uint64 [B, Hkv, code_room, W]; uint16 for bfloat16 [B, Hkv, code_room], |k - centre|
+CODES, NORMS = 4, 5  # uint64 [B, Hkv, code_room, W]; uint16 for bfloat16 [B, Hkv, norm_room], |k - centre|
 CENTRE, STARTS = 6, 7  # float32 [B, Hkv, D]; int32 [B], each row's first column
 QUERY_MAP, KEY_MAP = 8, 9  # float32 [D, bits] of linear maps; 0 where queries, keys are encoded already
 OUT, LSE = 10, 11  # [B, Hq, T, D] like keys; float32 [B, Hq, T]
 IDS, CRITICAL = 12, 13  # int32 [B, H, T, slots], critical keys before medium ones; int32 [B, H, T], how many those are
 BASES = 14  # int32 [B, H, T], zeros at first: where distances began, for the next step
 # then sizes:
-BATCH, Q_HEADS, KV_HEADS, TOKENS, DIM, ROOM, CODE_ROOM = range(15, 22)
-WORDS, PLANES, BITS, SLOTS, LENGTH, ENCODED = range(22, 28)  # filled columns, and how many of them have codes
+BATCH, Q_HEADS, KV_HEADS, TOKENS, DIM, ROOM, CODE_ROOM, NORM_ROOM = range(15, 23)
+WORDS, PLANES, BITS, SLOTS, LENGTH, ENCODED = range(23, 29)  # filled columns, and how many of them have codes
 # and the rule: k of -1 where the share says how many, radius of -1 for any; flags are 0 or 1.
-K, MIN_K, SINKS, RECENTS, RADIUS, SHARED, BIASED, CAUSAL, TIERED, ESTIMATED, WITH_NORMS = range(28, 39)
-COUNT = 39
+K, MIN_K, SINKS, RECENTS, RADIUS, SHARED, BIASED, CAUSAL, TIERED, ESTIMATED, WITH_NORMS = range(29, 40)
+COUNT = 40
 # In a float64 array: share of visible keys, share of critical ones, scale of the logits, a of the estimate.
 SHARE, CRITICAL_SHARE, SCALE, A = 0, 1, 2, 3
 
@@ -203,7 +203,7 @@ def heads(at: Any, shares: Any, like: Any, work: Work, first: int, last: int) ->
         carray(rows_at(at[VALUES], like), (rows, room)),
     )
     all_codes, query = carray(words_at(at[CODES]), (rows, code_room)), carray(words_at(at[QUERY]), q_rows * size)
-    all_norms, centres = carray(halves_at(at[NORMS]), (rows, at[CODE_ROOM])), carray(floats_at(at[CENTRE]), (rows, dim))
+    all_norms, centres = carray(halves_at(at[NORMS]), (rows, at[NORM_ROOM])), carray(floats_at(at[CENTRE]), (rows, dim))
     query_map, key_map = carray(floats_at(at[QUERY_MAP]), dim * bits), carray(floats_at(at[KEY_MAP]), dim * bits)
     starts, lse, ids = (
         carray(ints_at(at[STARTS]), batch),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from hashattn.core.types import MEDIUM
 from hashattn.ops.compiled import loops
+from hashattn.ops.compiled.threads import share_out
 from hashattn.ops.compiled.work import work_for
 from hashattn.ops.decode import Inputs, Map, Outputs
 
@@ -26,6 +29,7 @@ class Step:
 
     def __init__(self, like: Inputs, bits: int, maps: tuple[Map | None, Map | None], centre: Tensor) -> None:
         stored, rule = like.stored, like.rule
+        norms = stored.norms if like.estimate is None else like.estimate.norms
         (batch, q_heads, tokens, dim), (planes, words) = like.q.shape, like.query.shape[3:]
         kv_heads, room = stored.keys.shape[1:3]
         self.like = like
@@ -33,13 +37,15 @@ class Step:
         self._choices = batch, kv_heads if rule.shared else q_heads, tokens
         self._bases, self._critical = (torch.zeros(self._choices, dtype=torch.int32) for _ in range(2))
         self._lse, self._held = torch.empty(like.q.shape[:3]), (maps, centre)  # kept alive
+        self._word = 0.35e-3 * (q_heads // kv_heads) * planes * words  # microseconds, about, for a key that is scanned
+        self._row = 0.3e-3 * dim * like.q.itemsize  # and for one that is read, with its value
         self._units, self._sizes = batch * tokens * kv_heads, (dim, planes * words, bits)
         at = self._at = np.zeros(loops.COUNT, np.int64)
         tensors = {
             loops.KEYS: stored.keys,
             loops.VALUES: stored.values,
             loops.CODES: stored.codes,
-            loops.NORMS: stored.norms,
+            loops.NORMS: norms,
             loops.CENTRE: centre,
             loops.STARTS: like.starts,
             loops.BASES: self._bases,
@@ -50,13 +56,14 @@ class Step:
         for place, tensor in tensors.items():
             at[place] = 0 if tensor is None else tensor.data_ptr()
         at[loops.BATCH : loops.CODE_ROOM + 1] = batch, q_heads, kv_heads, tokens, dim, room, stored.codes.shape[2]
+        at[loops.NORM_ROOM] = 0 if norms is None else norms.shape[2]
         at[loops.WORDS : loops.BITS + 1] = words, planes, bits
         at[loops.K], at[loops.MIN_K] = -1 if rule.k is None else rule.k, rule.min_k
         at[loops.SINKS], at[loops.RECENTS] = rule.sinks, rule.recents
         at[loops.RADIUS], at[loops.SHARED] = -1 if rule.radius is None else rule.radius, rule.shared
         at[loops.BIASED], at[loops.CAUSAL] = rule.biased, like.causal
         at[loops.TIERED], at[loops.ESTIMATED] = rule.critical is not None, like.estimate is not None
-        at[loops.WITH_NORMS] = stored.norms is not None
+        at[loops.WITH_NORMS] = norms is not None
         self._shares = np.zeros(4)
         self._shares[loops.SHARE], self._shares[loops.CRITICAL_SHARE] = rule.share or 0.0, rule.critical or 0.0
         if like.estimate is not None:
@@ -82,8 +89,13 @@ class Step:
         at[loops.Q], at[loops.OUT], at[loops.LSE] = q.data_ptr(), out.data_ptr(), lse.data_ptr()
         at[loops.IDS], at[loops.SLOTS], at[loops.LENGTH], at[loops.ENCODED] = ids.data_ptr(), slots, length, encoded
         self._shares[loops.SCALE] = scale
-        work = work_for(self._group, *self._sizes, slots, length)
-        loops.step(at, self._shares, self._kind, work, 0, self._units)
+
+        def run(first: int, last: int) -> None:
+            work = work_for(self._group, *self._sizes, slots, length)
+            loops.step(at, self._shares, self._kind, work, first, last)
+
+        microseconds = self._units * length * self._word + prod(self._choices) * slots * self._row
+        share_out(run, self._units, torch.get_num_threads(), microseconds)
         if self.like.rule.critical is None:
             return Outputs(out, lse, ids)
         place = torch.arange(slots)
