@@ -224,7 +224,7 @@ def test_a_truncated_gguf_is_named_without_a_traceback(tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     ("name", "more", "words"),
     [
-        ("demo", ["--context", "1001"], ["context must be from 1 to 1000", "1024 positions", "1001"]),
+        ("demo", ["--context", "1001"], ["context must be from 1 to 984", "1024 positions", "1001"]),
         ("demo", ["--context", "20"], ["no room for the text"]),
         ("eval", ["--tokens", "1020"], ["at most 864", "1024 positions", "1020"]),
         ("eval", ["--tokens", "800", "--windows", "9"], ["text.txt", "9 sequences"]),
