@@ -143,6 +143,27 @@ E2E = Table(
     "and values are random: no prompt is read. Layers attended to densely take the fastest dense attention as well.\n"
     "ceiling: how many times as fast a step is that attends to nothing at all.",
 )
+GENERATE = Table(
+    [
+        *_plain("label", "batch", "keys"),
+        ("ms", _number("ms")),
+        ("p99", _number("p99_ms")),
+        ("slowest", _number("slowest_ms", ",.1f")),
+        ("first", _number("first_token_ms", ",.1f")),
+        ("prefill", _number("prefill_ms", ",.0f")),
+        ("GB", lambda row: "-" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e9:.1f}"),
+        ("x dynamic", _number("times_stock_dynamic")),
+        ("x static", _number("times_stock_static")),
+        ("tokens/s", _number("tokens_per_s", ",.1f")),
+        ("keys read", lambda row: f"{row['keys_read']:.1%}"),
+        ("warm-up s", _number("warm_up_s", ".1f")),
+    ],
+    "Milliseconds a token of one call of model.generate(), medians; greedy, behind random tokens: cost, not quality.\n"
+    "With a budget of every key each writes the tokens of the model as it is. slowest: of all tokens but the first;\n"
+    "first: the next one, which waits for the index. prefill: until the first token. GB: held when the last one is\n"
+    "written, weights included. x dynamic, x static: as many tokens per second as the model as it is, with a dynamic\n"
+    "cache and with a static one, compiled. warm-up: seconds that a first call takes longer, compiling included.",
+)
 CROSSOVER = Table(
     [
         *_plain("mode", "shape", "batch", "per", "bits", "kernels"),
