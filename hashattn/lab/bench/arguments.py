@@ -78,7 +78,7 @@ def generate(bench: argparse.ArgumentParser) -> None:
     add_words(bench, {"preset": (PRESET, attached)}, nargs="+", action="extend")
     budget = "share of the keys for presets that take one, or each one's own"
     add_words(bench, {"budget": ("X|own", budget)}, type=share_or_own, default=0.01)
-    add_numbers(bench, int, {"steps": "tokens that are timed"}, argparse.Namespace(steps=64))
+    add_numbers(bench, int, {"steps": "tokens that are timed"}, argparse.Namespace(steps=100))
     dtype = "of the model; bfloat16 on a GPU and float32 elsewhere, if left out"
     bench.add_argument("--dtype", choices=DTYPES, help=dtype)
     add_device(bench)

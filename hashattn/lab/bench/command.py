@@ -21,6 +21,7 @@ from hashattn.lab.options import add_words, begin, from_options, takes_long
 from hashattn.lab.report import Row, environment, for_people, write_json
 
 _STOPPED = "nothing was written; the same command begins anew, and fewer --keys, --rounds or --presets take less time"
+_KEPT = "the file of --out holds what was measured; the same command begins anew, and fewer --tokens take less time"
 _RANDOM = "Random keys: cost, not quality."
 _CHECKED = f"Checked against the model as it is first. {_RANDOM} --out is written anew after each contender."
 _ON_A_GPU = f"Needs an NVIDIA GPU. Checked against the reference first. {_RANDOM}"
@@ -62,7 +63,7 @@ def add(commands: Any) -> None:
     ):
         name = measure.__name__[1:]
         bench = begin(benchmarks, name, partial(run, measure), summary, f"{summary[0].upper()}{summary[1:]}. {about}")
-        takes_long(bench, _STOPPED)
+        takes_long(bench, _KEPT if measure is _generate else _STOPPED)
         options_of(bench)
         add_words(bench, {"out": ("FILE.json", "write the results to this file, - for standard output")})
 

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
     from hashattn.integrations.attached.report import Report
 
-WARM_UP = 8  # tokens that are written before any is timed, and the first ones after a prefill, which are not
-SHORT = 600  # tokens of a warm-up's prompt, where nothing is compiled for a length
+SETTLING = 8  # tokens after the first one that count among no median: compilers and graphs may be at work
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Settings:
     batches: Sequence[int]
     presets: Sequence[str]
     budget: float | None = 0.01
-    steps: int = 64
+    steps: int = 100
     compiled: bool = True
     chunk: int | None = None
     graph: str | None = None
@@ -64,13 +63,13 @@ class Settings:
 class Measured:
     """What one contender did: its first call, the call that counts, and what ran in it, if it was attached."""
 
-    warm_up: Timed
+    first: Timed
     timed: Timed
     report: Report | None
 
     def row(self) -> dict[str, Any]:
         """Its part of a row of results."""
-        now, later = self.timed, self.timed.steps[WARM_UP:]
+        now, later = self.timed, self.timed.steps[SETTLING:]
         pace, slow = median_and_p99(later)
         report = self.report
         return {
@@ -79,7 +78,7 @@ class Measured:
             "slowest_ms": max(now.steps) * 1e3,
             "first_token_ms": now.steps[0] * 1e3,
             "prefill_ms": now.prefill * 1e3,
-            "warm_up_s": max(0.0, sum(self.warm_up.steps) - len(self.warm_up.steps) * pace),
+            "warm_up_s": max(0.0, self.first.seconds - now.seconds),
             "memory_bytes": now.memory,
             "peak_bytes": now.peak,
             "keys_read": 1.0 if report is None else report.keys_read,
@@ -111,7 +110,7 @@ def run(
         settings.source.check()
         everyone = settings.contenders()
         network = settings.source.make(device)
-        check_positions(network, max(settings.tokens) + WARM_UP + settings.steps)
+        check_positions(network, max(settings.tokens) + SETTLING + settings.steps)
         for contender in everyone:  # refuses a model that it cannot serve, and arguments that attach() does not know
             with contender.attached(network, contender.composition(max(settings.tokens))):
                 pass
@@ -164,13 +163,11 @@ def _add(
 def _measure(settings: Settings, network: PreTrainedModel, contender: Contender, ids: Tensor) -> Measured:
     attn, call = contender.composition(ids.shape[1]), Call(contender.static, settings.chunk)
     with contender.attached(fresh(network), attn) as (own, handle):
-        first = ids if contender.static else ids[:, :SHORT]
-        # A static cache is made for a length, and the model compiled for the cache.
-        warm_up = timed(own, first, call, WARM_UP + (settings.steps if contender.static else 0) + 1)
+        tokens = SETTLING + settings.steps + 1
+        first = timed(own, ids, call, tokens)  # of the same length: what is compiled for it is compiled here
         if handle is not None:
             handle.reset_report()
-        found = timed(own, ids, call, WARM_UP + settings.steps + 1)
-        return Measured(warm_up, found, None if handle is None else handle.report())
+        return Measured(first, timed(own, ids, call, tokens), None if handle is None else handle.report())
 
 
 @contextlib.contextmanager

@@ -63,6 +63,11 @@ class Timed:
     memory: int | None
     peak: int | None
 
+    @property
+    def seconds(self) -> float:
+        """Of the whole call."""
+        return self.prefill + sum(self.steps)
+
 
 def timed(network: PreTrainedModel, ids: Tensor, call: Call, tokens: int) -> Timed:
     """Write so many tokens, at least two, behind ids [B, N], greedily; the device is waited for at each."""

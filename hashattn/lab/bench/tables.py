@@ -162,7 +162,7 @@ GENERATE = Table(
     "With a budget of every key each writes the tokens of the model as it is. slowest: of all tokens but the first;\n"
     "first: the next one, which waits for the index. prefill: until the first token. GB: held when the last one is\n"
     "written, weights included. x dynamic, x static: as many tokens per second as the model as it is, with a dynamic\n"
-    "cache and with a static one, compiled. warm-up: seconds that a first call takes longer, compiling included.",
+    "cache and with a static one, compiled. warm-up: seconds that the first call took longer, compiling included.",
 )
 CROSSOVER = Table(
     [

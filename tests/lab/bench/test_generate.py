@@ -162,7 +162,7 @@ def test_what_does_not_fit_the_memory_is_noted_and_the_others_go_on(monkeypatch)
             raise torch.OutOfMemoryError("no room")
         if len(ids) == 2:
             raise RuntimeError("broken\nin two lines")
-        steps = [0.5] * generate.WARM_UP + [0.25, 0.125]
+        steps = [0.5] * generate.SETTLING + [0.25, 0.125]
         call = generate.Timed(2.0, steps, 10, 20)
         return generate.Measured(call, call, None)
 
