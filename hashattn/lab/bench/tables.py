@@ -68,6 +68,11 @@ def _winner(row: Row, name: str, form: str) -> str:
     return f"{at[name]:{form}}" if at else "nowhere" if name == "keys" else "-"
 
 
+def _drift(name: str, form: str) -> Cell:
+    """Of steps whose queries drift, where they were measured."""
+    return lambda row: "-" if row["drift"] is None else f"{row['drift'][name]:{form}}"
+
+
 _FLOOR: list[Column] = [("floor", _number("floor_us", ",.1f")), ("x floor", _of_floor)]
 _STEP: list[Column] = [
     *_plain("dense"),
@@ -100,6 +105,10 @@ GPU = Table(
         *_STEP,
         ("scan", _us("scan")),
         ("attend", _us("attend")),
+        ("missed", _drift("missed_per_1000", ",.1f")),
+        ("p50", _drift("p50_us", ".1f")),
+        ("p99", _drift("p99_us", ".1f")),
+        ("largest", _drift("max_us", ",.1f")),
         *_FLOOR,
         *_whole("linear"),
         *_whole("MLP"),
@@ -107,6 +116,8 @@ GPU = Table(
         ("FAISS", _us("FAISS")),
     ],
     _COLD.format("case") + _UNENCODED + "attend = step - scan, the first of two kernels.\n"
+    "missed: hints that missed, of any row, per thousand steps whose queries change as a real model's do; p50, p99,\n"
+    "largest: of these steps.\n"
     "linear, MLP: the step with its encoder, for queries linear or d-256-256-bits, and with the newest key appended.\n"
     f"{_FLOORS}\n"
     "topk: torch.topk over distances made beforehand; FAISS: no graph, its host's part included. Neither attends.",
