@@ -70,7 +70,7 @@ def generate(bench: argparse.ArgumentParser) -> None:
     add_words(which, {"model": ("ID|DIR|GGUF", model)})
     shape = "of the random weights; llama-3-8b on a GPU and tiny elsewhere, if left out"
     which.add_argument("--shape", choices=NAMED_SHAPES, help=shape)
-    add_numbers(bench, int, {"layers": "cut the shape down to so many"})
+    add_numbers(bench, int, {"layers": "cut the shape down to so many; its own if left out"})
     tokens = "of the prompt; 65536 131072 on a GPU and 2000 elsewhere, if left out"
     add_numbers(bench, int, {"tokens": tokens}, nargs="+")
     add_numbers(bench, int, {"batch": "sequences"}, argparse.Namespace(batch=[1]), nargs="+")
@@ -84,7 +84,9 @@ def generate(bench: argparse.ArgumentParser) -> None:
     add_device(bench)
     chunk = "tokens of a prompt that are read at once; all, or 4096 of more than 131,072, if left out"
     add_numbers(bench, int, {"prefill_chunk": chunk})
-    bench.add_argument("--graph", choices=("auto", "never", "always"), help="given to attach() if named here")
+    bench.add_argument(
+        "--graph", choices=("auto", "never", "always"), help="argument of attach(), which is not given if left out"
+    )
     bench.add_argument("--no-compile", action="store_true", help="leave out static caches, which compile the model")
 
 

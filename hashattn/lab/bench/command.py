@@ -58,7 +58,7 @@ def add(commands: Any) -> None:
         (_crossover, options.crossover, "from how many keys on a step on a GPU is faster than dense", _ON_A_GPU),
         (_kinds, options.kinds, "what each kind of step on a GPU costs beside TopK's", _ON_A_GPU),
         (_e2e, options.e2e, "tokens per second of a Llama-3-8B with random weights on a GPU", _ON_A_GPU),
-        (_generate, options.generate, "model.generate() as users call it, stock and attached", _CHECKED),
+        (_generate, options.generate, "what users get of model.generate(), stock and attached", _CHECKED),
         (_recall, options.recall, "what all presets keep of attention, against bytes and time", "Runs on a CPU."),
     ):
         name = measure.__name__[1:]
