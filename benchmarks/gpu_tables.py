@@ -57,6 +57,21 @@ def times(key: str) -> Callable[[Row], str]:
     return lambda row: "" if row[key] is None else f"{row[key]:.2f}"
 
 
+def drift(*names: str) -> Callable[[Row], str]:
+    """Of steps whose queries drift, where they were measured."""
+    return lambda row: ", ".join(f"{row['drift'][name]:,.1f}" for name in names) if row.get("drift") else ""
+
+
+def milliseconds(*names: str) -> Callable[[Row], str]:
+    """Times of a call of generate()."""
+    return lambda row: ", ".join(f"{row[name]:,.1f}" for name in names)
+
+
+def gigabytes(row: Row) -> str:
+    """Memory, where it is known."""
+    return "" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e9:.1f}"
+
+
 def at_crossover(what: str) -> Callable[[Row], str]:
     """A time at the least number of keys that wins."""
 
@@ -76,6 +91,8 @@ STEPS: list[Column] = [
     ("batch, keys, k", case), ("selector", lambda row: row.get("selector", "TopK")), ("choice per", per),
     ("fastest dense", dense_us), STEP, ("times as fast", times("speedup")), ("scan, attend", stages), *FLOOR,
     ("with linear encoder", whole("linear")), ("with MLP", whole("MLP")),
+    ("hints missed in 1,000 steps", drift("missed_per_1000")),
+    ("p50, p99, largest", drift("p50_us", "p99_us", "max_us")),
 ]  # fmt: skip
 KINDS: list[Column] = [
     ("batch, keys, k", case), ("choice per", per), ("kind of step", lambda row: row["kind"]),
@@ -95,7 +112,20 @@ CROSSOVERS: list[Column] = [
     ("wins from (keys)", lambda row: "nowhere" if row["keys"] is None else f"{row['keys']:,}"),
     ("dense", at_crossover("dense")), ("step", at_crossover("step")),
 ]  # fmt: skip
-TABLES = {"kind": KINDS, "mode": CROSSOVERS, "tokens_per_s": MODELS, "byte_floor_us": STEPS}  # by what rows hold
+GENERATE: list[Column] = [
+    ("batch, keys", lambda row: f"{row['batch']}, {row['keys']:,}"), ("model.generate()", lambda row: row["label"]),
+    ("ms a token, p99", milliseconds("ms", "p99_ms")), ("first token", milliseconds("first_token_ms")),
+    ("prefill", lambda row: f"{row['prefill_ms']:,.0f}"), ("GB", gigabytes),
+    ("times stock dynamic", times("times_stock_dynamic")), ("times stock static", times("times_stock_static")),
+    ("tokens/s", lambda row: f"{row['tokens_per_s']:,.1f}"),
+]  # fmt: skip
+TABLES = {
+    "kind": KINDS,
+    "mode": CROSSOVERS,
+    "prefill_ms": GENERATE,
+    "tokens_per_s": MODELS,
+    "byte_floor_us": STEPS,
+}  # by what rows hold
 
 
 def columns_of(result: dict[str, Any]) -> list[Column] | None:

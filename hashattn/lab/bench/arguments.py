@@ -6,9 +6,18 @@ import argparse
 from collections.abc import Sequence
 
 from hashattn.lab.bench.cases import CUDA_KEYS, CUDA_SHAPES, KEYS, PER, SHAPES, Case, parse_keys, parse_shape
+from hashattn.lab.bench.generate_models import NAMED_SHAPES
 from hashattn.lab.bench.recall import Settings
-from hashattn.lab.options import PRESET, add_numbers, add_words, share_or_own
+from hashattn.lab.options import (
+    DTYPES,
+    PRESET,
+    add_device,
+    add_numbers,
+    add_words,
+    share_or_own,
+)
 
+GENERATE_PRESETS = ("simhash_topk:bits=64", "dashkv_fast")
 _SHAPE = ("HQ/HKVxD:DTYPE", "query heads/KV heads x head_dim")
 _PICTURE = {"plot": ("FILE.png", "write a picture to this file")}
 
@@ -52,6 +61,33 @@ def e2e(bench: argparse.ArgumentParser) -> None:
     add_words(bench, {"preset": ("NAME", "measure this preset, with its own bits and budget")})
     plain = "leave the model's small operations to PyTorch"
     bench.add_argument("--no-compile", action="store_true", help=plain)
+
+
+def generate(bench: argparse.ArgumentParser) -> None:
+    """Add the options of `bench generate`."""
+    which = bench.add_mutually_exclusive_group()
+    model = "hub id, folder, GGUF file, smollm2-135m or gemma-3-270m; random weights of a shape if left out"
+    add_words(which, {"model": ("ID|DIR|GGUF", model)})
+    shape = "of the random weights; llama-3-8b on a GPU and tiny elsewhere, if left out"
+    which.add_argument("--shape", choices=NAMED_SHAPES, help=shape)
+    add_numbers(bench, int, {"layers": "cut the shape down to so many; its own if left out"})
+    tokens = "of the prompt; 65536 131072 on a GPU and 2000 elsewhere, if left out"
+    add_numbers(bench, int, {"tokens": tokens}, nargs="+")
+    add_numbers(bench, int, {"batch": "sequences"}, argparse.Namespace(batch=[1]), nargs="+")
+    attached = f"that are attached; {' '.join(GENERATE_PRESETS)} if left out"
+    add_words(bench, {"preset": (PRESET, attached)}, nargs="+", action="extend")
+    budget = "share of the keys for presets that take one, or each one's own"
+    add_words(bench, {"budget": ("X|own", budget)}, type=share_or_own, default=0.01)
+    add_numbers(bench, int, {"steps": "tokens that are timed"}, argparse.Namespace(steps=100))
+    dtype = "of the model; bfloat16 on a GPU and float32 elsewhere, if left out"
+    bench.add_argument("--dtype", choices=DTYPES, help=dtype)
+    add_device(bench)
+    chunk = "tokens of a prompt that are read at once; all, or 4096 of more than 131,072, if left out"
+    add_numbers(bench, int, {"prefill_chunk": chunk})
+    bench.add_argument(
+        "--graph", choices=("auto", "never", "always"), help="argument of attach(), which is not given if left out"
+    )
+    bench.add_argument("--no-compile", action="store_true", help="leave out static caches, which compile the model")
 
 
 def crossover(bench: argparse.ArgumentParser) -> None:
@@ -111,12 +147,12 @@ def cuda_cases(
 
 
 def check_counts(arguments: argparse.Namespace) -> None:
-    """Raise ValueError for rounds and batches below 1."""
-    for name in ("rounds", "batch"):
+    """Raise ValueError for rounds, batches and the like below 1."""
+    for name in ("rounds", "batch", "tokens", "steps", "prefill_chunk"):
         given = getattr(arguments, name, None)
         least = min(given) if isinstance(given, list) else given
         if least is not None and least < 1:
-            raise ValueError(f"--{name} must be at least 1, got {least}")
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {least}")
 
 
 def _cases(bench: argparse.ArgumentParser, keys: str) -> None:

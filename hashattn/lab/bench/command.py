@@ -16,12 +16,14 @@ from hashattn.lab.bench import tables
 from hashattn.lab.bench.arguments import cuda_cases
 from hashattn.lab.bench.cases import AUTO_KEYS, KEYS, PER, Case, Settings, parse_keys, parse_shape
 from hashattn.lab.bench.tables import Table
-from hashattn.lab.checks import check_file, check_picture
+from hashattn.lab.checks import STDOUT, check_file, check_picture, device_of
 from hashattn.lab.options import add_words, begin, from_options, takes_long
 from hashattn.lab.report import Row, environment, for_people, write_json
 
 _STOPPED = "nothing was written; the same command begins anew, and fewer --keys, --rounds or --presets take less time"
+_KEPT = "the file of --out holds what was measured; the same command begins anew, and fewer --tokens take less time"
 _RANDOM = "Random keys: cost, not quality."
+_CHECKED = f"Checked against the model as it is first. {_RANDOM} --out is written anew after each contender."
 _ON_A_GPU = f"Needs an NVIDIA GPU. Checked against the reference first. {_RANDOM}"
 
 _CROSSOVER = 'Checked against the reference first. What is found of a CPU is kept, and engine="auto" follows it.'
@@ -29,12 +31,13 @@ _CROSSOVER = 'Checked against the reference first. What is found of a CPU is kep
 
 @dataclass(frozen=True)
 class Found:
-    """What a benchmark found, and how to show it."""
+    """What a benchmark found, how to show it, and whether some of it failed."""
 
     result: dict[str, Any]
     text: str
     device: str = "cuda"
     save_plot: Callable[[Sequence[Row], Path], None] | None = None
+    failed: bool = False
 
     @classmethod
     def of(cls, result: dict[str, Any], table: Table, **more: Any) -> Found:
@@ -57,11 +60,12 @@ def add(commands: Any) -> None:
         (_crossover, options.crossover, "from how many keys on a step is faster than dense", _CROSSOVER),
         (_kinds, options.kinds, "what each kind of step on a GPU costs beside TopK's", _ON_A_GPU),
         (_e2e, options.e2e, "tokens per second of a Llama-3-8B with random weights on a GPU", _ON_A_GPU),
+        (_generate, options.generate, "what users get of model.generate(), stock and attached", _CHECKED),
         (_recall, options.recall, "what all presets keep of attention, against bytes and time", "Runs on a CPU."),
     ):
         name = measure.__name__[1:]
         bench = begin(benchmarks, name, partial(run, measure), summary, f"{summary[0].upper()}{summary[1:]}. {about}")
-        takes_long(bench, _STOPPED)
+        takes_long(bench, _KEPT if measure is _generate else _STOPPED)
         options_of(bench)
         add_words(bench, {"out": ("FILE.json", "write the results to this file, - for standard output")})
 
@@ -84,7 +88,7 @@ def run(measure: Callable[[argparse.Namespace], Found], arguments: argparse.Name
         say(found.text)
         for remark in found.result.get("notes", ()):
             say(f"note: {remark}")
-    return 0
+    return 1 if found.failed else 0
 
 
 def check_spelling(words: Sequence[str]) -> None:
@@ -156,6 +160,42 @@ def _e2e(arguments: argparse.Namespace) -> Found:
     settings = e2e.Settings(sizes, arguments.batch, arguments.preset, bits, arguments.per or PER)
     how = {"compiled": not arguments.no_compile, "rounds": arguments.rounds, "progress": not arguments.quiet}
     return Found.of(e2e.run(settings, Llama(), **how), tables.E2E)
+
+
+def _generate(arguments: argparse.Namespace) -> Found:
+    from hashattn.lab.bench import generate
+    from hashattn.lab.bench.generate_models import Source
+
+    with refusals():
+        device = device_of(arguments.device)
+    gpu = device.type == "cuda"
+    source = Source(
+        arguments.model,
+        arguments.shape or ("llama-3-8b" if gpu else "tiny"),
+        arguments.layers,
+        arguments.dtype or ("bfloat16" if gpu else "float32"),
+    )
+    settings = generate.Settings(
+        source,
+        arguments.tokens or ([65536, 131072] if gpu else [2000]),
+        arguments.batch,
+        arguments.preset or options.GENERATE_PRESETS,
+        arguments.budget,
+        arguments.steps,
+        compiled=not arguments.no_compile,
+        chunk=arguments.prefill_chunk,
+        graph=arguments.graph,
+    )
+    where = environment(arguments.command_line, device.type)
+
+    def keep(result: dict[str, Any]) -> None:
+        if arguments.out not in (None, STDOUT):
+            write_json(arguments.out, where | result)
+
+    result = generate.run(settings, device, progress=not arguments.quiet, keep=keep)
+    told = [f"{label} is left out: {why}" for label, why in result["failed"].items()]
+    result["notes"] += told
+    return Found.of(result, tables.GENERATE, device=device.type, failed=bool(told))
 
 
 def _crossover(arguments: argparse.Namespace) -> Found:

@@ -9,6 +9,7 @@ import torch
 
 from hashattn.core.errors import UserError, refusals
 from hashattn.core.progress import bar
+from hashattn.lab.bench import cuda_drift
 from hashattn.lab.bench.cases import Case, Settings
 from hashattn.lab.bench.cuda_contenders import row_distances
 from hashattn.lab.bench.cuda_graphs import (
@@ -107,7 +108,9 @@ def _measure(
             continue
         asked = rule(case, selector)
         step = checked_step(case, asked, layers, scratch)
-        choices[choice] = kernels(), reads(case, step, turns)
+        # LocalTopK's hints are its chunks'
+        drift = cuda_drift.measure(case, asked, bits, scratch) if asked.chunks is None else None
+        choices[choice] = kernels(), reads(case, step, turns), drift
         own = step_graphs(case, selector, step, layers, turns, caches)
         graphs |= {f"{choice} {name}": graph for name, graph in own.items()}
     found = {id(layer): row_distances(layer, per == "kv_head") for layer in layers}
@@ -124,7 +127,7 @@ def _measure(
         notes[f"FAISS is left out per {per}: {first_line(error)}"] = None
     baseline = min(baselines, key=lambda name: us[name])
     rows = []
-    for choice, (written_in, read) in choices.items():
+    for choice, (written_in, read, drift) in choices.items():
         own_names = [name for name in ("step", "scan", *caches) if f"{choice} {name}" in us]
         times = others | {name: us[f"{choice} {name}"] for name in own_names}
         if "scan" in times:
@@ -135,6 +138,7 @@ def _measure(
             | {"layers": len(layers), "calls": len(turns), "dense": baseline}
             | {"us": times, "speedup": us[baseline] / times["step"]}
             | {"whole_speedup": {name: us[baseline] / times[name] for name in caches}}
+            | {"drift": drift}
             | floors(case, bits, per, machine, read)
         )
     return rows

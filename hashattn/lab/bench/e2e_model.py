@@ -54,7 +54,14 @@ class Llama:
 def make_model(size: Llama, device: torch.device) -> nn.Module:
     """The model, made on the device with transformers' own random weights. Its attention is what a step is given."""
     transformers = require("transformers", "hf", "--e2e")
-    config = transformers.LlamaConfig(
+    transformers.AttentionInterface.register(NAME, attention)
+    return from_config(size, device, attn_implementation=NAME)
+
+
+def from_config(size: Llama, device: torch.device, *, attn_implementation: str, **config: Any) -> nn.Module:
+    """A model of this size, made on the device with random weights. config: what else transformers' config takes."""
+    transformers = require("transformers", "hf", "a model with random weights")
+    own = transformers.LlamaConfig(
         num_hidden_layers=size.layers,
         hidden_size=size.hidden,
         num_attention_heads=size.q_heads,
@@ -64,11 +71,11 @@ def make_model(size: Llama, device: torch.device) -> nn.Module:
         vocab_size=size.vocabulary,
         max_position_embeddings=1 << 20,
         rope_theta=500_000.0,
+        **config,
     )
-    transformers.AttentionInterface.register(NAME, attention)
     with device:
         model: nn.Module = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=size.dtype, attn_implementation=NAME
+            own, dtype=size.dtype, attn_implementation=attn_implementation
         )
     return model.eval()
 

@@ -68,6 +68,11 @@ def _winner(row: Row, name: str, form: str) -> str:
     return f"{at[name]:{form}}" if at else "nowhere" if name == "keys" else "-"
 
 
+def _drift(name: str, form: str) -> Cell:
+    """Of steps whose queries drift, where they were measured."""
+    return lambda row: "-" if row["drift"] is None else f"{row['drift'][name]:{form}}"
+
+
 _FLOOR: list[Column] = [("floor", _number("floor_us", ",.1f")), ("x floor", _of_floor)]
 _STEP: list[Column] = [
     *_plain("dense"),
@@ -100,6 +105,10 @@ GPU = Table(
         *_STEP,
         ("scan", _us("scan")),
         ("attend", _us("attend")),
+        ("missed", _drift("missed_per_1000", ",.1f")),
+        ("p50", _drift("p50_us", ".1f")),
+        ("p99", _drift("p99_us", ".1f")),
+        ("largest", _drift("max_us", ",.1f")),
         *_FLOOR,
         *_whole("linear"),
         *_whole("MLP"),
@@ -107,6 +116,8 @@ GPU = Table(
         ("FAISS", _us("FAISS")),
     ],
     _COLD.format("case") + _UNENCODED + "attend = step - scan, the first of two kernels.\n"
+    "missed: hints that missed, of any row, per thousand steps whose queries change as a real model's do; p50, p99,\n"
+    "largest: of these steps.\n"
     "linear, MLP: the step with its encoder, for queries linear or d-256-256-bits, and with the newest key appended.\n"
     f"{_FLOORS}\n"
     "topk: torch.topk over distances made beforehand; FAISS: no graph, its host's part included. Neither attends.",
@@ -142,6 +153,27 @@ E2E = Table(
     "Tokens per second of all sequences; greedy decoding in a CUDA graph, one token at a time; medians. Weights, keys\n"
     "and values are random: no prompt is read. Layers attended to densely take the fastest dense attention as well.\n"
     "ceiling: how many times as fast a step is that attends to nothing at all.",
+)
+GENERATE = Table(
+    [
+        *_plain("label", "batch", "keys"),
+        ("ms", _number("ms")),
+        ("p99", _number("p99_ms")),
+        ("slowest", _number("slowest_ms", ",.1f")),
+        ("first", _number("first_token_ms", ",.1f")),
+        ("prefill", _number("prefill_ms", ",.0f")),
+        ("GB", lambda row: "-" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e9:.1f}"),
+        ("x dynamic", _number("times_stock_dynamic")),
+        ("x static", _number("times_stock_static")),
+        ("tokens/s", _number("tokens_per_s", ",.1f")),
+        ("keys read", lambda row: f"{row['keys_read']:.1%}"),
+        ("warm-up s", _number("warm_up_s", ".1f")),
+    ],
+    "Milliseconds a token of one call of model.generate(), medians; greedy, behind random tokens: cost, not quality.\n"
+    "With a budget of every key each writes the tokens of the model as it is. slowest: of all tokens but the first;\n"
+    "first: the next one, which waits for the index. prefill: until the first token. GB: held when the last one is\n"
+    "written, weights included. x dynamic, x static: as many tokens per second as the model as it is, with a dynamic\n"
+    "cache and with a static one, compiled. warm-up: seconds that the first call took longer, compiling included.",
 )
 CROSSOVER = Table(
     [

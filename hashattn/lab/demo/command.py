@@ -48,8 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError("--question is empty: ask something, or leave it out for the fact that is placed")
         device = device_of(arguments.device)
 
+        from hashattn.lab.demo.picture import picture, save_plot, verdict
         from hashattn.lab.demo.run import run_demo
-        from hashattn.lab.demo.show import picture, save_plot, table
+        from hashattn.lab.demo.show import NOTE, table
 
     names = ("model", "preset", "text", "question", "context", "budget", "encoder")
     given = {name: getattr(arguments, name) for name in names}
@@ -58,16 +59,18 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json:
             write_json(arguments.json, environment(arguments.command_line, device.type) | result.as_json())
         if arguments.plot:
-            save_plot(result, arguments.plot)
+            save_plot(result.reads, result.preset, arguments.plot)
     finally:  # what was measured is shown, whether or not it could be written
         say = for_people(arguments.json)
         say(f"\n{result.tokens:,} tokens were read in {result.prefill_seconds:.0f} s (densely, once for all).")
         say(f"Question: {result.question}\n")
         say(table(result))
-        say(f"\nThe answers of full attention and {result.preset} {'agree' if result.agree else 'differ'}.")
-        say('"full, our cache" is full attention over a cache that appends in place: the honest baseline for speed.\n')
-        say(result.layers)
+        say(f"\n{NOTE}\n")
+        say(f"The answers of full attention and {result.preset} {'agree' if result.agree else 'differ'}.")
+        if found := verdict(result.reads):
+            say(found)
+        say(f"\n{result.layers}")
         for note in result.notes:
             say(f"note: {note}")
-        say(f"\n{picture(result)}")
+        say(f"\n{picture(result.reads, result.preset)}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import re
 from collections.abc import Iterator
@@ -80,6 +81,12 @@ def name_of(model: str | Path | None) -> str:
         return asset.name
     path = Path(str(model))
     return path.resolve().name if path.exists() else str(model)
+
+
+def sharing_weights(network: PreTrainedModel) -> PreTrainedModel:
+    """A model of its own, so that something else can be attached to it, on the same weights."""
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    return copy.deepcopy(network, shared)
 
 
 def cache_argument(network: PreTrainedModel) -> str:

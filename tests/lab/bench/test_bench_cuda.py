@@ -10,7 +10,7 @@ import torch
 
 from hashattn import Decoder, FlatHamming, HashAttention, LocalTopK, TopK
 from hashattn.cli import main
-from hashattn.lab.bench import cuda, cuda_graphs, cuda_plot, cuda_steps, tables
+from hashattn.lab.bench import cuda, cuda_drift, cuda_graphs, cuda_plot, cuda_steps, tables
 from hashattn.lab.bench.arguments import cuda_cases
 from hashattn.lab.bench.cases import CUDA_KEYS, CUDA_SHAPES, Case, Settings
 from hashattn.lab.bench.cuda_check import check_dense, check_rounding, check_step, check_whole, exact_output
@@ -329,6 +329,9 @@ assert not scratch.borrow("arrived", (4,), torch.int32, q.device).any()
 # ---- results
 
 
+DRIFT = {"steps": 1000, "missed_per_1000": 3.0, "p50_us": 9.5, "p99_us": 11.5, "max_us": 540.0}
+
+
 def row(keys=8192, **changes):
     us = {
         "SDPA flash": 20.0, "Triton 128": 18.0, "step": 9.0, "scan": 4.0, "attend": 5.0, "linear": 10.0, "MLP": 12.0,
@@ -337,7 +340,7 @@ def row(keys=8192, **changes):
     return {
         "shape": "32/8x128:bfloat16", "batch": 1, "keys": keys, "k": 256, "per": "kv_head", "bits": 64, "us": us,
         "selector": "TopK", "kernels": "Triton", "dense": "Triton 128", "speedup": 2.0,
-        "whole_speedup": {"linear": 1.8, "MLP": 1.5}, "floor_us": 3.0, **changes,
+        "whole_speedup": {"linear": 1.8, "MLP": 1.5}, "floor_us": 3.0, "drift": DRIFT, **changes,
     }  # fmt: skip
 
 
@@ -345,7 +348,22 @@ def test_the_table_has_a_line_a_case():
     head, line = tables.GPU.text([row()]).splitlines()
     assert head.split()[:7] == ["shape", "batch", "keys", "k", "selector", "per", "bits"]
     assert line.split()[:7] == ["32/8x128:bfloat16", "1", "8,192", "256", "TopK", "kv_head", "64"]
-    times = ["Triton", "Triton", "128", "18.0", "9.0", "2.00", "4.0", "5.0", "3.0", "3.0"]
+    times = [
+        "Triton",
+        "Triton",
+        "128",
+        "18.0",
+        "9.0",
+        "2.00",
+        "4.0",
+        "5.0",
+        "3.0",
+        "9.5",
+        "11.5",
+        "540.0",
+        "3.0",
+        "3.0",
+    ]
     assert line.split()[7:] == [*times, "10.0", "1.80", "12.0", "1.50", "30.0", "-"]
 
 
@@ -388,6 +406,7 @@ def pretended(monkeypatch):
     monkeypatch.setattr(cuda, "take_turns", lambda graphs, calls, _: {n: 50.0 - i for i, n in enumerate(graphs)})
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(cuda, "faiss_us", lambda *_: 70.0)
+    monkeypatch.setattr(cuda_drift, "measure", lambda *_: dict(DRIFT))
 
     def unserved(q, keys, values):
         raise NotImplementedError("not this shape\nat all")
@@ -456,7 +475,8 @@ def test_a_step_of_one_kernel_has_no_stages(pretended, monkeypatch, written_in, 
     assert {"scan", "attend"} <= exact["us"].keys()
     assert len({"scan", "attend"} & local["us"].keys()) == (0 if kernels == 1 else 2)
     line = tables.GPU.text([local]).splitlines()[1].split()
-    assert (line.count("-") == 2) == (kernels == 1)
+    assert exact["drift"] == DRIFT and local["drift"] is None
+    assert (line.count("-") == 6) == (kernels == 1)
 
 
 def test_below_the_warm_up_there_is_no_whole_step(pretended):
@@ -493,6 +513,7 @@ def test_a_small_case_is_measured(monkeypatch, clustered):
         assert 0 < us.get("scan", 1e-3) < us["step"]
         assert us["step"] > r["byte_floor_us"]
         assert us["step"] < min(us["linear"], us["MLP"])
+        assert (r["drift"] is None) == (r["selector"] == "LocalTopK")
         assert {"Triton 128", "Triton 256", "torch.topk"} <= us.keys()
     assert result["read_GB_per_s"] > 100
 

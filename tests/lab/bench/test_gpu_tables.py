@@ -15,7 +15,14 @@ ROOT = Path(__file__).parents[3]
 SPEC = importlib.util.spec_from_file_location("gpu_tables", ROOT / "benchmarks/gpu_tables.py")
 gpu_tables = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(gpu_tables)
-LOCAL = step_row(selector="LocalTopK", per="query_head", us={"Triton 128": 18.0, "step": 9.0}, whole_speedup={})
+ONE_KERNEL = {"us": {"Triton 128": 18.0, "step": 9.0}, "whole_speedup": {}, "drift": None}
+LOCAL = step_row(selector="LocalTopK", per="query_head", **ONE_KERNEL)
+BEFORE = {name: value for name, value in step_row(byte_floor_us=3.0).items() if name != "drift"}
+GENERATED = {
+    "label": "stock, dynamic", "batch": 2, "keys": 65536, "ms": 49.9, "p99_ms": 52.25, "first_token_ms": 50.0,
+    "prefill_ms": 5123.4, "memory_bytes": 33_400_000_000, "times_stock_dynamic": 1.0, "times_stock_static": None,
+    "tokens_per_s": 40.08,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -24,12 +31,30 @@ LOCAL = step_row(selector="LocalTopK", per="query_head", us={"Triton 128": 18.0,
         (
             [step_row(byte_floor_us=3.0), LOCAL],
             "batch, keys, k | selector | choice per | fastest dense | step | times as fast | scan, attend | floor | "
+            "times the floor | with linear encoder | with MLP | hints missed in 1,000 steps | p50, p99, largest",
+            [
+                "1, 8,192, 256 | TopK | kv head | 18.0 (our split-K) | 9.0 | 2.00 | 4.0, 5.0 | 3.0 | 3.0 | 10.0 (1.80) "
+                "| 12.0 (1.50) | 3.0 | 9.5, 11.5, 540.0",
+                "1, 8,192, 256 | LocalTopK | query head | 18.0 (our split-K) | 9.0 | 2.00 | one kernel | 3.0 | 3.0 | "
+                " |  |  | ",
+            ],
+        ),
+        (
+            [BEFORE],
+            "batch, keys, k | selector | choice per | fastest dense | step | times as fast | scan, attend | floor | "
             "times the floor | with linear encoder | with MLP",
             [
                 "1, 8,192, 256 | TopK | kv head | 18.0 (our split-K) | 9.0 | 2.00 | 4.0, 5.0 | 3.0 | 3.0 | 10.0 (1.80) "
                 "| 12.0 (1.50)",
-                "1, 8,192, 256 | LocalTopK | query head | 18.0 (our split-K) | 9.0 | 2.00 | one kernel | 3.0 | 3.0 | "
-                " | ",
+            ],
+        ),
+        (
+            [GENERATED, GENERATED | {"times_stock_static": 0.5}],
+            "batch, keys | model.generate() | ms a token, p99 | first token | prefill | GB | times stock dynamic | "
+            "times stock static | tokens/s",
+            [
+                "2, 65,536 | stock, dynamic | 49.9, 52.2 | 50.0 | 5,123 | 33.4 | 1.00 |  | 40.1",
+                "2, 65,536 | stock, dynamic | 49.9, 52.2 | 50.0 | 5,123 | 33.4 | 1.00 | 0.50 | 40.1",
             ],
         ),
         (

@@ -57,6 +57,7 @@ COMMANDS = {
     "fit": ["fit", "nothing", "--out", "new"],
     "bench": ["bench", "cpu"],
     "recall": ["bench", "recall", "--text", "text.txt", "--data", "synthetic"],
+    "generate": ["bench", "generate", "--device", "cpu"],
     "presets": ["presets"],
     "explain": ["explain"],
 }
@@ -122,6 +123,18 @@ CASES = [
     ("eval", ["--encoder", "folder"], ["folder", "config.json"]),
     ("capture", ["--queries", "0"], ["queries must be at least 1", "got 0"]),
     ("fit", [], ["'nothing' holds no capture", "hashattn capture"]),
+    ("generate", ["--model", "folder"], ["without config.json"]),
+    ("generate", ["--model", "smollm2-135m", "--layers", "2"], ["--layers cuts a --shape down", "smollm2-135m"]),
+    ("generate", ["--layers", "0"], ["--layers must be at least 1, got 0"]),
+    *(
+        ("generate", [option, "0"], [f"{option} must be at least 1, got 0"])
+        for option in ("--tokens", "--steps", "--batch", "--prefill-chunk")
+    ),
+    ("generate", ["--device", "gpu0"], ["no such device"]),
+    ("generate", ["--out", "nowhere/x.json"], ["no folder"]),
+    ("generate", ["--preset", "magicpig"], ["--preset magicpig", "budget of every key", "tables="]),
+    ("generate", ["--preset", "pqcache"], ["PQ is not fitted"]),
+    ("generate", ["--preset", "hata", "--preset", "hata"], ["--preset", "each once", "hata, hata"]),
     ("recall", ["--data", "folder"], ["without config.json"]),
 ]  # fmt: skip
 
@@ -157,7 +170,7 @@ def test_benchmarks_without_a_name_are_answered_with_the_command_that_has_it(cap
 
 def test_every_benchmark_has_its_own_options_only(capsys):
     for name, other in (("cpu", "--batch"), ("gpu", "--auto"), ("kinds", "--plot"), ("e2e", "--shape"),
-                        ("crossover", "--keys"), ("recall", "--bits")):  # fmt: skip
+                        ("crossover", "--keys"), ("recall", "--bits"), ("generate", "--keys")):  # fmt: skip
         with pytest.raises(SystemExit) as end:
             main(["bench", name, other, "1"])
         assert end.value.code == 2 and f"unrecognized arguments: {other}" in capsys.readouterr().err
@@ -224,7 +237,7 @@ def test_a_truncated_gguf_is_named_without_a_traceback(tmp_path, monkeypatch, ca
 @pytest.mark.parametrize(
     ("name", "more", "words"),
     [
-        ("demo", ["--context", "1001"], ["context must be from 1 to 1000", "1024 positions", "1001"]),
+        ("demo", ["--context", "1001"], ["context must be from 1 to 984", "1024 positions", "1001"]),
         ("demo", ["--context", "20"], ["no room for the text"]),
         ("eval", ["--tokens", "1020"], ["at most 864", "1024 positions", "1020"]),
         ("eval", ["--tokens", "800", "--windows", "9"], ["text.txt", "9 sequences"]),

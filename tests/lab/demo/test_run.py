@@ -6,6 +6,7 @@ import pytest
 
 from hashattn.cli import main
 from hashattn.lab.demo.run import encoder_options, run_demo
+from hashattn.lab.demo.story import ANSWER
 from tests.structured import raises_naming
 
 
@@ -15,7 +16,7 @@ def test_the_demo_finds_the_fact_and_shows_what_it_did(tmp_path, capsys):
     shown = capsys.readouterr().out
     result = json.loads(out.read_text())
     stock, own, hashed = result["contenders"]
-    assert [c["name"] for c in (stock, own, hashed)] == ["full attention", "full, our cache", "dashkv_fast"]
+    assert [c["name"] for c in (stock, own, hashed)] == ["stock", "full, our cache", "dashkv_fast"]
     assert stock["correct"]
     assert own["correct"]
     assert stock["answer"] == own["answer"]
@@ -24,9 +25,18 @@ def test_the_demo_finds_the_fact_and_shows_what_it_did(tmp_path, capsys):
     assert 0.2 < hashed["keys_read"] < 0.27  # 20% in 28 of 30 layers
     assert hashed["bytes_per_step"] < 0.7 * stock["bytes_per_step"]  # 0.66: each of three heads chooses its 20%
     assert hashed["code_bytes"] > 0
-    for words in ("tokens per second", "times as fast", "1.00", "cpu: engine", "^ the fact"):
+    for name in ("stock", "full, our cache", "dashkv_fast"):
+        c = next(c for c in result["contenders"] if c["name"] == name)
+        assert c["p99_ms"] >= c["ms"] > 0 and c["tokens_per_second"] == pytest.approx(1e3 / c["ms"])
+        assert c["times_own_cache"] == pytest.approx(own["ms"] / c["ms"])
+        assert c["times_stock"] == pytest.approx(stock["ms"] / c["ms"])
+    for words in ("ms a token, p99", "times full, our cache", "1.00", "cpu: engine", "^ the fact", "They took turns"):
         assert words in shown
-    assert len(result["reads"]) == 30
+    assert shown.count(ANSWER) >= 3  # in each column of the table
+    assert len(result["reads"]) == len(result["fact_over_others"]) == 30
+    assert result["fact_over_others"][0] == 1.0  # a dense layer
+    assert result["fact_over_others_searching"] > 1.5
+    assert "14 keys were read" in shown
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert result["notes"] == []  # its encoders are fitted
     assert "query_bits=2" in result["composition"]
