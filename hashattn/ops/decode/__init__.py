@@ -7,7 +7,7 @@ import torch
 from hashattn.ops.decode.cuda import InCuda
 from hashattn.ops.decode.device import why_not_nvidia
 from hashattn.ops.decode.estimate import Estimate
-from hashattn.ops.decode.inputs import Inputs, Newest, Outputs, Stored
+from hashattn.ops.decode.inputs import Inputs, Newest, Outputs, Placed, Stored
 from hashattn.ops.decode.kernels import Kernels
 from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.maps import why_not as why_not_encode
@@ -27,6 +27,7 @@ __all__ = [
     "Map",
     "Newest",
     "Outputs",
+    "Placed",
     "Rule",
     "Scratch",
     "Sizes",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hashattn.ops.decode.estimate import key_norms
-from hashattn.ops.decode.inputs import Newest, Stored
+from hashattn.ops.decode.inputs import Newest, Placed, Stored
 from hashattn.ops.hamming import query_planes
 
 
@@ -35,4 +35,24 @@ def encode(x: Newest) -> Tensor:
     query = query_planes(x.maps[0](x.q.float()), x.query_bits)
     codes = query_planes(x.maps[1](x.k.float() - x.centre.unsqueeze(2)), 1)
     append(x.k, x.v, codes, key_norms(x.k, x.centre) if x.stored.norms is not None else None, x.stored)
+    return query if query.ndim == 5 else query.unsqueeze(3)
+
+
+def encode_placed(x: Placed, q: Tensor, first: int, new: bool) -> Tensor:
+    """Encode queries [B, Hq, T, D] of the columns from `first` on, which the length then ends with.
+
+    Args:
+        new: also write codes and norms of the keys of these columns.
+
+    Returns:
+        int64 [B, Hq, T, query_bits, W], the packed queries.
+    """
+    stored, end = x.stored, first + q.shape[2]
+    stored.length.fill_(end)
+    if new:
+        k = stored.keys[:, :, first:end]
+        stored.codes[:, :, first:end] = query_planes(x.maps[1](k.float() - x.centre.unsqueeze(2)), 1)
+        if stored.norms is not None:
+            stored.norms[:, :, first:end] = key_norms(k, x.centre)
+    query = query_planes(x.maps[0](q.float()), x.query_bits)
     return query if query.ndim == 5 else query.unsqueeze(3)

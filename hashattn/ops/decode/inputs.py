@@ -105,3 +105,22 @@ class Newest:
     stored: Stored
     arrived: Tensor | None = None
     workspace: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """The newest queries and the columns of the same positions, whose keys and values are stored and have no code yet.
+
+    Attributes:
+        q, maps, query_bits, arrived, workspace: as in :class:`Newest`.
+        centre: float32 [B, Hkv, D], contiguous, subtracted from the keys first.
+        stored: contiguous; codes and norms are written, and the length is set.
+    """
+
+    q: Tensor
+    centre: Tensor
+    maps: tuple[Map, Map]
+    query_bits: int
+    stored: Stored
+    arrived: Tensor | None = None
+    workspace: Tensor | None = None

@@ -34,7 +34,7 @@ POINTERS = {
 }  # fmt: skip
 NUMBERS = (
     "room", "code_room", "least", "radius", "sinks", "recents", "margin", "chunks", "slots", "kv_heads", "queries",
-    "new", "count", "splits", "norm_room", "limit",
+    "new", "count", "splits", "norm_room", "limit", "low_row",
 )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def type_of(fn: Any, name: str, dtype: str) -> str:
         return "fp32"
     if name in ("share", "critical"):
         return "i64"
-    if name in NUMBERS or (name == "k" and fn is attend_topk):
+    if name in NUMBERS or (name == "k" and fn is attend_topk) or (name == "first" and fn is encode_rows):
         return "i32"
     return "*" + dtype if name in ("q", "k", "v", "x", "keys", "values", "out") else POINTERS.get(name, "*i32")
 
@@ -153,15 +153,17 @@ def main(arch: int) -> None:
         name = f"D={dim} W={words} P={planes} queries={queries} hidden={hidden} {key_hidden} {dtype}"
         encode = encode_constants(dim, words, planes, queries, hidden, key_hidden, arch)
         for norms in (False, True):
-            found = compiled(encode_rows, encode | ({} if norms else {"norms": None}), {"num_warps": 8}, arch, dtype)
+            constants = encode | {"PLACED": norms} | ({} if norms else {"norms": None})
+            found = compiled(encode_rows, constants, {"num_warps": 8}, arch, dtype)
             print(json.dumps({"kernel": f"encode {name} norms={norms}", **found}), flush=True)
         if hidden:
             tile, units, warps = blocking(queries)
             second = hidden[1] if len(hidden) > 1 else 0
             layer = {
-                "T": 1, "centre": None, "DIM": dim, "PADDED": triton.next_power_of_2(dim), "FIRST": hidden[0],
-                "LAST": second, "WIDTH": triton.next_power_of_2(max(1, second)), "SLICE": units, "TILE": tile,
-                "UNIT": True, "PDL": arch >= 90, **dict.fromkeys([] if second else ["last", "last_bias"]),
+                "T": 1, "room": 1, "centre": None, "DIM": dim, "PADDED": triton.next_power_of_2(dim),
+                "FIRST": hidden[0], "LAST": second,
+                "WIDTH": triton.next_power_of_2(max(1, second)), "SLICE": units, "TILE": tile, "UNIT": True,
+                "PDL": arch >= 90, **dict.fromkeys([] if second else ["last", "last_bias"]),
             }  # fmt: skip
             found = compiled(hidden_layers, layer, {"num_warps": warps}, arch, dtype)
             print(json.dumps({"kernel": f"hidden {name}", **found}), flush=True)

@@ -6,7 +6,7 @@ import torch
 from hashattn import AsymmetricHash, SimHash
 from hashattn.ops.decode import Stored, why_not_encode
 from tests.ops.decode.cases import inputs
-from tests.ops.decode.encoding import SMALL, encodes
+from tests.ops.decode.encoding import SMALL, encodes, encodes_placed
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -14,7 +14,7 @@ if torch.cuda.is_available():
 
 from hashattn.ops.decode.estimate import NORMS
 from hashattn.ops.decode.triton.append import append
-from hashattn.ops.decode.triton.encode import encode
+from hashattn.ops.decode.triton.encode import encode, encode_placed
 
 
 @pytest.mark.parametrize(("encoder", "shape"), SMALL)
@@ -26,6 +26,12 @@ def test_newest_queries_and_keys_are_encoded_and_appended(encoder, shape):
 def test_so_are_norms(encoder, shape):
     encodes(encode, encoder, **shape, norms=True)
     encodes(encode, encoder, **shape, norms=True, dtype=torch.bfloat16, kv_heads=1)
+
+
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize(("encoder", "shape"), SMALL)
+def test_queries_are_encoded_and_new_keys_that_are_in_place(encoder, shape, new):
+    encodes_placed(encode_placed, encoder, **shape, new=new, norms=True)
 
 
 @pytest.mark.parametrize("encoder", [SimHash(64), AsymmetricHash(64, query_hidden=(20, 20))], ids=["linear", "MLP"])
