@@ -25,16 +25,18 @@ class DeviceState:
         self.memory: tuple[int, ...] = ()  # for keys, values and codes that lie here
         self._bounds: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
 
-    @lasting
     def starts(self, starts: list[int], device: torch.device) -> Tensor:
         """These as int32 [B]; copied to the device when they change."""
-        if self._starts is None or self._starts[0] != starts or self._starts[1].device != device:
-            fresh = torch.tensor(starts, dtype=torch.int32, device=device)
-            held = self._starts[1] if self._starts is not None else fresh
-            if held is not fresh and held.shape == fresh.shape and held.device == device:
-                fresh = held.copy_(fresh)
-            self._starts = list(starts), fresh
-        return self._starts[1]
+        held = self._starts
+        if held is None or held[0] != starts or held[1].device != device:
+            held = self._starts = list(starts), self._copied(starts, device)
+        return held[1]
+
+    @lasting
+    def _copied(self, starts: list[int], device: torch.device) -> Tensor:
+        fresh = torch.tensor(starts, dtype=torch.int32, device=device)
+        held = self._starts[1] if self._starts is not None else fresh
+        return held.copy_(fresh) if held.shape == fresh.shape and held.device == device else fresh
 
     @lasting
     def bounds(self, shape: tuple[int, int], device: torch.device) -> Tensor:

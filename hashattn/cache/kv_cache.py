@@ -14,6 +14,7 @@ from hashattn.cache.centres import Centres
 from hashattn.cache.check_codes import check_codes
 from hashattn.cache.check_state import Shape, check_state
 from hashattn.cache.device_state import DeviceState
+from hashattn.cache.new_codes import new_codes
 from hashattn.core.attention_sums import AttentionSums
 from hashattn.core.buffer import TokenBuffer
 from hashattn.core.checks import check_int, check_kv, check_query, check_start, row_index, row_order
@@ -24,7 +25,7 @@ from hashattn.encoders.base import Encoder
 from hashattn.index.base import Index
 from hashattn.index.view import View
 from hashattn.ops.attend import logits as exact_logits
-from hashattn.ops.decode.estimate import NORMS, key_norms
+from hashattn.ops.decode.estimate import NORMS
 from hashattn.ops.decode.scratch import Scratch
 from hashattn.store.base import KVStore
 from hashattn.store.resident import Resident, rows_of
@@ -206,12 +207,16 @@ class KVCache:
     @guarded
     def adopt(self, length: int, *, codes: bool = True) -> None:
         """Count columns that a Decoder wrote in place, with or without their codes and norms, up to `length`."""
-        length = check_int("length", length, 0)
-        self.kv.adopt(length)
-        if self._store is not None and codes:
-            self._store.adopt(length)
+        self.kv.adopt(check_int("length", length, 0))
+        if codes:
+            self.adopt_codes()
+
+    def adopt_codes(self) -> None:
+        """Count codes and norms of all keys, which a kernel wrote in place."""
+        if self._store is not None:
+            self._store.adopt(len(self))
             if self.with_norms:
-                self._norms.adopt(length)
+                self._norms.adopt(len(self))
 
     @guarded
     def set_start(self, start: Tensor) -> None:
@@ -313,16 +318,13 @@ class KVCache:
                 self.centres.freeze(self.keys.detach(), self._starts)
                 self._store.truncate(0)
                 self._norms.truncate(0)
-        encoded, keys = self.encoded, len(self)
-        if encoded == keys:
+        if (encoded := self.encoded) == len(self):
             return
         self._norms.truncate(encoded)
-        k = self.kv.newest(encoded)
-        with torch.no_grad():
-            codes = self.encoder.encode_key(k, self.centres.frozen)
-        if self.with_norms:
-            new = self.kv.whole("keys")[:, :, encoded:]
-            self._norms.append(key_norms(new, self.centres.subtracted))
+        k = self.kv.whole("keys")[:, :, encoded:] if self.with_norms else self.kv.newest(encoded)
+        codes, norms = new_codes(self.encoder, k, self.centres, self.with_norms)
+        if norms is not None:
+            self._norms.append(norms)
         self._store.add(codes)
 
     def forget_code(self) -> None:

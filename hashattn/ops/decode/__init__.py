@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
+from torch import Tensor
 
 from hashattn.ops.decode.cuda import InCuda
 from hashattn.ops.decode.device import why_not_nvidia
@@ -12,7 +15,7 @@ from hashattn.ops.decode.kernels import Kernels
 from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.maps import why_not as why_not_encode
 from hashattn.ops.decode.reference import decode as reference
-from hashattn.ops.decode.request import KernelRequest
+from hashattn.ops.decode.request import DEVICES, DTYPES, HEAD_DIMS, KernelRequest
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.scratch import Scratch
 from hashattn.ops.decode.sizes import Sizes
@@ -33,7 +36,16 @@ __all__ = [
     "Sizes",
     "Stored",
 ]
-__all__ += ["kernels_for", "kernels_on", "reference", "served_by", "why_not", "why_not_encode", "why_not_nvidia"]
+__all__ += [
+    "encodes_many",
+    "kernels_for",
+    "kernels_on",
+    "reference",
+    "served_by",
+    "why_not",
+    "why_not_encode",
+    "why_not_nvidia",
+]
 
 KERNELS: tuple[Kernels, ...] = (InCuda(), InTriton())  # the fastest first
 
@@ -66,6 +78,13 @@ def kernels_on(device: torch.device) -> Kernels:
     if device.type == "cpu":
         return Specification()
     return next(kernels for kernels in KERNELS if not kernels.why_not_on(device))
+
+
+def encodes_many(k: Tensor, widths: tuple[tuple[int, ...], tuple[int, ...]] | None) -> bool:
+    """Whether keys [B, Hkv, n, D] are encoded in one kernel, by maps of such hidden layers; of keys by a linear one."""
+    known = k.device.type in DEVICES and k.dtype in DTYPES and k.shape[3] in HEAD_DIMS and why_not_nvidia() is None
+    linear = widths is not None and widths[1] == () and importlib.util.find_spec("triton") is not None
+    return known and linear and not k.requires_grad and not torch.compiler.is_compiling()
 
 
 def served_by(request: KernelRequest) -> tuple[Kernels, list[str]]:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from hashattn.ops.decode.estimate import key_norms
 from hashattn.ops.decode.inputs import Newest, Placed, Stored
+from hashattn.ops.decode.maps import Map
 from hashattn.ops.hamming import query_planes
 
 
@@ -38,6 +39,20 @@ def encode(x: Newest) -> Tensor:
     return query if query.ndim == 5 else query.unsqueeze(3)
 
 
+def encode_many(k: Tensor, centre: Tensor | None, by: Map, norms: bool) -> tuple[Tensor, Tensor | None]:
+    """Codes of keys [B, Hkv, n, D], any view, and their norms if these are asked for, as a cache keeps both.
+
+    Args:
+        centre: float32 [B, Hkv, D], contiguous, subtracted first; None for zero.
+        by: a map that :func:`hashattn.ops.decode.encodes_many` lets pass.
+
+    Returns:
+        int64 [B, Hkv, n, W]; bfloat16 [B, Hkv, n, 1] or None.
+    """
+    centred = k.float() if centre is None else k.float() - centre.unsqueeze(2)
+    return query_planes(by(centred), 1), key_norms(k, centre) if norms else None
+
+
 def encode_placed(x: Placed, q: Tensor, first: int, new: bool) -> Tensor:
     """Encode queries [B, Hq, T, D] of the columns from `first` on, which the length then ends with.
 
@@ -45,7 +60,7 @@ def encode_placed(x: Placed, q: Tensor, first: int, new: bool) -> Tensor:
         new: also write codes and norms of the keys of these columns.
 
     Returns:
-        int64 [B, Hq, T, query_bits, W], the packed queries.
+        int64 [B, Hq, T, query_bits, W], the packed queries, which the next call may overwrite.
     """
     stored, end = x.stored, first + q.shape[2]
     stored.length.fill_(end)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hashattn.ops.decode.inputs import Inputs, Newest, Outputs, Placed, Stored
+from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.request import KernelRequest
 
 Decode = Callable[[Tensor, Tensor, float], Outputs]  # of q, query and scale
@@ -55,6 +56,10 @@ class Kernels(ABC):
         Raises:
             ValueError, RuntimeError: as in decode.
         """
+
+    @abstractmethod
+    def encode_many(self, k: Tensor, centre: Tensor | None, by: Map, norms: bool) -> tuple[Tensor, Tensor | None]:
+        """See :func:`hashattn.ops.decode.encode_reference.encode_many`."""
 
     @abstractmethod
     def append(

@@ -121,6 +121,39 @@ def encodes_placed(
     assert values.isnan().all() and torch.equal(keys[:, :, first : first + tokens], k)
 
 
+MANY: list[tuple[Encoder, dict[str, Any]]] = [
+    (SimHash(64), {"dim": 64, "keys": 1}),
+    (SimHash(64), {"dim": 128, "keys": 128, "dtype": torch.bfloat16}),
+    (SimHash(64), {"dim": 128, "keys": 300, "dtype": torch.bfloat16, "first": 5, "room": 400, "batch": 2}),
+    (SimHash(100), {"dim": 96, "keys": 129, "dtype": torch.float16, "room": 140, "norms": True}),
+    (SimHash(256), {"dim": 256, "keys": 70, "heads": 1, "norms": True, "dtype": torch.bfloat16}),
+    (SimHash(8), {"dim": 64, "keys": 200, "heads": 3, "batch": 2, "norms": True, "centred": False}),
+    (AsymmetricHash(128, query_hidden=(9,)), {"dim": 128, "keys": 64, "first": 1, "room": 65, "centred": False}),
+]
+
+
+def encodes_many(
+    encode: Any, encoder: Encoder, *, dim: int, keys: int, batch: int = 1, heads: int = 2, first: int = 0,
+    room: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu", norms: bool = False, centred: bool = True,
+) -> None:  # fmt: skip
+    """Keys that begin in the middle of their room have the encoder's bits and norms; what is around is not read."""
+    g = generator(3)
+    by = randomised(encoder, dim, device).maps(dim, torch.device(device))[1]
+    held = torch.full((batch, heads, max(room, first + keys), dim), torch.nan).to(device, dtype)
+    k = held[:, :, first : first + keys]
+    k.copy_(torch.randn(k.shape, generator=g) + 1)
+    centre = torch.randn(batch, heads, dim, generator=g).to(device) if centred else None
+    with poisoned():
+        codes, lengths = encode(k, centre, by, norms)
+    zero = torch.zeros(batch, heads, dim, device=device)
+    assert codes.shape == (batch, heads, keys, -(-encoder.bits // 64))
+    same_bits(codes.unsqueeze(3), k.float() - (zero if centre is None else centre).unsqueeze(2), by, 1)
+    assert (lengths is not None) == norms
+    if norms:
+        assert lengths.shape == (batch, heads, keys, 1)
+        same_norms(lengths, k, zero if centre is None else centre)
+
+
 def same_norms(found: Tensor, k: Tensor, centre: Tensor) -> None:
     """Norms are exact ones, rounded to bfloat16 from float32, or cut off to it as by Triton's interpreter."""
     exact = (k.double() - centre.double().unsqueeze(2)).norm(dim=-1, keepdim=True)

@@ -80,9 +80,9 @@ class PreparedPlaced:
 
     def __init__(self, like: Placed) -> None:
         self._device, self._held = like.q.device, (like.stored, like.centre, like.maps, like.arrived, like.workspace)
-        self._query = _query_shape(like)
+        self._query = like.q.new_empty(_query_shape(like), dtype=torch.int64)
         self._arguments = _arguments(like)
-        self._arguments.keys.x = like.stored.keys.data_ptr()
+        self._arguments.keys.x, self._arguments.query = like.stored.keys.data_ptr(), self._query.data_ptr()
         both = _launch(like, placed=True)
         alone = replace(both, grid=(_sizes(like).programs[0], 1, 1))
         with on(self._device):
@@ -95,11 +95,10 @@ class PreparedPlaced:
             RuntimeError: the kernel does not launch.
         """
         arguments, q = self._arguments, q.contiguous()
-        query = q.new_empty(self._query, dtype=torch.int64)
-        arguments.first, arguments.query, arguments.queries.x = first, query.data_ptr(), q.data_ptr()
+        arguments.first, arguments.queries.x = first, q.data_ptr()
         with on(self._device):
             (self._both if new else self._queries)(stream_of(self._device))
-        return query
+        return self._query
 
 
 def encode(x: Newest) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hashattn.ops.decode.inputs import Inputs, Newest, Placed, Stored
 from hashattn.ops.decode.kernels import Decode, Encode, EncodePlaced, Kernels
+from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.request import KernelRequest, why_not_binary
 
 
@@ -37,6 +38,11 @@ class InTriton(Kernels):
         from hashattn.ops.decode.triton.encode import prepare_placed
 
         return prepare_placed(like)
+
+    def encode_many(self, k: Tensor, centre: Tensor | None, by: Map, norms: bool) -> tuple[Tensor, Tensor | None]:
+        from hashattn.ops.decode.triton.encode_many import encode_many
+
+        return encode_many(k, centre, by, norms)
 
     def append(
         self, k: Tensor, v: Tensor, codes: Tensor, norms: Tensor | None, stored: Stored, arrived: Tensor
