@@ -83,7 +83,7 @@ class Prepared:
             estimate = replace(estimate, centre=centre)
         q = torch.empty((cache.batch, *shape, cache.head_dim), dtype=keys.dtype, device=device)
         planes = cache.batch, *shape, encoder.query_bits, codes.shape[3]
-        query = torch.empty(planes, dtype=torch.int64, device=device)
+        query = state.held("query", planes, torch.int64, device)
         starts, scores = state.starts(cache._starts, device), parts.index.scores if parts.index is not None else ""
         like = decode.Inputs(q, query, stored, starts, rule, 1.0, causal, estimate, scores=scores)
         sizes = replace(decode.Sizes.of(like), widths=encoder.widths() or ((), ()))
@@ -122,19 +122,21 @@ class Kept:
     @lasting
     def of(cls, parts: Parts, cache: KVCache, shape: tuple[int, int], causal: bool) -> Kept:
         """For such (query heads, queries) and a cache all keys of which are encoded."""
-        encoder, device, (q_heads, tokens) = parts.encoder, cache.keys.device, shape
+        encoder, device, state, (q_heads, tokens) = parts.encoder, cache.keys.device, cache.on_device, shape
         assert encoder is not None
-        length = torch.empty(1, dtype=torch.int32, device=device)
+        length = state.held("length", (1,), torch.int32, device)
         prepared = Prepared.of(parts, cache, shape, length, causal=causal)
         like, frozen, encode = prepared.like, cache.centres.frozen, None
-        if not decode.why_not_encode(encoder.widths()):
+        if not decode.why_not_encode(encoder.widths()) and (frozen is None or frozen.is_contiguous()):
             from hashattn.ops.decode.library import EncodePlaced  # registers operators
 
-            centre, maps = cache.centre.float().contiguous(), encoder.maps(cache.head_dim, device)  # frozen, if it is
+            centre = cache.centre
+            if centre is not frozen:  # which stays where it is
+                centre = state.held("centre", tuple(centre.shape), torch.float32, device).copy_(centre)
             count = counters(cache.batch * q_heads * tokens, cache.batch * cache.kv_heads * tokens)
-            arrived = torch.zeros(count, dtype=torch.int32, device=device)
-            placed = like.q, centre, maps, encoder.query_bits, like.stored, arrived, like.workspace
-            encode = EncodePlaced(decode.Placed(*placed))
+            arrived = state.held("arrived", (count,), torch.int32, device)
+            maps, written = encoder.maps(cache.head_dim, device), (like.query, arrived, like.workspace)
+            encode = EncodePlaced(decode.Placed(like.q, centre, maps, encoder.query_bits, like.stored, *written))
         return cls(parts, encoder.fits, frozen, prepared, encode)
 
     def serves(self, parts: Parts, cache: KVCache) -> bool:

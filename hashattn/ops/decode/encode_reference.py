@@ -60,7 +60,7 @@ def encode_placed(x: Placed, q: Tensor, first: int, new: bool) -> Tensor:
         new: also write codes and norms of the keys of these columns.
 
     Returns:
-        int64 [B, Hq, T, query_bits, W], the packed queries, which the next call may overwrite.
+        x.query, the packed queries.
     """
     stored, end = x.stored, first + q.shape[2]
     stored.length.fill_(end)
@@ -69,5 +69,4 @@ def encode_placed(x: Placed, q: Tensor, first: int, new: bool) -> Tensor:
         stored.codes[:, :, first:end] = query_planes(x.maps[1](k.float() - x.centre.unsqueeze(2)), 1)
         if stored.norms is not None:
             stored.norms[:, :, first:end] = key_norms(k, x.centre)
-    query = query_planes(x.maps[0](q.float()), x.query_bits)
-    return query if query.ndim == 5 else query.unsqueeze(3)
+    return x.query.copy_(query_planes(x.maps[0](q.float()), x.query_bits).view_as(x.query))

@@ -115,6 +115,7 @@ class Placed:
         q, maps, query_bits, arrived, workspace: as in :class:`Newest`.
         centre: float32 [B, Hkv, D], contiguous, subtracted from the keys first.
         stored: contiguous; codes and norms are written, and the length is set.
+        query: int64 [B, Hq, T, query_bits, W], contiguous, where the packed queries are written.
     """
 
     q: Tensor
@@ -122,5 +123,6 @@ class Placed:
     maps: tuple[Map, Map]
     query_bits: int
     stored: Stored
+    query: Tensor
     arrived: Tensor | None = None
     workspace: Tensor | None = None

@@ -103,7 +103,8 @@ def encodes_placed(
     before = [x.clone() for x in held]
     length = torch.tensor([7], dtype=torch.int32, device=device)
     stored = Stored(keys, values, codes, length, held[1] if norms else None)
-    placed = encoding(Placed(q, centre, maps, encoder.query_bits, stored))
+    written = torch.full((batch, kv_heads * group, tokens, encoder.query_bits, words), -1, device=device)
+    placed = encoding(Placed(q, centre, maps, encoder.query_bits, stored, written))
     with poisoned():
         query = encode(placed, q, first, new)
     assert int(length) == first + tokens

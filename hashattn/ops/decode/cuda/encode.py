@@ -51,7 +51,7 @@ class Prepared:
 
     def __init__(self, like: Newest) -> None:
         self._device, self._held = like.q.device, (like.stored, like.centre, like.maps, like.arrived, like.workspace)
-        self._query = _query_shape(like)
+        self._query = *like.q.shape[:3], like.query_bits, like.stored.codes.shape[3]
         self._arguments = _arguments(like)
         with on(self._device):
             self._launcher = _launch(like, placed=False).bound(self._arguments, self._device)
@@ -80,7 +80,7 @@ class PreparedPlaced:
 
     def __init__(self, like: Placed) -> None:
         self._device, self._held = like.q.device, (like.stored, like.centre, like.maps, like.arrived, like.workspace)
-        self._query = like.q.new_empty(_query_shape(like), dtype=torch.int64)
+        self._query = like.query
         self._arguments = _arguments(like)
         self._arguments.keys.x, self._arguments.query = like.stored.keys.data_ptr(), self._query.data_ptr()
         both = _launch(like, placed=True)
@@ -126,10 +126,6 @@ def launch(
 def _launch(like: Newest | Placed, placed: bool) -> Launch:
     words, unit = like.stored.codes.shape[3], like.maps[0].unit
     return launch(_sizes(like), like.q.shape[3], like.q.dtype, words, like.query_bits, unit, placed)
-
-
-def _query_shape(like: Newest | Placed) -> tuple[int, ...]:
-    return *like.q.shape[:3], like.query_bits, like.stored.codes.shape[3]
 
 
 def _sizes(like: Newest | Placed) -> Encoding:

@@ -199,7 +199,7 @@ class Launch:
         tile = vectors(queries, bits)
         self._queries = triton.cdiv(queries, tile) * (1 if bits > 1 else words)
         self._keys = triton.cdiv(new, tile) * words
-        self._shape = batch, q_heads, tokens, bits, words
+        self._tokens = tokens
         self._weights = *_last(of_query), self._query_sums, *_last(of_key), self._key_sums
         self._held = stored.keys, stored.values, stored.codes, stored.norms, stored.length, like.arrived
         self._numbers = queries, new, tokens, stored.keys.shape[2], stored.codes.shape[2]
@@ -208,10 +208,9 @@ class Launch:
         options |= {"QUERY_HIDDEN": query_hidden, "QUERY_PARTS": query_parts, "num_warps": 8, **self._early}
         self._options = options | {"KEY_HIDDEN": key_hidden, "KEY_PARTS": key_parts}
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, first: int = 0, new: bool = True) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, query: Tensor, first: int = 0, new: bool = True) -> Tensor:
         """Queries, and keys that are [B, Hkv, T, D], or [B, Hkv, room, D] and in place from the first on."""
-        like, tokens = self._like, self._shape[2]
-        query = q.new_empty(self._shape, dtype=torch.int64)
+        like, tokens = self._like, self._tokens
         with on(q.device):
             if self._query_sums is not None:
                 run_layers(q, None, like.maps[0], self._query_sums, self._early, tokens)
@@ -225,14 +224,18 @@ class Launch:
 
 def prepare(like: Newest) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Encoding like this, of other queries, keys and values; see :class:`Newest`."""
-    launch = Launch(like, placed=False)
-    return lambda q, k, v: launch(q.contiguous(), k.contiguous(), v.contiguous())
+    launch, shape = Launch(like, placed=False), (*like.q.shape[:3], like.query_bits, like.stored.codes.shape[3])
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return launch(q.contiguous(), k.contiguous(), v.contiguous(), q.new_empty(shape, dtype=torch.int64))
+
+    return run
 
 
 def prepare_placed(like: Placed) -> Callable[[Tensor, int, bool], Tensor]:
     """The same of keys that are in place; see :class:`Placed`."""
     launch, stored = Launch(like, placed=True), like.stored
-    return lambda q, first, new: launch(q.contiguous(), stored.keys, stored.values, first, new)
+    return lambda q, first, new: launch(q.contiguous(), stored.keys, stored.values, like.query, first, new)
 
 
 def encode(x: Newest) -> Tensor:
