@@ -42,10 +42,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:this .* is not fitted")
 class Both:
     """Two equal caches: one is searched by fused steps, the other by the reference."""
 
-    def __init__(self, attn, keys=300, capacity=None, starts=(0, 70)):
+    def __init__(self, attn, keys=300, capacity=None, starts=(0, 70), device="cpu"):
         self.attn = attn.replace(engine="reference")
         q, k, v = qkv(11, BATCH, group=3, tokens=40, keys=keys + 80, dim=DIM)
-        self.q, self.k, self.v, self.at = q, k + 1, v, keys
+        self.q, self.k, self.v, self.at = q.to(device), (k + 1).to(device), v.to(device), keys
         self.caches = [self.attn.new_cache(BATCH, KV_HEADS, DIM, capacity=capacity) for _ in range(2)]
         for cache in self.caches:
             cache.append(self.k[:, :, :keys], v[:, :, :keys], start=torch.tensor(starts))
@@ -74,10 +74,11 @@ class Both:
         assert not fused.with_norms or torch.equal(fused.norms, plain.norms)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("capacity", [None, 340])
 @pytest.mark.parametrize("name", PARTS)
-def test_steps_follow_a_cache_that_changes(name, capacity):
-    both = Both(PARTS[name], capacity=capacity)
+def test_steps_follow_a_cache_that_changes(name, capacity, device):
+    both = Both(copy.deepcopy(PARTS[name]).to(device), capacity=capacity, device=device)
     both.check()  # after a prefill
     for _ in range(3):
         both.append()

@@ -8,16 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from hashattn import SimHash
+from hashattn import (
+    AsymmetricHash,
+    FlatHamming,
+    HashAttention,
+    MixedPrecision,
+    SimHash,
+    SymmetricHash,
+    Tiers,
+    TopK,
+)
 from hashattn.ops.decode import encode_reference, encodes_many
-from hashattn.ops.decode.cuda import compiler
+from hashattn.ops.decode.cuda import InCuda, compiler
 from hashattn.ops.decode.cuda.encode_many import encode_many, launch
 from tests.ops.decode import encoding
 from tests.ops.decode.emulator import run
 from tests.ops.decode.encoding import MANY
+from tests.structured import qkv
 
 triton = pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
+pytestmark = pytest.mark.filterwarnings("ignore:this .* is not fitted")
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -55,6 +66,42 @@ def test_what_is_not_finite_gives_the_references_bits(emulated, value):
     (codes, norms), (exact, expected) = (f(k, None, by, True) for f in (encode_many, encode_reference.encode_many))
     assert torch.equal(codes[0, 0, 3], exact[0, 0, 3]) and torch.equal(codes[0, 1, 5], exact[0, 1, 5])
     assert torch.allclose(norms.float(), expected.float(), rtol=2**-7, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "encoder", [SimHash(64), AsymmetricHash(64), SymmetricHash(64)], ids=lambda e: type(e).__name__
+)
+def test_a_cache_encodes_so_what_a_prefill_appended(emulated, encoder, monkeypatch):
+    attn = HashAttention(encoder, FlatHamming(), Tiers(0.1, 0.3), MixedPrecision(), engine="reference")
+    _, k, v = qkv(3, 2, keys=280, dim=64)
+    caches = [attn.new_cache(2, 2, 64) for _ in range(2)]
+    made = []
+    for cache, fused in zip(caches, (False, True), strict=True):
+        with monkeypatch.context() as patch:
+            if fused:
+                patch.setattr("hashattn.ops.decode.DEVICES", ("cpu",))
+                patch.setattr("hashattn.ops.decode.kernels_on", lambda _: made.append(1) or InCuda())
+            cache.append(k + 1, v, start=torch.tensor([0, 9]))
+            cache.encode()
+            cache.append(k[:, :, :7], v[:, :, :7])
+            cache.encode()
+    plain, fused = caches
+    assert len(made) == (0 if encoder.widths()[1] else 2)
+    centred = plain.keys - plain.centre.unsqueeze(2)
+    encoding.same_bits(fused.codes.unsqueeze(3), centred, encoder.maps(64, torch.device("cpu"))[1], 1)
+    assert torch.equal(plain.centre, fused.centre)
+    encoding.same_norms(fused.norms, fused.keys, fused.centre)
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_encoder_that_is_not_fitted_warns_also_then(emulated, monkeypatch):
+    monkeypatch.setattr("hashattn.ops.decode.DEVICES", ("cpu",))
+    monkeypatch.setattr("hashattn.ops.decode.kernels_on", lambda _: InCuda())
+    attn = HashAttention(AsymmetricHash(64, centring=None), FlatHamming(), TopK(k=5))
+    cache, (_, k, v) = attn.new_cache(1, 2, 64), qkv(3, keys=9, dim=64)
+    cache.append(k, v)
+    with pytest.warns(UserWarning, match="not fitted"):
+        cache.encode()
 
 
 @pytest.mark.parametrize("view", ["transposed", "every other", "rows of another order", "shifted"])
