@@ -13,7 +13,7 @@ from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.triton.encode import pack
 
 KEYS = 64  # of a program
-DEPTH = 32  # dimensions at a time
+DEPTH, WARPS = 16, 8  # dimensions at a time, few and many enough that no register is spilled
 
 
 @triton.jit(do_not_specialize=["count", "tiles"])
@@ -59,6 +59,6 @@ def encode_many(k: Tensor, centre: Tensor | None, by: Map, norms: bool) -> tuple
     constants = {"HEADS": heads, "DIM": dim, "BITS": bits, "WORDS": words, "KEYS": KEYS, "DEPTH": DEPTH}
     with on(k.device):
         encode_tiles[(batch * heads * tiles, words)](
-            k, centre, by.linear, codes, lengths, k.stride(0), k.stride(1), count, tiles, **constants, num_warps=4
+            k, centre, by.linear, codes, lengths, k.stride(0), k.stride(1), count, tiles, **constants, num_warps=WARPS
         )
     return codes, lengths
