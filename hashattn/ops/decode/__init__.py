@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -82,9 +83,14 @@ def kernels_on(device: torch.device) -> Kernels:
 
 def encodes_many(k: Tensor, widths: tuple[tuple[int, ...], tuple[int, ...]] | None) -> bool:
     """Whether keys [B, Hkv, n, D] are encoded in one kernel, by maps of such hidden layers; of keys by a linear one."""
-    known = k.device.type in DEVICES and k.dtype in DTYPES and k.shape[3] in HEAD_DIMS and why_not_nvidia() is None
-    linear = widths is not None and widths[1] == () and importlib.util.find_spec("triton") is not None
-    return known and linear and not k.requires_grad and not torch.compiler.is_compiling()
+    if k.device.type not in DEVICES or widths is None or widths[1] or k.requires_grad or torch.compiler.is_compiling():
+        return False
+    return k.dtype in DTYPES and k.shape[3] in HEAD_DIMS and why_not_nvidia() is None and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def served_by(request: KernelRequest) -> tuple[Kernels, list[str]]:
