@@ -47,7 +47,7 @@ def test_encoders_without_maps_that_all_heads_share_say_so(encoder):
 def test_layers_have_the_widths_of_the_first():
     encoder = PerLayer([AsymmetricHash(64), AsymmetricHash(64)])
     assert encoder.widths() == ((256, 256), ())
-    with pytest.raises(TypeError, match="call attn.layer"):
+    with pytest.raises(TypeError, match="holds one encoder a layer"):
         encoder.maps(16, CPU)
 
 
