@@ -23,22 +23,29 @@ class DeviceState:
         self._starts: tuple[list[int], Tensor] | None = None
         self.prepared: dict[tuple[int, int, bool], object] = {}  # steps, by query heads, queries and whether causal,
         self.memory: tuple[int, ...] = ()  # for keys, values and codes that lie here
-        self._bounds: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
+        self._held: dict[tuple[str, tuple[int, ...], torch.dtype, torch.device], Tensor] = {}
 
-    @lasting
     def starts(self, starts: list[int], device: torch.device) -> Tensor:
         """These as int32 [B]; copied to the device when they change."""
-        if self._starts is None or self._starts[0] != starts or self._starts[1].device != device:
-            fresh = torch.tensor(starts, dtype=torch.int32, device=device)
-            held = self._starts[1] if self._starts is not None else fresh
-            if held is not fresh and held.shape == fresh.shape and held.device == device:
-                fresh = held.copy_(fresh)
-            self._starts = list(starts), fresh
-        return self._starts[1]
+        held = self._starts
+        if held is None or held[0] != starts or held[1].device != device:
+            held = self._starts = list(starts), self._copied(starts, device)
+        return held[1]
 
     @lasting
+    def _copied(self, starts: list[int], device: torch.device) -> Tensor:
+        fresh = torch.tensor(starts, dtype=torch.int32, device=device)
+        held = self._starts[1] if self._starts is not None else fresh
+        return held.copy_(fresh) if held.shape == fresh.shape and held.device == device else fresh
+
     def bounds(self, shape: tuple[int, int], device: torch.device) -> Tensor:
         """What steps of Sizes.state `shape` leave for the next one, int32, zeros at first: see ops.decode."""
-        if (shape, device) not in self._bounds:
-            self._bounds[shape, device] = torch.zeros(shape, dtype=torch.int32, device=device)
-        return self._bounds[shape, device]
+        return self.held("bounds", shape, torch.int32, device)
+
+    @lasting
+    def held(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A few numbers of this name and kind, zeros at first, which every step that asks for them writes and reads."""
+        key = name, shape, dtype, device
+        if key not in self._held:
+            self._held[key] = torch.zeros(shape, dtype=dtype, device=device)
+        return self._held[key]

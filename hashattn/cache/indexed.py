@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hashattn.cache.centres import Centres
 from hashattn.cache.check_codes import check_codes
+from hashattn.cache.new_codes import new_codes
 from hashattn.core.buffer import TokenBuffer
 from hashattn.core.lasting import lasting
 from hashattn.encoders.base import Encoder
 from hashattn.index.base import Index
-from hashattn.ops.decode.estimate import NORMS, key_norms
+from hashattn.ops.decode.estimate import NORMS
 from hashattn.store.base import KVStore
 
 
@@ -83,10 +83,10 @@ class Indexed:
         if encoded == len(kv):
             return
         self.norms.truncate(encoded)
-        with torch.no_grad():
-            codes = self.encoder.encode_key(kv.newest(encoded), self.centres.frozen)
-        if self.with_norms:
-            self.norms.append(key_norms(kv.whole("keys")[:, :, encoded:], self.centres.subtracted))
+        k = kv.whole("keys")[:, :, encoded:] if self.with_norms else kv.newest(encoded)
+        codes, norms = new_codes(self.encoder, k, self.centres, self.with_norms)
+        if norms is not None:
+            self.norms.append(norms)
         self.store.add(codes)
 
     def reserve(self, length: int) -> None:

@@ -99,6 +99,9 @@ class Encoder(ABC):
     def prepare(self, kv_heads: int, head_dim: int, device: torch.device) -> None:  # noqa: B027 (most have none to make)
         """Make room on a device for the weights that are only shaped by fit(), as loading fills them."""
 
+    def warn_unfitted(self) -> None:  # noqa: B027 (most need no fit)
+        """Warn, once, if it is not fitted and encodes all the same: as encode_key() does, and who encodes instead."""
+
     def check_fitted(self) -> None:
         """Raise RuntimeError if it is not fitted; one that encodes all the same, and warns, lets that pass."""
         if not getattr(self, "fitted", True):

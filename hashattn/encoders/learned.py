@@ -175,15 +175,18 @@ class LearnedHash(nn.Module, Encoder):
         assert self.query_net is not None and self.key_net is not None
         return self.query_net.as_map(unit=len(self.query_net.weights) > 0), self.key_net.as_map(unit=False)
 
-    def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
+    def warn_unfitted(self) -> None:
         if not self.fitted and not self._warned:
             self._warned = True
             warnings.warn(
                 f"this {type(self).__name__} is not fitted: it hashes with random planes, as SimHash does, until "
                 "fit(q, k) is called or fitted weights are loaded",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
+
+    def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
+        self.warn_unfitted()
         with torch.no_grad():
             x = self.centred(k, centre)
             assert self.key_net is not None

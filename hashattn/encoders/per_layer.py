@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from hashattn.core.model_facts import ModelFacts
 from hashattn.encoders.base import Encoder
+from hashattn.ops.decode import Map
 
 _UNBOUND = "PerLayer holds one encoder a layer: call attn.layer(i), or encoder.layer(i), and encode with that"
 
@@ -92,6 +94,9 @@ class PerLayer(nn.Module, Encoder):
             parts[str(i)] = one
         part._modules = {"encoders": parts}
         return part
+
+    def maps(self, head_dim: int, device: torch.device) -> tuple[Map, Map]:
+        raise TypeError(_UNBOUND)
 
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         raise TypeError(_UNBOUND)

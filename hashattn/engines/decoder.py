@@ -13,7 +13,8 @@ from hashattn.core.lasting import lasting
 from hashattn.engines import dense_steps
 from hashattn.engines.base import Request
 from hashattn.engines.dense import Dense
-from hashattn.engines.gpu import Gpu, Prepared, packed
+from hashattn.engines.fused import Prepared, packed
+from hashattn.engines.gpu import Gpu
 from hashattn.engines.parts import Parts
 from hashattn.ops.decode import Map, Newest, why_not_encode
 from hashattn.ops.decode.estimate import key_norms

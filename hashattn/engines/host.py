@@ -15,7 +15,7 @@ from hashattn.core.naming import short
 from hashattn.core.types import Output, Selection
 from hashattn.engines import cost
 from hashattn.engines.base import Answer, Call, Engine, PlanRow, PreparedStep, Request, part_name, selector_name
-from hashattn.engines.gpu import asked_of, packed, wants_gradients
+from hashattn.engines.fused import asked_of, packed, wants_gradients
 from hashattn.engines.parts import Parts
 from hashattn.engines.stages import Reference, Stages, stage_rows
 from hashattn.ops import compiled, decode

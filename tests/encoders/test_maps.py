@@ -45,7 +45,10 @@ def test_encoders_without_maps_that_all_heads_share_say_so(encoder):
 
 
 def test_layers_have_the_widths_of_the_first():
-    assert PerLayer([AsymmetricHash(64), AsymmetricHash(64)]).widths() == ((256, 256), ())
+    encoder = PerLayer([AsymmetricHash(64), AsymmetricHash(64)])
+    assert encoder.widths() == ((256, 256), ())
+    with pytest.raises(TypeError, match="holds one encoder a layer"):
+        encoder.maps(16, CPU)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +56,7 @@ def test_layers_have_the_widths_of_the_first():
     [
         (
             AsymmetricHash(64),
-            (f"{kernels_on(torch.device('cuda')).language} in a decoder", "appends in the same kernel"),
+            (f"{kernels_on(torch.device('cuda')).language}, one kernel", "a decoder appends in it as well"),
         ),
         (AsymmetricHash(64, heads=8), (": PyTorch", "all heads share")),
         (AsymmetricHash(64, key_hidden=(9, 9, 9)), (": PyTorch", "up to 2 hidden layers, not 3")),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import torch
+from torch import Tensor
 
 from hashattn.ops.decode.cuda import InCuda
 from hashattn.ops.decode.device import why_not_nvidia
 from hashattn.ops.decode.estimate import Estimate
-from hashattn.ops.decode.inputs import Inputs, Newest, Outputs, Stored
+from hashattn.ops.decode.inputs import Inputs, Newest, Outputs, Placed, Stored
 from hashattn.ops.decode.kernels import Kernels
 from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.maps import why_not as why_not_encode
 from hashattn.ops.decode.reference import decode as reference
-from hashattn.ops.decode.request import KernelRequest
+from hashattn.ops.decode.request import DEVICES, DTYPES, HEAD_DIMS, KernelRequest
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.scratch import Scratch
 from hashattn.ops.decode.sizes import Sizes
@@ -27,12 +31,22 @@ __all__ = [
     "Map",
     "Newest",
     "Outputs",
+    "Placed",
     "Rule",
     "Scratch",
     "Sizes",
     "Stored",
 ]
-__all__ += ["kernels_for", "kernels_on", "reference", "served_by", "why_not", "why_not_encode", "why_not_nvidia"]
+__all__ += [
+    "encodes_many",
+    "kernels_for",
+    "kernels_on",
+    "reference",
+    "served_by",
+    "why_not",
+    "why_not_encode",
+    "why_not_nvidia",
+]
 
 KERNELS: tuple[Kernels, ...] = (InCuda(), InTriton())  # the fastest first
 
@@ -65,6 +79,18 @@ def kernels_on(device: torch.device) -> Kernels:
     if device.type == "cpu":
         return Specification()
     return next(kernels for kernels in KERNELS if not kernels.why_not_on(device))
+
+
+def encodes_many(k: Tensor, widths: tuple[tuple[int, ...], tuple[int, ...]] | None) -> bool:
+    """Whether keys [B, Hkv, n, D] are encoded in one kernel, by maps of such hidden layers; of keys by a linear one."""
+    if k.device.type not in DEVICES or widths is None or widths[1] or k.requires_grad or torch.compiler.is_compiling():
+        return False
+    return k.dtype in DTYPES and k.shape[3] in HEAD_DIMS and why_not_nvidia() is None and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def served_by(request: KernelRequest) -> tuple[Kernels, list[str]]:

@@ -105,3 +105,24 @@ class Newest:
     stored: Stored
     arrived: Tensor | None = None
     workspace: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """The newest queries and the columns of the same positions, whose keys and values are stored and have no code yet.
+
+    Attributes:
+        q, maps, query_bits, arrived, workspace: as in :class:`Newest`.
+        centre: float32 [B, Hkv, D], contiguous, subtracted from the keys first.
+        stored: contiguous; codes and norms are written, and the length is set.
+        query: int64 [B, Hq, T, query_bits, W], contiguous, where the packed queries are written.
+    """
+
+    q: Tensor
+    centre: Tensor
+    maps: tuple[Map, Map]
+    query_bits: int
+    stored: Stored
+    query: Tensor
+    arrived: Tensor | None = None
+    workspace: Tensor | None = None

@@ -8,11 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hashattn.ops.decode.inputs import Inputs, Newest, Outputs, Stored
+from hashattn.ops.decode.inputs import Inputs, Newest, Outputs, Placed, Stored
+from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.request import KernelRequest
 
 Decode = Callable[[Tensor, Tensor, float], Outputs]  # of q, query and scale
 Encode = Callable[[Tensor, Tensor, Tensor], Tensor]  # of q, k and v
+EncodePlaced = Callable[[Tensor, int, bool], Tensor]  # of q, the first column, and whether its keys are encoded too
 
 
 class Kernels(ABC):
@@ -46,6 +48,18 @@ class Kernels(ABC):
         Raises:
             ValueError, RuntimeError: as in decode.
         """
+
+    @abstractmethod
+    def encode_placed(self, like: Placed) -> EncodePlaced:
+        """The same of other queries, and of the columns of the same positions if these have no code yet.
+
+        Raises:
+            ValueError, RuntimeError: as in decode.
+        """
+
+    @abstractmethod
+    def encode_many(self, k: Tensor, centre: Tensor | None, by: Map, norms: bool) -> tuple[Tensor, Tensor | None]:
+        """See :func:`hashattn.ops.decode.encode_reference.encode_many`."""
 
     @abstractmethod
     def append(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hashattn.ops.decode import kernels_for, kernels_on
 from hashattn.ops.decode.estimate import Estimate
-from hashattn.ops.decode.inputs import Inputs, Newest, Outputs, Stored
+from hashattn.ops.decode.inputs import Inputs, Newest, Outputs, Placed, Stored
 from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.request import KernelRequest
 from hashattn.ops.decode.rule import Rule
@@ -94,6 +94,24 @@ class Encode:
         if torch.is_grad_enabled():
             _check_stored("encode", self.like.stored, q=q, k=k, v=v)
         return self._encode(q, k, v)
+
+
+class EncodePlaced:
+    """The same of keys that are in place, which no graph that is traced has; see :class:`Placed`."""
+
+    def __init__(self, like: Placed) -> None:
+        self.like = like
+        self._encode = kernels_on(like.q.device).encode_placed(like)
+
+    def __call__(self, q: Tensor, first: int, new: bool) -> Tensor:
+        """See :func:`hashattn.ops.decode.encode_reference.encode_placed`.
+
+        Raises:
+            RuntimeError: a gradient is wanted, of which nothing would be left.
+        """
+        if torch.is_grad_enabled():
+            _check_stored("encode", self.like.stored, q=q)
+        return self._encode(q, first, new)
 
 
 def append(k: Tensor, v: Tensor, codes: Tensor, norms: Tensor | None, stored: Stored, arrived: Tensor) -> None:

@@ -36,7 +36,6 @@ class Scratch:
             held = self._held[key] = torch.zeros(numel, dtype=dtype, device=device)
         return self._handed_out(held)[:numel].view(shape)
 
-    @lasting
     def workspace(self, nbytes: int, device: torch.device) -> Tensor:
         """At least so many bytes, uint8, for one step at a time."""
         key = ("workspace", device, stream_of(device))
@@ -44,8 +43,12 @@ class Scratch:
         if held is None or held.numel() < nbytes:
             del held
             self._held.pop(key, None)  # before there is another
-            held = self._held[key] = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            held = self._held[key] = self._bytes(nbytes, device)
         return self._handed_out(held)
+
+    @lasting
+    def _bytes(self, count: int, device: torch.device) -> Tensor:
+        return torch.empty(count, dtype=torch.uint8, device=device)
 
     def _handed_out(self, held: Tensor) -> Tensor:
         if held.is_cuda and torch.cuda.is_current_stream_capturing():

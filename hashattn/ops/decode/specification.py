@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hashattn.ops.decode import encode_reference
-from hashattn.ops.decode.inputs import Inputs, Newest, Outputs, Stored
-from hashattn.ops.decode.kernels import Decode, Encode, Kernels
+from hashattn.ops.decode.inputs import Inputs, Newest, Outputs, Placed, Stored
+from hashattn.ops.decode.kernels import Decode, Encode, EncodePlaced, Kernels
+from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.reference import decode
 from hashattn.ops.decode.request import KernelRequest
 from hashattn.ops.decode.sizes import Sizes
@@ -47,6 +48,12 @@ class Specification(Kernels):
 
     def encode(self, like: Newest) -> Encode:
         return lambda q, k, v: encode_reference.encode(replace(like, q=q, k=k, v=v))
+
+    def encode_placed(self, like: Placed) -> EncodePlaced:
+        return lambda q, first, new: encode_reference.encode_placed(like, q, first, new)
+
+    def encode_many(self, k: Tensor, centre: Tensor | None, by: Map, norms: bool) -> tuple[Tensor, Tensor | None]:
+        return encode_reference.encode_many(k, centre, by, norms)
 
     def append(
         self, k: Tensor, v: Tensor, codes: Tensor, norms: Tensor | None, stored: Stored, arrived: Tensor

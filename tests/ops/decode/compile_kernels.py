@@ -18,6 +18,7 @@ from hashattn.ops.decode.sizes import blocking
 from hashattn.ops.decode.triton.append import append_rows
 from hashattn.ops.decode.triton.decode import CHUNK, ROWS, attend_options, levels, scan_warps
 from hashattn.ops.decode.triton.encode import encode_rows, vectors
+from hashattn.ops.decode.triton.encode_many import DEPTH, KEYS, WARPS, encode_tiles
 from hashattn.ops.decode.triton.local import ROWS as LOCAL_ROWS
 from hashattn.ops.decode.triton.local import SPLIT, attend_chunks, level_bits, search_splits
 from hashattn.ops.decode.triton.local import attend_options as local_options
@@ -30,11 +31,11 @@ POINTERS = {
     "lse": "*fp32", "centre": "*fp32", "sums": "*fp32", "first": "*fp32", "first_bias": "*fp32", "last": "*fp32",
     "last_bias": "*fp32", "query_linear": "*fp32", "query_last": "*fp32", "query_bias": "*fp32", "query_sums": "*fp32",
     "key_linear": "*fp32", "key_last": "*fp32", "key_bias": "*fp32", "key_sums": "*fp32", "stored": "*i64",
-    "norms": "*fp16", "new_norms": "*fp16", "a": "*fp32", "tier": "*i8",
+    "norms": "*fp16", "new_norms": "*fp16", "a": "*fp32", "tier": "*i8", "linear": "*fp32",
 }  # fmt: skip
 NUMBERS = (
     "room", "code_room", "least", "radius", "sinks", "recents", "margin", "chunks", "slots", "kv_heads", "queries",
-    "new", "count", "splits", "norm_room", "limit",
+    "new", "count", "splits", "norm_room", "limit", "low_row", "tiles",
 )  # fmt: skip
 
 
@@ -42,9 +43,9 @@ def type_of(fn: Any, name: str, dtype: str) -> str:
     """What Triton calls the type of an argument."""
     if name in ("scale", "per_bit"):
         return "fp32"
-    if name in ("share", "critical"):
+    if name in ("share", "critical", "of_row", "of_head"):
         return "i64"
-    if name in NUMBERS or (name == "k" and fn is attend_topk):
+    if name in NUMBERS or (name == "k" and fn is attend_topk) or (name == "first" and fn is encode_rows):
         return "i32"
     return "*" + dtype if name in ("q", "k", "v", "x", "keys", "values", "out") else POINTERS.get(name, "*i32")
 
@@ -153,18 +154,25 @@ def main(arch: int) -> None:
         name = f"D={dim} W={words} P={planes} queries={queries} hidden={hidden} {key_hidden} {dtype}"
         encode = encode_constants(dim, words, planes, queries, hidden, key_hidden, arch)
         for norms in (False, True):
-            found = compiled(encode_rows, encode | ({} if norms else {"norms": None}), {"num_warps": 8}, arch, dtype)
+            constants = encode | {"PLACED": norms} | ({} if norms else {"norms": None})
+            found = compiled(encode_rows, constants, {"num_warps": 8}, arch, dtype)
             print(json.dumps({"kernel": f"encode {name} norms={norms}", **found}), flush=True)
         if hidden:
             tile, units, warps = blocking(queries)
             second = hidden[1] if len(hidden) > 1 else 0
             layer = {
-                "T": 1, "centre": None, "DIM": dim, "PADDED": triton.next_power_of_2(dim), "FIRST": hidden[0],
-                "LAST": second, "WIDTH": triton.next_power_of_2(max(1, second)), "SLICE": units, "TILE": tile,
-                "UNIT": True, "PDL": arch >= 90, **dict.fromkeys([] if second else ["last", "last_bias"]),
+                "T": 1, "room": 1, "centre": None, "DIM": dim, "PADDED": triton.next_power_of_2(dim),
+                "FIRST": hidden[0], "LAST": second,
+                "WIDTH": triton.next_power_of_2(max(1, second)), "SLICE": units, "TILE": tile, "UNIT": True,
+                "PDL": arch >= 90, **dict.fromkeys([] if second else ["last", "last_bias"]),
             }  # fmt: skip
             found = compiled(hidden_layers, layer, {"num_warps": warps}, arch, dtype)
             print(json.dumps({"kernel": f"hidden {name}", **found}), flush=True)
+    many = {"HEADS": 8, "BITS": 64, "WORDS": 1, "KEYS": KEYS, "DEPTH": DEPTH}
+    for dim, norms, dtype in ((128, True, "bf16"), (96, False, "fp16"), (256, True, "fp32")):
+        constants = many | {"DIM": dim} | ({} if norms else {"norms": None, "centre": None})
+        found = compiled(encode_tiles, constants, {"num_warps": WARPS}, arch, dtype)
+        print(json.dumps({"kernel": f"encode many D={dim} {dtype} norms={norms}", **found}), flush=True)
     append = {"T": 1, "DIM": 96, "PADDED": 128, "WORDS": 2, "TILE": 4}
     for norms in (False, True):
         constants = append | ({} if norms else {"new_norms": None, "norms": None})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hashattn import AsymmetricHash, Encoder, SimHash, SymmetricHash
 from hashattn.encoders.learned import LearnedHash
-from hashattn.ops.decode import Map, Newest, Rule, Sizes, Stored
+from hashattn.ops.decode import Map, Newest, Placed, Rule, Sizes, Stored
 from hashattn.ops.decode.sizes import counters
 from hashattn.ops.hamming import unpack_bits
 from tests.ops.decode.cases import poisoned
@@ -85,6 +85,76 @@ def encodes(
         assert torch.equal(x[:, :, end:], old[:, :, end:])
 
 
+def encodes_placed(
+    encode: Any, encoder: Encoder, *, dim: int, batch: int = 2, kv_heads: int = 2, group: int = 3, tokens: int = 1,
+    first: int = 40, room: int = 50, code_room: int = 64, dtype: torch.dtype = torch.float32, device: str = "cpu",
+    seed: int = 0, norms: bool = False, new: bool = True,
+) -> None:  # fmt: skip
+    """Queries have the encoder's bits, and so have keys in place if they are new; nothing else is written."""
+    g = generator(seed)
+    encoder = randomised(encoder, dim, device, seed)
+    maps, words = encoder.maps(dim, torch.device(device)), -(-encoder.bits // 64)
+    q = (3 * torch.randn(batch, kv_heads * group, tokens, dim, generator=g)).to(device, dtype)
+    centre = torch.randn(batch, kv_heads, dim, generator=g).to(device)
+    keys, values = (torch.full((batch, kv_heads, room, dim), torch.nan).to(device, dtype) for _ in range(2))
+    k = keys[:, :, first : first + tokens] = torch.randn(batch, kv_heads, tokens, dim, generator=g).to(device, dtype)
+    codes = torch.randint(-(2**63), 2**63 - 1, (batch, kv_heads, code_room, words), generator=g).to(device)
+    held = [codes, torch.randn(batch, kv_heads, code_room, 1, generator=g).to(device, torch.bfloat16)]
+    before = [x.clone() for x in held]
+    length = torch.tensor([7], dtype=torch.int32, device=device)
+    stored = Stored(keys, values, codes, length, held[1] if norms else None)
+    written = torch.full((batch, kv_heads * group, tokens, encoder.query_bits, words), -1, device=device)
+    placed = encoding(Placed(q, centre, maps, encoder.query_bits, stored, written))
+    with poisoned():
+        query = encode(placed, q, first, new)
+    assert int(length) == first + tokens
+    assert not placed.arrived.any()
+    assert query.shape == (batch, kv_heads * group, tokens, encoder.query_bits, words)
+    same_bits(query, q, maps[0], encoder.query_bits)
+    if new:
+        here = slice(first, first + tokens)
+        same_bits(codes[:, :, here].unsqueeze(3), k.float() - centre.unsqueeze(2), maps[1], 1)
+        if norms:
+            same_norms(held[1][:, :, here], k, centre)
+        for x, old in zip(held[: 1 + norms], before, strict=False):
+            x[:, :, here] = old[:, :, here]
+    assert all(torch.equal(x, old) for x, old in zip(held, before, strict=True))
+    assert values.isnan().all() and torch.equal(keys[:, :, first : first + tokens], k)
+
+
+MANY: list[tuple[Encoder, dict[str, Any]]] = [
+    (SimHash(64), {"dim": 64, "keys": 1}),
+    (SimHash(64), {"dim": 128, "keys": 128, "dtype": torch.bfloat16}),
+    (SimHash(64), {"dim": 128, "keys": 300, "dtype": torch.bfloat16, "first": 5, "room": 400, "batch": 2}),
+    (SimHash(100), {"dim": 96, "keys": 129, "dtype": torch.float16, "room": 140, "norms": True}),
+    (SimHash(256), {"dim": 256, "keys": 70, "heads": 1, "norms": True, "dtype": torch.bfloat16}),
+    (SimHash(8), {"dim": 64, "keys": 200, "heads": 3, "batch": 2, "norms": True, "centred": False}),
+    (AsymmetricHash(128, query_hidden=(9,)), {"dim": 128, "keys": 64, "first": 1, "room": 65, "centred": False}),
+]
+
+
+def encodes_many(
+    encode: Any, encoder: Encoder, *, dim: int, keys: int, batch: int = 1, heads: int = 2, first: int = 0,
+    room: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu", norms: bool = False, centred: bool = True,
+) -> None:  # fmt: skip
+    """Keys that begin in the middle of their room have the encoder's bits and norms; what is around is not read."""
+    g = generator(3)
+    by = randomised(encoder, dim, device).maps(dim, torch.device(device))[1]
+    held = torch.full((batch, heads, max(room, first + keys), dim), torch.nan).to(device, dtype)
+    k = held[:, :, first : first + keys]
+    k.copy_(torch.randn(k.shape, generator=g) + 1)
+    centre = torch.randn(batch, heads, dim, generator=g).to(device) if centred else None
+    with poisoned():
+        codes, lengths = encode(k, centre, by, norms)
+    zero = torch.zeros(batch, heads, dim, device=device)
+    assert codes.shape == (batch, heads, keys, -(-encoder.bits // 64))
+    same_bits(codes.unsqueeze(3), k.float() - (zero if centre is None else centre).unsqueeze(2), by, 1)
+    assert (lengths is not None) == norms
+    if norms:
+        assert lengths.shape == (batch, heads, keys, 1)
+        same_norms(lengths, k, zero if centre is None else centre)
+
+
 def same_norms(found: Tensor, k: Tensor, centre: Tensor) -> None:
     """Norms are exact ones, rounded to bfloat16 from float32, or cut off to it as by Triton's interpreter."""
     exact = (k.double() - centre.double().unsqueeze(2)).norm(dim=-1, keepdim=True)
@@ -92,12 +162,13 @@ def same_norms(found: Tensor, k: Tensor, centre: Tensor) -> None:
     assert ((found.double() - exact).abs() <= exact * (2**-7 + 1e-6)).all()
 
 
-def encoding(x: Newest) -> Newest:
-    """The same with zeros, and a workspace that holds NaN, as large as a decoder's."""
+def encoding(x: Any) -> Any:
+    """The same with zeros, and a workspace that holds NaN, as large as a decoder's; of a Newest or a Placed."""
     (batch, q_heads, tokens, dim), (_, kv_heads, room, words) = x.q.shape, x.stored.codes.shape
     shape = batch, q_heads, kv_heads, tokens, dim, room, room, 1, words
     sizes = Sizes(*shape, Rule(k=1), (x.maps[0].widths, x.maps[1].widths))
-    arrived = torch.zeros(counters(x.q[..., 0].numel(), x.k[..., 0].numel()), dtype=torch.int32, device=x.q.device)
+    count = counters(batch * q_heads * tokens, batch * kv_heads * tokens)
+    arrived = torch.zeros(count, dtype=torch.int32, device=x.q.device)
     workspace = torch.full((sizes.workspace,), 0xFF, dtype=torch.uint8, device=x.q.device)
     return replace(x, arrived=arrived, workspace=workspace)
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
 
-@pytest.mark.parametrize(("arch", "count"), [(80, 15), (90, 43), (100, 15)])
+@pytest.mark.parametrize(("arch", "count"), [(80, 15), (90, 46), (100, 15)])
 def test_kernels_compile_without_spills(arch, count):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, SCRIPT, str(arch)], capture_output=True, text=True, env=environment)

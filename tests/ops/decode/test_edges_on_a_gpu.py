@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hashattn import ExactAttend, FlatHamming, HashAttention, SimHash, TopK
-from hashattn.engines.gpu import Prepared, packed
+from hashattn.engines.fused import Prepared, packed
 from hashattn.ops.decode import Newest, Rule, Scratch, Stored, encode_reference
 from tests.ops.decode.broken import RULES, TIERS, breaks_as_the_reference_does
 from tests.ops.decode.cases import BEYOND, agrees, inputs, moved, ready, same, shifted, stored

@@ -6,7 +6,7 @@ import torch
 from hashattn import AsymmetricHash, SimHash
 from hashattn.ops.decode import Stored, why_not_encode
 from tests.ops.decode.cases import inputs
-from tests.ops.decode.encoding import SMALL, encodes
+from tests.ops.decode.encoding import MANY, SMALL, encodes, encodes_many, encodes_placed
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -14,7 +14,8 @@ if torch.cuda.is_available():
 
 from hashattn.ops.decode.estimate import NORMS
 from hashattn.ops.decode.triton.append import append
-from hashattn.ops.decode.triton.encode import encode
+from hashattn.ops.decode.triton.encode import encode, encode_placed
+from hashattn.ops.decode.triton.encode_many import encode_many
 
 
 @pytest.mark.parametrize(("encoder", "shape"), SMALL)
@@ -28,10 +29,21 @@ def test_so_are_norms(encoder, shape):
     encodes(encode, encoder, **shape, norms=True, dtype=torch.bfloat16, kv_heads=1)
 
 
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize(("encoder", "shape"), SMALL)
+def test_queries_are_encoded_and_new_keys_that_are_in_place(encoder, shape, new):
+    encodes_placed(encode_placed, encoder, **shape, new=new, norms=True)
+
+
 @pytest.mark.parametrize("encoder", [SimHash(64), AsymmetricHash(64, query_hidden=(20, 20))], ids=["linear", "MLP"])
 @pytest.mark.parametrize(("filled", "room", "code_room"), [(49, 50, 64), (50, 64, 50), (70, 50, 64)])
 def test_what_does_not_fit_is_dropped_and_counted(encoder, filled, room, code_room):
     encodes(encode, encoder, dim=64, tokens=3, filled=filled, room=room, code_room=code_room, norms=True)
+
+
+@pytest.mark.parametrize(("encoder", "shape"), MANY)
+def test_many_keys_are_encoded_at_once(encoder, shape):
+    encodes_many(encode_many, encoder, **shape)
 
 
 def test_append_drops_and_counts_what_does_not_fit():

@@ -12,10 +12,10 @@ import torch
 from hashattn import AsymmetricHash, SimHash, SymmetricHash
 from hashattn.ops.decode import encode_reference, kernels_on
 from hashattn.ops.decode.cuda import compiler
-from hashattn.ops.decode.cuda.encode import Prepared, encode, launch
+from hashattn.ops.decode.cuda.encode import Prepared, encode, encode_placed, launch
 from hashattn.ops.decode.sizes import Encoding
 from tests.ops.decode.emulator import run
-from tests.ops.decode.encoding import SMALL, encodes, given, twin
+from tests.ops.decode.encoding import SMALL, encodes, encodes_placed, given, twin
 
 triton = pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
@@ -30,10 +30,13 @@ SHAPES = [  # queries and keys, widths, bits, query_bits, dim, dtype
 ]
 
 
+@pytest.mark.parametrize("placed", [False, True])
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(("counts", "widths", "bits", "query_bits", "dim", "dtype"), SHAPES)
-def test_the_kernel_compiles_without_spills(counts, widths, bits, query_bits, dim, dtype, arch, tmp_path):
-    one = launch(Encoding(counts, widths, bits), dim, dtype, bits // 64, query_bits, unit=bool(widths[0]))
+def test_the_kernel_compiles_without_spills(counts, widths, bits, query_bits, dim, dtype, arch, placed, tmp_path):
+    one = launch(
+        Encoding(counts, widths, bits), dim, dtype, bits // 64, query_bits, unit=bool(widths[0]), placed=placed
+    )
     path = tmp_path / "encode.cubin"
     path.write_bytes(compiler.compile(one.name, one.defines, arch))
     usage = subprocess.run([TOOL, "-res-usage", path], capture_output=True, text=True, check=True).stdout
@@ -77,6 +80,15 @@ def test_newest_queries_and_keys_are_encoded_and_appended(emulated, encoder, sha
     if backwards:
         monkeypatch.setattr(compiler, "Launcher", run.Backwards)
     encodes(encode, encoder, **shape)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize(("encoder", "shape"), SMALL + LARGE[:2])
+def test_queries_are_encoded_and_new_keys_that_are_in_place(emulated, encoder, shape, new, backwards, monkeypatch):
+    if backwards:
+        monkeypatch.setattr(compiler, "Launcher", run.Backwards)
+    encodes_placed(encode_placed, encoder, **shape, new=new, norms=True)
 
 
 @pytest.mark.parametrize("encoder", [SimHash(64), AsymmetricHash(64, query_hidden=(20, 20))], ids=["linear", "MLP"])

@@ -7,7 +7,16 @@ import torch
 
 from hashattn import AsymmetricHash, SimHash
 from hashattn.ops.decode import Newest, Stored
-from tests.ops.decode.encoding import SMALL, encodes, encoding, randomised, same_bits
+from tests.ops.decode.encoding import (
+    MANY,
+    SMALL,
+    encodes,
+    encodes_many,
+    encodes_placed,
+    encoding,
+    randomised,
+    same_bits,
+)
 
 pytestmark = pytest.mark.gpu
 LLAMA = {"dim": 128, "kv_heads": 8, "group": 4, "dtype": torch.bfloat16, "device": "cuda"}
@@ -22,6 +31,22 @@ def encode(request):
 def test_newest_queries_and_keys_are_encoded_and_appended(encode, encoder, shape):
     encodes(encode, encoder, **shape, device="cuda")
     encodes(encode, encoder, **shape, device="cuda", norms=True)
+
+
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize("language", ["cuda", "triton"])
+@pytest.mark.parametrize(("encoder", "shape"), SMALL)
+def test_queries_are_encoded_and_new_keys_that_are_in_place(encoder, shape, language, new):
+    encode = importlib.import_module(f"hashattn.ops.decode.{language}.encode").encode_placed
+    encodes_placed(encode, encoder, **shape, device="cuda", new=new, norms=True)
+
+
+@pytest.mark.parametrize("language", ["cuda", "triton"])
+@pytest.mark.parametrize(("encoder", "shape"), [*MANY, (SimHash(64), {"dim": 128, "keys": 65_536, "heads": 8})])
+def test_many_keys_are_encoded_at_once(encoder, shape, language):
+    encode = importlib.import_module(f"hashattn.ops.decode.{language}.encode_many").encode_many
+    for dtype in (torch.bfloat16, torch.float32):
+        encodes_many(encode, encoder, **{**shape, "dtype": dtype}, device="cuda")
 
 
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (2, 1), (8, 1), (1, 16), (8, 16)])

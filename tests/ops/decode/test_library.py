@@ -18,7 +18,7 @@ from hashattn import (
 )
 from hashattn.core.types import Step
 from hashattn.engines.base import Call, Request
-from hashattn.engines.gpu import FusedStep
+from hashattn.engines.fused import FusedStep
 from hashattn.ops.decode import Newest, Rule, Stored, library, reference
 from hashattn.ops.decode.estimate import key_norms
 from hashattn.ops.hamming import query_planes

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from hashattn.ops.decode.cuda import compiler
-from hashattn.ops.decode.inputs import Inputs, Newest, Stored
-from hashattn.ops.decode.kernels import Decode, Encode, Kernels
+from hashattn.ops.decode.inputs import Inputs, Newest, Placed, Stored
+from hashattn.ops.decode.kernels import Decode, Encode, EncodePlaced, Kernels
+from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.request import KernelRequest, why_not_binary
 
 OLDEST = (8, 0)  # compute capability
@@ -44,6 +45,16 @@ class InCuda(Kernels):
         from hashattn.ops.decode.cuda.encode import Prepared
 
         return Prepared(like)
+
+    def encode_placed(self, like: Placed) -> EncodePlaced:
+        from hashattn.ops.decode.cuda.encode import PreparedPlaced
+
+        return PreparedPlaced(like)
+
+    def encode_many(self, k: Tensor, centre: Tensor | None, by: Map, norms: bool) -> tuple[Tensor, Tensor | None]:
+        from hashattn.ops.decode.cuda.encode_many import encode_many
+
+        return encode_many(k, centre, by, norms)
 
     def append(
         self, k: Tensor, v: Tensor, codes: Tensor, norms: Tensor | None, stored: Stored, arrived: Tensor

@@ -150,6 +150,8 @@ __device__ __forceinline__ void from_lists(
 
 constexpr int DISTANCES = MOST_RANKED + 2;  // forced keys come first
 
+constexpr int FLIGHT = WORDS == 4 ? 2 : 8;  // loads of a thread that are waited for together
+
 struct Search {  // of all codes of a row, in shared memory
   Terms terms;
   int histogram[DISTANCES], found[2];
@@ -160,7 +162,7 @@ __device__ __noinline__ int from_codes(
     const Step &s, const u64 *query, const u64 *codes, int first, int end, int wanted, int rank0, int rank1, int *columns,
     Search &search
 ) {
-  constexpr int AHEAD = 4 * PAIR;  // keys of a thread at a time
+  constexpr int AHEAD = FLIGHT * PAIR;  // keys of a thread at a time
   Terms &terms = search.terms;
   int *histogram = search.histogram, *found = search.found;
   const int lane = threadIdx.x % 32;
@@ -175,16 +177,19 @@ __device__ __noinline__ int from_codes(
     const int d = ranked(code, terms), shift = offset(s, column, first, end);
     return shift < 0 ? 0 : shift > 0 || d > most ? -1 : d + 1;
   };
+  u32 code[FLIGHT][PAIR * HALVES];
   const int start = first / PAIR * PAIR;
-  for (int from = start; from < end; from += THREADS * PAIR) {
-    u32 code[PAIR * HALVES];
+  for (int from = start; from < end; from += THREADS * AHEAD) {
     const int column = from + threadIdx.x * PAIR;
-    load_codes(code, codes, column, s.code_room);
 #pragma unroll
-    for (int i = 0; i < PAIR; i++) {
-      const int place = place_of(code + i * HALVES, column + i);
-      if (place >= 0) atomicAdd(&histogram[place], 1);
-    }
+    for (int j = 0; j < FLIGHT; j++) load_codes(code[j], codes, column + j * THREADS * PAIR, s.code_room);
+#pragma unroll
+    for (int j = 0; j < FLIGHT; j++)
+#pragma unroll
+      for (int i = 0; i < PAIR; i++) {
+        const int place = place_of(code[j] + i * HALVES, column + j * THREADS * PAIR + i);
+        if (place >= 0) atomicAdd(&histogram[place], 1);
+      }
   }
   __syncthreads();
   if (threadIdx.x < 32) {
@@ -212,18 +217,17 @@ __device__ __noinline__ int from_codes(
   Count carry = {0, 0};
   for (int from = start; from < end && chosen_before(carry, dropped) < rank1; from += THREADS * AHEAD) {
     u32 nearer = 0, ties = 0;
+    const int column = from + threadIdx.x * AHEAD;
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      u32 code[PAIR * HALVES];
-      const int column = from + threadIdx.x * AHEAD + j * PAIR;
-      load_codes(code, codes, column, s.code_room);
+    for (int j = 0; j < FLIGHT; j++) load_codes(code[j], codes, column + j * PAIR, s.code_room);
+#pragma unroll
+    for (int j = 0; j < FLIGHT; j++)
 #pragma unroll
       for (int i = 0; i < PAIR; i++) {
-        const int place = place_of(code + i * HALVES, column + i);
+        const int place = place_of(code[j] + i * HALVES, column + j * PAIR + i);
         nearer |= (u32)(place >= 0 && place < cut) << (j * PAIR + i);
         ties |= (u32)(place == cut) << (j * PAIR + i);
       }
-    }
     Count c = before({__popc(nearer), __popc(ties)}, carry);
 #pragma unroll
     for (int e = 0; e < AHEAD; e++) {

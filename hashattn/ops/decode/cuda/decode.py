@@ -55,7 +55,9 @@ class Prepared:
         assert bounds is not None and workspace is not None
         _check_wide(keys=stored.keys, values=stored.values, workspace=workspace)
         self._device, self._held = like.q.device, (stored, like.starts, bounds, workspace)
-        self._ids = sizes.batch, sizes.q_heads // sizes.summed, sizes.tokens, sizes.slots
+        ids = sizes.batch, sizes.q_heads // sizes.summed, sizes.tokens, sizes.slots
+        self._lse = like.q.new_empty(like.q.shape[:3], dtype=torch.float32)  # what is made like another is made sooner
+        self._ids = like.q.new_empty(ids, dtype=torch.int32)
         self._arguments = arguments = _arguments(like, sizes, bounds, places(workspace.data_ptr(), sizes.cuda))
         if scan_only:  # what the second kernel would leave at zero is left alone
             arguments.totals = arguments.parts
@@ -75,8 +77,7 @@ class Prepared:
         arguments, q = self._arguments, q.contiguous()
         if q.data_ptr() % WIDEST:
             q = q.clone()
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-        ids = q.new_empty(self._ids, dtype=torch.int32)
+        out, lse, ids = torch.empty_like(q), torch.empty_like(self._lse), torch.empty_like(self._ids)
         arguments.q, arguments.query, arguments.scale = q.data_ptr(), query.data_ptr(), scale
         arguments.out, arguments.lse, arguments.ids = out.data_ptr(), lse.data_ptr(), ids.data_ptr()
         with on(self._device):

@@ -4,7 +4,10 @@
 // each UNITS units of the first hidden layer, which multiplies these with their rows of the second matrix. The last of a
 // group's programs to arrive adds the parts up, in order, and goes on from there. No weight is read twice for a group.
 //
-// The host defines: DIM; TYPE of queries, keys and values (0 bfloat16, 1 float16, 2 float32); BITS; WORDS of 64 bits a code; PLANES of
+// PLACED: keys and values are where they belong, from the column `first` on, which the host knows, and nothing is appended but
+// what is made of the keys: only queries may have programs, where nothing is. Else all goes behind the filled columns.
+//
+// The host defines: DIM; PLACED; TYPE of queries, keys and values (0 bfloat16, 1 float16, 2 float32); BITS; WORDS of 64 bits a code; PLANES of
 // a query; UNIT: queries are scaled to unit mean square; VECTORS (2, 4 or 8); UNITS; QUERY_FIRST, QUERY_SECOND, KEY_FIRST,
 // KEY_SECOND: widths of hidden layers, 0 where there is none.
 typedef unsigned long long u64;
@@ -15,7 +18,7 @@ typedef unsigned short u16;
 #include "product.cuh"
 
 struct Vectors {  // queries or keys, and the map that encodes them: x @ linear + the MLP's output
-  const void *x;        // [count, DIM]
+  const void *x;        // [count, DIM]; of keys in place [B * Hkv, room, DIM]
   const float *centre;  // [count / T, DIM], subtracted first; of keys
   const float *linear;  // [DIM, BITS]
   const float *first, *first_bias, *second, *second_bias, *last, *last_bias;  // of the MLP's layers: matrix and bias
@@ -32,7 +35,7 @@ struct Encode {
   u32 *query, *codes;    // [B * Hq * T, PLANES, 2 * WORDS], [B * Hkv, code_room, 2 * WORDS]
   u16 *norms;            // bfloat16 [B * Hkv, code_room]: |k - centre|; or none
   int *length, *arrived;  // [1]; the second is zero before and after
-  int tokens, room, code_room;
+  int tokens, room, code_room, first;
 };
 
 #if TYPE == 2
@@ -71,13 +74,15 @@ __device__ __forceinline__ float relu(float x) { return x <= 0 ? 0 : x; }  // Na
 template <bool KEY> __device__ __forceinline__ void stage(const Encode &e, const Vectors &of, Shared &s, int row0) {
   constexpr int EACH = DIM / 32;
   const int lane = threadIdx.x % 32, vector = threadIdx.x / 32, row = row0 + vector;
-  if (KEY && threadIdx.x == THREADS - 1) s.filled = __ldcg(e.length);
+  if (KEY && threadIdx.x == THREADS - 1) s.filled = PLACED ? e.first : __ldcg(e.length);
+  if (PLACED && blockIdx.x == 0 && threadIdx.x == 0) *e.length = e.first + e.tokens;  // which nobody reads meanwhile
   if (vector < VECTORS) {
     const int some = min(row, of.count - 1);  // reads wait for no condition
+    const size_t from = KEY && PLACED ? (size_t)(some / e.tokens) * e.room + e.first + some % e.tokens : some;
     float own[EACH], square = 0;
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
-      own[j] = to_float(static_cast<const Element *>(of.x)[(size_t)some * DIM + j * 32 + lane]);
+      own[j] = to_float(static_cast<const Element *>(of.x)[from * DIM + j * 32 + lane]);
       if (KEY) own[j] -= of.centre[(size_t)(some / e.tokens) * DIM + j * 32 + lane];
     }
 #pragma unroll
@@ -126,10 +131,16 @@ struct Rows {  // this thread's share of the group's new keys and values
       if (i >= VECTORS * DIM || !to.fits) continue;
       const size_t at = (to.head * e.room + to.column) * DIM + i % DIM;
       static_cast<Element *>(e.held_keys)[at] = keys[j], static_cast<Element *>(e.held_values)[at] = values[j];
-      if (i % DIM == 0 && e.norms != nullptr) e.norms[to.head * e.code_room + to.column] = narrow<false>(s.norms[i / DIM], 0);
     }
   }
 };
+
+// Norms of the group's new keys, if they are kept.
+__device__ __forceinline__ void append_norms(const Encode &e, const Shared &s, int row0) {
+  const Place to(e, s.filled, row0 + threadIdx.x);
+  if (threadIdx.x < VECTORS && to.fits && e.norms != nullptr)
+    e.norms[to.head * e.code_room + to.column] = narrow<false>(s.norms[threadIdx.x], 0);
+}
 
 // The larger of two; NaN if either is.
 __device__ __forceinline__ float larger_or_nan(float a, float b) { return a >= b || a != a ? a : b; }
@@ -232,13 +243,14 @@ __device__ __forceinline__ void encode_group(const Encode &e, const Vectors &of,
         else if (row0 + v < of.count) __stcg(of.straight + (size_t)(row0 + v) * BITS + column, x);
       });
     };
-    if constexpr (KEY) {
+    if constexpr (KEY && !PLACED) {
       const Rows rows(e, row0);
       encode();
       rows.append(e, s, row0);
     } else {
       encode();
     }
+    if constexpr (KEY) append_norms(e, s, row0);
   }
   if constexpr (FIRST > 0) {
     __syncthreads();
@@ -264,7 +276,7 @@ __device__ __forceinline__ void encode_group(const Encode &e, const Vectors &of,
     }
   }
   // The last of the programs that pack keys sets the length: all have read it by then.
-  const int turn = KEY && threadIdx.x == 0 ? atomicAdd(e.arrived, 1) : -1;
+  const int turn = KEY && !PLACED && threadIdx.x == 0 ? atomicAdd(e.arrived, 1) : -1;
   __syncthreads();
   pack<KEY>(e, s.projected, s.filled, row0);
   if (turn == of.groups - 1) *e.arrived = 0, *e.length = s.filled + e.tokens;

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from hashattn.ops.decode.cuda.decode import TYPES, Launch
 from hashattn.ops.decode.device import check_nvidia, on, stream_of
-from hashattn.ops.decode.inputs import Newest
+from hashattn.ops.decode.inputs import Newest, Placed
 from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.sizes import Encoding, counters, places, together
 
@@ -33,7 +34,7 @@ class Arguments(ctypes.Structure):
     _fields_ = (
         *(("queries", Vectors), ("keys", Vectors)),
         *((name, ctypes.c_void_p) for name in _OTHERS),
-        *((name, ctypes.c_int) for name in ("tokens", "room", "code_room")),
+        *((name, ctypes.c_int) for name in ("tokens", "room", "code_room", "first")),
     )
 
 
@@ -49,29 +50,11 @@ class Prepared:
     """
 
     def __init__(self, like: Newest) -> None:
-        check_nvidia(like.q.device)
-        (batch, q_heads, tokens, dim), stored, arrived = like.q.shape, like.stored, like.arrived
-        assert arrived is not None and like.workspace is not None
-        words, (of_query, of_key) = stored.codes.shape[3], like.maps
-        counts = batch * q_heads * tokens, batch * like.k.shape[1] * tokens
-        sizes = Encoding(counts, (of_query.widths, of_key.widths), of_query.linear.shape[1])
-        if arrived.numel() < counters(*counts):
-            raise ValueError(f"arrived has {arrived.numel()} numbers, {counters(*counts)} are needed")
-        self._device, self._held = like.q.device, (stored, like.centre, like.maps, arrived, like.workspace)
-        self._query = batch, q_heads, tokens, like.query_bits, words
-        parts, (groups, _) = places(like.workspace.data_ptr(), sizes.parts), sizes.groups
-        queries = _vectors("query", of_query, parts, counts[0], arrived[1:])
-        keys = _vectors("key", of_key, parts, counts[1], arrived[1 + groups :])
-        queries.groups, keys.groups = sizes.groups
-        keys.centre = like.centre.data_ptr()
-        self._arguments = Arguments(queries, keys, tokens=tokens, room=stored.keys.shape[2])
-        self._arguments.code_room, self._arguments.arrived = stored.codes.shape[2], arrived.data_ptr()
-        self._arguments.held_keys, self._arguments.held_values = stored.keys.data_ptr(), stored.values.data_ptr()
-        self._arguments.codes, self._arguments.length = stored.codes.data_ptr(), stored.length.data_ptr()
-        self._arguments.norms = None if stored.norms is None else stored.norms.data_ptr()
-        one = launch(sizes, dim, like.q.dtype, words, like.query_bits, of_query.unit)
+        self._device, self._held = like.q.device, (like.stored, like.centre, like.maps, like.arrived, like.workspace)
+        self._query = *like.q.shape[:3], like.query_bits, like.stored.codes.shape[3]
+        self._arguments = _arguments(like)
         with on(self._device):
-            self._launcher = one.bound(self._arguments, self._device)
+            self._launcher = _launch(like, placed=False).bound(self._arguments, self._device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See :func:`hashattn.ops.decode.encode_reference.encode`.
@@ -88,19 +71,86 @@ class Prepared:
         return query
 
 
+class PreparedPlaced:
+    """The same of keys that are in place. Where these have codes already, only queries are given programs.
+
+    Raises:
+        ValueError, RuntimeError: as above.
+    """
+
+    def __init__(self, like: Placed) -> None:
+        self._device, self._held = like.q.device, (like.stored, like.centre, like.maps, like.arrived, like.workspace)
+        self._query = like.query
+        self._arguments = _arguments(like)
+        self._arguments.keys.x, self._arguments.query = like.stored.keys.data_ptr(), self._query.data_ptr()
+        both = _launch(like, placed=True)
+        alone = replace(both, grid=(_sizes(like).programs[0], 1, 1))
+        with on(self._device):
+            self._queries, self._both = (one.bound(self._arguments, self._device) for one in (alone, both))
+
+    def __call__(self, q: Tensor, first: int, new: bool) -> Tensor:
+        """See :func:`hashattn.ops.decode.encode_reference.encode_placed`.
+
+        Raises:
+            RuntimeError: the kernel does not launch.
+        """
+        arguments, q = self._arguments, q.contiguous()
+        arguments.first, arguments.queries.x = first, q.data_ptr()
+        with on(self._device):
+            (self._both if new else self._queries)(stream_of(self._device))
+        return self._query
+
+
 def encode(x: Newest) -> Tensor:
     """Once, made ready for itself alone."""
     return Prepared(x)(x.q, x.k, x.v)
 
 
+def encode_placed(x: Placed, q: Tensor, first: int, new: bool) -> Tensor:
+    """Once, made ready for itself alone."""
+    return PreparedPlaced(x)(q, first, new)
+
+
 @functools.cache
-def launch(sizes: Encoding, dim: int, dtype: torch.dtype, words: int, query_bits: int, unit: bool) -> Launch:
-    """The launch that encodes vectors [dim]; unit: queries are scaled to unit mean square."""
+def launch(
+    sizes: Encoding, dim: int, dtype: torch.dtype, words: int, query_bits: int, unit: bool, placed: bool = False
+) -> Launch:
+    """The launch that encodes vectors [dim]; unit: queries are scaled to unit mean square; placed: see above."""
     (first, second), (key_first, key_second) = ((*own, 0, 0)[:2] for own in sizes.widths)
     defines = {"DIM": dim, "TYPE": TYPES[dtype], "BITS": sizes.bits, "WORDS": words, "PLANES": query_bits}
-    defines |= {"UNIT": int(unit), "VECTORS": together(sizes.counts[0]), "UNITS": sizes.units}
+    defines |= {"UNIT": int(unit), "VECTORS": together(sizes.counts[0]), "UNITS": sizes.units, "PLACED": int(placed)}
     defines |= {"QUERY_FIRST": first, "QUERY_SECOND": second, "KEY_FIRST": key_first, "KEY_SECOND": key_second}
     return Launch("encode", tuple(defines.items()), (sum(sizes.programs), 1, 1), 256)
+
+
+def _launch(like: Newest | Placed, placed: bool) -> Launch:
+    words, unit = like.stored.codes.shape[3], like.maps[0].unit
+    return launch(_sizes(like), like.q.shape[3], like.q.dtype, words, like.query_bits, unit, placed)
+
+
+def _sizes(like: Newest | Placed) -> Encoding:
+    (batch, q_heads, tokens, _), (of_query, of_key) = like.q.shape, like.maps
+    counts = batch * q_heads * tokens, batch * like.stored.keys.shape[1] * tokens
+    return Encoding(counts, (of_query.widths, of_key.widths), of_query.linear.shape[1])
+
+
+def _arguments(like: Newest | Placed) -> Arguments:
+    """All but what a call gives."""
+    check_nvidia(like.q.device)
+    stored, arrived, sizes, (of_query, of_key) = like.stored, like.arrived, _sizes(like), like.maps
+    assert arrived is not None and like.workspace is not None
+    if arrived.numel() < counters(*sizes.counts):
+        raise ValueError(f"arrived has {arrived.numel()} numbers, {counters(*sizes.counts)} are needed")
+    parts, (groups, _) = places(like.workspace.data_ptr(), sizes.parts), sizes.groups
+    queries = _vectors("query", of_query, parts, sizes.counts[0], arrived[1:])
+    keys = _vectors("key", of_key, parts, sizes.counts[1], arrived[1 + groups :])
+    queries.groups, keys.groups = sizes.groups
+    keys.centre = like.centre.data_ptr()
+    found = Arguments(queries, keys, tokens=like.q.shape[2], room=stored.keys.shape[2], code_room=stored.codes.shape[2])
+    found.held_keys, found.held_values = stored.keys.data_ptr(), stored.values.data_ptr()
+    found.codes, found.length, found.arrived = stored.codes.data_ptr(), stored.length.data_ptr(), arrived.data_ptr()
+    found.norms = None if stored.norms is None else stored.norms.data_ptr()
+    return found
 
 
 def _vectors(name: str, by: Map, parts: dict[str, int], count: int, arrived: Tensor) -> Vectors:

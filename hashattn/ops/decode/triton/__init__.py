@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hashattn.ops.decode.inputs import Inputs, Newest, Stored
-from hashattn.ops.decode.kernels import Decode, Encode, Kernels
+from hashattn.ops.decode.inputs import Inputs, Newest, Placed, Stored
+from hashattn.ops.decode.kernels import Decode, Encode, EncodePlaced, Kernels
+from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.request import KernelRequest, why_not_binary
 
 
@@ -32,6 +33,16 @@ class InTriton(Kernels):
         from hashattn.ops.decode.triton.encode import prepare
 
         return prepare(like)
+
+    def encode_placed(self, like: Placed) -> EncodePlaced:
+        from hashattn.ops.decode.triton.encode import prepare_placed
+
+        return prepare_placed(like)
+
+    def encode_many(self, k: Tensor, centre: Tensor | None, by: Map, norms: bool) -> tuple[Tensor, Tensor | None]:
+        from hashattn.ops.decode.triton.encode_many import encode_many
+
+        return encode_many(k, centre, by, norms)
 
     def append(
         self, k: Tensor, v: Tensor, codes: Tensor, norms: Tensor | None, stored: Stored, arrived: Tensor

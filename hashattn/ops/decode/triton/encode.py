@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hashattn.ops.decode.device import check_nvidia, on, starts_early
-from hashattn.ops.decode.inputs import Newest
+from hashattn.ops.decode.inputs import Newest, Placed
 from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.sizes import carve, layer_parts
 from hashattn.ops.decode.triton.append import lengthen, load_rows, place, store_rows
@@ -84,7 +84,7 @@ def encode_queries(
     if PDL:
         gdc_wait()
     h = load_hidden(sums, rows, count, HIDDEN, PARTS)
-    x = load_vectors(q, None, rows, count, 1, DIM, PADDED, UNIT)
+    x = load_vectors(q, None, rows, count, 1, 1, 0, DIM, PADDED, UNIT)
     p = (project(x, h, weights, HIDDEN),)
     for w in tl.static_range(1, TOGETHER):
         p += (project(x, h, load_weights(linear, last, bias, w, DIM, PADDED, HIDDEN, BITS), HIDDEN),)
@@ -109,22 +109,26 @@ def encode_queries(
 @triton.jit
 def encode_keys(
     k, v, centre, linear, last, bias, sums, keys, values, codes, norms, length, arrived, at, programs, count, T, room,
-    code_room, DIM: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, HIDDEN: tl.constexpr,
-    PARTS: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+    code_room, first, DIM: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr,
+    HIDDEN: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr, PLACED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program `at` of so many: appends a word of TILE keys' codes, and with the first word all else of the keys."""
     word, rows = at % WORDS, at // WORDS * TILE + tl.arange(0, TILE)
     weights = load_weights(linear, last, bias, word, DIM, PADDED, HIDDEN, BITS)
     if PDL:
         gdc_wait()
-    filled = tl.load(length)
     h = load_hidden(sums, rows, count, HIDDEN, PARTS)
-    x = load_vectors(k, centre, rows, count, T, DIM, PADDED, False)
-    key, value = load_rows(k, rows, count, DIM, PADDED), load_rows(v, rows, count, DIM, PADDED)
-    lengthen(length, arrived, filled + T, programs)
-    head, column, fits = place(rows, count, filled, T, room, code_room)
-    store_rows(key, keys, head * room + column, fits & (word == 0), DIM, PADDED)
-    store_rows(value, values, head * room + column, fits & (word == 0), DIM, PADDED)
+    if PLACED:
+        head, column, fits = place(rows, count, first, T, room, code_room)
+        x = load_vectors(keys, centre, rows, count, T, room, first, DIM, PADDED, False)
+    else:
+        filled = tl.load(length)
+        x = load_vectors(k, centre, rows, count, T, T, 0, DIM, PADDED, False)
+        key, value = load_rows(k, rows, count, DIM, PADDED), load_rows(v, rows, count, DIM, PADDED)
+        lengthen(length, arrived, filled + T, programs)
+        head, column, fits = place(rows, count, filled, T, room, code_room)
+        store_rows(key, keys, head * room + column, fits & (word == 0), DIM, PADDED)
+        store_rows(value, values, head * room + column, fits & (word == 0), DIM, PADDED)
     if norms is not None:
         norm = tl.sqrt_rn(tl.sum(x * x, 1)).to(tl.bfloat16)
         tl.store(norms + head * code_room + column, norm, mask=fits & (word == 0))
@@ -133,13 +137,13 @@ def encode_keys(
     tl.store(codes + (head * code_room + column) * WORDS + word, code, mask=fits)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def encode_rows(
     q, k, v, centre, query_linear, query_last, query_bias, query_sums, key_linear, key_last, key_bias, key_sums,
-    query, keys, values, codes, norms, length, arrived, queries, new, T, room, code_room, DIM: tl.constexpr,
+    query, keys, values, codes, norms, length, arrived, queries, new, T, room, code_room, first, DIM: tl.constexpr,
     PADDED: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr, QUERY_HIDDEN: tl.constexpr,
     QUERY_PARTS: tl.constexpr, KEY_HIDDEN: tl.constexpr, KEY_PARTS: tl.constexpr, UNIT: tl.constexpr,
-    TILE: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, PLACED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (queries / TILE * (WORDS, or 1 with several planes) + new / TILE * WORDS).
 
@@ -152,6 +156,8 @@ def encode_rows(
         keys, values, codes, norms: [B * Hkv, room, DIM], int64 [B * Hkv, code_room, WORDS], bfloat16
             [B * Hkv, code_room] or None; the T columns from length on are written, those beyond the room are not.
         length, arrived: int32 [1], T is added to the first; the second is 0 between launches.
+        first: with PLACED the keys of T columns are in place from this one on: neither k nor v is read, codes and
+            norms are all that is written of them, by programs that need not be there, and the length is set.
     """
     split = tl.cdiv(queries, TILE) * (1 if PLANES > 1 else WORDS)
     at = tl.program_id(0)
@@ -163,52 +169,83 @@ def encode_rows(
     else:
         encode_keys(
             k, v, centre, key_linear, key_last, key_bias, key_sums, keys, values, codes, norms, length, arrived,
-            at - split, tl.num_programs(0) - split, new, T, room, code_room, DIM, PADDED, BITS, WORDS, KEY_HIDDEN,
-            KEY_PARTS, TILE, PDL,
+            at - split, tl.num_programs(0) - split, new, T, room, code_room, first, DIM, PADDED, BITS, WORDS,
+            KEY_HIDDEN, KEY_PARTS, TILE, PLACED, PDL,
         )  # fmt: skip
+    if PLACED:  # the first program has waited for the kernel before, and nobody reads it meanwhile
+        tl.store(length, first + T, mask=at == 0)
     if PDL:
         gdc_launch_dependents()
 
 
-def prepare(like: Newest) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Encoding like this, of other queries, keys and values; see :class:`Newest`."""
-    check_nvidia(like.q.device)
-    (batch, q_heads, tokens, dim), stored, (of_query, of_key) = like.q.shape, like.stored, like.maps
-    assert like.arrived is not None and like.workspace is not None
-    bits, words = like.query_bits, stored.codes.shape[3]
-    queries, new = batch * q_heads * tokens, batch * like.k.shape[1] * tokens
-    early = {"launch_pdl": True} if starts_early(like.q.device) else {}
-    sums = carve(like.workspace, layer_parts((queries, new), (of_query.widths, of_key.widths)))
-    query_sums, key_sums = sums.get("query"), sums.get("key")
-    query_parts, query_hidden = (0, 0) if query_sums is None else query_sums.shape[::2]
-    key_parts, key_hidden = (0, 0) if key_sums is None else key_sums.shape[::2]
-    tile = vectors(queries, bits)
-    programs = triton.cdiv(queries, tile) * (1 if bits > 1 else words) + triton.cdiv(new, tile) * words
-    weights = *_last(of_query), query_sums, *_last(of_key), key_sums
-    held = stored.keys, stored.values, stored.codes, stored.norms, stored.length, like.arrived
-    numbers = queries, new, tokens, stored.keys.shape[2], stored.codes.shape[2]
-    options = {"DIM": dim, "PADDED": triton.next_power_of_2(dim), "BITS": of_query.linear.shape[1], "WORDS": words}
-    options |= {"PLANES": bits, "UNIT": of_query.unit, "TILE": tile, "PDL": bool(early), "num_warps": 8, **early}
-    options |= {"QUERY_HIDDEN": query_hidden, "QUERY_PARTS": query_parts}
-    options |= {"KEY_HIDDEN": key_hidden, "KEY_PARTS": key_parts}
+class Launch:
+    """The kernels' launches, with all that does not change from call to call.
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        query = q.new_empty((batch, q_heads, tokens, bits, words), dtype=torch.int64)
+    Args:
+        placed: whether keys are in place.
+    """
+
+    def __init__(self, like: Newest | Placed, placed: bool) -> None:
+        check_nvidia(like.q.device)
+        (batch, q_heads, tokens, dim), stored, (of_query, of_key) = like.q.shape, like.stored, like.maps
+        assert like.arrived is not None and like.workspace is not None
+        bits, words, self._like = like.query_bits, stored.codes.shape[3], like
+        queries, new = batch * q_heads * tokens, batch * stored.keys.shape[1] * tokens
+        self._early = {"launch_pdl": True} if starts_early(like.q.device) else {}
+        sums = carve(like.workspace, layer_parts((queries, new), (of_query.widths, of_key.widths)))
+        self._query_sums, self._key_sums = sums.get("query"), sums.get("key")
+        query_parts, query_hidden = (0, 0) if self._query_sums is None else self._query_sums.shape[::2]
+        key_parts, key_hidden = (0, 0) if self._key_sums is None else self._key_sums.shape[::2]
+        tile = vectors(queries, bits)
+        self._queries = triton.cdiv(queries, tile) * (1 if bits > 1 else words)
+        self._keys = triton.cdiv(new, tile) * words
+        self._tokens = tokens
+        self._weights = *_last(of_query), self._query_sums, *_last(of_key), self._key_sums
+        self._held = stored.keys, stored.values, stored.codes, stored.norms, stored.length, like.arrived
+        self._numbers = queries, new, tokens, stored.keys.shape[2], stored.codes.shape[2]
+        options = {"DIM": dim, "PADDED": triton.next_power_of_2(dim), "BITS": of_query.linear.shape[1], "WORDS": words}
+        options |= {"PLANES": bits, "UNIT": of_query.unit, "TILE": tile, "PLACED": placed, "PDL": bool(self._early)}
+        options |= {"QUERY_HIDDEN": query_hidden, "QUERY_PARTS": query_parts, "num_warps": 8, **self._early}
+        self._options = options | {"KEY_HIDDEN": key_hidden, "KEY_PARTS": key_parts}
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, query: Tensor, first: int = 0, new: bool = True) -> Tensor:
+        """Queries, and keys that are [B, Hkv, T, D], or [B, Hkv, room, D] and in place from the first on."""
+        like, tokens = self._like, self._tokens
         with on(q.device):
-            if query_sums is not None:
-                run_layers(q, None, of_query, query_sums, early)
-            if key_sums is not None:
-                run_layers(k, like.centre, of_key, key_sums, early)
-            encode_rows[(programs,)](q, k, v, like.centre, *weights, query, *held, *numbers, **options)
+            if self._query_sums is not None:
+                run_layers(q, None, like.maps[0], self._query_sums, self._early, tokens)
+            if new and self._key_sums is not None:
+                run_layers(k, like.centre, like.maps[1], self._key_sums, self._early, tokens, first)
+            programs = self._queries + (self._keys if new else 0)
+            given = q, k, v, like.centre, *self._weights, query, *self._held, *self._numbers, first
+            encode_rows[(programs,)](*given, **self._options)
         return query
 
+
+def prepare(like: Newest) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Encoding like this, of other queries, keys and values; see :class:`Newest`."""
+    launch, shape = Launch(like, placed=False), (*like.q.shape[:3], like.query_bits, like.stored.codes.shape[3])
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return launch(q.contiguous(), k.contiguous(), v.contiguous(), q.new_empty(shape, dtype=torch.int64))
+
     return run
+
+
+def prepare_placed(like: Placed) -> Callable[[Tensor, int, bool], Tensor]:
+    """The same of keys that are in place; see :class:`Placed`."""
+    launch, stored = Launch(like, placed=True), like.stored
+    return lambda q, first, new: launch(q.contiguous(), stored.keys, stored.values, like.query, first, new)
 
 
 def encode(x: Newest) -> Tensor:
     """Once."""
     return prepare(x)(x.q, x.k, x.v)
+
+
+def encode_placed(x: Placed, q: Tensor, first: int, new: bool) -> Tensor:
+    """Once."""
+    return prepare_placed(x)(q, first, new)
 
 
 def vectors(queries: int, query_bits: int) -> int:

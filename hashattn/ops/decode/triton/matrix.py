@@ -21,14 +21,16 @@ def load_block(
 
 
 @triton.jit
-def load_vectors(x, centre, rows, count, T, DIM: tl.constexpr, PADDED: tl.constexpr, UNIT: tl.constexpr):
-    """Rows of x [count, DIM] as float32 [vectors, PADDED], minus a centre for each T if there is one.
+def load_vectors(x, centre, rows, count, T, room, first, DIM: tl.constexpr, PADDED: tl.constexpr, UNIT: tl.constexpr):
+    """Rows of `count` as float32 [vectors, PADDED], minus a centre for each T if there is one.
 
-    With UNIT they are scaled to unit mean square.
+    These are T rows from the first on of each head's in x [heads, room, DIM]: all if T is the room and first 0. With
+    UNIT they are scaled to unit mean square.
     """
     row, dims = rows[:, None], tl.arange(0, PADDED)[None, :]
     inside = (row < count) & (dims < DIM)
-    own = tl.load(x + row.to(tl.int64) * DIM + dims, mask=inside, other=0.0).to(tl.float32)
+    at = (row // T).to(tl.int64) * room + first + row % T
+    own = tl.load(x + at * DIM + dims, mask=inside, other=0.0).to(tl.float32)
     if centre is not None:
         own -= tl.load(centre + (row // T).to(tl.int64) * DIM + dims, mask=inside, other=0.0)
     if UNIT:

@@ -32,6 +32,7 @@ extern "C" void run(const void *argument, int x, int y, int z, int threads, int 
       }}
 }}
 """
+ARGUMENTS = {"encode": "Encode", "encode_many": "EncodeMany"}
 
 
 @functools.cache
@@ -44,7 +45,7 @@ def kernel(name: str, defines: compiler.Defines) -> ctypes.CDLL:
     if path is None:
         with tempfile.TemporaryDirectory() as scratch:
             source, made = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
-            source.write_text(KERNEL.format(name=name, argument="Encode" if name == "encode" else "Step"))
+            source.write_text(KERNEL.format(name=name, argument=ARGUMENTS.get(name, "Step")))
             options = ["-O1", "-std=c++20", "-shared", "-fPIC", "-w", "-fvisibility-inlines-hidden", "-fno-gnu-unique"]
             options += [f"-D{key}={value}" for key, value in defines]
             files = ["-include", HERE / "emulator.h", "-I", compiler.SOURCES, source, "-o", made]

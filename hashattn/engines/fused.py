@@ -1,0 +1,216 @@
+"""Fused steps, made ready for a cache: a call rewrites pointers and launches, without waiting for the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hashattn.cache.kv_cache import KVCache
+from hashattn.core.lasting import lasting
+from hashattn.core.types import Output, Selection
+from hashattn.encoders.base import Encoder
+from hashattn.engines.base import Answer, Call, Request
+from hashattn.engines.parts import Parts
+from hashattn.engines.stages import Reference
+from hashattn.ops import decode
+from hashattn.ops.decode.sizes import counters
+from hashattn.ops.hamming import words
+
+if TYPE_CHECKING:
+    from hashattn.ops.decode.library import EncodePlaced
+
+
+def rule_of(parts: Parts, group: int) -> decode.Rule | None:
+    """What the selector asks of a step over the encoder's codes, for so many query heads a KV head; None if no rule.
+
+    No keys are critical to a stage that attends to all of them alike.
+    """
+    assert parts.selector is not None and parts.encoder is not None
+    rule = parts.selector.rule(group)
+    if rule is None:
+        return None
+    critical = rule.critical if parts.attend.needs_norms else None
+    return replace(rule, biased=parts.encoder.biased, critical=critical)
+
+
+def asked_of(parts: Parts, request: Request) -> decode.KernelRequest | None:
+    """What such a step asks of the kernels; None if the selector's choice is no rule of theirs."""
+    rule, encoder, index = rule_of(parts, request.group), parts.encoder, parts.index
+    if rule is None or encoder is None or index is None:
+        return None
+    heads = request.q_heads, request.kv_heads, request.head_dim
+    codes = words(encoder.bits), encoder.query_bits
+    asked = decode.KernelRequest(request.device, request.dtype, *heads, *codes, rule, index.scores)
+    return replace(asked, batch=request.batch, tokens=request.tokens)
+
+
+class Prepared:
+    """A step that is made ready for a cache, whose tensors stay where they are."""
+
+    def __init__(self, like: decode.Inputs) -> None:
+        from hashattn.ops.decode.library import Decode  # registers operators
+
+        self.like, self._step = like, Decode(like)
+
+    @classmethod
+    @lasting
+    def of(
+        cls,
+        parts: Parts,
+        cache: KVCache,
+        shape: tuple[int, int],
+        length: Tensor,
+        *,
+        causal: bool = True,
+        centre: Tensor | None = None,
+    ) -> Prepared:
+        """A step of so many (query heads, queries), of parts that are served.
+
+        Args:
+            length: int32 [1], filled columns.
+            centre: where the keys' centre stays, if not with the cache.
+        """
+        encoder, state, device = parts.encoder, cache.on_device, cache.keys.device
+        rule = rule_of(parts, shape[0] // cache.kv_heads)
+        assert rule is not None and encoder is not None
+        keys, values, codes = (cache.storage(what).detach() for what in ("keys", "values", "codes"))
+        stored = decode.Stored(keys, values, codes, length, cache.storage("norms") if cache.with_norms else None)
+        estimate = parts.attend.fused_estimate(cache) if rule.critical is not None else None
+        if estimate is not None and centre is not None:
+            estimate = replace(estimate, centre=centre)
+        q = torch.empty((cache.batch, *shape, cache.head_dim), dtype=keys.dtype, device=device)
+        planes = cache.batch, *shape, encoder.query_bits, codes.shape[3]
+        query = state.held("query", planes, torch.int64, device)
+        starts, scores = state.starts(cache._starts, device), parts.index.scores if parts.index is not None else ""
+        like = decode.Inputs(q, query, stored, starts, rule, 1.0, causal, estimate, scores=scores)
+        sizes = replace(decode.Sizes.of(like), widths=encoder.widths() or ((), ()))
+        workspace = state.scratch.workspace(sizes.workspace, device)
+        return cls(replace(like, bounds=state.bounds(sizes.state, device), workspace=workspace))
+
+    def step(self, q: Tensor, query: Tensor, scale: float) -> tuple[Output, Selection]:
+        """Search and attend with queries and their codes; see :class:`hashattn.ops.decode.Inputs`."""
+        out, lse, ids, tier = self._step(q, query, scale)
+        return Output(out, lse), Selection(ids, tier)
+
+
+def packed(encoder: Encoder, q: Tensor) -> Tensor:
+    """Encoded queries as int64 [B, Hq, T, P, W]."""
+    query = encoder.encode_query(q)
+    return (query if query.ndim == 5 else query.unsqueeze(3)).contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A step that is made ready, what it was made ready for, and the encoding before it.
+
+    Attributes:
+        fits: how often the encoder was fitted then.
+        frozen: where the centres of the cache's rows lay.
+        encode: of its queries and of keys in place, in one launch that sets the length; None where PyTorch encodes.
+    """
+
+    parts: Parts
+    fits: int
+    frozen: Tensor | None
+    prepared: Prepared
+    encode: EncodePlaced | None
+
+    @classmethod
+    @lasting
+    def of(cls, parts: Parts, cache: KVCache, shape: tuple[int, int], causal: bool) -> Kept:
+        """For such (query heads, queries) and a cache all keys of which are encoded."""
+        encoder, device, state, (q_heads, tokens) = parts.encoder, cache.keys.device, cache.on_device, shape
+        assert encoder is not None
+        length = state.held("length", (1,), torch.int32, device)
+        prepared = Prepared.of(parts, cache, shape, length, causal=causal)
+        like, frozen, encode = prepared.like, cache.centres.frozen, None
+        if not decode.why_not_encode(encoder.widths()) and (frozen is None or frozen.is_contiguous()):
+            from hashattn.ops.decode.library import EncodePlaced  # registers operators
+
+            centre = cache.centre
+            if centre is not frozen:  # which stays where it is
+                centre = state.held("centre", tuple(centre.shape), torch.float32, device).copy_(centre)
+            count = counters(cache.batch * q_heads * tokens, cache.batch * cache.kv_heads * tokens)
+            arrived = state.held("arrived", (count,), torch.int32, device)
+            maps, written = encoder.maps(cache.head_dim, device), (like.query, arrived, like.workspace)
+            encode = EncodePlaced(decode.Placed(like.q, centre, maps, encoder.query_bits, like.stored, *written))
+        return cls(parts, encoder.fits, frozen, prepared, encode)
+
+    def serves(self, parts: Parts, cache: KVCache) -> bool:
+        """Whether it still is what such parts want of the cache; the memory is where it was."""
+        assert parts.encoder is not None
+        return self.parts is parts and self.fits == parts.encoder.fits and self.frozen is cache.centres.frozen
+
+    def suffices(self, cache: KVCache, waiting: int) -> bool:
+        """Whether its own launch makes what codes are missing: none, or those of so many newest keys, its queries'."""
+        stored = self.prepared.like.stored
+        whole = self.encode is not None and waiting in (0, self.prepared.like.q.shape[2])
+        return whole and all(cache.centres.ready) and len(cache) <= stored.codes.shape[2]
+
+
+@dataclass(frozen=True, eq=False)
+class FusedStep:
+    """Steps of parts that are served: one launch encodes the newest keys and the queries, the next ones search."""
+
+    parts: Parts
+    request: Request
+
+    def __call__(self, q: Tensor, cache: KVCache, call: Call) -> Answer:
+        tokens, causal = q.shape[2], call.causal
+        fewest = cache.shortest - (tokens - 1 if causal else 0)  # keys that the shortest-sighted query sees
+        if fewest < self.parts.warmup(cache) or call.need_weights or wants_gradients(self.parts, q, cache):
+            return Reference().prepare(self.parts, self.request)(q, cache, call)
+        kept, waiting = self.kept(q, cache, causal), len(cache) - cache.encoded
+        if kept is None or not kept.suffices(cache, waiting):
+            cache.encode()  # which may move the codes
+            kept, waiting = self.kept(q, cache, causal) or self.make(q, cache, causal), 0
+        query = self.encoded(kept, q, cache, waiting > 0)
+        return kept.prepared.step(q, query, call.scale)
+
+    def encoded(self, kept: Kept, q: Tensor, cache: KVCache, new: bool) -> Tensor:
+        """Queries as planes, and the length of the cache where steps read it; new: the newest keys' codes as well."""
+        if kept.encode is None:
+            assert self.parts.encoder is not None
+            kept.prepared.like.stored.length.fill_(len(cache))
+            return packed(self.parts.encoder, q)
+        query = kept.encode(q, len(cache) - q.shape[2], new)
+        if new:
+            cache.indexed.adopt(len(cache))
+        return query
+
+    def kept(self, q: Tensor, cache: KVCache, causal: bool) -> Kept | None:
+        """The step that was made ready; None if there is none, or its memory or another thing of it has changed."""
+        state, device = cache.on_device, q.device
+        held = state.prepared.get((q.shape[1], q.shape[2], causal))
+        if not isinstance(held, Kept) or not held.serves(self.parts, cache) or state.memory != _memory(cache):
+            return None
+        state.starts(cache._starts, device)  # brings them up to date, in place
+        workspace = held.prepared.like.workspace
+        assert workspace is not None
+        return held if state.scratch.workspace(workspace.nbytes, device) is workspace else None
+
+    def make(self, q: Tensor, cache: KVCache, causal: bool) -> Kept:
+        """It is kept with the cache, and made anew where its memory has moved or another has outgrown the workspace."""
+        state, memory = cache.on_device, _memory(cache)
+        if state.memory != memory:  # steps that were made ready before keep what it was alive
+            state.memory, state.prepared = memory, {}
+        kept = Kept.of(self.parts, cache, (q.shape[1], q.shape[2]), causal)
+        if kept.prepared.like.estimate is None:  # whose centre moves
+            state.prepared[q.shape[1], q.shape[2], causal] = kept
+        return kept
+
+
+def _memory(cache: KVCache) -> tuple[int, ...]:
+    """Where keys, values and codes lie."""
+    return tuple(cache.storage(what).data_ptr() for what in ("keys", "values", "codes"))
+
+
+def wants_gradients(parts: Parts, q: Tensor, cache: KVCache) -> bool:
+    """Whether a gradient of queries, keys, values or weights is wanted, which only the reference gives."""
+    if not torch.is_grad_enabled():
+        return False
+    weights = parts.attend.parameters() if isinstance(parts.attend, nn.Module) else ()
+    return q.requires_grad or cache.wants_grad or any(w.requires_grad for w in weights)

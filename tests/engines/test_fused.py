@@ -1,0 +1,212 @@
+"""Fused steps on a cache that changes between them, against the reference; on the CPU they run their specifications."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hashattn import (
+    AsymmetricHash,
+    ExactAttend,
+    FlatHamming,
+    HashAttention,
+    LocalTopK,
+    MixedPrecision,
+    Recent,
+    SimHash,
+    Sink,
+    Tiers,
+    TopK,
+)
+from hashattn.core.types import Step
+from hashattn.engines.base import Call, Request
+from hashattn.engines.fused import FusedStep
+from hashattn.ops.decode import library, request
+from hashattn.ops.decode.cuda import InCuda, compiler
+from tests.structured import qkv
+
+BATCH, KV_HEADS, DIM = 2, 2, 64
+PARTS = {
+    "linear": HashAttention(SimHash(64), FlatHamming(), Sink(4) | Recent(8) | TopK(share=0.1)),
+    "no centre, two planes": HashAttention(SimHash(100, 2, centring=None), FlatHamming(), TopK(k=20, per="kv_head")),
+    "MLPs": HashAttention(AsymmetricHash(64, query_hidden=(24,), key_hidden=(24, 16)), FlatHamming(), TopK(k=20)),
+    "encoded in PyTorch": HashAttention(AsymmetricHash(64, heads=2), FlatHamming(), TopK(k=20)),
+    "medium keys": HashAttention(SimHash(64), FlatHamming(), Tiers(0.1, 0.3), MixedPrecision(a=1.3)),
+    "chunks": HashAttention(SimHash(64), FlatHamming(), LocalTopK(k=32, per_chunk=8)),
+}
+pytestmark = pytest.mark.filterwarnings("ignore:this .* is not fitted")
+
+
+class Both:
+    """Two equal caches: one is searched by fused steps, the other by the reference."""
+
+    def __init__(self, attn, keys=300, capacity=None, starts=(0, 70), device="cpu"):
+        self.attn = attn.replace(engine="reference")
+        q, k, v = qkv(11, BATCH, group=3, tokens=40, keys=keys + 80, dim=DIM)
+        self.q, self.k, self.v, self.at = q.to(device), (k + 1).to(device), v.to(device), keys
+        self.caches = [self.attn.new_cache(BATCH, KV_HEADS, DIM, capacity=capacity) for _ in range(2)]
+        for cache in self.caches:
+            cache.append(self.k[:, :, :keys], v[:, :, :keys], start=torch.tensor(starts))
+
+    def append(self, tokens=1):
+        here, self.at = slice(self.at, self.at + tokens), self.at + tokens
+        for cache in self.caches:
+            cache.append(self.k[:, :, here], self.v[:, :, here])
+
+    def change(self, name, *given):
+        for cache in self.caches:
+            getattr(cache, name)(*given)
+
+    @torch.no_grad()
+    def check(self, tokens=1, attn=None, causal=True):
+        """A step of each keeps the same keys, and all codes, norms and numbers are alike."""
+        attn, (fused, plain) = attn or self.attn, self.caches
+        q = self.q[:, :, self.at % 20 : self.at % 20 + tokens]
+        (exact, expected) = attn.run(q, plain, need_lse=True, scale=0.125, causal=causal)
+        out, found = FusedStep(attn.parts, Request.of(q, fused))(q, fused, Call(0.125, causal, Step()))
+        a, b = (x.ids.sort(-1).values for x in (found, expected))
+        more = a.shape[-1] - b.shape[-1]
+        assert more >= 0 and (a[..., :more] == -1).all() and torch.equal(a[..., more:], b)
+        assert (out.out - exact.out).abs().max() <= 1e-5 * self.v.abs().max()
+        assert torch.equal(fused.codes, plain.codes)
+        assert not fused.with_norms or torch.equal(fused.norms, plain.norms)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("capacity", [None, 340])
+@pytest.mark.parametrize("name", PARTS)
+def test_steps_follow_a_cache_that_changes(name, capacity, device):
+    both = Both(copy.deepcopy(PARTS[name]).to(device), capacity=capacity, device=device)
+    both.check()  # after a prefill
+    for _ in range(3):
+        both.append()
+        both.check()
+    both.check()  # nothing new
+    both.append()
+    both.append()
+    both.check()  # two columns that nobody searched
+    both.append(3)
+    both.check(tokens=3)
+    both.check(tokens=3, causal=False)
+    both.change("crop", 290)
+    both.check()
+    both.append()
+    both.check()
+    both.change("reorder", torch.tensor([1, 0]))
+    both.append()
+    both.check()
+    both.change("set_start", torch.tensor([30, 0]))
+    both.check()
+    both.append()
+    both.check()
+    both.change("forget_code")
+    both.check()
+
+
+def test_codes_grow_with_the_cache():
+    both = Both(PARTS["linear"], starts=(0, 3))
+    both.check()
+    room = both.caches[0].storage("codes").shape[2]
+    both.append(room - 302)
+    for _ in range(4):
+        both.append()
+        both.check()
+    assert both.caches[0].storage("codes").shape[2] > room
+
+
+def test_a_fitted_encoder_and_other_parts_are_taken_up():
+    attn = PARTS["linear"].replace(encoder=AsymmetricHash(64, query_hidden=(16,)))
+    both = Both(attn)
+    both.check()
+    both.append()
+    both.check()
+    q, k, _ = qkv(5, 1, group=3, tokens=200, keys=200, dim=DIM)
+    attn.encoder.fit(q, k, steps=2)
+    both.check()
+    both.append()
+    both.check()
+    other = both.attn.replace(selector=TopK(k=11))
+    both.append()
+    both.check(attn=other)
+    both.check()
+
+
+def test_copies_and_loaded_caches_have_steps_of_their_own():
+    both = Both(PARTS["linear"])
+    both.check()
+    both.append()
+    both.check()
+    twins = copy.deepcopy(both.caches)
+    both.append()
+    both.check()
+    at = both.at
+    both.caches, both.at = twins, at - 1
+    both.append()
+    both.check()
+    state = both.caches[1].state_dict()
+    both.change("load_state_dict", state)
+    both.append()
+    both.check()
+
+
+def test_a_row_that_becomes_too_short_is_left_to_the_reference():
+    both = Both(PARTS["linear"], starts=(0, 30))
+    both.check()
+    both.change("crop", 265)
+    both.check()
+    both.append()
+    both.check()
+
+
+class Dispatched(TorchDispatchMode):
+    """The names of PyTorch's operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of kernels that are launched in CUDA C++; none runs."""
+    pytest.importorskip("cuda.bindings")
+    launched = []
+
+    class Launcher:
+        def __init__(self, kernel, grid, threads, argument, **options):
+            self.kernel = kernel
+
+        def __call__(self, stream):
+            launched.append(self.kernel)
+
+    monkeypatch.setattr(compiler, "kernel", lambda name, *_: name)
+    monkeypatch.setattr(compiler, "Launcher", Launcher)
+    monkeypatch.setattr(compiler, "why_not", lambda: None)
+    monkeypatch.setattr(request, "DEVICES", ("cpu",))
+    monkeypatch.setattr(library, "kernels_for", lambda _: InCuda())
+    monkeypatch.setattr(library, "kernels_on", lambda _: InCuda())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=1))
+    return launched
+
+
+@pytest.mark.parametrize("encoder", [SimHash(64), AsymmetricHash(64)], ids=["linear", "MLP"])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_step_is_an_encoding_and_two_launches_and_allocates_its_results_alone(launched, encoder, mode):
+    attn = HashAttention(encoder, FlatHamming(), Sink(4) | TopK(share=0.1), ExactAttend(), engine="gpu")
+    cache, (q, k, v) = attn.new_cache(1, 2, 64), qkv(3, 1, tokens=1, keys=300, dim=64)
+    cache.append(k, v)
+    with mode():
+        for _ in range(2):
+            cache.append(k[:, :, :1], v[:, :, :1])
+            launched.clear()
+            with Dispatched() as dispatched:
+                attn.run(q, cache)
+            assert cache.encoded == len(cache)
+        assert launched == ["encode", "scan", "attend"]
+        assert dispatched.names == ["empty_like"] * 3  # out, lse and ids
