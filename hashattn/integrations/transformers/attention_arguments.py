@@ -85,6 +85,16 @@ class AttentionArguments:
             return "attention is not causal (is_causal=False)"
         return self._why_not_keywords()
 
+    def check_recorded(self) -> None:
+        """Raise ValueError where a graph would leave out what the model gives its attention."""
+        reason = self._why_not_keywords() or self.why_not_dropout
+        if self.keywords.get("is_causal") is False:
+            reason = "attention is not causal (is_causal=False)"
+        elif self.mask is not None and self.mask.dtype != torch.bool:
+            reason = "attention is given a mask that adds to its logits"
+        if reason is not None:
+            raise ValueError(reason)
+
     @property
     def why_not_dropout(self) -> str | None:
         """Why the call cannot search: it would drop attention weights at random."""

@@ -1,0 +1,87 @@
+"""Capturing a step of a model, so that it can be replayed: what differs between a GPU and what stands for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """A step that was captured. It points to memory that others have to keep.
+
+    Attributes:
+        replay: runs it again, over what its inputs now hold.
+        output: what the step returned; a replay writes over its tensors.
+        nbytes: memory that it keeps for itself.
+    """
+
+    replay: Callable[[], object]
+    output: Any
+    nbytes: int
+
+
+Capture = Callable[[Callable[[], Any], torch.device], Captured]
+
+
+class CannotCapture(Exception):
+    """A step that asks or tells the host something; says what."""
+
+
+class Rehearsal(TorchDispatchMode):
+    """A step runs once before it is captured: that loads its kernels, and says what a capture could not hold.
+
+    A capture that fails on the way would leave the device's random numbers and memory in its hands.
+
+    Raises:
+        CannotCapture: the step waits for the device, or copies between host and device.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._overloadpacket.__name__
+        if name in WAITING or (name in ("_to_copy", "copy_") and _crosses(args, kwargs)):
+            raise CannotCapture(f"a step of it waits for the device (aten::{name})")
+        return func(*args, **kwargs)
+
+
+WAITING = frozenset(
+    ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount")
+)
+
+
+def _crosses(args: Any, kwargs: Any) -> bool:
+    """Whether a copy goes from one kind of device to another."""
+    to = kwargs.get("device")
+    kinds = {x.device.type for x in args if isinstance(x, Tensor)} | ({torch.device(to).type} if to else set())
+    return len(kinds - {"meta"}) > 1
+
+
+def capture_on_cuda(step: Callable[[], Any], device: torch.device) -> Captured:
+    """The step as a CUDA graph with memory of its own. Before that it runs once, on the same stream.
+
+    Raises:
+        CannotCapture: see :class:`Rehearsal`.
+        RuntimeError: what else CUDA refuses, or no memory.
+    """
+    with torch.cuda.device(device):
+        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream), Rehearsal():
+            step()
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            output = step()
+        own = tuple(graph.pool())
+        segments = torch.cuda.memory_snapshot()
+    nbytes = sum(s["total_size"] for s in segments if tuple(s.get("segment_pool_id", ())) == own)
+    return Captured(graph.replay, output, nbytes)
+
+
+CAPTURES: dict[str, Capture] = {"cuda": capture_on_cuda}  # by kind of device

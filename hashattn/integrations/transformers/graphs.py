@@ -1,0 +1,263 @@
+"""Graphs: one-token calls of an attached model replay a graph of it, where nothing forbids that."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from hashattn.core.guard import Guard
+from hashattn.integrations.attached.graph_capture import CAPTURES, CannotCapture
+from hashattn.integrations.attached.options import ALWAYS
+from hashattn.integrations.attached.passes import Pass
+from hashattn.integrations.attached.report import GraphUse
+from hashattn.integrations.transformers import caches
+from hashattn.integrations.transformers.attention import NAME, set_starts
+from hashattn.integrations.transformers.cache_layer import HashedLayer
+from hashattn.integrations.transformers.forward import Forward
+from hashattn.integrations.transformers.model_graph import ModelGraph, capture_step
+from hashattn.integrations.transformers.model_state import why_not_capture
+from hashattn.integrations.transformers.static_layer import HashedStaticLayer
+from hashattn.integrations.transformers.step_call import POSITIONS, StepCall
+
+
+@dataclass(eq=False)
+class CacheGraphs:
+    """The graphs of one cache.
+
+    Attributes:
+        by_call: what they serve.
+        refused: why some calls have none, for want of memory.
+        sure: whether the last replay came to its end, so that the host knows what was appended.
+    """
+
+    by_call: dict[Any, ModelGraph] = field(default_factory=dict)
+    refused: dict[Any, str] = field(default_factory=dict)
+    sure: bool = True
+
+
+@dataclass(eq=False)
+class Replay:
+    """One replay that is to be."""
+
+    graphs: Graphs
+    held: CacheGraphs
+    graph: ModelGraph
+    layers: Sequence[HashedLayer]
+    call: StepCall
+
+    def __call__(self) -> Any:
+        """Run it; returns what the module would."""
+        assert self.call.shape is not None
+        tokens = self.call.shape[1]
+        for name, x in self.graph.inputs.items():
+            x.copy_(self.call.changing[name], non_blocking=True)
+        self.held.sure = False
+        self.graph.replay()
+        for layer in self.layers:
+            assert layer.kv is not None
+            layer.on_device.lead(layer.kv, tokens)
+        self.held.sure = True
+        self.graphs.replayed += 1
+        return self.graph.outputs.given(self.call.cache)
+
+
+class Graphs:
+    """The graphs of an attached model: one for each cache and kind of call, gone with its cache.
+
+    Args:
+        forward: what its hooks share.
+        q_heads: of its layers, by number.
+        places: of the arguments of what runs its layers.
+        refusal: why nothing of it can be captured; None if something may be.
+        ours: whose hooks and forward() do not matter.
+    """
+
+    def __init__(
+        self, forward: Forward, q_heads: dict[int, int], places: Mapping[str, int], names: tuple[str, ...],
+        refusal: str | None, ours: tuple[type, ...],
+    ) -> None:  # fmt: skip
+        self.forward, self.q_heads, self.places, self.names = forward, q_heads, dict(places), names
+        self.refusal, self.ours = refusal, ours
+        self.guard = Guard()
+        self.replayed, self.captured = 0, 0
+        self.eager: Counter[str] = Counter()
+        self._refused: dict[Any, str] = {}
+        self._caches: weakref.WeakKeyDictionary[Cache, CacheGraphs] = weakref.WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[type[Graphs], tuple[Any, ...]]:
+        """Copied or pickled, it has captured nothing yet."""
+        return Graphs, (self.forward, self.q_heads, self.places, self.names, self.refusal, self.ours)
+
+    def take(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Replay | None:
+        """A replay that serves a call of what runs the layers, with a pass begun; None to run it as it is.
+
+        Raises:
+            ValueError: a step that has no graph, with graph="always". A pass is begun.
+            RuntimeError: another thread uses the cache. A pass is begun.
+        """
+        call = StepCall.of(self.places, self.names, args, kwargs)
+        if not self._is_step(stack, call):
+            return None
+        passes, one = self.forward.passes, Pass(self.forward.served)
+        passes.open(one)
+        passes.claim(one, call.cache, caches.scratch_of(call.cache))
+        with self.guard:
+            found = self._replay(stack, call)
+        if isinstance(found, Replay):
+            return found
+        if found is not None:
+            with self.guard:
+                self.eager[found] += 1
+            if self.forward.options.graph == ALWAYS:
+                raise ValueError(f'graph="{ALWAYS}", but this call cannot be replayed from a graph: {found}')
+        passes.close()
+        return None
+
+    def clear(self) -> None:
+        """Let go of all graphs."""
+        with self.guard:
+            self._caches.clear()
+            self._refused.clear()
+
+    def reset(self) -> None:
+        """Count anew."""
+        with self.guard:
+            self.replayed, self.captured, self.eager = 0, 0, Counter()
+
+    def use(self) -> GraphUse:
+        """What they were used for, and the memory that they take."""
+        with self.guard:
+            nbytes = sum(graph.nbytes for held in self._caches.values() for graph in held.by_call.values())
+            return GraphUse(self.replayed, self.captured, nbytes, dict(self.eager))
+
+    # ---- inside
+
+    def _is_step(self, stack: nn.Module, call: StepCall) -> bool:
+        """Whether it is a step of decoding, in a model that is what it was attached as."""
+        if call.shape is None or not isinstance(call.cache, Cache) or call.shape[1] > self.forward.options.max_sparse_q:
+            return False
+        config, first = getattr(stack, "config", None), min(self.q_heads)
+        layers = caches.layers_of(call.cache)
+        filled = first < len(layers) and caches.filled_columns(layers[first]) > 0
+        return filled and getattr(config, "_attn_implementation_internal", NAME) == NAME
+
+    def _replay(self, stack: nn.Module, call: StepCall) -> Replay | str | None:
+        """A replay; why there is none; or None where an eager call has to come first."""
+        reason = self.refusal or call.why_not(getattr(stack, "config", None)) or self._why_not_depth(stack)
+        layers = reason or self._layers(call.cache)
+        if not isinstance(layers, list):
+            return layers
+        assert call.shape is not None and layers[0].kv is not None
+        filled, (batch, tokens) = layers[0].filled, call.shape
+        if batch != layers[0].kv.batch or any(layer.filled != filled for layer in layers):
+            return None  # which is refused, or broken off
+        columns, held = filled + tokens, self._caches.setdefault(call.cache, CacheGraphs())
+        if not held.sure:
+            held.sure = True
+            for layer in layers:
+                layer.take_back()
+        settled = self._with_positions(call, filled)
+        if isinstance(settled, str):
+            return settled
+        graph = held.by_call.get(settled.key)
+        serves = graph is not None and graph.serves(layers, columns)
+        if graph is not None and serves and settled.masked_as(graph.seen, layers[0].kv._starts, columns):
+            return Replay(self, held, graph, layers, settled)
+        return self._make(stack, settled, layers, held, columns)
+
+    def _make(
+        self, stack: nn.Module, call: StepCall, layers: list[HashedLayer], held: CacheGraphs, columns: int
+    ) -> Replay | str | None:
+        """Capture a step, or find the one that serves once the layers are ready for it."""
+        key, device = call.key, next(iter(call.changing.values())).device
+        reason = why_not_capture(stack, self.ours) or self._refused.get(key) or held.refused.get(key)
+        if reason is None and device.type not in CAPTURES:
+            reason = f"the model is on {device.type}, where there are no graphs"
+        if reason is not None:
+            return reason
+        starts, reason = call.rows(columns)
+        reason = reason or self._ready(layers, starts, columns)
+        if reason is not None:
+            return reason
+        if columns > min(layer.on_device.limit for layer in layers):
+            return None  # an eager call makes room, or says that there is none
+        graph = held.by_call.get(key)
+        if graph is None or not graph.serves(layers, columns):
+            del graph
+            held.by_call.pop(key, None)  # before there is another
+            try:
+                graph = held.by_call[key] = capture_step(stack, call, layers)
+            except torch.OutOfMemoryError as error:
+                held.refused[key] = reason = f"there is no memory for its graph: {_line(error)}"
+                return reason
+            except CannotCapture as error:
+                self._refused[key] = str(error)
+                return str(error)
+            except Exception as error:  # whatever a model's own code makes of it
+                self._refused[key] = reason = f"capturing it failed: {_line(error)}"
+                return reason
+            self.captured += 1
+        return Replay(self, held, graph, layers, call)
+
+    def _ready(self, layers: list[HashedLayer], starts: list[int], columns: int) -> str | None:
+        """Make the layers ready for a step up to so many columns; returns why they cannot be."""
+        for number, layer in zip(self.q_heads, layers, strict=True):
+            served, kv = self.forward.served[number], layer.kv
+            assert served.attn is not None and kv is not None
+            if starts != kv._starts:
+                layer.release()
+                set_starts(kv, starts)
+            layer.attn = served.attn
+            reason = layer.serve_graphs(
+                served, number, self.q_heads[number], self.forward.counters, columns - layer.filled
+            )
+            if reason is not None:
+                return f"layer {number}: {reason}"
+        return None
+
+    def _layers(self, cache: Cache) -> list[HashedLayer] | str | None:
+        """The cache's layers that are served; why they cannot be; None if an eager call has to take them over first."""
+        layers: list[HashedLayer] = []
+        for number in self.q_heads:
+            reason, served = caches.why_not_cache(cache, number), self.forward.served[number]
+            if reason is not None:
+                return reason
+            if number >= len(cache.layers):
+                return None
+            layer = cache.layers[number]
+            if isinstance(layer, HashedLayer) and type(layer) not in (HashedLayer, HashedStaticLayer):
+                return f"layer {number} has a recurrent part, whose states are the host's"
+            if type(layer) not in (HashedLayer, HashedStaticLayer) or layer.kv is None or not served.attn:
+                return None
+            if not caches.same_codes(layer.attn, served.attn):
+                return None
+            layers.append(layer)
+        return layers
+
+    def _why_not_depth(self, stack: nn.Module) -> str | None:
+        depth = getattr(getattr(stack, "config", None), "num_hidden_layers", None)
+        short = isinstance(depth, int) and depth <= max(self.q_heads)
+        return f"only {depth} of its layers run" if short else None
+
+    def _with_positions(self, call: StepCall, filled: int) -> StepCall | str:
+        """The call with the positions that a model would count itself."""
+        if POSITIONS in call.changing:
+            return call
+        assert call.shape is not None
+        (batch, tokens), device = call.shape, next(iter(call.changing.values())).device
+        starts, reason = call.rows(filled + tokens)
+        if reason is not None or any(starts):
+            return reason or "rows are padded, and it is given no position_ids"
+        positions = torch.arange(filled, filled + tokens, device=device).expand(batch, -1)
+        return replace(call, changing={**call.changing, POSITIONS: positions})
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
