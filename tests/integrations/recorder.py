@@ -82,7 +82,11 @@ def opaque(make):
 @pytest.fixture
 def graphs_anywhere(monkeypatch):
     """Graphs on the CPU."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more wait for each other longer than such small operators take
     monkeypatch.setattr(decode.request, "DEVICES", ("cuda", "cpu"))
     monkeypatch.setitem(graph_capture.CAPTURES, "cpu", record)
     for what in ("decode", "encode"):
         monkeypatch.setattr(Specification, what, opaque(getattr(Specification, what)))
+    yield
+    torch.set_num_threads(threads)

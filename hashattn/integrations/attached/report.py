@@ -48,17 +48,20 @@ class GraphUse:
         replayed: calls that were replayed.
         captured: graphs that were captured, all in all.
         nbytes: memory that those take which are kept, beside the caches.
+        largest: that the largest took.
         eager: calls of few tokens that ran as ever, by reason.
     """
 
     replayed: int
     captured: int
     nbytes: int
+    largest: int
     eager: dict[str, int]
 
     def __str__(self) -> str:
         eager = "".join(f"; {n} calls not ({why})" for why, n in self.eager.items())
-        size = f"{self.captured} captured, those kept take {self.nbytes / 1e6:.1f} MB"
+        each, kept = f"{self.largest / 1e6:.1f} MB", f"{self.nbytes / 1e6:.1f} MB"
+        size = f"{self.captured} captured, of up to {each} (those kept take {kept})"
         return f"graphs: {self.replayed} calls were replayed, {size}{eager}"
 
 

@@ -143,7 +143,7 @@ class HashedLayer(DynamicLayer):
         return self.kv.keys, self.kv.values
 
     @torch.compiler.disable
-    def get_seq_length(self) -> int | Tensor:  # type: ignore[override]
+    def get_seq_length(self) -> int | Tensor:
         if self.recording and self.on_device.decoder is not None:
             return self.on_device.decoder.filled()  # what needs it on the host cannot be captured
         return self.filled

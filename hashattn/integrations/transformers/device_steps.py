@@ -121,10 +121,8 @@ class DeviceSteps:
     def limit(self) -> int:
         """Columns up to which such steps serve as they are."""
         assert self.decoder is not None and self.made is not None
-        turns = self.made.choice.turns
-        return (
-            self.decoder.room if turns is None else min(self.decoder.room, turns - 1 + min(self.decoder.cache._starts))
-        )
+        room, turns = self.decoder.room, self.made.choice.turns
+        return room if turns is None else min(room, turns - 1 + min(self.decoder.cache._starts))
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Append keys and values [B, Hkv, T, D] and attend with queries [B, Hq, T, D]: [B, Hq, T, D]."""

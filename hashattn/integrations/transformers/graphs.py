@@ -86,7 +86,7 @@ class Graphs:
         self.forward, self.q_heads, self.places, self.names = forward, q_heads, dict(places), names
         self.refusal, self.ours = refusal, ours
         self.guard = Guard()
-        self.replayed, self.captured = 0, 0
+        self.replayed, self.captured, self.largest = 0, 0, 0
         self.eager: Counter[str] = Counter()
         self._refused: dict[Any, str] = {}
         self._caches: weakref.WeakKeyDictionary[Cache, CacheGraphs] = weakref.WeakKeyDictionary()
@@ -129,13 +129,13 @@ class Graphs:
     def reset(self) -> None:
         """Count anew."""
         with self.guard:
-            self.replayed, self.captured, self.eager = 0, 0, Counter()
+            self.replayed, self.captured, self.largest, self.eager = 0, 0, 0, Counter()
 
     def use(self) -> GraphUse:
         """What they were used for, and the memory that they take."""
         with self.guard:
             nbytes = sum(graph.nbytes for held in self._caches.values() for graph in held.by_call.values())
-            return GraphUse(self.replayed, self.captured, nbytes, dict(self.eager))
+            return GraphUse(self.replayed, self.captured, nbytes, self.largest, dict(self.eager))
 
     # ---- inside
 
@@ -203,7 +203,8 @@ class Graphs:
             except Exception as error:  # whatever a model's own code makes of it
                 self._refused[key] = reason = f"capturing it failed: {_line(error)}"
                 return reason
-            self.captured += 1
+            self.captured, self.largest = self.captured + 1, max(self.largest, graph.nbytes)
+        graph.begin_at(starts)
         return Replay(self, held, graph, layers, call)
 
     def _ready(self, layers: list[HashedLayer], starts: list[int], columns: int) -> str | None:
@@ -232,10 +233,10 @@ class Graphs:
             if number >= len(cache.layers):
                 return None
             layer = cache.layers[number]
-            if isinstance(layer, HashedLayer) and type(layer) not in (HashedLayer, HashedStaticLayer):
-                return f"layer {number} has a recurrent part, whose states are the host's"
-            if type(layer) not in (HashedLayer, HashedStaticLayer) or layer.kv is None or not served.attn:
+            if not isinstance(layer, HashedLayer) or layer.kv is None or served.attn is None:
                 return None
+            if type(layer) not in (HashedLayer, HashedStaticLayer):
+                return f"layer {number} has a recurrent part, whose states are the host's"
             if not caches.same_codes(layer.attn, served.attn):
                 return None
             layers.append(layer)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from hashattn.core.lasting import lasting
 from hashattn.engines.decoder import Decoder
@@ -93,6 +93,11 @@ class ModelGraph:
     state: ModelState
     taken: tuple[Taken, ...]
 
+    def begin_at(self, starts: list[int]) -> None:
+        """Let the rows begin at these columns, as those of the cache do."""
+        columns = torch.arange(self.seen.shape[1], device=self.seen.device)
+        torch.ge(columns, torch.tensor(starts, device=columns.device)[:, None], out=self.seen)
+
     def serves(self, layers: Sequence[HashedLayer], columns: int) -> bool:
         """Whether a step that fills so many columns is still the one that was captured."""
         still = columns <= self.limit and all(map(Taken.still, self.taken, layers))
@@ -129,11 +134,9 @@ def capture_step(stack: nn.Module, call: StepCall, layers: Sequence[HashedLayer]
 
 @lasting
 def _inputs(call: StepCall, layers: Sequence[HashedLayer]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """What a graph reads; a mask in four dimensions, which is taken as it is; and the columns that are seen."""
+    """What a graph reads; a mask in four dimensions, which is taken as it is; and columns to tell apart."""
     inputs = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in call.changing.items()}
-    kv, decoder, shape = layers[0].kv, layers[0].on_device.decoder, call.shape
-    assert kv is not None and decoder is not None and shape is not None
+    decoder, shape = layers[0].on_device.decoder, call.shape
+    assert decoder is not None and shape is not None
     mask = torch.ones(shape[0], 1, shape[1], 1, dtype=torch.bool, device=decoder.keys.device)
-    starts = torch.tensor(kv._starts, device=mask.device)
-    seen = torch.arange(decoder.room, device=mask.device) >= starts[:, None]
-    return inputs, mask, seen
+    return inputs, mask, mask.new_empty(shape[0], decoder.room)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import chain
-from operator import attrgetter, is_
+from operator import getitem, is_, itemgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hashattn.integrations.transformers.forward import Forward
 
 EVERYWHERE: list[Any] = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
+TRAINING = itemgetter("training")
 IDLE = "transformers.utils.output_capturing"  # hooks that do nothing unless more outputs are asked for
 
 
@@ -25,22 +26,29 @@ class ModelState:
     """
 
     def __init__(self, stack: nn.Module) -> None:
-        self._modules = [*stack.modules()]
-        self._attributes = [vars(module) for module in self._modules]
-        self._dicts = [held for m in self._modules for held in (m._modules, m._parameters, m._buffers)]
-        self._hooks = EVERYWHERE + [h for m in self._modules for h in (m._forward_pre_hooks, m._forward_hooks)]
-        self._held = [*chain.from_iterable(map(dict.values, self._dicts))]
+        modules = [*stack.modules()]
+        self._attributes = [vars(module) for module in modules]
+        dicts = [held for m in modules for held in (m._modules, m._parameters, m._buffers)]
+        hooks = [held for m in modules for held in (m._forward_pre_hooks, m._forward_hooks)]
+        self._sized = [*EVERYWHERE, *self._attributes, *dicts, *hooks]
+        places = [(held, name) for held in dicts for name in held]
+        self._dicts, self._names = [held for held, _ in places], [name for _, name in places]
+        self._parts = [*map(getitem, self._dicts, self._names)]
+        self._tensors = [x for x in self._parts if isinstance(x, Tensor)]
         self._seen = self._look()
 
     def same(self) -> bool:
-        """Whether the model is as it was."""
-        held = [*chain.from_iterable(map(dict.values, self._dicts))]
-        return len(held) == len(self._held) and all(map(is_, held, self._held)) and self._look() == self._seen
+        """Whether the model is as it was. Asked at every step: no loop of it is Python's."""
+        if self._look() != self._seen:
+            return False
+        try:
+            return all(map(is_, map(getitem, self._dicts, self._names), self._parts))
+        except KeyError:
+            return False
 
-    def _look(self) -> list[object]:
-        places = [x.data_ptr() for x in self._held if isinstance(x, Tensor)]
-        sizes = [*map(len, self._attributes), *map(len, self._hooks)]
-        return [places, sizes, [*map(attrgetter("training"), self._modules)]]
+    def _look(self) -> tuple[list[int], ...]:
+        places, modes = map(Tensor.data_ptr, self._tensors), map(TRAINING, self._attributes)
+        return [*map(len, self._sized)], [*places], [*modes]
 
 
 def why_not_capture(stack: nn.Module, ours: tuple[type, ...]) -> str | None:
