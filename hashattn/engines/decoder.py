@@ -214,6 +214,10 @@ class Decoder:
         if self.centre is not None:
             self.centre.copy_(cache.centre)  # encodes what was not
 
+    def holds(self, cache: KVCache) -> bool:
+        """Whether it is of this cache, whose keys are where they were."""
+        return self.cache is cache and self.keys.data_ptr() == cache.storage("keys").data_ptr()
+
     def fits(self, cache: KVCache) -> bool:
         """Whether it is of this cache, whose memory is where it was, and its encoder what it was."""
         encoder = self.parts.encoder

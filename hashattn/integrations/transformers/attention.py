@@ -38,7 +38,7 @@ def hashed_attention(
         return AttentionArguments(module, query, key, value, attention_mask, keywords).attend_as_the_model()
     if isinstance(call, HashedLayer):
         if call.recording:
-            AttentionArguments(module, query, key, value, attention_mask, keywords).check_recorded()
+            AttentionArguments(module, query, key, value, attention_mask, keywords).check_recorded(call.kv)
         return call.graph_step(query, key, value, keywords.get("scaling")).transpose(1, 2).contiguous(), None
     return call.attend(module, query, key, value, attention_mask, keywords)
 

@@ -56,6 +56,7 @@ class DeviceSteps:
         self.overflow: ValueError | None = None
         self._decoders: dict[bool, Decoder] = {}  # by whether they search
         self._counter: GraphCounter | None = None
+        self._known = 0  # columns of the cache, when it was last followed or let know
 
     @classmethod
     def like(cls, other: DeviceSteps) -> DeviceSteps:
@@ -112,7 +113,7 @@ class DeviceSteps:
                 decoder.prepare(heads, made.tokens)
         except ValueError as error:
             return TOO_SHORT_FOR_STEPS if kv.shortest < kv.warmup else str(error)
-        self.ready, self.decoder = True, decoder
+        self.ready, self.decoder, self._known = True, decoder, len(kv)
         self._counter = GraphCounter.of(decoder, made.number, heads, choice.why)
         made.counters.follow(layer, self._counter)
         return None
@@ -123,6 +124,11 @@ class DeviceSteps:
         assert self.decoder is not None and self.made is not None
         room, turns = self.decoder.room, self.made.choice.turns
         return room if turns is None else min(room, turns - 1 + min(self.decoder.cache._starts))
+
+    def untouched(self, kv: KVCache, filled: int) -> bool:
+        """Whether nobody has changed the cache since, which holds so many columns with those that were led."""
+        known = self.ready and self.decoder is not None and self._known == len(kv) == filled - self.led
+        return known and self.decoder is not None and self.decoder.holds(kv)
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Append keys and values [B, Hkv, T, D] and attend with queries [B, Hq, T, D]: [B, Hq, T, D]."""
@@ -146,7 +152,7 @@ class DeviceSteps:
             self.decoder.finish(length)
         except ValueError as error:
             self.overflow = error
-        self.led = 0
+        self.led, self._known = 0, len(kv)
 
     def take_back(self, layer: object, kv: KVCache) -> None:
         """Leave out what a replay appended that was broken off, before it was led."""

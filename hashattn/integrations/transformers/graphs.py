@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import is_
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import Cache
 
 from hashattn.core.guard import Guard
 from hashattn.integrations.attached.graph_capture import CAPTURES, CannotCapture
+from hashattn.integrations.attached.layers import ServedLayer
 from hashattn.integrations.attached.options import ALWAYS
 from hashattn.integrations.attached.passes import Pass
 from hashattn.integrations.attached.report import GraphUse
@@ -32,11 +34,15 @@ class CacheGraphs:
     """The graphs of one cache.
 
     Attributes:
-        by_call: what they serve.
+        layers: of the cache, those that are served.
+        served: by what.
+        by_call: what the graphs serve.
         refused: why some calls have none, for want of memory.
         sure: whether the last replay came to its end, so that the host knows what was appended.
     """
 
+    layers: list[HashedLayer]
+    served: Mapping[int, ServedLayer]
     by_call: dict[Any, ModelGraph] = field(default_factory=dict)
     refused: dict[Any, str] = field(default_factory=dict)
     sure: bool = True
@@ -144,21 +150,24 @@ class Graphs:
         if call.shape is None or not isinstance(call.cache, Cache) or call.shape[1] > self.forward.options.max_sparse_q:
             return False
         config, first = getattr(stack, "config", None), min(self.q_heads)
-        layers = caches.layers_of(call.cache)
+        layers, device = caches.layers_of(call.cache), next(iter(call.changing.values())).device
+        if self.forward.device not in (None, device):  # it was moved, and parts have to follow
+            return False
         filled = first < len(layers) and caches.filled_columns(layers[first]) > 0
         return filled and getattr(config, "_attn_implementation_internal", NAME) == NAME
 
     def _replay(self, stack: nn.Module, call: StepCall) -> Replay | str | None:
         """A replay; why there is none; or None where an eager call has to come first."""
-        reason = self.refusal or call.why_not(getattr(stack, "config", None)) or self._why_not_depth(stack)
-        layers = reason or self._layers(call.cache)
-        if not isinstance(layers, list):
-            return layers
+        config = getattr(stack, "config", None)
+        reason = self.refusal or call.why_not(config) or self._why_not_depth(config)
+        held = reason or self._of(call.cache)
+        if not isinstance(held, CacheGraphs):
+            return held
+        layers, filled = held.layers, held.layers[0].filled
         assert call.shape is not None and layers[0].kv is not None
-        filled, (batch, tokens) = layers[0].filled, call.shape
-        if batch != layers[0].kv.batch or any(layer.filled != filled for layer in layers):
-            return None  # which is refused, or broken off
-        columns, held = filled + tokens, self._caches.setdefault(call.cache, CacheGraphs())
+        (batch, tokens), starts = call.shape, layers[0].kv._starts
+        if batch != layers[0].kv.batch:
+            return None  # which is refused
         if not held.sure:
             held.sure = True
             for layer in layers:
@@ -167,30 +176,32 @@ class Graphs:
         if isinstance(settled, str):
             return settled
         graph = held.by_call.get(settled.key)
-        serves = graph is not None and graph.serves(layers, columns)
-        if graph is not None and serves and settled.masked_as(graph.seen, layers[0].kv._starts, columns):
+        serves = graph is not None and graph.serves(layers, filled, tokens)
+        if graph is not None and serves and settled.masked_as(graph.seen, starts, filled + tokens):
             return Replay(self, held, graph, layers, settled)
-        return self._make(stack, settled, layers, held, columns)
+        if any(layer.filled != filled for layer in layers):
+            return "the layers of its cache hold different numbers of columns"
+        return self._make(stack, settled, held, filled, tokens)
 
     def _make(
-        self, stack: nn.Module, call: StepCall, layers: list[HashedLayer], held: CacheGraphs, columns: int
+        self, stack: nn.Module, call: StepCall, held: CacheGraphs, filled: int, tokens: int
     ) -> Replay | str | None:
         """Capture a step, or find the one that serves once the layers are ready for it."""
-        key, device = call.key, next(iter(call.changing.values())).device
+        key, device, layers = call.key, next(iter(call.changing.values())).device, held.layers
         reason = why_not_capture(stack, self.ours) or self._refused.get(key) or held.refused.get(key)
         if reason is None and device.type not in CAPTURES:
             reason = f"the model is on {device.type}, where there are no graphs"
         if reason is not None:
             return reason
-        starts, reason = call.rows(columns)
-        reason = reason or self._ready(layers, starts, columns)
+        starts, reason = call.rows(filled + tokens)
+        reason = reason or self._ready(layers, starts, tokens)
         if reason is not None:
             return reason
-        if columns > min(layer.on_device.limit for layer in layers):
+        if filled + tokens > min(layer.on_device.limit for layer in layers):
             return None  # an eager call makes room, or says that there is none
         graph = held.by_call.get(key)
-        if graph is None or not graph.serves(layers, columns):
-            del graph
+        if graph is None or not graph.serves(layers, filled, tokens):
+            graph = None
             held.by_call.pop(key, None)  # before there is another
             try:
                 graph = held.by_call[key] = capture_step(stack, call, layers)
@@ -207,8 +218,8 @@ class Graphs:
         graph.begin_at(starts)
         return Replay(self, held, graph, layers, call)
 
-    def _ready(self, layers: list[HashedLayer], starts: list[int], columns: int) -> str | None:
-        """Make the layers ready for a step up to so many columns; returns why they cannot be."""
+    def _ready(self, layers: list[HashedLayer], starts: list[int], tokens: int) -> str | None:
+        """Make the layers ready for steps of so many tokens; returns why they cannot be."""
         for number, layer in zip(self.q_heads, layers, strict=True):
             served, kv = self.forward.served[number], layer.kv
             assert served.attn is not None and kv is not None
@@ -216,12 +227,24 @@ class Graphs:
                 layer.release()
                 set_starts(kv, starts)
             layer.attn = served.attn
-            reason = layer.serve_graphs(
-                served, number, self.q_heads[number], self.forward.counters, columns - layer.filled
-            )
+            heads = self.q_heads[number]
+            reason = layer.serve_graphs(served, number, heads, self.forward.counters, tokens)
             if reason is not None:
                 return f"layer {number}: {reason}"
         return None
+
+    def _of(self, cache: Cache) -> CacheGraphs | str | None:
+        """What is kept of a cache, whose layers are those that were seen; see :meth:`_layers`."""
+        held = self._caches.get(cache)
+        if held is not None and held.served is self.forward.served:
+            found = map(cache.layers.__getitem__, self.q_heads)
+            if len(cache.layers) > max(self.q_heads) and all(map(is_, held.layers, found)):
+                return held
+        layers = self._layers(cache)
+        if not isinstance(layers, list):
+            return layers
+        held = self._caches[cache] = CacheGraphs(layers, self.forward.served)
+        return held
 
     def _layers(self, cache: Cache) -> list[HashedLayer] | str | None:
         """The cache's layers that are served; why they cannot be; None if an eager call has to take them over first."""
@@ -242,8 +265,8 @@ class Graphs:
             layers.append(layer)
         return layers
 
-    def _why_not_depth(self, stack: nn.Module) -> str | None:
-        depth = getattr(getattr(stack, "config", None), "num_hidden_layers", None)
+    def _why_not_depth(self, config: Any) -> str | None:
+        depth = getattr(config, "num_hidden_layers", None)
         short = isinstance(depth, int) and depth <= max(self.q_heads)
         return f"only {depth} of its layers run" if short else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -65,11 +66,12 @@ class Taken:
         assert decoder is not None
         return cls(weakref.ref(decoder), decoder.parts)
 
-    def still(self, layer: HashedLayer) -> bool:
-        """Whether it still does, from the same memory."""
-        decoder, kv = layer.on_device.decoder, layer.kv
-        same = layer.ready and decoder is not None and decoder is self.decoder() and decoder.parts is self.parts
-        return same and kv is not None and decoder is not None and decoder.fits(kv)
+    def still(self, layer: HashedLayer, filled: int) -> bool:
+        """Whether it still does, of a layer that holds so many columns."""
+        steps, kv = layer.on_device, layer.kv
+        decoder = steps.decoder
+        same = decoder is not None and decoder is self.decoder() and decoder.parts is self.parts
+        return same and kv is not None and steps.untouched(kv, filled)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +100,9 @@ class ModelGraph:
         columns = torch.arange(self.seen.shape[1], device=self.seen.device)
         torch.ge(columns, torch.tensor(starts, device=columns.device)[:, None], out=self.seen)
 
-    def serves(self, layers: Sequence[HashedLayer], columns: int) -> bool:
-        """Whether a step that fills so many columns is still the one that was captured."""
-        still = columns <= self.limit and all(map(Taken.still, self.taken, layers))
+    def serves(self, layers: Sequence[HashedLayer], filled: int, tokens: int) -> bool:
+        """Whether a step of so many tokens, to so many columns, is still the one that was captured."""
+        still = filled + tokens <= self.limit and all(map(Taken.still, self.taken, layers, repeat(filled)))
         return still and self.state.same()
 
 
