@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from hashattn.integrations.attached.passes import Pass
 from hashattn.integrations.transformers import detach
 from tests.integrations.models import CACHE, LENGTH, TENTH, TIERS, cache_of, check_codes, forward, make, prompt, write
 from tests.integrations.recorder import graphs_anywhere
@@ -185,23 +186,26 @@ def test_threads_have_graphs_of_their_own_and_share_none(model):
         assert handle.report().graph.captured == 3 and handle.report().graph.replayed == 33
         cache = DynamicCache(config=model.config)
         forward(model, texts[0]["input_ids"], cache)
-        passes, errors = next(iter(model.model._forward_pre_hooks.values())).__self__.forward.passes, []
-        with torch.no_grad():
-            from hashattn.integrations.attached.passes import Pass
-
-            passes.open(one := Pass({}))
-            passes.claim(one, cache, None)
-
-            def clash():
-                try:
-                    forward(model, torch.tensor([[5]]), cache)
-                except RuntimeError as error:
-                    errors.append(str(error))
-
-            thread = threading.Thread(target=clash)
+        for times in (1, 2):  # a thread that takes a cache over captures a graph of its own
+            thread = threading.Thread(target=forward, args=(model, torch.tensor([[5]]), cache))
             thread.start()
             thread.join()
-            passes.close()
+            forward(model, torch.tensor([[5]]), cache)
+            assert handle.report().graph.captured == 3 + 2 * times
+        passes, errors = next(iter(model.model._forward_pre_hooks.values())).__self__.forward.passes, []
+        passes.open(one := Pass({}))
+        passes.claim(one, cache, None)
+
+        def clash():
+            try:
+                forward(model, torch.tensor([[5]]), cache)
+            except RuntimeError as error:
+                errors.append(str(error))
+
+        thread = threading.Thread(target=clash)
+        thread.start()
+        thread.join()
+        passes.close()
         assert "this cache is in use" in errors[0]
         assert torch.isfinite(forward(model, torch.tensor([[5]]), cache)).all()
 

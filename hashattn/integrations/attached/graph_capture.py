@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +72,7 @@ def capture_on_cuda(step: Callable[[], Any], device: torch.device) -> Captured:
         RuntimeError: what else CUDA refuses, or no memory.
     """
     with torch.cuda.device(device):
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream, current = _side_stream(device, threading.get_ident()), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream), Rehearsal():
             step()
@@ -82,6 +84,12 @@ def capture_on_cuda(step: Callable[[], Any], device: torch.device) -> Captured:
         segments = torch.cuda.memory_snapshot()
     nbytes = sum(s["total_size"] for s in segments if tuple(s.get("segment_pool_id", ())) == own)
     return Captured(graph.replay, output, nbytes)
+
+
+@functools.cache
+def _side_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """One for all captures of a thread: cuBLAS keeps a workspace for each that it sees."""
+    return torch.cuda.Stream(device)
 
 
 CAPTURES: dict[str, Capture] = {"cuda": capture_on_cuda}  # by kind of device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,6 +85,7 @@ class ModelGraph:
         seen: bool [B, room], columns that are no padding.
         limit: columns up to which it serves.
         nbytes: memory of its own.
+        thread: that captured it, and alone replays it: what cuBLAS works in is shared by the graphs of a thread.
     """
 
     replay: Callable[[], object]
@@ -94,6 +96,7 @@ class ModelGraph:
     nbytes: int
     state: ModelState
     taken: tuple[Taken, ...]
+    thread: int
 
     def begin_at(self, starts: list[int]) -> None:
         """Let the rows begin at these columns, as those of the cache do."""
@@ -102,7 +105,8 @@ class ModelGraph:
 
     def serves(self, layers: Sequence[HashedLayer], filled: int, tokens: int) -> bool:
         """Whether a step of so many tokens, to so many columns, is still the one that was captured."""
-        still = filled + tokens <= self.limit and all(map(Taken.still, self.taken, layers, repeat(filled)))
+        mine = self.thread == threading.get_ident()
+        still = mine and filled + tokens <= self.limit and all(map(Taken.still, self.taken, layers, repeat(filled)))
         return still and self.state.same()
 
 
@@ -131,7 +135,7 @@ def capture_step(stack: nn.Module, call: StepCall, layers: Sequence[HashedLayer]
     limit = min(layer.on_device.limit for layer in layers)
     nbytes = captured.nbytes + sum(x.numel() * x.element_size() for x in (*inputs.values(), mask, seen))
     taken = tuple(map(Taken.of, layers))
-    return ModelGraph(captured.replay, outputs, inputs, seen, limit, nbytes, state, taken)
+    return ModelGraph(captured.replay, outputs, inputs, seen, limit, nbytes, state, taken, threading.get_ident())
 
 
 @lasting
