@@ -55,6 +55,8 @@ class Decoder:
         device, encoder = cache.keys.device, parts.encoder
         self.parts, self.cache = parts, cache
         self.keys, self.values = cache.storage("keys").detach(), cache.storage("values").detach()
+        if cache.capacity is None:  # memory that nobody has written: a huge number would be as bad as NaN
+            self.keys[:, :, len(cache) :], self.values[:, :, len(cache) :] = 0, 0
         self.starts = cache.on_device.starts(cache._starts, device)
         self.length = torch.empty(1, dtype=torch.int32, device=device)
         self.found = torch.zeros(1, dtype=torch.int64, device=device)

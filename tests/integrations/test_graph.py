@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from hashattn.engines.decoder import Decoder
 from hashattn.integrations.attached.passes import Pass
 from hashattn.integrations.transformers import detach
 from tests.integrations.models import CACHE, LENGTH, TENTH, TIERS, cache_of, check_codes, forward, make, prompt, write
@@ -97,6 +98,27 @@ def test_memory_that_is_outgrown_is_captured_anew(model):
     expected, found, report = both(model, lambda: write(model, prompt(), max_new_tokens=150, **OPTIONS))
     assert torch.equal(found, expected)  # room for 64 more tokens, twice
     assert report.graph.captured == 3 and report.graph.replayed == 149 - 2 and not report.graph.eager
+
+
+@pytest.mark.parametrize("searches", [True, False])
+def test_steps_without_a_capacity_read_nothing_that_was_not_written(searches):
+    attn = FUSED if searches else FUSED.replace(engine="dense")
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 6, 1, 64), torch.randn(1, 2, 91, 64), torch.randn(1, 2, 91, 64)
+    cache = attn.new_cache(1, 2, 64)
+    cache.append(k[:, :, :90], v[:, :, :90])
+    for held in cache.allocated:
+        held[:, :, 90:] = torch.finfo(torch.float32).max
+    cache.encode()
+    with pytest.raises(ValueError, match="cache must have a capacity"):
+        Decoder(attn.parts, cache, searches=searches)
+    decoder = Decoder(attn.parts, cache, searches=searches, led=True)
+    decoder.prepare(6)
+    found = decoder.step(q, k[:, :, 90:], v[:, :, 90:], 0.125)
+    assert decoder.room >= 91 and len(decoder.finish(91)) == 91 and decoder.fits(cache)
+    assert torch.allclose(found, attn.run(q, cache, scale=0.125)[0].out, atol=1e-5)
+    cache.append(k, v)
+    assert not decoder.fits(cache) and not decoder.holds(cache)  # its memory has moved
 
 
 def test_second_turns_and_crops_go_on_in_the_same_graph(model):

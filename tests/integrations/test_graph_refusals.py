@@ -14,6 +14,7 @@ from hashattn.engines.gpu import Gpu
 from hashattn.integrations.attached import graph_capture
 from tests.integrations.models import CACHE, LENGTH, TENTH, forward, make, prompt, write
 from tests.integrations.recorder import graphs_anywhere, record
+from tests.integrations.tiny import build
 
 __all__ = ["graphs_anywhere"]
 pytestmark = pytest.mark.usefixtures("graphs_anywhere")
@@ -76,6 +77,11 @@ def test_engines_that_need_the_host(model):
 
 def test_models_that_need_the_host():
     refused(make("gemma3", head_dim=64), "layer 0 keeps the model's own cache (sliding attention)")
+    dense = TENTH.replace(engine="dense")
+    refused(build("bamba"), "layer 0 keeps states of its own in the cache, a LinearAttentionLayer", dense)
+    refused(build("falcon_h1"), "layer 0 has a recurrent part", dense)
+    refused(build("mbart"), "a MBartDecoder, is not given positions", dense)
+    refused(build("bert"), "a BertEncoder, is not given positions", dense)
 
 
 def test_devices_without_graphs(model, monkeypatch):

@@ -249,6 +249,8 @@ class Graphs:
     def _layers(self, cache: Cache) -> list[HashedLayer] | str | None:
         """The cache's layers that are served; why they cannot be; None if an eager call has to take them over first."""
         layers: list[HashedLayer] = []
+        if other := [i for i in range(len(cache.layers)) if i not in self.q_heads]:
+            return f"layer {other[0]} keeps states of its own in the cache, a {type(cache.layers[other[0]]).__name__}"
         for number in self.q_heads:
             reason, served = caches.why_not_cache(cache, number), self.forward.served[number]
             if reason is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hashattn.integrations.attached.mask import Rows, read_mask, read_padding
 
-TOKENS, POSITIONS = ("input_ids", "inputs_embeds"), "position_ids"
+TOKENS, POSITIONS = ("input_ids", "inputs_embeds", "hidden_states"), "position_ids"
 CHANGING = (*TOKENS, POSITIONS, "cache_position")  # tensors of the same shape in every step
 WIDER = ("output_attentions", "output_hidden_states", "output_router_logits")  # outputs that a graph does not keep
 PLAIN = (bool, int, float, str)
