@@ -10,6 +10,7 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 from transformers.models.llama import modeling_llama
 
+from hashattn.integrations.attached import graph_capture
 from tests.integrations.models import LENGTH, TENTH, TIERS, forward, make, prompt, write
 
 pytestmark = pytest.mark.gpu
@@ -135,6 +136,26 @@ def test_a_model_that_waits_for_the_device_leaves_random_numbers_alone(model, mo
         assert handle.report().graph.eager == {"a step of it waits for the device (aten::_local_scalar_dense)": 2}
         torch.rand(3, device="cuda")
         write(model, text(), do_sample=True, **OPTIONS)
+
+
+def test_a_capture_that_fails_leaves_random_numbers_alone(model, monkeypatch):
+    plain = modeling_llama.LlamaMLP.forward
+    monkeypatch.setattr(graph_capture, "WAITING", frozenset())  # as if the rehearsal had not seen it
+    with FUSED.attach(model, graph="auto") as handle:
+        cache = filled(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                modeling_llama.LlamaMLP, "forward", lambda self, x: plain(self, x) if float(x.sum()) < 1e9 else x
+            )
+            first = steps(model, cache, [5, 6])
+        (reason,) = handle.report().graph.eager
+        assert reason.startswith("capturing it failed") and torch.isfinite(first).all()
+        torch.rand(3, device="cuda")
+        write(model, text(), do_sample=True, **OPTIONS)
+        assert handle.report().graph.captured == 0
+    with FUSED.attach(model, graph="always") as handle:
+        write(model, text(), do_sample=True, **OPTIONS)
+        assert handle.report().graph.replayed == 11
 
 
 def test_weights_that_change_between_steps(model):

@@ -216,6 +216,12 @@ def test_a_model_that_looks_at_values(model, monkeypatch):
     refused(model, "a step of it waits for the device (aten::_local_scalar_dense)")
 
 
+def test_a_model_that_picks_by_a_mask(model, monkeypatch):
+    plain = modeling_llama.LlamaMLP.forward
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: plain(self, x[x.isfinite()].view(x.shape)))
+    refused(model, "a step of it waits for the device (aten::index)")
+
+
 def test_a_model_that_asks_the_host_for_the_length(model, monkeypatch):
     plain = modeling_llama.LlamaAttention.forward
 

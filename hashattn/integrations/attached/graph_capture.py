@@ -47,7 +47,9 @@ class Rehearsal(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._overloadpacket.__name__
-        if name in WAITING or (name in ("_to_copy", "copy_") and _crosses(args, kwargs)):
+        made = name == "lift_fresh" and args[0].device.type != "cpu"  # of numbers, on the host
+        copied, picked = name in COPYING and _crosses(args, kwargs), name in PICKING and _by_mask(args)
+        if name in WAITING or made or copied or picked:
             raise CannotCapture(f"a step of it waits for the device (aten::{name})")
         return func(*args, **kwargs)
 
@@ -55,6 +57,8 @@ class Rehearsal(TorchDispatchMode):
 WAITING = frozenset(
     ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount")
 )
+COPYING = frozenset(("_to_copy", "copy_"))
+PICKING = frozenset(("index", "index_put", "index_put_", "repeat_interleave"))
 
 
 def _crosses(args: Any, kwargs: Any) -> bool:
@@ -62,6 +66,13 @@ def _crosses(args: Any, kwargs: Any) -> bool:
     to = kwargs.get("device")
     kinds = {x.device.type for x in args if isinstance(x, Tensor)} | ({torch.device(to).type} if to else set())
     return len(kinds - {"meta"}) > 1
+
+
+def _by_mask(args: Any) -> bool:
+    """Whether the shape of what is picked depends on values: those of a mask, or of counts."""
+    picked = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else args[:1]
+    masks = [x for x in picked if isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8)]
+    return bool(masks) or len(args) == 1
 
 
 def capture_on_cuda(step: Callable[[], Any], device: torch.device) -> Captured:
@@ -78,12 +89,23 @@ def capture_on_cuda(step: Callable[[], Any], device: torch.device) -> Captured:
             step()
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            output = step()
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                output = step()
+        except RuntimeError:
+            _recover()
+            raise
         own = tuple(graph.pool())
         segments = torch.cuda.memory_snapshot()
     nbytes = sum(s["total_size"] for s in segments if tuple(s.get("segment_pool_id", ())) == own)
     return Captured(graph.replay, output, nbytes)
+
+
+def _recover() -> None:
+    """Take the device's random numbers out of the hands of a capture that failed, by one that does not."""
+    _side_stream.cache_clear()  # whose memory it may still have begun to keep
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+        torch.zeros(1, device="cuda")
 
 
 @functools.cache

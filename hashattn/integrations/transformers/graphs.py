@@ -212,8 +212,10 @@ class Graphs:
                 self._refused[key] = str(error)
                 return str(error)
             except Exception as error:  # whatever a model's own code makes of it
-                self._refused[key] = reason = f"capturing it failed: {_line(error)}"
-                return reason
+                self.refusal = (
+                    f"capturing it failed: {_line(error)}"  # not to be tried again: it leaves a device uneasy
+                )
+                return self.refusal
             self.captured, self.largest = self.captured + 1, max(self.largest, graph.nbytes)
         graph.begin_at(starts)
         return Replay(self, held, graph, layers, call)
