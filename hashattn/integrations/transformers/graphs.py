@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from operator import is_
 from typing import Any
 
@@ -15,7 +14,6 @@ from transformers import Cache
 
 from hashattn.core.guard import Guard
 from hashattn.integrations.attached.graph_capture import CAPTURES, CannotCapture
-from hashattn.integrations.attached.layers import ServedLayer
 from hashattn.integrations.attached.options import ALWAYS
 from hashattn.integrations.attached.passes import Pass
 from hashattn.integrations.attached.report import GraphUse
@@ -23,55 +21,11 @@ from hashattn.integrations.transformers import caches
 from hashattn.integrations.transformers.attention import NAME, set_starts
 from hashattn.integrations.transformers.cache_layer import HashedLayer
 from hashattn.integrations.transformers.forward import Forward
-from hashattn.integrations.transformers.model_graph import ModelGraph, capture_step
+from hashattn.integrations.transformers.model_graph import capture_step
 from hashattn.integrations.transformers.model_state import why_not_capture
+from hashattn.integrations.transformers.replay import CacheGraphs, GraphCounts, Replay
 from hashattn.integrations.transformers.static_layer import HashedStaticLayer
 from hashattn.integrations.transformers.step_call import POSITIONS, StepCall
-
-
-@dataclass(eq=False)
-class CacheGraphs:
-    """The graphs of one cache.
-
-    Attributes:
-        layers: of the cache, those that are served.
-        served: by what.
-        by_call: what the graphs serve.
-        refused: why some calls have none, for want of memory.
-        sure: whether the last replay came to its end, so that the host knows what was appended.
-    """
-
-    layers: list[HashedLayer]
-    served: Mapping[int, ServedLayer]
-    by_call: dict[Any, ModelGraph] = field(default_factory=dict)
-    refused: dict[Any, str] = field(default_factory=dict)
-    sure: bool = True
-
-
-@dataclass(eq=False)
-class Replay:
-    """One replay that is to be."""
-
-    graphs: Graphs
-    held: CacheGraphs
-    graph: ModelGraph
-    layers: Sequence[HashedLayer]
-    call: StepCall
-
-    def __call__(self) -> Any:
-        """Run it; returns what the module would."""
-        assert self.call.shape is not None
-        tokens = self.call.shape[1]
-        for name, x in self.graph.inputs.items():
-            x.copy_(self.call.changing[name], non_blocking=True)
-        self.held.sure = False
-        self.graph.replay()
-        for layer in self.layers:
-            assert layer.kv is not None
-            layer.on_device.lead(layer.kv, tokens)
-        self.held.sure = True
-        self.graphs.replayed += 1
-        return self.graph.outputs.given(self.call.cache)
 
 
 class Graphs:
@@ -92,8 +46,7 @@ class Graphs:
         self.forward, self.q_heads, self.places, self.names = forward, q_heads, dict(places), names
         self.refusal, self.ours = refusal, ours
         self.guard = Guard()
-        self.replayed, self.captured, self.largest = 0, 0, 0
-        self.eager: Counter[str] = Counter()
+        self.counts = GraphCounts()
         self._refused: dict[Any, str] = {}
         self._caches: weakref.WeakKeyDictionary[Cache, CacheGraphs] = weakref.WeakKeyDictionary()
 
@@ -120,7 +73,7 @@ class Graphs:
             return found
         if found is not None:
             with self.guard:
-                self.eager[found] += 1
+                self.counts.eager[found] += 1
             if self.forward.options.graph == ALWAYS:
                 raise ValueError(f'graph="{ALWAYS}", but this call cannot be replayed from a graph: {found}')
         passes.close()
@@ -135,13 +88,14 @@ class Graphs:
     def reset(self) -> None:
         """Count anew."""
         with self.guard:
-            self.replayed, self.captured, self.largest, self.eager = 0, 0, 0, Counter()
+            self.counts = GraphCounts()
 
     def use(self) -> GraphUse:
         """What they were used for, and the memory that they take."""
         with self.guard:
             nbytes = sum(graph.nbytes for held in self._caches.values() for graph in held.by_call.values())
-            return GraphUse(self.replayed, self.captured, nbytes, self.largest, dict(self.eager))
+            counts = self.counts
+            return GraphUse(counts.replayed, counts.captured, nbytes, counts.largest, dict(counts.eager))
 
     # ---- inside
 
@@ -178,7 +132,7 @@ class Graphs:
         graph = held.by_call.get(settled.key)
         serves = graph is not None and graph.serves(layers, filled, tokens)
         if graph is not None and serves and settled.masked_as(graph.seen, starts, filled + tokens):
-            return Replay(self, held, graph, layers, settled)
+            return Replay(self.counts, held, graph, layers, settled)
         if any(layer.filled != filled for layer in layers):
             return "the layers of its cache hold different numbers of columns"
         return self._make(stack, settled, held, filled, tokens)
@@ -212,13 +166,12 @@ class Graphs:
                 self._refused[key] = str(error)
                 return str(error)
             except Exception as error:  # whatever a model's own code makes of it
-                self.refusal = (
-                    f"capturing it failed: {_line(error)}"  # not to be tried again: it leaves a device uneasy
-                )
-                return self.refusal
-            self.captured, self.largest = self.captured + 1, max(self.largest, graph.nbytes)
+                self.refusal = reason = f"capturing it failed: {_line(error)}"  # of the whole model: not tried again
+                return reason
+            self.counts.captured += 1
+            self.counts.largest = max(self.counts.largest, graph.nbytes)
         graph.begin_at(starts)
-        return Replay(self, held, graph, layers, call)
+        return Replay(self.counts, held, graph, layers, call)
 
     def _ready(self, layers: list[HashedLayer], starts: list[int], tokens: int) -> str | None:
         """Make the layers ready for steps of so many tokens; returns why they cannot be."""
