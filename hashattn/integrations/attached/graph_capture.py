@@ -20,7 +20,7 @@ class Captured:
     Attributes:
         replay: runs it again, over what its inputs now hold.
         output: what the step returned; a replay writes over its tensors.
-        nbytes: memory that it keeps for itself.
+        nbytes: memory that it keeps for itself, as far as that is known.
     """
 
     replay: Callable[[], object]
@@ -95,10 +95,15 @@ def capture_on_cuda(step: Callable[[], Any], device: torch.device) -> Captured:
         except RuntimeError:
             _recover()
             raise
-        own = tuple(graph.pool())
-        segments = torch.cuda.memory_snapshot()
-    nbytes = sum(s["total_size"] for s in segments if tuple(s.get("segment_pool_id", ())) == own)
-    return Captured(graph.replay, output, nbytes)
+    return Captured(graph.replay, output, _pool_nbytes(graph))
+
+
+def _pool_nbytes(graph: torch.cuda.CUDAGraph) -> int:
+    """Memory of a graph's own; 0 where another allocator than PyTorch's is used, which cannot be asked."""
+    if torch.cuda.get_allocator_backend() != "native":
+        return 0
+    own, segments = tuple(graph.pool()), torch.cuda.memory_snapshot()
+    return sum(int(s["total_size"]) for s in segments if tuple(s["segment_pool_id"]) == own)
 
 
 def _recover() -> None:

@@ -112,7 +112,9 @@ class Graphs:
 
     def _replay(self, stack: nn.Module, call: StepCall) -> Replay | str | None:
         """A replay; why there is none; or None where an eager call has to come first."""
-        config = getattr(stack, "config", None)
+        config, device = getattr(stack, "config", None), next(iter(call.changing.values())).device
+        if device.type not in CAPTURES:
+            return f"the model is on {device.type}, where there are no graphs"
         reason = self.refusal or call.why_not(config) or self._why_not_depth(config)
         held = reason or self._of(call.cache)
         if not isinstance(held, CacheGraphs):
@@ -141,10 +143,8 @@ class Graphs:
         self, stack: nn.Module, call: StepCall, held: CacheGraphs, filled: int, tokens: int
     ) -> Replay | str | None:
         """Capture a step, or find the one that serves once the layers are ready for it."""
-        key, device, layers = call.key, next(iter(call.changing.values())).device, held.layers
+        key, layers = call.key, held.layers
         reason = why_not_capture(stack, self.ours) or self._refused.get(key) or held.refused.get(key)
-        if reason is None and device.type not in CAPTURES:
-            reason = f"the model is on {device.type}, where there are no graphs"
         if reason is not None:
             return reason
         starts, reason = call.rows(filled + tokens)
