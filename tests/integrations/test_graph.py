@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache
 from hashattn.engines.decoder import Decoder
 from hashattn.integrations.attached.passes import Pass
 from hashattn.integrations.transformers import detach
+from tests.integrations import tiny
 from tests.integrations.models import CACHE, LENGTH, TENTH, TIERS, cache_of, check_codes, forward, make, prompt, write
 from tests.integrations.recorder import graphs_anywhere
 
@@ -77,6 +78,16 @@ def test_other_models_and_tiers(name):
     model, attn = small(name), FUSED.replace(selector=TIERS.selector, attend=TIERS.attend, dense_layers=())
     expected, found, report = both(model, lambda: write(model, prompt(), **OPTIONS), attn)
     assert torch.equal(found, expected) and report.graph.replayed == 11
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "gptj", "mixtral", "qwen3_moe"])
+def test_models_with_other_positions_and_experts(kind):
+    model = tiny.build(kind)
+    ways = [(rows, static) for rows in (1, 2) for static in (False, True)]
+    expected, found, report = both(
+        model, lambda: [tiny.write(model, *way) for way in ways], FUSED.replace(engine="dense")
+    )
+    assert all(map(torch.equal, found, expected)) and report.graph.replayed == 4 * (tiny.NEW - 1)
 
 
 def test_counts_are_those_of_eager_steps(model):

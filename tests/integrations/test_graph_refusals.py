@@ -43,8 +43,10 @@ def refused(model, reason, attn=FUSED, run=step, **options):
         assert (report.graph.replayed, report.graph.captured) == (0, 0)
         assert len(report.graph.eager) == 1 and reason in next(iter(report.graph.eager)), report.graph.eager
         assert reason in str(report)
-    with attn.attach(model, graph="always", **options), pytest.raises(ValueError, match='graph="always"') as error:
-        run(model)
+    with attn.attach(model, graph="always", **options) as handle:
+        with pytest.raises(ValueError, match='graph="always"') as error:
+            run(model)
+        assert handle._hooks.forward.passes.current() is None
     assert reason in str(error.value)
 
 
