@@ -96,7 +96,7 @@ class TokenBuffer:
         self._newest = None
         if self._data is not None:
             filled = self.view.index_select(0, rows)
-            if self.capacity is not None and len(rows) == self._data.shape[0]:  # a graph may write there
+            if len(rows) == self._data.shape[0]:  # a graph may write there
                 self.view.copy_(filled)
                 return
             data = self._allocate(filled, filled.shape[0], self._data.shape[2])

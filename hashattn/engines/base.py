@@ -23,6 +23,7 @@ class Request:
     Attributes:
         tokens: queries of a row.
         threads: that a CPU's step may take; None for as many as torch uses.
+        captured: whether it is replayed from a graph, so that it costs the host nothing.
     """
 
     device: torch.device
@@ -33,6 +34,7 @@ class Request:
     head_dim: int
     tokens: int = 1
     threads: int | None = None
+    captured: bool = False
 
     @classmethod
     def of(cls, q: Tensor, cache: KVCache) -> Request:

@@ -35,6 +35,8 @@ class Decoder:
         parts: of a composition that engine="gpu" serves, if its steps search.
         searches: whether they do; otherwise they attend densely.
         cache: made by it with a capacity, filled, beyond the warm-up of its centring if it is searched.
+        led: the host leads the steps, so that the cache needs no capacity: it sees to the room before each step, tells
+            :meth:`finish` how many there were, and takes another decoder once the cache's memory has moved.
 
     Attributes:
         length: int32 [1], filled columns.
@@ -45,15 +47,17 @@ class Decoder:
     """
 
     @lasting
-    def __init__(self, parts: Parts, cache: KVCache, *, searches: bool = True) -> None:
+    def __init__(self, parts: Parts, cache: KVCache, *, searches: bool = True, led: bool = False) -> None:
         parts.check_cache(cache)
-        if cache.capacity is None:
+        if cache.capacity is None and not led:
             raise ValueError("cache must have a capacity, which a graph cannot change: new_cache(..., capacity=...)")
         self.dense, self.engine = not searches, Gpu() if searches else Dense()
         self._check_filled(cache)
         device, encoder = cache.keys.device, parts.encoder
         self.parts, self.cache = parts, cache
         self.keys, self.values = cache.storage("keys").detach(), cache.storage("values").detach()
+        if cache.capacity is None:  # memory that nobody has written: a huge number would be as bad as NaN
+            self.keys[:, :, len(cache) :], self.values[:, :, len(cache) :] = 0, 0
         self.starts = cache.on_device.starts(cache._starts, device)
         self.length = torch.empty(1, dtype=torch.int32, device=device)
         self.found = torch.zeros(1, dtype=torch.int64, device=device)
@@ -68,6 +72,7 @@ class Decoder:
         self._prepared: dict[tuple[int, int], Prepared] = {}
         self._encode: dict[tuple[int, int], Encode] = {}
         self.follow()
+        self._memory = self._places()
         of_maps = [x for by in self.maps or () for x in by.tensors]
         held = self.keys, self.values, self.starts, self.length, self.found, self.centre
         for tensor in (*held, *of_maps):
@@ -124,6 +129,16 @@ class Decoder:
             self._encode[q_heads, tokens] = Encode(newest)
         self._prepared[q_heads, tokens] = prepared
 
+    def revise(self, parts: Parts) -> None:
+        """Take other parts with the same encoder, for what was prepared as well: captured steps are captured anew.
+
+        Raises:
+            ValueError: they are not served.
+        """
+        self.parts = parts
+        for q_heads, tokens in [*self._prepared]:
+            self.prepare(q_heads, tokens)
+
     def warm_up(self, q_heads: int) -> None:
         """Load the kernels, which a capture cannot do, by a step on zeros that leaves nothing behind."""
         cache = self.cache
@@ -159,13 +174,25 @@ class Decoder:
 
         return filled(self.length)
 
-    def finish(self) -> KVCache:
-        """Wait for the device and let the cache know what was appended. Returns it.
+    @property
+    def room(self) -> int:
+        """Columns that there are for keys, values, and codes if it searches."""
+        return self.cache.capacity or min(room for _, room in self._places())
+
+    def serves(self, q_heads: int, tokens: int) -> bool:
+        """Whether steps of so many query heads and queries were prepared."""
+        return self.dense or (q_heads, tokens) in self._prepared
+
+    def finish(self, length: int | None = None) -> KVCache:
+        """Let the cache know what was appended. Returns it.
+
+        Args:
+            length: filled columns, where the host knows them; None to wait for the device and ask it.
 
         Raises:
             ValueError: the captured steps went beyond the capacity; the cache holds what fitted.
         """
-        length, room = int(self.length), self.cache.capacity or 0
+        length, room = int(self.length) if length is None else length, self.room
         self.cache.adopt(min(length, room), codes=not self.dense)
         if length > room:
             self.length.fill_(len(self.cache))
@@ -190,12 +217,21 @@ class Decoder:
         if self.centre is not None:
             self.centre.copy_(cache.centre)  # encodes what was not
 
+    def holds(self, cache: KVCache) -> bool:
+        """Whether it is of this cache, whose keys are where they were."""
+        return self.cache is cache and self.keys.data_ptr() == cache.storage("keys").data_ptr()
+
     def fits(self, cache: KVCache) -> bool:
         """Whether it is of this cache, whose memory is where it was, and its encoder what it was."""
         encoder = self.parts.encoder
-        held = cache.storage("keys")
-        same = self.cache is cache and (self.keys.data_ptr(), self.keys.shape) == (held.data_ptr(), held.shape)
+        same = self.cache is cache and self._memory == self._places()
         return same and (encoder is None or encoder.fits == self._encoder_fits)
+
+    def _places(self) -> list[tuple[int, int]]:
+        """Where the cache's memory lies, and its room."""
+        searched = ["codes", *(["norms"] if self.cache.with_norms else [])] if not self.dense else []
+        held = [self.cache.storage(what) for what in ("keys", "values", *searched)]
+        return [(x.data_ptr(), x.shape[2]) for x in held]
 
     def _check_filled(self, cache: KVCache) -> None:
         least = max(1, 0 if self.dense else cache.warmup)

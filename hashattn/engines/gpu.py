@@ -41,7 +41,7 @@ class Gpu(Engine):
 
     def crossover(self, parts: Parts, request: Request) -> int | None:
         found = this_gpu(request.device)
-        return None if found is None else found[1].keys(request.key_bytes)
+        return None if found is None else found[1].keys(request.key_bytes, request.captured)
 
     def measured(self, parts: Parts, request: Request) -> str:
         found = this_gpu(request.device)

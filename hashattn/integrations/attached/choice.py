@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,11 +22,13 @@ class GraphChoice:
         parts: of the composition.
         searches: whether they search; otherwise they attend densely.
         why: for the report.
+        turns: visible keys from which steps that attend densely would search; None if at no length.
     """
 
     parts: Parts
     searches: bool
     why: str
+    turns: int | None = None
 
 
 def why_never(attn: HashAttention) -> str | None:
@@ -44,16 +46,20 @@ def serving(attn: HashAttention, query: Tensor, kv: KVCache) -> tuple[str, str]:
     return attn.choice(query, kv).why(attn.parts)
 
 
-def for_graphs(attn: HashAttention, never: str | None, query: Tensor, kv: KVCache) -> GraphChoice | None:
+def for_graphs(
+    attn: HashAttention, never: str | None, query: Tensor, kv: KVCache, ahead: int = 0
+) -> GraphChoice | None:
     """What serves graphs of steps of such queries; None where that takes a host.
 
     Args:
         never: why the layer never searches; None if it does.
+        ahead: keys that the first step adds.
     """
-    choice = attn.choice(query, kv)
-    reason = never or choice.why_dense(kv.longest)
+    choice = choose(attn.parts, replace(Request.of(query, kv), captured=True), attn.engine)
+    reason = never or choice.why_dense(kv.longest + ahead)
     if reason is not None:
-        return GraphChoice(attn.parts, False, reason)
+        turns = choice.least if never is None and choice.engine.searches else None
+        return GraphChoice(attn.parts, False, reason, turns)
     return GraphChoice(attn.parts, True, choice.why(attn.parts)[1]) if choice.engine.captures else None
 
 

@@ -60,7 +60,7 @@ class GraphCounter:
             length=decoder.length,
             found=decoder.found,
             counted=len(kv),
-            capacity=kv.capacity or 0,
+            capacity=decoder.room,
             starts=list(kv._starts),
             cost=StepCost.of(kv, q_heads),
             rule=None if decoder.dense or selector is None else selector.rule(q_heads // kv.kv_heads),
@@ -69,9 +69,13 @@ class GraphCounter:
             why=why,
         )
 
-    def count(self, counts: LayerCounts) -> int:
-        """Add the steps since the last look to a layer's counts. Returns how many; waits for the device."""
-        now = min(int(self.length), self.capacity)
+    def count(self, counts: LayerCounts, length: int | None = None) -> int:
+        """Add the steps since the last look to a layer's counts. Returns how many.
+
+        Args:
+            length: the decoder's, where the host knows it; None to wait for the device.
+        """
+        now = min(int(self.length) if length is None else length, self.capacity)
         steps, lengths = max(0, now - self.counted), range(self.counted + 1, now + 1)
         self.counted = now
         if steps == 0:
@@ -139,14 +143,25 @@ class Counters(Generic[Layer]):
         with self.guard:
             return list(self._graphs)
 
-    def count(self, counter: GraphCounter) -> None:
-        """Add a counter's steps to its layer's counts."""
+    def count(self, counter: GraphCounter, length: int | None = None) -> None:
+        """Add a counter's steps to its layer's counts; see :meth:`GraphCounter.count`."""
         with self.guard:
-            steps = counter.count(self.layers[counter.number])
+            steps = counter.count(self.layers[counter.number], length)
             if steps and counter.number == min(self._latest, default=None):
                 for number, why in self._unserved.items():
                     self.layers[number].dense[why] += steps
                     self.layers[number].served_by(DENSE.name, why)
+
+    def count_call(self, counter: GraphCounter, length: int, tokens: int) -> None:
+        """Count a call that appends several tokens to so many columns, whose steps are not steps of one token."""
+        with self.guard:
+            self.count(counter, length)
+            counter.counted += tokens
+            counts = self.layers[counter.number]
+            if counter.rule is None:
+                counts.dense[counter.why] += 1
+            else:
+                counts.sparse += 1
 
     def count_all(self) -> None:
         """Add all that was not yet counted."""

@@ -41,6 +41,31 @@ class LayerRow:
 
 
 @dataclass(frozen=True)
+class GraphUse:
+    """What graphs of a model's steps were used for.
+
+    Attributes:
+        replayed: calls that were replayed.
+        captured: graphs that were captured, all in all.
+        nbytes: memory that those take which are kept, beside the caches.
+        largest: that the largest took.
+        eager: calls of few tokens that ran as ever, by reason.
+    """
+
+    replayed: int
+    captured: int
+    nbytes: int
+    largest: int
+    eager: dict[str, int]
+
+    def __str__(self) -> str:
+        eager = "".join(f"; {n} calls not ({why})" for why, n in self.eager.items())
+        each, kept = f"{self.largest / 1e6:.1f} MB", f"{self.nbytes / 1e6:.1f} MB"
+        size = f"{self.captured} captured, of up to {each} (those kept take {kept})"
+        return f"graphs: {self.replayed} calls were replayed, {size}{eager}"
+
+
+@dataclass(frozen=True)
 class Report:
     """What an attached composition did. str(report) is a table.
 
@@ -59,6 +84,7 @@ class Report:
         searched: of these, for which keys were ranked beyond the forced ones: not where those take the whole budget,
             nor in rows that are too short to be indexed.
         keys_ranked: keys that a query head kept beyond the forced ones there, mean over the layers that searched.
+        graph: what graphs of the steps were used for; None where none were wanted.
     """
 
     layers: tuple[LayerRow, ...]
@@ -74,6 +100,7 @@ class Report:
     positions: int = 0
     searched: int = 0
     keys_ranked: float = 0.0
+    graph: GraphUse | None = None
 
     @property
     def searching_layers(self) -> tuple[int, ...]:
@@ -113,6 +140,8 @@ class Report:
                 f"{self.dense_bytes_per_step / 1e6:.1f} MB",
                 f"codes take {self.code_bytes / 1e6:.1f} MB beside {self.kv_bytes / 1e6:.1f} MB of keys and values",
             ]
+        if self.graph is not None:
+            lines.append(str(self.graph))
         if not self.searching_layers:
             lines.append(f"no layer searched: {self.why_none}")
         return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from hashattn.attention import HashAttention
 from hashattn.integrations.attached.choice import check_engine
 from hashattn.integrations.attached.layers import ServedLayer, layer_compositions, layer_numbers
-from hashattn.integrations.attached.options import Options
+from hashattn.integrations.attached.options import GRAPH, Options
 from hashattn.integrations.attached.report import Report, summarise
 from hashattn.integrations.attached.update import revised
 from hashattn.integrations.transformers import support
@@ -80,10 +80,15 @@ class Handle:
             one.composition.to(hooks.forward.device or devices_of(modules)[0])
         self.attn = attn
         hooks.forward.update(new)
+        if hooks.graphs is not None:
+            hooks.graphs.clear()
 
     def report(self) -> Report:
         """What ran so far, per layer: sparse, dense by choice, dense because; keys and bytes read; engine and why."""
-        return summarise({}, self.refused) if self._hooks is None else self._hooks.forward.counters.report()
+        if self._hooks is None:
+            return summarise({}, self.refused)
+        graphs = self._hooks.graphs
+        return replace(self._hooks.forward.counters.report(), graph=None if graphs is None else graphs.use())
 
     def reads(self) -> Tensor:
         """How often each position was read by one-token calls: int64 [layers, positions]. Needs trace=True."""
@@ -95,6 +100,8 @@ class Handle:
         """Start counting anew."""
         if self._hooks is not None:
             self._hooks.forward.counters.reset()
+            if self._hooks.graphs is not None:
+                self._hooks.graphs.reset()
 
     def detach(self) -> None:
         """Give the model back exactly as it was, also in the middle of generate(). Calling it again does nothing.
@@ -120,6 +127,7 @@ def attach(
     trace: bool = False,
     simulate: bool = False,
     layers: Mapping[int, HashAttention] | None = None,
+    graph: str = GRAPH,
 ) -> Handle:
     """Let a composition serve the decoding of a Hugging Face causal language model.
 
@@ -137,16 +145,21 @@ def attach(
             "auto" then searches at every length; `max_sparse_q` and `trace` concern calls of one token only.
         layers: compositions for single layers, such as {3: other, -1: attn.replace(engine="dense")}; negative numbers
             count from the last. They replace `attn` there, and dense_layers does not concern them.
+        graph: "auto": after the prefill, calls of at most `max_sparse_q` tokens of a model on CUDA replay one CUDA
+            graph of its layers, which is captured by itself, with no argument to generate(): the same tokens, without
+            the time that Python takes. What cannot be captured runs as ever, and report().graph says why. "always":
+            such a call raises ValueError, which names the reason. "never", the default for now: "auto" is to be asked
+            for.
 
     Returns:
         A Handle: update(), report(), reads(), detach(); also a context manager.
 
     Raises:
         ValueError: the model cannot be served (strict), is attached already, or a part does not fit it: encoders
-            that were fitted to another model, say.
+            that were fitted to another model, say; a `graph` or `max_sparse_q` that is none.
         TypeError: `layers` that does not map ints to compositions.
     """
-    options = Options(strict, max_sparse_q, trace, simulate)
+    options = Options(strict, max_sparse_q, trace, simulate, graph)
     if is_attached(model):
         raise ValueError("model is attached already: call detach() on its handle, or hashattn.detach(model), first")
     reasons = support.why_not(model)

@@ -26,17 +26,19 @@ from hashattn.integrations.transformers.cache_layer import HashedLayer
 from hashattn.integrations.transformers.static_layer import HashedStaticLayer
 from hashattn.ops.decode import request
 
-HASHATTN_CALL, NO_CACHE = "hashattn_call", "no cache"
+NAME, HASHATTN_CALL, NO_CACHE = "hashattn", "hashattn_call", "no cache"
 
 
 def hashed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **keywords: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function that is registered with transformers under the name "hashattn"."""
-    call: LayerCall | HashedStaticLayer | None = keywords.pop(HASHATTN_CALL, None)
+    """The attention function that is registered with transformers under NAME."""
+    call: LayerCall | HashedLayer | None = keywords.pop(HASHATTN_CALL, None)
     if call is None:  # of a module that is not served, such as cross-attention
         return AttentionArguments(module, query, key, value, attention_mask, keywords).attend_as_the_model()
-    if isinstance(call, HashedStaticLayer):
+    if isinstance(call, HashedLayer):
+        if call.recording:
+            AttentionArguments(module, query, key, value, attention_mask, keywords).check_recorded(call.kv)
         return call.graph_step(query, key, value, keywords.get("scaling")).transpose(1, 2).contiguous(), None
     return call.attend(module, query, key, value, attention_mask, keywords)
 
@@ -55,7 +57,7 @@ class LayerCall:
     """
 
     options: Options
-    counters: Counters[HashedStaticLayer]
+    counters: Counters[HashedLayer]
     one: Pass
     number: int
     layer: HashedLayer | None = None
@@ -246,7 +248,7 @@ def set_starts(kv: KVCache, starts: list[int]) -> None:
         kv.set_start(torch.tensor(starts))
 
 
-def count_unserved(counters: Counters[HashedStaticLayer], number: int, reason: str) -> None:
+def count_unserved(counters: Counters[HashedLayer], number: int, reason: str) -> None:
     """Count a call that attends densely, for which no cost is known."""
     with counters.guard:
         counts = counters.layers[number]

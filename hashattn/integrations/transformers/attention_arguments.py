@@ -85,6 +85,19 @@ class AttentionArguments:
             return "attention is not causal (is_causal=False)"
         return self._why_not_keywords()
 
+    def check_recorded(self, kv: KVCache | None) -> None:
+        """Raise ValueError where a graph would leave out what the model gives its attention, or misread it."""
+        reason = self._why_not_keywords() or self.why_not_dropout
+        alike = {(x.dtype, x.device) for x in (self.query, self.key, self.value)}
+        if kv is None or alike != {kv.kind} or self.key.shape != (kv.batch, kv.kv_heads, self.tokens, kv.head_dim):
+            reason = f"keys {self.key.dtype} {[*self.key.shape]} on {self.key.device} do not fit {kv}"
+        if self.keywords.get("is_causal") is False:
+            reason = "attention is not causal (is_causal=False)"
+        elif self.mask is not None and self.mask.dtype != torch.bool:
+            reason = "attention is given a mask that adds to its logits"
+        if reason is not None:
+            raise ValueError(reason)
+
     @property
     def why_not_dropout(self) -> str | None:
         """Why the call cannot search: it would drop attention weights at random."""

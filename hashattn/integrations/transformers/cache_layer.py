@@ -12,6 +12,9 @@ from transformers.cache_utils import DynamicLayer
 
 from hashattn.attention import HashAttention
 from hashattn.cache.kv_cache import KVCache
+from hashattn.integrations.attached.counters import Counters
+from hashattn.integrations.attached.layers import ServedLayer
+from hashattn.integrations.transformers.device_steps import DeviceSteps
 from hashattn.ops.decode import Scratch
 
 
@@ -21,9 +24,15 @@ class HashedLayer(DynamicLayer):
     Every row operation of the Hugging Face cache reaches the codes as well: after any of them,
     codes == encode_key(keys) holds.
 
+    Once ready, calls of few tokens that a graph holds append on the device. The host adopts that when it next changes
+    the cache, looks at its keys or makes an eager call (:meth:`sync`).
+
     Args:
         attn: the composition of this layer.
         scratch: what the layers of a cache share.
+
+    Attributes:
+        recording: whether calls go into a graph just now.
     """
 
     capacity: int | None = None
@@ -31,6 +40,8 @@ class HashedLayer(DynamicLayer):
     def __init__(self, attn: HashAttention, scratch: Scratch) -> None:
         self.attn, self.scratch = attn, scratch
         self.kv: KVCache | None = None
+        self.recording = False
+        self.on_device = DeviceSteps(asks=self.capacity is not None)
         super().__init__()
 
     @property
@@ -53,11 +64,54 @@ class HashedLayer(DynamicLayer):
     def values(self, value: Tensor | None) -> None:
         self._refuse(value)
 
+    # ---- steps that a graph holds
+
+    @property
+    def ready(self) -> bool:
+        """Whether such steps can be taken."""
+        return self.on_device.ready
+
+    @property
+    def filled(self) -> int:
+        """Columns, as the host counts them: what it has led is among them."""
+        return len(self.kv) + self.on_device.led if self.kv is not None else 0
+
+    def in_graph(self, tokens: int) -> bool:
+        """Whether a call of so many tokens is such a step."""
+        return not torch.compiler.is_compiling() and self.recording
+
+    def graph_step(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """See :meth:`DeviceSteps.step`."""
+        return self.on_device.step(query, key, value, scale)
+
+    def serve_graphs(
+        self, served: ServedLayer, number: int, q_heads: int, counters: Counters[Any], tokens: int = 1
+    ) -> str | None:
+        """Make such steps ready; returns why they cannot be."""
+        assert self.kv is not None
+        return self.on_device.serve(self, self.kv, served, number, q_heads, tokens, counters)
+
     def sync(self) -> None:
-        """Adopt what steps appended that the host could not see; waits for the device."""
+        """Adopt what such steps appended; waits for the device where the host has not led them."""
+        if self.kv is not None:
+            self.on_device.sync(self.kv)
+
+    def release(self) -> None:
+        """Leave the cache as the model's own code expects it, and what follows to eager calls."""
+        if self.kv is not None:
+            self.on_device.release(self.kv)
+
+    def take_back(self) -> None:
+        """See :meth:`DeviceSteps.take_back`."""
+        if self.kv is not None:
+            self.on_device.take_back(self, self.kv)
 
     def follow_change(self) -> None:
         """Bring what was made ready for such steps up to date with a change that the host made."""
+        if self.kv is not None:
+            self.on_device.follow(self, self.kv)
+
+    # ---- what a cache asks of its layers
 
     def _refuse(self, value: Tensor | None) -> None:
         if value is not None:  # None comes from the base class's __init__
@@ -70,19 +124,33 @@ class HashedLayer(DynamicLayer):
         self.kv = self.attn.new_cache(batch, heads, dim, capacity=self.capacity, scratch=self.scratch)
         self.is_initialized = True
 
-    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.in_graph(key_states.shape[2]):
+            return key_states, value_states  # the attention function appends them
+        return self._append(key_states, value_states)
+
+    @torch.compiler.disable
+    def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        self.release()  # until what was appended is followed
         if self.kv is None:
             self.lazy_initialization(key_states, value_states)
         assert self.kv is not None
+        if self.capacity is None and self.kv.kind is not None:
+            room = self.kv.storage("keys").shape[2]
+            if len(self.kv) + key_states.shape[2] > room:
+                self.on_device.drop()
         self.kv.append(key_states, value_states)
         return self.kv.keys, self.kv.values
 
     @torch.compiler.disable
-    def get_seq_length(self) -> int:
-        return len(self.kv) if self.kv is not None else 0
+    def get_seq_length(self) -> int | Tensor:
+        if self.recording and self.on_device.decoder is not None:
+            return self.on_device.decoder.filled()  # what needs it on the host cannot be captured
+        return self.filled
 
     def reset(self) -> None:
+        self.release()
+        self.on_device.drop()
         self.kv = None
         self.is_initialized = False
 
@@ -118,6 +186,7 @@ class HashedLayer(DynamicLayer):
         self.sync()
         twin = copy.copy(self)
         twin.scratch, twin.kv = copy.deepcopy((self.scratch, self.kv), memo)  # the composition is shared
+        twin.recording, twin.on_device = False, DeviceSteps(self.on_device.asks)
         return twin
 
     def offload(self) -> None:

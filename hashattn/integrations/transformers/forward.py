@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, StaticCache
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from hashattn.core.types import Step
@@ -20,7 +20,6 @@ from hashattn.integrations.transformers import caches, support
 from hashattn.integrations.transformers.attention import NO_CACHE, LayerCall, count_unserved, recomputed
 from hashattn.integrations.transformers.cache_layer import HashedLayer
 from hashattn.integrations.transformers.rollback import Beginning
-from hashattn.integrations.transformers.static_layer import HashedStaticLayer
 
 
 class Forward:
@@ -34,24 +33,24 @@ class Forward:
     def __init__(self, served: dict[int, ServedLayer], options: Options, device: torch.device | None) -> None:
         self.served, self.options, self.device = served, options, device
         self.passes = Passes()
-        self.counters: Counters[HashedStaticLayer] = Counters(served)
+        self.counters: Counters[HashedLayer] = Counters(served)
         self._first = next((number for number, one in served.items() if one.attn is not None), 0)
 
     def __reduce__(self) -> tuple[type[Forward], tuple[Any, ...]]:
         """Copied or pickled, it has counted nothing yet and is in no pass."""
         return Forward, (self.served, self.options, self.device)
 
-    def graph_layer(self, number: int, cache: Any, tokens: int) -> HashedStaticLayer | bool:
+    def graph_layer(self, number: int, cache: Any, tokens: int) -> HashedLayer | bool:
         """Whether a call is traced or captured, and served so: the layer then, or True where it keeps the model's own.
 
         Traced itself, so that it asks no more than attributes.
         """
         own = self.served[number].attn is None
         number = self._first if own else number
-        if not isinstance(cache, StaticCache) or number >= len(cache.layers):
+        if not isinstance(cache, Cache) or number >= len(cache.layers):
             return False
         layer = cache.layers[number]
-        if not isinstance(layer, HashedStaticLayer) or not layer.in_graph(tokens):
+        if not isinstance(layer, HashedLayer) or not layer.in_graph(tokens):
             return False
         return own or layer
 
@@ -156,14 +155,14 @@ class Forward:
         """Serve the layers otherwise from here on, those as well whose steps are traced or captured."""
         self.served = served
         for layer in self.counters.followed():
-            steps = layer.steps
-            if not layer.ready or steps is None or layer.kv is None:
+            made = layer.on_device.made
+            if not layer.ready or made is None or layer.kv is None:
                 continue
             layer.release()
-            one = served[steps.number]
+            one = served[made.number]
             if one.attn is not None and caches.same_codes(layer.attn, one.attn):
                 layer.attn = one.attn
-                layer.serve_graphs(one, steps.number, steps.q_heads, self.counters)
+                layer.serve_graphs(one, made.number, made.q_heads, self.counters, made.tokens)
 
     def release(self) -> None:
         """Leave all caches as the model's own code expects them."""
@@ -251,10 +250,10 @@ def sync(cache: Cache) -> None:
     """Adopt what traced or captured steps appended; raises ValueError if that was more than fitted."""
     errors = []
     for layer in caches.layers_of(cache):
-        if isinstance(layer, HashedStaticLayer):
+        if isinstance(layer, HashedLayer):
             layer.sync()
-            if layer.overflow is not None:
-                errors.append(layer.overflow)
-                layer.overflow = None
+            if layer.on_device.overflow is not None:
+                errors.append(layer.on_device.overflow)
+                layer.on_device.overflow = None
     if errors:
         raise errors[0]

@@ -7,16 +7,22 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from hashattn.integrations.attached.options import NEVER
 from hashattn.integrations.transformers import support
-from hashattn.integrations.transformers.attention import HASHATTN_CALL, LayerCall, hashed_attention
+from hashattn.integrations.transformers.attention import HASHATTN_CALL, NAME, LayerCall, hashed_attention
+from hashattn.integrations.transformers.attention_module import heads
 from hashattn.integrations.transformers.forward import Forward
+from hashattn.integrations.transformers.graphed_forward import HASHATTN_REPLAY, GraphedForward
+from hashattn.integrations.transformers.graphs import Graphs
+from hashattn.integrations.transformers.model_state import why_never_captured
 from hashattn.integrations.transformers.own_configs import OwnConfigs
 
-NAME, PLACE = "hashattn", "_hashattn_attached"
+PLACE = "_hashattn_attached"
 CACHES = ("past_key_values", "cache", "layer_past")  # "cache" since transformers 5.24; before, a paged one
 
 
@@ -88,13 +94,19 @@ class StackHooks:
 
     forward: Forward
     arguments: Arguments
+    graphs: Graphs | None = None
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin a pass."""
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Begin a pass; one that a graph serves is replayed in the place of the module's forward()."""
+        if self.graphs is not None and not torch.compiler.is_compiling():
+            replay = self.graphs.take(module, args, kwargs)
+            if replay is not None:
+                return args, {**kwargs, HASHATTN_REPLAY: replay}
         cache, tokens = self._cache_and_tokens(args, kwargs)
         if tokens is not None and not self.forward.in_graph(cache, tokens.shape[1]):
             mask = self.arguments.find(args, kwargs, "attention_mask")
             self.forward.open(module, cache, mask, *tokens.shape[:2])
+        return None
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """End it."""
@@ -133,6 +145,7 @@ class Hooks:
     forward: Forward
     modules: dict[int, nn.Module]
     configs: OwnConfigs = field(default_factory=OwnConfigs)
+    graphs: Graphs | None = None
     handles: list[Any] = field(default_factory=list)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -147,7 +160,7 @@ class Hooks:
             if isinstance(module, PreTrainedModel) and any(m is own for m in module.modules() for own in self._first()):
                 self.handles.append(module.register_forward_pre_hook(OutputHook(self.forward).before, with_kwargs=True))
         stack = support.layer_stack(model, self.modules)
-        around = StackHooks(self.forward, Arguments.of(stack))
+        around = StackHooks(self.forward, Arguments.of(stack), self._make_graphs(model, stack))
         self.handles.append(stack.register_forward_pre_hook(around.before, with_kwargs=True))
         self.handles.append(stack.register_forward_hook(around.after, with_kwargs=True, always_call=True))
         for number, module in self.modules.items():
@@ -156,6 +169,19 @@ class Hooks:
             self.handles.append(module.register_forward_hook(hook.after, with_kwargs=True))
         vars(model)[PLACE] = self
 
+    def _make_graphs(self, model: PreTrainedModel, stack: nn.Module) -> Graphs | None:
+        """Let replays stand in for what runs the layers, if that is wanted."""
+        if self.forward.options.graph == NEVER:
+            return None
+        arguments, served = Arguments.of(stack), self.forward.served
+        refusal = why_never_captured(model, stack, arguments.places, self.forward)
+        q_heads = {i: heads(module)[0] for i, module in self.modules.items() if served[i].attn is not None}
+        ours = (AttentionHooks, StackHooks, OutputHook, GraphedForward)
+        self.graphs = Graphs(self.forward, q_heads, arguments.places, CACHES, refusal, ours)
+        if refusal is None:
+            vars(stack)["forward"] = GraphedForward(stack)
+        return self.graphs
+
     def remove(self, model: nn.Module) -> None:
         """Give the model back as it was."""
         self.forward.release()
@@ -163,6 +189,11 @@ class Hooks:
             handle.remove()
         self.configs.restore()
         self.handles = []
+        if self.graphs is not None:
+            self.graphs.clear()
+            stack = support.layer_stack(model, self.modules)
+            if isinstance(vars(stack).get("forward"), GraphedForward):
+                del vars(stack)["forward"]
         vars(model).pop(PLACE, None)
 
     def _first(self) -> list[nn.Module]:
