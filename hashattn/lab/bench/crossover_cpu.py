@@ -89,7 +89,8 @@ def costs_of(us: dict[str, dict[str, float]]) -> cost.Costs:
     streams = [size / x["dense"] for size, x in zip(key_bytes, (full, half), strict=True)]
     source = f"this machine, {date.today().isoformat()}"
     numbers = full["small"], word, max(0.0, choice), row, byte, *streams
-    return cost.Costs(*(round(x, 4) for x in numbers), source)
+    call, word, choice, row, byte, stream, half_stream = (round(x, 4) for x in numbers)
+    return cost.Costs(call, word, choice, row, byte, stream, half_stream, source)
 
 
 def _times(dtype: str, rounds: int) -> dict[str, float]:
