@@ -6,33 +6,48 @@ from typing import Any
 
 import numpy as np
 
-from hashattn.ops.compiled.jit import exactly, inlined
+from hashattn.ops.compiled.jit import exactly, inlined, signs
 
 
 @inlined
 def project(x: Any, linear: Any, bits: int, out: Any) -> None:
-    """x @ linear, float32 [D], [D * bits], to [bits]."""
+    """x @ linear, float32 [D], [D * bits], to [bits]; and -1 up to a multiple of 64."""
     out[:bits] = np.float32(0)
-    for d in range(len(x)):
-        row, z = linear[d * bits : (d + 1) * bits], x[d]
-        for j in range(bits):
-            out[j] += z * row[j]
+    out[bits : (bits + 63) // 64 * 64] = np.float32(-1)
+    d, p, size = 0, out[:bits], np.uint64(bits)
+    while d + 4 <= len(x):
+        a, b, c, e = x[d], x[d + 1], x[d + 2], x[d + 3]
+        first = np.uint64(d) * size
+        second, third, fourth = first + size, first + size + size, first + size + size + size
+        for j in range(size):
+            p[j] += a * linear[first + j] + b * linear[second + j] + c * linear[third + j] + e * linear[fourth + j]
+        d += 4
+    while d < len(x):
+        a, first = x[d], np.uint64(d) * size
+        for j in range(size):
+            p[j] += a * linear[first + j]
+        d += 1
 
 
 @exactly
 def pack(projected: Any, bits: int, planes: int, words: int, out: Any) -> None:
-    """Bit planes of a projection, as ops.hamming.reference.query_planes packs them: uint64 [planes * words]."""
+    """Bit planes of a projection, as ops.hamming.reference.query_planes packs them: uint64 [planes * words].
+
+    projected: float32 [bits] and -1 up to a multiple of 64.
+    """
+    if planes == 1:
+        for word in range(words):
+            out[word] = signs(projected, word * 64)
+        return
     out[: planes * words] = np.uint64(0)
     half, largest = np.int64(1) << (planes - 1), np.float32(1.1754944e-38)
-    for j in range(bits if planes > 1 else 0):
+    for j in range(bits):
         size = abs(projected[j])
         largest = size if size > largest or size != size else largest
     for j in range(bits):
         p, word, bit = projected[j], j >> 6, np.uint64(j & 63)
-        level = np.int64(1) if p >= np.float32(0) else np.int64(0)
-        if planes > 1:
-            steps = abs(p) / largest * np.float32(half)
-            whole = min(np.int64(steps), half - 1) if steps == steps else np.int64(0)
-            level = half + whole if level else half - 1 - whole
+        steps = abs(p) / largest * np.float32(half)
+        whole = min(np.int64(steps), half - 1) if steps == steps else np.int64(0)
+        level = half + whole if p >= np.float32(0) else half - 1 - whole
         for plane in range(planes):
             out[plane * words + word] |= np.uint64((level >> plane) & 1) << bit

@@ -151,6 +151,18 @@ def at_most(typing: Any, array: Any, at: Any, most: Any) -> Any:
     return types.uint64(array, types.int64, types.uint8), build
 
 
+@intrinsic
+def signs(typing: Any, array: Any, at: Any) -> Any:
+    """Of 64 float32 from `at` on: bit i is array[at + i] >= 0."""
+
+    def build(context: Any, builder: Any, signature: Any, a: Any) -> Any:
+        wide = ir.VectorType(F32, 64)
+        held = builder.load(_pointer(context, builder, signature.args[0], a[0], a[1], wide), align=4)
+        return builder.bitcast(builder.fcmp_ordered(">=", held, ir.Constant(wide, [0.0] * 64)), I64)
+
+    return types.uint64(array, types.int64), build
+
+
 def _add_distances(words: int) -> Any:
     """Of 16 / words keys at a time: weight times their codes' distances to a query's is put into, or added to, sums."""
 

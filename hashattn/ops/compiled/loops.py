@@ -47,8 +47,9 @@ class Work(NamedTuple):
     """What a thread writes on the way.
 
     Attributes:
-        near: uint8 [room + 144]; sums: uint16 [BLOCK]; projected: float32 [bits]; query: uint64 [G * P * W];
-        q, out: float32 [G * D]; logits: float32 [G, slots + 4]; ids, nearer: int32 [slots + 8].
+        near: uint8 [room + 144]; sums: uint16 [BLOCK]; query: uint64 [G * P * W].
+        projected: float32 [bits, to a multiple of 64]; q, out: float32 [G * D]; logits: float32 [G, slots + 4].
+        ids, nearer: int32 [slots + 8].
     """
 
     near: Any

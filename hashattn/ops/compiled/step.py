@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -89,14 +90,18 @@ class Step:
         at[loops.Q], at[loops.OUT], at[loops.LSE] = q.data_ptr(), out.data_ptr(), lse.data_ptr()
         at[loops.IDS], at[loops.SLOTS], at[loops.LENGTH], at[loops.ENCODED] = ids.data_ptr(), slots, length, encoded
         self._shares[loops.SCALE] = scale
-
-        def run(first: int, last: int) -> None:
-            work = work_for(self._group, *self._sizes, slots, length)
-            loops.step(at, self._shares, self._kind, work, first, last)
-
-        microseconds = self._units * length * self._word + prod(self._choices) * slots * self._row
-        share_out(run, self._units, torch.get_num_threads(), microseconds)
+        threads = torch.get_num_threads()
+        if threads == 1:
+            self._run(slots, length, 0, self._units)
+        else:
+            microseconds = self._units * length * self._word + prod(self._choices) * slots * self._row
+            share_out(partial(self._run, slots, length), self._units, threads, microseconds)
         if self.like.rule.critical is None:
             return Outputs(out, lse, ids)
         place = torch.arange(slots)
         return Outputs(out, lse, ids, ((place >= self._critical.unsqueeze(-1)) & (ids >= 0)).to(torch.int8) * MEDIUM)
+
+    def _run(self, slots: int, length: int, first: int, last: int) -> None:
+        """The KV heads from first to last, in this thread's own memory."""
+        work = work_for(self._group, *self._sizes, slots, length)
+        loops.step(self._at, self._shares, self._kind, work, first, last)

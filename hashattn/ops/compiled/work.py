@@ -27,6 +27,7 @@ def work_for(group: int, dim: int, query: int, bits: int, slots: int, length: in
     Args:
         query: words of a packed query; slots: keys that a choice keeps, at most.
     """
+    bits = -(-bits // 64) * 64
     kind, work = (group, dim, query, bits), _HELD.work
     if work is None or _HELD.sizes != kind or len(work.near) < length + _ASIDE or len(work.ids) < slots + 8:
         slots, near = slots + slots // 4 + 8, length + length // 4 + _ASIDE

@@ -36,7 +36,7 @@ def test_packed_planes_are_the_references(bits, planes):
     words = expected.shape[1] // planes
     for row, wanted in zip(projected, expected, strict=True):
         found = np.full(planes * words + 2, 7, np.uint64)
-        pack(row.numpy(), bits, planes, words, found)
+        pack(torch.nn.functional.pad(row, (0, -bits % 64), value=-1).numpy(), bits, planes, words, found)
         assert np.array_equal(found[:-2].view(np.int64), wanted.numpy()) and (found[-2:] == 7).all()
 
 
