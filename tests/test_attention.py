@@ -288,7 +288,7 @@ def test_auto_searches_from_the_crossover_on(monkeypatch):
     q, k, v = qkv(7, keys=65)
     attn = HashAttention(WARM, FlatHamming(), Sink(1) | Momentum(TopK(share=0.2, per="kv_head")))
     for bound in (64, 65, 66, None):
-        monkeypatch.setattr(cost, "crossover", lambda *_, least=bound: least)
+        monkeypatch.setattr(cost, "crossover", lambda *_, least=bound, **__: least)
         attn = attn.replace()  # which knows no choices yet
         cache = attn.new_cache(1, 2, 16)
         cache.append(k, v)
@@ -309,7 +309,7 @@ def test_the_crossover_follows_what_a_step_reads_and_does():
         return crossover(HashAttention(encoder, FlatHamming(), selector, attend), **{"threads": 1, **changes})
 
     shared = TopK(k=256, per="kv_head")
-    assert 512 <= least(shared) <= 4096
+    assert 256 <= least(shared) <= 4096
     assert least(shared) < least(TopK(k=256))
     assert least(shared) < least(Consensus(shared))
     assert least(shared) < least(TopK(k=2048, per="kv_head"))
@@ -318,7 +318,7 @@ def test_the_crossover_follows_what_a_step_reads_and_does():
     assert least(TopK(k=256), encoder=SimHash(128, 8)) > least(TopK(k=256))
     assert least(shared, threads=2) > least(shared)
     assert least(Tiers(0.3, 0.9), MixedPrecision()) is None  # reads more than dense attention does
-    assert least(TopK(k=256), attend=MixedPrecision()) > least(TopK(k=256))
+    assert least(Tiers(0.02, 0.1), MixedPrecision()) < least(TopK(share=0.1))  # of some keys only codes are read
     attn = HashAttention(SimHash(128), FlatHamming(), shared)
     assert crossover(attn, device=torch.device("cuda")) is None
     assert crossover(HashAttention(attend=DenseAttend())) is None

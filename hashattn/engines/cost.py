@@ -53,7 +53,7 @@ class Costs:
                 raise ValueError(f"{field.name} must be a number of at least 0, got {value!r}")
 
 
-SHIPPED = Costs(60.0, 0.35, 0.4, 12.0, 0.16, 9_000.0, 9_000.0, "benchmarks/results/crossover_cpu.json")
+SHIPPED = Costs(229.5, 0.3023, 0.3221, 21.43, 0.1142, 5_994.6, 4_748.7, "benchmarks/results/crossover_cpu.json")
 
 # Of steps in stages, fitted to benchmarks/results/bench_cpu*.json of such steps: microseconds a call, nanoseconds for
 # each planes of codes compared with a key, for each further pass over a matrix of distances and for each number
