@@ -16,11 +16,13 @@ from hashattn.core.errors import Failure, refusals
 from hashattn.core.progress import bar
 from hashattn.core.threads import thread_count
 from hashattn.encoders import SimHash
+from hashattn.engines.base import Request
+from hashattn.engines.host import why_not_compiled
 from hashattn.index import FlatHamming
 from hashattn.lab.bench.cases import DTYPES, Case
 from hashattn.lab.bench.dense import DENSE
 from hashattn.lab.bench.measure import read_bandwidth, take_turns
-from hashattn.selectors import TopK
+from hashattn.selectors import Sink, TopK
 
 _COLD = 96 << 20  # bytes that the layers of a round read together: more than a last-level cache keeps
 _MEMORY = 5 << 30  # and may hold
@@ -61,7 +63,8 @@ def run(
         progress: show a bar, on a terminal.
 
     Returns:
-        {"read_GB_per_s": {threads: ...}, "rows": [...]}, times in microseconds a layer.
+        {"read_GB_per_s": {threads: ...}, "rows": [...]}, times in microseconds a layer. "the same loops" is dense
+        attention as compiled steps would make it: all keys kept, each read once for its group.
 
     Raises:
         RuntimeError: a case selects other keys than the reference or attends to them wrongly: nothing is measured.
@@ -132,6 +135,9 @@ def _measure(case: Case, bits: int, per: str, rounds: int, sparse: bool, bandwid
         for name, f in DENSE.items()
     }
     calls["auto"] = lambda i: _step(auto, layers[i])
+    every = attn.replace(selector=Sink(case.keys) | TopK(k=1, per="kv_head"))
+    if not why_not_compiled(every.parts, Request.of(layers[0].q, layers[0].cache)):
+        calls["the same loops"] = lambda i: every.run(layers[i].q, layers[i].cache)
     if sparse and searchable:
         encoder = attn.encoder
         assert encoder is not None
@@ -144,6 +150,7 @@ def _measure(case: Case, bits: int, per: str, rounds: int, sparse: bool, bandwid
     row |= {"layers": count, "dense": baseline, "us": times}
     chosen = auto.choice(layers[0].q, layers[0].cache).at(case.keys)
     row |= {"auto_engine": chosen.name, "auto_cost": times["auto"] / times[baseline]}
+    row["over_loops"] = times["the same loops"] / times["step"] if {"step", "the same loops"} <= {*times} else None
     row["speedup"] = times[baseline] / times["step"] if "step" in times else None
     row |= {"floor_us": plan.step_bytes / bandwidth * 1e6, "dense_floor_us": case.dense_bytes / bandwidth * 1e6}
     return row
