@@ -61,7 +61,6 @@ class TokenBuffer:
     def empty(self) -> bool:
         return self._data is None
 
-    @lasting
     def append(self, rows: Tensor) -> None:
         """Append [B, H, n, X]."""
         length = self.length + rows.shape[2]
@@ -72,7 +71,6 @@ class TokenBuffer:
         self._newest = (rows, self.length) if rows.requires_grad and torch.is_grad_enabled() else None
         self.length = length
 
-    @lasting
     def reserve(self, length: int) -> None:
         """Make room for so many rows; some are there."""
         if self.storage.shape[2] < length:
@@ -106,6 +104,7 @@ class TokenBuffer:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_newest": None}  # copies are numbers alone
 
+    @lasting
     def _grown(self, like: Tensor, length: int) -> Tensor:
         room = self.capacity if self.capacity is not None else max(length + 64, length * 5 // 4)
         data = self._allocate(like, like.shape[0], room)

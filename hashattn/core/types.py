@@ -24,6 +24,7 @@ class Selection:
         critical_slots: no slot from this one on is critical, which saves reading its key; None if not known.
         log_weights: float32, the shape of ids, added to the logits; None means zero.
         collisions: how the keys of sampled slots were found, if their weights are for the attend stage to make.
+        filled: how many slots are, over rows, heads and queries, where that is known without counting.
     """
 
     ids: Tensor
@@ -31,6 +32,7 @@ class Selection:
     log_weights: Tensor | None = None
     critical_slots: int | None = None
     collisions: Collisions | None = None
+    filled: int | None = None
 
     @property
     def count(self) -> Tensor:

@@ -134,7 +134,9 @@ class CompiledStep:
         found = step(q.contiguous(), query, (cache.longest, len(cache), cache.encoded), call.scale, call.need_lse)
         if encodes:
             cache.indexed.adopt(len(cache))
-        return Output(found.out, found.lse if call.need_lse else None), Selection(found.ids, found.tier)
+        alike = q.shape[2] == 1 and cache.shortest == cache.longest and step.like.rule.radius is None
+        selection = Selection(found.ids, found.tier, filled=found.ids.numel() if alike else None)
+        return Output(found.out, found.lse if call.need_lse else None), selection
 
     def prepared(self, q: Tensor, cache: KVCache, causal: bool) -> Step:
         """Kept with the cache, and made anew where its memory has moved or the encoder was fitted."""

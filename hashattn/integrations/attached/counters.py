@@ -166,6 +166,8 @@ class Counters(Generic[Layer]):
     def count_all(self) -> None:
         """Add all that was not yet counted."""
         with self.guard:
+            for counts in self.layers.values():
+                counts.settle()
             for counter in dict.fromkeys((*self._latest.values(), *self._graphs.values())):
                 self.count(counter)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from hashattn.engines.choose import DENSE
 from hashattn.integrations.attached.simulate import QueryBlock
 from hashattn.selectors import Selector
 
+MOST_WAITING = 32  # steps
 TOO_SHORT = "rows too short to be indexed"
 
 
@@ -48,6 +50,7 @@ class LayerCounts:
     engine: str = ""  # of the last one-token call
     why: str = ""
     reads: Tensor | None = None  # int64 [positions], how often a query head read each (when traced)
+    waiting: Waiting | None = None  # steps that are counted together, when somebody asks
 
     def add_reads(self, ids: Tensor, weight: int, columns: int) -> None:
         """Count the columns in ids (-1 empty), `weight` query heads each."""
@@ -63,10 +66,25 @@ class LayerCounts:
         """Note the engine of the last one-token call, and why it was this one."""
         self.engine, self.why = engine, why
 
+    def settle(self) -> None:
+        """Count the steps that wait."""
+        waiting, self.waiting = self.waiting, None
+        if waiting is not None:
+            cost, heads = waiting.settled_cost(), waiting.heads
+            self.code_bytes, self.kv_bytes = cost.code_nbytes, cost.kv_nbytes
+            lengths = [columns - start for columns in waiting.columns for start in waiting.starts]
+            self.add_searched(cost, sum(lengths), waiting.kept, heads, len(waiting.columns))
+            if waiting.selector is not None:
+                self.add_ranked(cost, waiting.kept, heads, Ranked.of(waiting.selector, waiting.warmup, lengths))
+
     def add_step(
         self, selection: Selection | None, query: Tensor, kv: KVCache, selector: Selector | None = None
     ) -> None:
         """Count a one-token call; selection is None if it ran dense, else `selector` made it."""
+        if selection is not None and selection.filled is not None and selection.tier is None:
+            self._let_wait(selection.filled, selection.ids.shape[1], query.shape[1], kv, selector)
+            return
+        self.settle()
         cost = StepCost.of(kv, query.shape[1])
         keys = len(kv) * kv.batch - sum(kv._starts) if any(kv._starts) else len(kv) * kv.batch
         self.code_bytes, self.kv_bytes = cost.code_nbytes, cost.kv_nbytes
@@ -80,6 +98,14 @@ class LayerCounts:
             self.add_ranked(cost, kept, heads, Ranked.of(selector, kv.warmup, [len(kv) - s for s in kv._starts]))
         if selection.tier is not None:
             self.add_medium(cost, count((selection.tier == MEDIUM) & (selection.ids >= 0)))
+
+    def _let_wait(self, kept: int, heads: int, q_heads: int, kv: KVCache, selector: Selector | None) -> None:
+        waiting = self.waiting
+        if waiting is None or not waiting.takes(kv, heads, q_heads, selector):
+            self.settle()
+            cost = StepCost.of(kv, q_heads)
+            waiting = self.waiting = Waiting(weakref.ref(kv), cost, heads, selector, kv.warmup, tuple(kv._starts))
+        waiting.add(kv, kept)
 
     def add_simulated(self, blocks: Sequence[QueryBlock], q_heads: int, selector: Selector | None = None) -> None:
         """Count a simulated call, in which `selector` chose: each of its queries as a step."""
@@ -139,6 +165,46 @@ class LayerCounts:
     def add_medium(self, cost: StepCost, kept: Tensor | int) -> None:
         """Count so many of the kept keys as medium: they cost a norm and a code instead of the key."""
         self.read = self.read - kept * (cost.key_bytes - 2 - cost.code_bytes)
+
+
+@dataclass
+class Waiting:
+    """Steps of a cache, counted together: a token's step waits for no report.
+
+    Attributes:
+        columns: of the cache, at each step.
+        kept: keys that were kept, in all.
+    """
+
+    of: weakref.ref[KVCache]
+    cost: StepCost
+    heads: int
+    selector: Selector | None
+    warmup: int
+    starts: tuple[int, ...]
+    columns: list[int] = field(default_factory=list)
+    kept: int = 0
+    room: int = 0
+
+    def takes(self, kv: KVCache, heads: int, q_heads: int, selector: Selector | None) -> bool:
+        """Whether a step of this kind is one of them."""
+        same = self.of() is kv and self.heads == heads and self.cost.q_heads == q_heads and self.selector is selector
+        return same and len(self.columns) < MOST_WAITING and self.starts == tuple(kv._starts)
+
+    def add(self, kv: KVCache, kept: int) -> None:
+        """Let a step wait that kept so many keys."""
+        self.columns.append(len(kv))
+        self.kept += kept
+        if len(kv) > self.room:  # it has grown
+            self.room, self.cost = kv.storage("keys").shape[2], StepCost.of(kv, self.cost.q_heads)
+
+    def settled_cost(self) -> StepCost:
+        """As the cache is now, or was when last looked at."""
+        kv = self.of()
+        return self.cost if kv is None or kv.kind is None else StepCost.of(kv, self.cost.q_heads)
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # a copy has counted nothing yet
 
 
 @dataclass(frozen=True)

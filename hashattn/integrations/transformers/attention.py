@@ -216,10 +216,11 @@ class LayerCall:
                 counts.dense[reason] += 1
             if kv is None:
                 return
+            waiting = counts.waiting
             counts.add_step(selection, query, kv, attn.selector if attn is not None else None)
             if reason is not None:
                 counts.served_by(DENSE.name, reason)
-            else:
+            elif counts.waiting is None or counts.waiting is not waiting:  # steps that wait are all of one kind
                 counts.served_by(*serving(self._searching(query), query, kv))
             if self.options.trace:
                 heads = query.shape[1]

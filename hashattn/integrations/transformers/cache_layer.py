@@ -36,6 +36,7 @@ class HashedLayer(DynamicLayer):
     """
 
     capacity: int | None = None
+    recurrent: bool = False  # whether it keeps states beside its columns
 
     def __init__(self, attn: HashAttention, scratch: Scratch) -> None:
         self.attn, self.scratch = attn, scratch

@@ -27,6 +27,7 @@ class HashedHybridLayer(LinearAttentionLayer, HashedLayer):  # type: ignore[misc
     """A HashedLayer with the recurrent states of the layer whose place it takes."""
 
     is_compileable = False
+    recurrent = True
 
     def __init__(self, attn: HashAttention, scratch: Scratch, before: CacheLayerMixin) -> None:
         HashedLayer.__init__(self, attn, scratch)
@@ -59,6 +60,8 @@ class HashedHybridLayer(LinearAttentionLayer, HashedLayer):  # type: ignore[misc
 
 class HashedStaticHybridLayer(LinearAttentionLayer, HashedStaticLayer):  # type: ignore[misc, override]
     """The same for a static cache."""
+
+    recurrent = True
 
     def __init__(self, attn: HashAttention, scratch: Scratch, max_cache_len: int, before: CacheLayerMixin) -> None:
         HashedStaticLayer.__init__(self, attn, scratch, max_cache_len)

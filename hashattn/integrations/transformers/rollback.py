@@ -51,6 +51,8 @@ class Held:
     @classmethod
     def of(cls, layer: Any, tokens: int) -> Held:
         hashed = isinstance(layer, HashedLayer)
+        if hashed and not layer.recurrent:  # columns are all that it holds
+            return cls(layer, len(layer.kv) if layer.kv is not None else 0, {}, [], None)
         kept = {name: value for name, value in vars(layer).items() if not hashed or name in STATES}
         filled = len(layer.kv) if hashed and layer.kv is not None else 0
         values = {name: _kept(value) for name, value in kept.items()}
