@@ -41,9 +41,9 @@ class HashAttention:
         index: keeps the codes and scans them; None likewise.
         selector: which keys a query keeps; None for DenseAttend.
         attend: the softmax over what is kept.
-        engine: "reference" (plain PyTorch, any device), "cpu" (FAISS's scan and numpy), "gpu" (a fused step on an
-            NVIDIA GPU, in CUDA C++ or Triton; "triton" is its other name), "dense" (full attention, no index), or
-            "auto": the fastest of these, by what a step reads and does (hashattn/engines/choose.py).
+        engine: "reference" (plain PyTorch, any device), "cpu" (compiled loops, or FAISS's scan and numpy), "gpu" (a
+            fused step on an NVIDIA GPU, in CUDA C++ or Triton; "triton" is its other name), "dense" (full attention, no
+            index), or "auto": the fastest of these, by what a step reads and does (hashattn/engines/choose.py).
         dense_layers: layers of a model that attend densely; negative numbers count from the last.
 
     Raises:
