@@ -92,7 +92,7 @@ def generate(bench: argparse.ArgumentParser) -> None:
 
 def crossover(bench: argparse.ArgumentParser) -> None:
     """Add the options of `bench crossover`."""
-    where = "what is measured; a GPU where there is one. On a CPU one set of figures serves all shapes"
+    where = "what is measured; a GPU where there is one if left out. On a CPU one set of figures serves all shapes"
     bench.add_argument("--device", choices=("cuda", "cpu"), help=where)
     unkept = 'of a CPU: do not keep what was measured in the cache folder, where engine="auto" looks'
     bench.add_argument("--no-keep", action="store_true", help=unkept)

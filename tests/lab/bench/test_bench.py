@@ -8,6 +8,7 @@ from hashattn.lab.bench import cpu, tables
 from hashattn.lab.bench.cases import AUTO_KEYS, KEYS, SHAPES, Case, parse_keys, parse_shape
 from hashattn.lab.bench.dense import DENSE
 from hashattn.lab.bench.measure import take_turns
+from hashattn.ops.compiled.step import Step
 from tests.structured import qkv, raises_naming
 
 SMALL = ["--shape", "4/2x16:float32", "--keys", "600:50", "--rounds", "1"]
@@ -46,20 +47,16 @@ def test_below_the_warm_up_there_is_no_step_to_measure():
 
 @pytest.mark.parametrize("per", ["kv_head", "query_head"])
 def test_nothing_is_measured_where_other_keys_are_selected(monkeypatch, per):
-    from hashattn.index import view
-
-    right = view.search
-    monkeypatch.setattr(view, "search", lambda *a, **o: (right(*a, **o) + 1) % 600)
+    right = Step.__call__
+    monkeypatch.setattr(Step, "__call__", lambda *a: (x := right(*a))._replace(ids=(x.ids + 1) % 600))
     raises_naming(RuntimeError, "selects other keys", "nothing is measured")(
         lambda: cpu.run([Case(4, 2, 16, "float32", 600, 50)], per=per, rounds=1)
     )
 
 
 def test_nothing_is_measured_where_the_output_is_wrong(monkeypatch):
-    from hashattn.ops.attend import cpu as attend
-
-    right = attend.weigh
-    monkeypatch.setattr(attend, "weigh", lambda *a, **o: (right(*a, **o)[0] * 1.01, None, None))
+    right = Step.__call__
+    monkeypatch.setattr(Step, "__call__", lambda *a: (x := right(*a))._replace(out=x.out * 1.01))
     raises_naming(RuntimeError, "off by", "nothing is measured")(
         lambda: cpu.run([Case(4, 2, 16, "float32", 600, 50)], rounds=1)
     )

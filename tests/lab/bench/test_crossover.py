@@ -84,7 +84,7 @@ def test_the_command_writes_how_its_results_came_about(tmp_path, monkeypatch, ca
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     out = tmp_path / "x.json"
-    assert main(["bench", "crossover", "--batch", "3", "--out", str(out)]) == 0
+    assert main(["bench", "crossover", "--device", "cuda", "--batch", "3", "--out", str(out)]) == 0
     assert asked == [(((32, 8, 128, "bfloat16"), [3], Settings()), {"progress": True})]
     printed = capsys.readouterr().out
     assert f"'a GPU': Gpu(capability=(8, 0), eager=7, captured=3, source={str(out)!r})," in printed
@@ -111,7 +111,7 @@ def test_bad_arguments_are_refused_before_anything_runs(monkeypatch, capsys, arg
 
 def test_without_a_gpu_the_message_says_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["bench", "crossover"]) == 2
+    assert main(["bench", "crossover", "--device", "cuda"]) == 2
     assert "NVIDIA GPU" in capsys.readouterr().err
 
 

@@ -32,11 +32,11 @@ def cells(*values):
     return " | ".join(values) + " |"
 
 
-def step_lines(name, encoding):
+def step_lines(name):
     for row in rows_of(name):
         us, floor = row["us"], row["floor_us"]
         said = [f"{dense(row):,.0f}", f"{us['step']:,.0f}", f"{dense(row) / us['step']:.1f}"]
-        said += [f"{us['encode query']:.0f}, {us['encode key']:.0f}"] * encoding
+        said.append(f"{row['over_loops']:.1f}")
         yield case(row) + cells(*said, f"{floor:,.0f}", f"{us['step'] / floor:.1f}")
 
 
@@ -78,8 +78,8 @@ def centring_lines():
 @pytest.mark.parametrize(
     ("page", "lines"),
     [
-        ("cpu", lambda: step_lines("bench_cpu", True)),
-        ("cpu", lambda: step_lines("bench_cpu_query_head", False)),
+        ("cpu", lambda: step_lines("bench_cpu")),
+        ("cpu", lambda: step_lines("bench_cpu_query_head")),
         ("cpu", thread_lines),
         ("cpu", auto_lines),
         ("selectors", local_lines),

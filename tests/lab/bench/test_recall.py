@@ -143,10 +143,10 @@ def test_selectors_that_look_back_are_shown_the_prefill(layer, attn):
 
 
 def test_nothing_is_reported_where_the_engine_keeps_other_keys(layer, monkeypatch):
-    from hashattn.index import view
+    from hashattn.ops.compiled.step import Step
 
-    right = view.search
-    monkeypatch.setattr(view, "search", lambda *a, **o: (right(*a, **o) + 1) % (KEYS - QUERIES))
+    right = Step.__call__
+    monkeypatch.setattr(Step, "__call__", lambda *a: (x := right(*a))._replace(ids=(x.ids + 1) % (KEYS - QUERIES)))
     raises_naming(RuntimeError, "selects other keys", "cpu")(
         lambda: recall_steps.decode(preset("simhash_topk"), layer, QUERIES)
     )
@@ -176,7 +176,7 @@ def test_another_index_is_one_argument():
         "simhash_topk", 'simhash_topk + FaissBinary("BFlat")', "oracle_topk",
     ]  # fmt: skip
     for name in ("keys_read", "recall", "mass", "relative_mass", "output_error"):
-        assert own[name] == other[name]
+        assert own[name] == pytest.approx(other[name], rel=1e-6)  # compiled loops, and stages: sums in another order
     (remark,) = result["notes"]
     assert "oracle_topk" in remark
     assert "FlatDot()" in remark
