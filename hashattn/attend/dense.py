@@ -12,8 +12,9 @@ from hashattn.attend.base import Attend, Keys
 from hashattn.core.types import Output, Selection
 from hashattn.index.view import View
 
-# Keys up to which two products beat SDPA on a CPU (benchmarks/results/bench_cpu_auto.json).
-_MATMUL = {torch.float32: 1 << 14, torch.bfloat16: 1 << 11, torch.float16: 1 << 11}
+# Keys up to which two products beat SDPA on a CPU (benchmarks/results/bench_cpu_auto.json). In 16 bits torch's products
+# are many times slower than SDPA where the CPU has no instructions for them.
+_MATMUL = {torch.float32: 1 << 14}
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,9 @@ def masked(
     kv_heads, keys = k.shape[1:3]
     group = q_heads // kv_heads
     plain = seen is None and tokens == 1 and not (need_lse or need_weights or q.is_cuda)
-    if plain and keys <= _MATMUL.get(q.dtype, 0):  # in float32: logits in 16 bits would be rounded
-        logits = (q.reshape(batch, kv_heads, group, dim).float() * scale) @ k.float().transpose(-1, -2)
-        return Output((torch.softmax(logits, -1).to(v.dtype) @ v).view(batch, q_heads, 1, -1))
+    if plain and keys <= _MATMUL.get(q.dtype, 0):
+        logits = (q.reshape(batch, kv_heads, group, dim) * scale) @ k.transpose(-1, -2)
+        return Output((torch.softmax(logits, -1) @ v).view(batch, q_heads, 1, -1))
     folded = q.reshape(batch, kv_heads, group * tokens, dim)  # on CPUs SDPA's own GQA is several times slower at T = 1
     mask = None
     if seen is not None:

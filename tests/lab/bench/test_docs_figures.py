@@ -80,12 +80,13 @@ def centring_lines():
     [
         ("cpu", lambda: step_lines("bench_cpu")),
         ("cpu", lambda: step_lines("bench_cpu_query_head")),
+        ("cpu", lambda: step_lines("bench_cpu_small")),
         ("cpu", thread_lines),
         ("cpu", auto_lines),
         ("selectors", local_lines),
         ("concepts", centring_lines),
     ],
-    ids=["a KV head", "a query head", "threads", "auto", "LocalTopK", "centring"],
+    ids=["a KV head", "a query head", "a small model", "threads", "auto", "LocalTopK", "centring"],
 )
 def test_a_table_holds_the_figures_of_its_results_file(page, lines):
     text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8").splitlines()
