@@ -145,26 +145,14 @@ def budget(k: int, share: float, visible: int, least: int) -> int:
 
 
 @inlined
-def estimate(
-    at: Any,
-    a: float,
-    q: Any,
-    query: Any,
-    centre: Any,
-    codes: Any,
-    norms: Any,
-    ids: Any,
-    first: int,
-    last: int,
-    logits: Any,
-) -> None:
-    """A query's logits of the keys at ids[first : last], from their codes and norms, as Estimate says."""
+def estimate(at: Any, a: float, q: Any, query: Any, centre: Any, codes: Any, norms: Any, ids: Any, logits: Any) -> None:
+    """A query's logits of the keys at ids, from their codes and norms, as Estimate says."""
     offset, size, words = np.float32(0), np.float32(0), at[WORDS]
     for x in range(at[DIM]):
         offset += q[x] * centre[x]
         size += q[x] * q[x]
     size = np.float32(a) * np.sqrt(size)
-    for n in range(first, last):
+    for n in range(len(ids)):
         one, differ = np.int64(ids[n]), np.uint64(0)
         for w in range(words):
             differ += popcount(query[w] ^ codes[one * words + w])
@@ -188,7 +176,7 @@ def encode_key(at: Any, key: Any, centre: Any, linear: Any, work: Work, code: An
 
 @inlined
 def heads(at: Any, shares: Any, like: Any, work: Work, first: int, last: int) -> None:
-    """The decode step of KV heads, numbered over rows, queries and kv_heads, from `first` to `last`.
+    """The decode step of KV heads, numbered over rows, queries and heads, from `first` to `last`.
 
     Args:
         at: int64 [COUNT], shares: float64: see above.
@@ -199,28 +187,20 @@ def heads(at: Any, shares: Any, like: Any, work: Work, first: int, last: int) ->
     rows, size, room = batch * kv_heads, planes * words, at[ROOM] * dim
     q_rows, code_room, slots = batch * at[Q_HEADS] * tokens, at[CODE_ROOM] * words, at[SLOTS]
     q, out = carray(rows_at(at[Q], like), q_rows * dim), carray(rows_at(at[OUT], like), q_rows * dim)
-    all_keys, all_values = (
-        carray(rows_at(at[KEYS], like), (rows, room)),
-        carray(rows_at(at[VALUES], like), (rows, room)),
-    )
+    all_keys = carray(rows_at(at[KEYS], like), (rows, room))
+    all_values = carray(rows_at(at[VALUES], like), (rows, room))
     all_codes, query = carray(words_at(at[CODES]), (rows, code_room)), carray(words_at(at[QUERY]), q_rows * size)
     all_norms, centres = carray(halves_at(at[NORMS]), (rows, at[NORM_ROOM])), carray(floats_at(at[CENTRE]), (rows, dim))
     query_map, key_map = carray(floats_at(at[QUERY_MAP]), dim * bits), carray(floats_at(at[KEY_MAP]), dim * bits)
-    starts, lse, ids = (
-        carray(ints_at(at[STARTS]), batch),
-        carray(floats_at(at[LSE]), q_rows),
-        carray(ints_at(at[IDS]), q_rows * slots),
-    )
+    starts, lse = carray(ints_at(at[STARTS]), batch), carray(floats_at(at[LSE]), q_rows)
+    ids = carray(ints_at(at[IDS]), q_rows * slots)
     critical_of, bases = carray(ints_at(at[CRITICAL]), q_rows), carray(ints_at(at[BASES]), q_rows)
     at_once = group if at[SHARED] else 1
     for unit in range(first, last):
         row, token, head = unit // (tokens * kv_heads), unit // kv_heads % tokens, unit % kv_heads
-        keys, values, codes = (
-            all_keys[row * kv_heads + head],
-            all_values[row * kv_heads + head],
-            all_codes[row * kv_heads + head],
-        )
-        norms, centre = all_norms[row * kv_heads + head], centres[row * kv_heads + head]
+        held = row * kv_heads + head
+        keys, values, codes = all_keys[held], all_values[held], all_codes[held]
+        norms, centre = all_norms[held], centres[held]
         end = at[LENGTH] - (tokens - 1 - token if at[CAUSAL] else 0)
         if at[KEY_MAP] and token == 0:
             for n in range(at[ENCODED], at[LENGTH]):
@@ -240,36 +220,16 @@ def heads(at: Any, shares: Any, like: Any, work: Work, first: int, last: int) ->
                 for x in range(dim):
                     work.q[g * dim + x] *= np.float32(shares[SCALE])
             which = (row * kv_heads + head) * tokens + token if at[SHARED] else lead
-            kept, critical, base = choose(
-                at,
-                shares,
-                codes,
-                work.query,
-                at_once * planes,
-                np.int64(starts[row]),
-                end,
-                np.int64(bases[which]),
-                work,
-            )
+            start, guess = np.int64(starts[row]), np.int64(bases[which])
+            kept, critical, base = choose(at, shares, codes, work.query, at_once * planes, start, end, guess, work)
             bases[which] = np.int32(max(base, 0))
             exact = critical if at[ESTIMATED] else kept
             products(work.q, at_once, dim, keys, work.ids, exact, work.logits)
             if exact < kept:
                 for g in range(at_once):
-                    signs = work.query[g * size + size - words :]
-                    estimate(
-                        at,
-                        shares[A],
-                        work.q[g * dim :],
-                        signs,
-                        centre,
-                        codes,
-                        norms,
-                        work.ids,
-                        critical,
-                        kept,
-                        work.logits[g],
-                    )
+                    signs, medium = work.query[g * size + size - words :], work.ids[critical:kept]
+                    logits = work.logits[g, critical:kept]
+                    estimate(at, shares[A], work.q[g * dim :], signs, centre, codes, norms, medium, logits)
             for n in range(min(kept, AHEAD)):
                 fetch(values, np.uint64(work.ids[n]) * np.uint64(dim), dim, 64 // values.itemsize)
             for g in range(at_once):
