@@ -22,6 +22,7 @@ from hashattn.lab.evaluation.contenders import searching
 from hashattn.lab.workload.model import check_source, load
 from hashattn.lab.workload.prefill import positions_of, prefill
 from hashattn.lab.workload.texts import read_text
+from hashattn.ops import compiled
 from hashattn.presets import budget_options
 from hashattn.presets.parsing import parse
 
@@ -102,6 +103,11 @@ def run_demo(
         notes.append(f"{passage.name} ends after {tokens:,} tokens, where {context:,} were asked for")
     say(f"{tokens:,} tokens" + ("" if own else f', with one fact in the middle: "{FACT}"'))
 
+    if ids.device.type == "cpu" and network.dtype in compiled.DTYPES and not compiled.why_not_here():
+        from hashattn.ops.compiled.step import compile_for  # imports Numba
+
+        say("compiling the step (some seconds, the first time) ...")
+        compile_for(network.dtype)
     began = time.perf_counter()
     with bar("hf", "the demo", total=tokens - 1, desc="reading the text", unit="token", shown=progress) as shown:
         cache = prefill(network, ids[:, :-1], tick=shown.update)

@@ -13,7 +13,16 @@ from hashattn.core.types import MEDIUM
 from hashattn.ops.compiled import loops
 from hashattn.ops.compiled.threads import share_out
 from hashattn.ops.compiled.work import work_for
-from hashattn.ops.decode import Inputs, Map, Outputs
+from hashattn.ops.decode import Inputs, Map, Outputs, Rule, Stored
+
+
+def compile_for(dtype: torch.dtype) -> None:
+    """Compile the loops for keys of a type, or load what was kept of it, so that no step waits for it."""
+    q = torch.zeros(1, 1, 1, 8, dtype=dtype)
+    codes = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+    stored = Stored(q, q, codes, torch.ones(1, dtype=torch.int32))
+    like = Inputs(q, codes.unsqueeze(3), stored, torch.zeros(1, dtype=torch.int32), Rule(k=1), 1.0)
+    Step(like, 64, (None, None), torch.zeros(1, 1, 8))(q, like.query, (1, 1, 1), 1.0)
 
 
 class Step:

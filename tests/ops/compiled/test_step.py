@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hashattn.ops.compiled import why_not, why_not_here
-from hashattn.ops.compiled.step import Step
+from hashattn.ops.compiled import loops, why_not, why_not_here
+from hashattn.ops.compiled.step import Step, compile_for
 from hashattn.ops.decode import Inputs, KernelRequest, Outputs, Rule, reference
 from tests.ops.decode.cases import (
     BEYOND,
@@ -191,3 +191,11 @@ def test_what_it_does_not_serve_is_named():
     far = replace(asked, dtype=torch.float32, scores="hamming", rule=Rule(k=8), words=16, planes=8)
     assert why_not(far) == ["they tell distances up to 60,000 apart, not 261,120: take fewer bits or query_bits"]
     assert why_not(replace(asked, device=torch.device("cuda"))) == ["its loops need tensors on the CPU, got cuda"]
+
+
+def test_compiling_ahead_leaves_nothing_to_compile():
+    for dtype in (torch.float32, torch.bfloat16):
+        compile_for(dtype)
+        known = len(loops.step.signatures)
+        run(replace(inputs(5, dtype=dtype), rule=Rule(k=3, shared=True)))
+        assert len(loops.step.signatures) == known
