@@ -99,7 +99,6 @@ class Kept(NamedTuple):
 
     parts: Parts
     step: Step
-    memory: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,12 +144,14 @@ class CompiledStep:
         held = [cache.storage(what) for what in ("keys", "values", "codes")]
         assert parts.encoder is not None
         memory = *(x.data_ptr() for x in held), 0 if centre is None else centre.data_ptr(), parts.encoder.fits
+        if state.memory != memory:  # steps that were made ready before keep what it was alive
+            state.memory, state.prepared = memory, {}
         kept = state.prepared.get((q.shape[1], q.shape[2], causal))
-        if isinstance(kept, Kept) and kept.parts is parts and kept.memory == memory:
+        if isinstance(kept, Kept) and kept.parts is parts:
             return kept.step
         step = self._made(q, cache, starts, centre, causal)
         if step.like.estimate is None:  # whose scale may be fitted
-            state.prepared[q.shape[1], q.shape[2], causal] = Kept(parts, step, memory)
+            state.prepared[q.shape[1], q.shape[2], causal] = Kept(parts, step)
         return step
 
     @lasting

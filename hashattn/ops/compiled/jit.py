@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numba
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
 I1, I8, I16, I32, I64, F32 = (
     ir.IntType(1),
@@ -90,37 +89,13 @@ def to_bits(typing: Any, x: Any) -> Any:
     return types.uint32(types.float32), lambda c, b, s, a: b.bitcast(a[0], I32)
 
 
-@intrinsic
-def floats_at(typing: Any, address: Any) -> Any:
-    """What lies at an address, for carray: float32."""
-    return types.CPointer(types.float32)(types.int64), _as_pointer
-
-
-@intrinsic
-def halves_at(typing: Any, address: Any) -> Any:
-    """The same of uint16."""
-    return types.CPointer(types.uint16)(types.int64), _as_pointer
-
-
-@intrinsic
-def words_at(typing: Any, address: Any) -> Any:
-    """The same of uint64."""
-    return types.CPointer(types.uint64)(types.int64), _as_pointer
-
-
-@intrinsic
-def ints_at(typing: Any, address: Any) -> Any:
-    """The same of int32."""
-    return types.CPointer(types.int32)(types.int64), _as_pointer
-
-
 def _as_pointer(context: Any, builder: Any, signature: Any, a: Any) -> Any:
     return builder.inttoptr(a[0], context.get_value_type(signature.return_type))
 
 
 @intrinsic
-def rows_at(typing: Any, address: Any, like: Any) -> Any:
-    """The same of numbers of `like`'s type."""
+def lying_at(typing: Any, address: Any, like: Any) -> Any:
+    """What lies at an address, for carray: numbers of `like`'s type."""
     return types.CPointer(like)(types.int64, like), _as_pointer
 
 
@@ -233,23 +208,17 @@ def number(typing: Any, x: Any) -> Any:
     return types.float32(types.uint16), lambda c, b, s, a: b.bitcast(b.shl(b.zext(a[0], I32), half), F32)
 
 
-def put(array: Any, at: Any, x: Any) -> Any:
-    """Write a float32 to a flat array of float32, or of bfloat16 as uint16 (to the nearest, even); likewise."""
-    raise NotImplementedError("only in compiled code")
+@intrinsic
+def stored(typing: Any, x: Any, like: Any) -> Any:
+    """A float32 as it is kept beside numbers of `like`'s type: itself, or bfloat16 as uint16, to the nearest, even."""
+    if like is not types.uint16:
+        return types.float32(types.float32, like), lambda c, b, s, a: a[0]
 
+    def build(context: Any, builder: Any, signature: Any, a: Any) -> Any:
+        bits, half, one = builder.bitcast(a[0], I32), ir.Constant(I32, 16), ir.Constant(I32, 1)
+        even = builder.and_(builder.lshr(bits, half), one)
+        near = builder.lshr(builder.add(builder.add(bits, ir.Constant(I32, 0x7FFF)), even), half)
+        kept = builder.select(builder.fcmp_unordered("uno", a[0], a[0]), ir.Constant(I32, 0x7FC0), near)
+        return builder.trunc(kept, I16)
 
-@overload(put)
-def _put(array: Any, at: Any, x: Any) -> Any:
-    if array.dtype is not types.uint16:
-
-        def exact(array: Any, at: Any, x: Any) -> Any:
-            array[at] = x
-
-        return exact
-
-    def rounded(array: Any, at: Any, x: Any) -> Any:
-        bits = to_bits(x)
-        near = np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-        array[at] = np.uint16(0x7FC0) if x != x else near
-
-    return rounded
+    return types.uint16(types.float32, like), build

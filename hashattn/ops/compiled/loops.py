@@ -9,23 +9,11 @@ from numba import carray
 
 from hashattn.ops.compiled.attend import AHEAD, fetch, products, softmax, weighted
 from hashattn.ops.compiled.encode import pack, project
-from hashattn.ops.compiled.jit import (
-    compiled,
-    floats_at,
-    halves_at,
-    inlined,
-    ints_at,
-    number,
-    popcount,
-    put,
-    rows_at,
-    sources,
-    words_at,
-)
+from hashattn.ops.compiled.jit import compiled, inlined, lying_at, number, popcount, sources, stored
 from hashattn.ops.compiled.scan import LEVELS, count_near, nearest, scan
 
 # What a step is given, by its place in an int64 array. Addresses first, all of memory in one piece:
-Q, QUERY = 0, 1  # [B, Hq, T, D] like keys; uint64 [B, Hq, T, P, W], which step() writes where there is a map
+Q, QUERY = 0, 1  # [B, Hq, T, D] like keys; uint64 [B, Hq, T, P, W], where there is no map
 KEYS, VALUES = 2, 3  # [B, Hkv, room, D], float32, or uint16 for bfloat16
 CODES, NORMS = 4, 5  # uint64 [B, Hkv, code_room, W]; uint16 for bfloat16 [B, Hkv, norm_room], |k - centre|
 CENTRE, STARTS = 6, 7  # float32 [B, Hkv, D]; int32 [B], each row's first column
@@ -41,6 +29,8 @@ K, MIN_K, SINKS, RECENTS, RADIUS, SHARED, BIASED, CAUSAL, TIERED, ESTIMATED, WIT
 COUNT = 40
 # In a float64 array: share of visible keys, share of critical ones, scale of the logits, a of the estimate.
 SHARE, CRITICAL_SHARE, SCALE, A = 0, 1, 2, 3
+
+FLOAT, HALF, WORD, INT = np.float32(0), np.uint16(0), np.uint64(0), np.int32(0)  # what lies at an address is like them
 
 
 class Work(NamedTuple):
@@ -171,7 +161,7 @@ def encode_key(at: Any, key: Any, centre: Any, linear: Any, work: Work, code: An
     project(work.out[: at[DIM]], linear, at[BITS], work.projected)
     pack(work.projected, at[BITS], 1, at[WORDS], code)
     if at[WITH_NORMS]:
-        put(norm, 0, np.sqrt(size))
+        norm[0] = stored(np.sqrt(size), HALF)
 
 
 @inlined
@@ -186,15 +176,24 @@ def heads(at: Any, shares: Any, like: Any, work: Work, first: int, last: int) ->
     group, planes, words, bits = at[Q_HEADS] // kv_heads, at[PLANES], at[WORDS], at[BITS]
     rows, size, room = batch * kv_heads, planes * words, at[ROOM] * dim
     q_rows, code_room, slots = batch * at[Q_HEADS] * tokens, at[CODE_ROOM] * words, at[SLOTS]
-    q, out = carray(rows_at(at[Q], like), q_rows * dim), carray(rows_at(at[OUT], like), q_rows * dim)
-    all_keys = carray(rows_at(at[KEYS], like), (rows, room))
-    all_values = carray(rows_at(at[VALUES], like), (rows, room))
-    all_codes, query = carray(words_at(at[CODES]), (rows, code_room)), carray(words_at(at[QUERY]), q_rows * size)
-    all_norms, centres = carray(halves_at(at[NORMS]), (rows, at[NORM_ROOM])), carray(floats_at(at[CENTRE]), (rows, dim))
-    query_map, key_map = carray(floats_at(at[QUERY_MAP]), dim * bits), carray(floats_at(at[KEY_MAP]), dim * bits)
-    starts, lse = carray(ints_at(at[STARTS]), batch), carray(floats_at(at[LSE]), q_rows)
-    ids = carray(ints_at(at[IDS]), q_rows * slots)
-    critical_of, bases = carray(ints_at(at[CRITICAL]), q_rows), carray(ints_at(at[BASES]), q_rows)
+    q, out = carray(lying_at(at[Q], like), q_rows * dim), carray(lying_at(at[OUT], like), q_rows * dim)
+    all_keys = carray(lying_at(at[KEYS], like), (rows, room))
+    all_values = carray(lying_at(at[VALUES], like), (rows, room))
+    all_codes, query = (
+        carray(lying_at(at[CODES], WORD), (rows, code_room)),
+        carray(lying_at(at[QUERY], WORD), q_rows * size),
+    )
+    all_norms, centres = (
+        carray(lying_at(at[NORMS], HALF), (rows, at[NORM_ROOM])),
+        carray(lying_at(at[CENTRE], FLOAT), (rows, dim)),
+    )
+    query_map, key_map = (
+        carray(lying_at(at[QUERY_MAP], FLOAT), dim * bits),
+        carray(lying_at(at[KEY_MAP], FLOAT), dim * bits),
+    )
+    starts, lse = carray(lying_at(at[STARTS], INT), batch), carray(lying_at(at[LSE], FLOAT), q_rows)
+    ids = carray(lying_at(at[IDS], INT), q_rows * slots)
+    critical_of, bases = carray(lying_at(at[CRITICAL], INT), q_rows), carray(lying_at(at[BASES], INT), q_rows)
     at_once = group if at[SHARED] else 1
     for unit in range(first, last):
         row, token, head = unit // (tokens * kv_heads), unit // kv_heads % tokens, unit % kv_heads
@@ -237,7 +236,7 @@ def heads(at: Any, shares: Any, like: Any, work: Work, first: int, last: int) ->
             weighted(work.logits, at_once, dim, values, work.ids, kept, work.out)
             for g in range(at_once):
                 for x in range(dim):
-                    put(out, (lead + g * tokens) * dim + x, work.out[g * dim + x])
+                    out[(lead + g * tokens) * dim + x] = stored(work.out[g * dim + x], like)
             for n in range(kept):
                 ids[which * slots + n] = work.ids[n]
             for n in range(kept, slots):

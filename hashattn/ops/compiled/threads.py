@@ -14,9 +14,8 @@ class _Pool:
     """Threads that wait for work, made at the first call of a process: a fork takes none of them along."""
 
     def __init__(self) -> None:
-        self._process, self._threads, self._executor = -1, 0, None
-
-    _executor: ThreadPoolExecutor | None
+        self._process, self._threads = -1, 0
+        self._executor: ThreadPoolExecutor | None = None
 
     def of(self, threads: int) -> ThreadPoolExecutor:
         """As many as that, at least."""

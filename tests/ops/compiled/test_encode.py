@@ -1,7 +1,9 @@
 """Codes of the newest keys and queries, made within a compiled step, are the encoder's; and what is kept on disk."""
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -87,6 +89,19 @@ def test_a_call_that_asks_for_more_goes_through_the_stages():
     assert torch.allclose(plain.out, output.out, atol=1e-5) and torch.allclose(plain.lse, output.lse, atol=1e-5)
     output.out.sum().backward()
     assert q.grad is not None and q.grad.isfinite().all()
+
+
+def test_steps_that_were_made_ready_let_go_of_memory_that_a_cache_has_left():
+    attn = HashAttention(SimHash(64, centring=None), FlatHamming(), TopK(k=9), engine="cpu")
+    cache = attn.new_cache(1, 2, 16)
+    left = None
+    for keys, tokens, kept in ((40, 1, 1), (1, 2, 2), (900, 1, 1), (1, 1, 1)):
+        cache.append(torch.randn(1, 2, keys, 16), torch.randn(1, 2, keys, 16))
+        attn(torch.randn(1, 4, tokens, 16), cache)
+        assert len(cache.on_device.prepared) == kept
+        left = left or weakref.ref(cache.storage("keys"))
+    gc.collect()
+    assert left() is None
 
 
 WITHOUT = """
