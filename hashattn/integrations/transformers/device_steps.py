@@ -66,9 +66,15 @@ class DeviceSteps:
         return twin
 
     def serve(
-        self, layer: object, kv: KVCache, served: ServedLayer, number: int, q_heads: int, tokens: int,
+        self,
+        layer: object,
+        kv: KVCache,
+        served: ServedLayer,
+        number: int,
+        q_heads: int,
+        tokens: int,
         counters: Counters[Any],
-    ) -> str | None:  # fmt: skip
+    ) -> str | None:
         """Make steps of so many queries ready for what the cache now holds; returns why that cannot be.
 
         Args:

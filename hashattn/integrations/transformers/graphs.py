@@ -40,9 +40,14 @@ class Graphs:
     """
 
     def __init__(
-        self, forward: Forward, q_heads: dict[int, int], places: Mapping[str, int], names: tuple[str, ...],
-        refusal: str | None, ours: tuple[type, ...],
-    ) -> None:  # fmt: skip
+        self,
+        forward: Forward,
+        q_heads: dict[int, int],
+        places: Mapping[str, int],
+        names: tuple[str, ...],
+        refusal: str | None,
+        ours: tuple[type, ...],
+    ) -> None:
         self.forward, self.q_heads, self.places, self.names = forward, q_heads, dict(places), names
         self.refusal, self.ours = refusal, ours
         self.guard = Guard()
