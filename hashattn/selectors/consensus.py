@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ from hashattn.core.lasting import lasting
 from hashattn.core.naming import short
 from hashattn.core.types import Selection, Step
 from hashattn.index.view import View
+from hashattn.ops.decode.rule import Rule
 from hashattn.selectors.base import Selector
 from hashattn.selectors.wrapper import Wrapper
 
@@ -61,6 +63,12 @@ class Consensus(nn.Module, Wrapper):
     def own_settings(self) -> dict[str, Any]:
         return {"vote_share": self.vote_share, "consensus": self.discount.item()}  # consensus is its discount
 
+    def rule(self, group: int) -> Rule | None:
+        inner, amount = self.inner.rule(group), whole(self.discount)
+        if inner is None or inner.calibrated or amount is None:  # votes are for raw distances
+            return None
+        return replace(inner, vote_share=self.vote_share, vote_discount=amount)
+
     def select(self, view: View, step: Step) -> Selection:
         votes = key_votes(self.inner.select(view.calibrate(view.raw), step).ids, view)
         agreed = (votes > self.vote_share * view.q_heads).unsqueeze(1)  # [B, 1, T, N]
@@ -76,6 +84,12 @@ def key_votes(ids: Tensor, view: View) -> Tensor:
     columns = torch.where(ids < 0, view.keys, ids).long().transpose(1, 2).flatten(2)  # [B, T, H*K]
     counts = torch.zeros(*columns.shape[:2], view.keys + 1, dtype=torch.int64, device=ids.device)
     return counts.scatter_add_(-1, columns, torch.full_like(columns, weight))[..., :-1]
+
+
+def whole(discount: Tensor) -> int | None:
+    """A learned discount as it is subtracted; None if it is no number."""
+    amount = discount.detach().round().item()
+    return int(amount) if math.isfinite(amount) else None
 
 
 def discounted(inner: Selector, view: View, step: Step, mask: Tensor, discount: Tensor) -> Selection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -12,8 +13,9 @@ from hashattn.core.lasting import lasting
 from hashattn.core.naming import short
 from hashattn.core.types import Selection, Step
 from hashattn.index.view import View
+from hashattn.ops.decode.rule import Rule
 from hashattn.selectors.base import Selector
-from hashattn.selectors.consensus import discounted
+from hashattn.selectors.consensus import discounted, whole
 from hashattn.selectors.wrapper import Wrapper
 
 
@@ -59,6 +61,12 @@ class Momentum(nn.Module, Wrapper):
 
     def own_settings(self) -> dict[str, Any]:
         return {"ratio": self.ratio, "momentum": self.discount.item()}  # momentum is its discount
+
+    def rule(self, group: int) -> Rule | None:
+        inner, amount = self.inner.rule(group), whole(self.discount)
+        if inner is None or inner.prior_ratio is not None or amount is None:
+            return None
+        return replace(inner, prior_ratio=self.ratio, prior_discount=amount)
 
     def select(self, view: View, step: Step) -> Selection:
         if step.previous is None or step.previous_weights is None:

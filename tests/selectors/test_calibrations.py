@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from hashattn import (
     Tiers,
     TopK,
 )
+from hashattn.ops.decode import Rule
 from tests.structured import (
     generator,
     make_view,
@@ -167,6 +170,29 @@ def test_the_gradient_is_the_slope_of_log_weights_on_discounted_slots():
     slope = (by_hand(h) - by_hand(-h)) / (2 * h)
     # a central difference errs by h^2 times the third derivative (of order |v| sums), plus float32 rounding / h
     assert abs(consensus.discount.grad - slope) < 1e-3 * max(1.0, abs(slope))
+
+
+def test_a_rule_says_how_distances_are_calibrated():
+    tiers = Tiers(0.1, 0.4)
+    both = Sink(2) | Momentum(Consensus(tiers, vote_share=0.3, discount=2.5), ratio=1.5, discount=3.0)
+    rule = both.rule(2)
+    assert rule.calibrated and (rule.vote_share, rule.prior_ratio) == (0.3, 1.5)
+    assert (rule.vote_discount, rule.prior_discount) == (2, 3)  # halves go to the even number
+    raw = replace(rule, vote_share=None, vote_discount=0, prior_ratio=None, prior_discount=0)
+    assert raw == (Sink(2) | tiers).rule(2) and not raw.calibrated
+    assert Consensus(tiers).rule(1).prior_ratio is None and Momentum(tiers).rule(1).vote_share is None
+    for other in (Consensus(Momentum(tiers)), Consensus(Consensus(tiers)), Momentum(Momentum(tiers))):
+        assert other.rule(1) is None
+    assert Consensus(TopK(k=5, per="kv_head", combine="union")).rule(2) is None
+    lost = Consensus(tiers)
+    lost.discount.data.fill_(torch.nan)
+    assert lost.rule(1) is None
+
+
+@given(st.floats(0.01, 1.0), st.integers(1, 64))
+def test_a_rule_counts_votes_as_the_selector_does(share, q_heads):
+    votes = torch.arange(q_heads + 2)
+    assert int((votes > share * q_heads).nonzero()[0]) == Rule(k=1, vote_share=share).votes(q_heads)
 
 
 def test_calibrations_cost_what_their_inner_selector_costs():

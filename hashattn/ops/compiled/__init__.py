@@ -22,6 +22,8 @@ def why_not(request: KernelRequest) -> list[str]:
         reasons.append("they serve binary codes in a FlatHamming index")
     if request.dtype not in DTYPES:
         reasons.append(f"they serve float32 and bfloat16, not {str(request.dtype).removeprefix('torch.')}")
+    if rule.calibrated:
+        reasons.append("they rank raw distances, not those that Consensus or Momentum calibrate")
     if rule.chunks is not None:
         reasons.append("they choose of all keys, not of each chunk as LocalTopK does")
     spread = (request.group if rule.shared else 1) * (2**request.planes - 1)

@@ -36,6 +36,8 @@ def decode(x: Inputs) -> Outputs:
 def choose(x: Inputs) -> tuple[Tensor, Tensor]:
     """The ids of a step, and which of them are critical, bool, anything in empty slots."""
     rule, query, filled = x.rule, x.query, int(x.stored.length)
+    if rule.calibrated:
+        raise ValueError(f"rule must rank raw distances here, got {rule}: selectors calibrate them")
     tokens, device = query.shape[2], query.device
     ends = torch.arange(filled - tokens + 1, filled + 1, device=device)
     ends = ends if x.causal else torch.full_like(ends, filled)

@@ -89,8 +89,10 @@ def why_not_binary(request: KernelRequest) -> list[str]:
 
 def _why_not_rule(request: KernelRequest) -> list[str]:
     rule, reasons = request.rule, []
+    if rule.calibrated:
+        reasons.append("it ranks raw distances, not those that Consensus or Momentum calibrate")
     if rule.chunks is None:
-        return []
+        return reasons
     if rule.shared:
         reasons.append("LocalTopK makes one choice per query head there, not one for a KV head")
     if rule.per_chunk not in PER_CHUNK:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from hashattn.core.budget import MOST_KEYS, Budget
 from hashattn.ops.nearest.local import most_of_span
 
@@ -22,6 +24,15 @@ class Rule:
         chunks: k / chunks keys are kept of each chunk that columns are dealt to in runs of 8; None for k of all.
         min_k: keys wanted beyond the forced ones, critical ones too, whatever k, share and critical say.
         biased: the last byte of a key's code is a number that is added to its distance; queries of one plane.
+        vote_share: keys that more than this share of the layer's query heads would keep come nearer in every head, by
+            vote_discount. A head votes for the keys that the rule keeps of raw distances; a shared choice has the votes
+            of its group. None for no votes.
+        prior_ratio: keys whose prior is above so many times the uniform share, 1 / visible keys, come nearer in every
+            head, by prior_discount. A key's prior is the mean over query heads of the softmax weights that the layer
+            before gave it in the same step, zero where it kept it not; after a layer that ran dense nothing changes.
+            None for no prior.
+        vote_discount, prior_discount: subtracted from the distance of each head, before these are summed for a shared
+            choice, and compared with a radius. They may be below zero.
     """
 
     k: int | None = None
@@ -34,6 +45,10 @@ class Rule:
     chunks: int | None = None
     min_k: int = 0
     biased: bool = False
+    vote_share: float | None = None
+    vote_discount: int = 0
+    prior_ratio: float | None = None
+    prior_discount: int = 0
 
     def __post_init__(self) -> None:
         """Bring down what a user may give to what the kernels' int32 holds, sums and columns included: here alone."""
@@ -50,6 +65,15 @@ class Rule:
         return replace(
             self, k=k, sinks=min(self.sinks, room), recents=min(self.recents, room), min_k=min(self.min_k, room)
         )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it ranks other distances than the raw ones."""
+        return self.vote_share is not None or self.prior_ratio is not None
+
+    def votes(self, q_heads: int) -> int:
+        """The fewest votes that are more than the share of so many heads, compared in float32 as the reference does."""
+        return int(np.floor(np.float32((self.vote_share or 0.0) * q_heads))) + 1
 
     @property
     def least(self) -> int:

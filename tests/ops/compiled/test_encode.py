@@ -172,7 +172,7 @@ def test_the_plan_names_what_runs():
     assert "compiled loops" in plan and "queries and the newest keys in the step" in plan
     other = HashAttention.from_preset("dashkv", engine="cpu")
     told = str(other.explain(q_heads=4, kv_heads=2, head_dim=64, keys=5000, dtype=torch.float32))
-    assert "compiled loops serve TopK, Threshold and Tiers, not" in told
+    assert "they rank raw distances, not those that Consensus or Momentum calibrate" in told
     assert why_not_compiled(HashAttention.from_preset("streaming").parts, None) == [  # type: ignore[arg-type]
         "compiled loops serve binary codes in a FlatHamming index"
     ]
