@@ -11,7 +11,7 @@ from torch import Tensor
 from hashattn.ops.decode.cuda import InCuda
 from hashattn.ops.decode.device import why_not_nvidia
 from hashattn.ops.decode.estimate import Estimate
-from hashattn.ops.decode.inputs import Inputs, Newest, Outputs, Placed, Stored
+from hashattn.ops.decode.inputs import Before, Inputs, Newest, Outputs, Placed, Stored
 from hashattn.ops.decode.kernels import Kernels
 from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.maps import why_not as why_not_encode
@@ -24,6 +24,7 @@ from hashattn.ops.decode.specification import Specification
 from hashattn.ops.decode.triton import InTriton
 
 __all__ = [
+    "Before",
     "Estimate",
     "Inputs",
     "KernelRequest",

@@ -30,6 +30,18 @@ class Stored:
     norms: Tensor | None = None
 
 
+class Before(NamedTuple):
+    """What the layer before kept in the same step.
+
+    Attributes:
+        ids: int32 [B, H, T, K] with H = Hq or Hkv, columns, -1 in empty slots; no key twice.
+        weights: float32 [B, Hq, T, K], its softmax weights.
+    """
+
+    ids: Tensor
+    weights: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Inputs:
     """A decode step: attention of a few queries to the keys that their codes find nearest.
@@ -47,6 +59,7 @@ class Inputs:
         bounds: int32, Sizes.state, zeros at first, which the step rewrites for the next one like it: how far
             candidates are looked for (one that turns out wrong costs time and changes nothing), and zeros.
         scores: the family of scores that rank the keys.
+        before: what the layer before kept, for a rule with a prior; None if it ran dense.
         workspace: uint8, Sizes.workspace of them at least, whatever it holds; steps on the same stream share it.
             The specification needs neither.
     """
@@ -62,6 +75,7 @@ class Inputs:
     bounds: Tensor | None = None
     workspace: Tensor | None = None
     scores: str = "hamming"
+    before: Before | None = None
 
 
 class Outputs(NamedTuple):
@@ -73,12 +87,14 @@ class Outputs(NamedTuple):
         ids: int32 [B, H, T, slots] with H = Hkv where the rule is shared: columns in ascending order, -1 in empty
             slots. A rule with chunks gives each chunk its slots, one chunk after the other.
         tier: int8, the shape of ids: 1 for medium keys, 0 for critical ones and empty slots; None without an estimate.
+        weights: float32 [B, Hq, T, slots], softmax weights, for the prior of the layer after; None for a rule without.
     """
 
     out: Tensor
     lse: Tensor
     ids: Tensor
     tier: Tensor | None = None
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

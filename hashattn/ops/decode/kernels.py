@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hashattn.ops.decode.inputs import Inputs, Newest, Outputs, Placed, Stored
+from hashattn.ops.decode.inputs import Before, Inputs, Newest, Outputs, Placed, Stored
 from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.request import KernelRequest
 
-Decode = Callable[[Tensor, Tensor, float], Outputs]  # of q, query and scale
+Decode = Callable[[Tensor, Tensor, float, Before | None], Outputs]  # of q, query, scale and what the layer before kept
 Encode = Callable[[Tensor, Tensor, Tensor], Tensor]  # of q, k and v
 EncodePlaced = Callable[[Tensor, int, bool], Tensor]  # of q, the first column, and whether its keys are encoded too
 

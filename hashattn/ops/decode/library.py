@@ -6,7 +6,7 @@ Their flat arguments are packed and unpacked here alone. Importing this module r
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hashattn.ops.decode import kernels_for, kernels_on
 from hashattn.ops.decode.estimate import Estimate
-from hashattn.ops.decode.inputs import Inputs, Newest, Outputs, Placed, Stored
+from hashattn.ops.decode.inputs import Before, Inputs, Newest, Outputs, Placed, Stored
 from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.request import KernelRequest
 from hashattn.ops.decode.rule import Rule
@@ -29,7 +29,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 _OPS.define(
     "decode(Tensor q, Tensor query, Tensor keys, Tensor values, Tensor codes, Tensor length, Tensor starts, "
     "Tensor(a!) bounds, Tensor(b!) workspace, Tensor? norms, Tensor? centre, Tensor? a, int bits, float scale, "
-    f"bool causal, {_RULE}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"bool causal, Tensor? kept, Tensor? weights, {_RULE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 _OPS.define(
@@ -57,18 +57,20 @@ class Decode:
         self.like = like
         self._step = kernels_for(KernelRequest.of(like)).decode(like)
 
-    def __call__(self, q: Tensor, query: Tensor, scale: float) -> Outputs:
+    def __call__(self, q: Tensor, query: Tensor, scale: float, before: Before | None = None) -> Outputs:
         """Search and attend with queries [B, Hq, T, D] and their codes; see :class:`Inputs`.
 
         Raises:
             RuntimeError: a gradient is wanted, of which nothing would be left.
         """
         if torch.compiler.is_compiling():
-            out, lse, ids, tier = torch.ops.hashattn.decode(*flat_inputs(self.like, q, query, scale))
-            return Outputs(out, lse, ids, None if self.like.estimate is None else tier)
+            flat = flat_inputs(self.like, q, query, scale, before)
+            out, lse, ids, tier, weights = torch.ops.hashattn.decode(*flat)
+            wanted = self.like.estimate is not None, self.like.rule.prior_ratio is not None
+            return Outputs(out, lse, ids, tier if wanted[0] else None, weights if wanted[1] else None)
         if torch.is_grad_enabled():
             _check_decode(self.like, q)
-        return self._step(q, query, scale)
+        return self._step(q, query, scale, before)
 
 
 class Encode:
@@ -133,21 +135,24 @@ def filled(length: Tensor) -> Tensor:
     return now
 
 
-def flat_inputs(x: Inputs, q: Tensor, query: Tensor, scale: float) -> tuple[Any, ...]:
+def flat_inputs(x: Inputs, q: Tensor, query: Tensor, scale: float, before: Before | None = None) -> tuple[Any, ...]:
     """What hashattn::decode takes for a step like this one."""
     held, by = x.stored, x.estimate
     estimate = (None, None, None, 0) if by is None else (by.norms, by.centre, by.a, by.bits)
     stored = held.keys, held.values, held.codes, held.length
     rule = [getattr(x.rule, name) for name in _NAMES]
-    return (q, query, *stored, x.starts, x.bounds, x.workspace, *estimate, scale, x.causal, *rule)
+    kept = before or (None, None)
+    return (q, query, *stored, x.starts, x.bounds, x.workspace, *estimate, scale, x.causal, *kept, *rule)
 
 
 def _inputs(*given: Any) -> Inputs:
     """The step that hashattn::decode was given flat."""
     (q, query, *stored), (starts, bounds, workspace, *estimate) = given[:6], given[6:13]
-    scale, causal, *rule = given[13:]
+    scale, causal, kept, weights, *rule = given[13:]
     by = None if estimate[0] is None else Estimate(*estimate)
-    return Inputs(q, query, Stored(*stored), starts, Rule(*rule), scale, causal, by, bounds, workspace)
+    before = None if kept is None else Before(kept, weights)
+    step = Inputs(q, query, Stored(*stored), starts, Rule(*rule), scale, causal, by, bounds, workspace)
+    return replace(step, before=before)
 
 
 def flat_newest(x: Newest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
@@ -187,8 +192,9 @@ def _check_stored(name: str, stored: Stored, **new: Tensor) -> None:
 def _decode(*given: Any) -> tuple[Tensor, ...]:
     x = _inputs(*given)
     _check_decode(x, x.q)
-    out, lse, ids, tier = kernels_for(KernelRequest.of(x)).decode(x)(x.q, x.query, x.scale)
-    return out, lse, ids, ids.new_empty(0, dtype=torch.int8) if tier is None else tier
+    out, lse, ids, tier, weights = kernels_for(KernelRequest.of(x)).decode(x)(x.q, x.query, x.scale, x.before)
+    nothing = ids.new_empty(0, dtype=torch.int8), lse.new_empty(0)
+    return out, lse, ids, nothing[0] if tier is None else tier, nothing[1] if weights is None else weights
 
 
 def _encode(*given: Any) -> Tensor:
@@ -218,7 +224,9 @@ def _decode_fake(*given: Any) -> tuple[Tensor, ...]:
     shape = sizes.batch, sizes.q_heads // sizes.summed, sizes.tokens, sizes.slots
     tier = x.q.new_empty(0 if x.estimate is None else shape, dtype=torch.int8)
     lse, ids = x.q.new_empty(x.q.shape[:3], dtype=torch.float32), x.q.new_empty(shape, dtype=torch.int32)
-    return x.q.new_empty(x.q.shape), lse, ids, tier
+    weighed = x.rule.prior_ratio is not None
+    weights = lse.new_empty((*x.q.shape[:3], sizes.slots) if weighed else 0)
+    return x.q.new_empty(x.q.shape), lse, ids, tier, weights
 
 
 @torch.library.register_fake("hashattn::encode", lib=_OPS)

@@ -13,7 +13,7 @@ from hashattn.ops.decode.rule import Rule
 from hashattn.ops.hamming.reference import differing, distances
 from hashattn.ops.nearest import nearest_of_chunks
 from hashattn.ops.search.ranking import Ranking
-from hashattn.ops.search.reference import search
+from hashattn.ops.search.reference import nearest_of, search
 
 
 def decode(x: Inputs) -> Outputs:
@@ -28,16 +28,15 @@ def decode(x: Inputs) -> Outputs:
         medium = ~critical & (ids >= 0)
         found = torch.where(medium.unsqueeze(3), estimated(x, ids) * x.scale, found)
         tier = torch.where(medium, MEDIUM, CRITICAL).to(torch.int8)
-    out, lse, _ = weigh(found, x.stored.values, ids, x.q.dtype, need_lse=True)
+    wanted = x.rule.prior_ratio is not None
+    out, lse, weights = weigh(found, x.stored.values, ids, x.q.dtype, need_lse=True, need_weights=wanted)
     assert lse is not None
-    return Outputs(out, lse, ids, tier)
+    return Outputs(out, lse, ids, tier, weights)
 
 
 def choose(x: Inputs) -> tuple[Tensor, Tensor]:
     """The ids of a step, and which of them are critical, bool, anything in empty slots."""
     rule, query, filled = x.rule, x.query, int(x.stored.length)
-    if rule.calibrated:
-        raise ValueError(f"rule must rank raw distances here, got {rule}: selectors calibrate them")
     tokens, device = query.shape[2], query.device
     ends = torch.arange(filled - tokens + 1, filled + 1, device=device)
     ends = ends if x.causal else torch.full_like(ends, filled)
@@ -51,7 +50,14 @@ def choose(x: Inputs) -> tuple[Tensor, Tensor]:
     forced = rule.sinks + rule.recents
     wanted = Budget(rule.k, rule.share, rule.min_k).counts(seen, forced)
     ranking = Ranking(rule.shared, rule.sinks, rule.recents, rule.radius, rule.biased)
-    ids = search(query, codes, [wanted], max(1, rule.slots(x.stored.keys.shape[2])), visible, ranking)
+    slots = max(1, rule.slots(x.stored.keys.shape[2]))
+    if rule.calibrated:
+        near = discounts(x, search(query, codes, [wanted], slots, visible, ranking), seen)
+        found = distances(query, codes, biased=rule.biased) - near.unsqueeze(1)
+        found = found.unflatten(1, (codes.shape[1], -1)).sum(2) if rule.shared else found
+        ids = nearest_of(found, [wanted], slots, visible, ranking)
+    else:
+        ids = search(query, codes, [wanted], slots, visible, ranking)
     last = torch.iinfo(torch.int32).max
     ids, rank = ids.masked_fill(ids < 0, last).sort(-1)
     ids = ids.masked_fill(ids == last, -1)
@@ -59,6 +65,32 @@ def choose(x: Inputs) -> tuple[Tensor, Tensor]:
         return ids, ids >= 0
     critical = Budget(share=rule.critical, min_k=rule.min_k).counts(seen, forced)
     return ids, rank < critical[:, None, :, None]
+
+
+def discounts(x: Inputs, voted: Tensor, seen: Tensor) -> Tensor:
+    """How much nearer a rule's calibration brings each key, in every head: int32 [B, T, N].
+
+    Args:
+        voted: int32 [B, H, T, slots], the keys that are nearest on raw distances.
+        seen: int64 [B, T], keys that each query sees.
+    """
+    rule, (batch, q_heads, tokens), keys = x.rule, x.q.shape[:3], int(x.stored.length)
+    near = torch.zeros(batch, tokens, keys + 1, dtype=torch.int32, device=x.q.device)
+
+    def summed(ids: Tensor, amounts: Tensor) -> Tensor:
+        """Amounts [B, H, T, K] of keys, added up over heads: [B, T, N + 1]."""
+        columns = torch.where(ids < 0, keys, ids).long().transpose(1, 2).flatten(2)
+        return torch.zeros_like(near, dtype=amounts.dtype).scatter_add_(2, columns, amounts.transpose(1, 2).flatten(2))
+
+    if rule.vote_share is not None:
+        ballots = torch.full_like(voted, q_heads // voted.shape[1])
+        near += rule.vote_discount * (summed(voted, ballots) >= rule.votes(q_heads))
+    if rule.prior_ratio is not None and x.before is not None:
+        heads = x.before.ids.shape[1]
+        weights = x.before.weights.float().unflatten(1, (heads, -1)).mean(2)
+        prior = summed(x.before.ids, weights) / heads
+        near += rule.prior_discount * (prior * seen.unsqueeze(-1) > rule.prior_ratio)
+    return near[..., :-1]
 
 
 def search_chunks(query: Tensor, codes: Tensor, visible: Tensor, rule: Rule) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from hashattn.ops.decode.device import why_not_nvidia
 from hashattn.ops.decode.inputs import Inputs
 from hashattn.ops.decode.rule import Rule
-from hashattn.ops.decode.sizes import too_many
+from hashattn.ops.decode.sizes import bins, too_many
 
 DEVICES = ("cuda",)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -18,6 +18,8 @@ HEAD_DIMS = (64, 96, 128, 256)
 MOST_LEVELS = 4096  # distances that are told apart
 MOST_TOKENS = 16
 PER_CHUNK = (8, 16, 32, 64)
+MOST_BINS = 256  # below a bound
+MOST_HEADS = 512  # whose votes and weights are counted together
 MOST_SLOTS = 1 << 24  # of the chunks of LocalTopK, each of which has its own
 
 
@@ -88,9 +90,7 @@ def why_not_binary(request: KernelRequest) -> list[str]:
 
 
 def _why_not_rule(request: KernelRequest) -> list[str]:
-    rule, reasons = request.rule, []
-    if rule.calibrated:
-        reasons.append("it ranks raw distances, not those that Consensus or Momentum calibrate")
+    rule, reasons = request.rule, _why_not_calibrated(request)
     if rule.chunks is None:
         return reasons
     if rule.shared:
@@ -104,10 +104,28 @@ def _why_not_rule(request: KernelRequest) -> list[str]:
     return reasons
 
 
+def _why_not_calibrated(request: KernelRequest) -> list[str]:
+    rule, reasons = request.rule, []
+    if not rule.calibrated:
+        return []
+    if rule.chunks is not None or rule.radius is not None:
+        reasons.append("it serves Consensus and Momentum around TopK and Tiers, not around LocalTopK and Threshold")
+    if request.q_heads > MOST_HEADS:
+        reasons.append(f"it counts the votes of up to {MOST_HEADS} query heads, not of {request.q_heads}")
+    summed, planes = request.group if rule.shared else 1, 2**request.planes - 1
+    span = summed * sum(map(abs, rule.discounts))
+    if bins(summed * planes, span) > MOST_BINS:
+        most = (MOST_BINS - bins(summed * planes, 0) // 2) // summed
+        given = " and ".join(map(str, rule.discounts))
+        reasons.append(f"it serves discounts of up to {most} together, not {given}")
+    return reasons
+
+
 def _why_not_distances(request: KernelRequest) -> list[str]:
     rule = request.rule
-    spread = (request.group if rule.shared else 1) * (2**request.planes - 1)
-    farthest = (64 * request.words + 255 * rule.biased) * spread
+    summed = request.group if rule.shared else 1
+    spread = summed * (2**request.planes - 1)
+    farthest = (64 * request.words + 255 * rule.biased) * spread + summed * sum(map(abs, rule.discounts))
     if request.planes <= 2 and farthest + 4 <= MOST_LEVELS:
         return []
     return [f"distances up to {farthest:,} are more than it tells apart: take fewer bits or query_bits"]

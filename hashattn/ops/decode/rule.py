@@ -71,6 +71,12 @@ class Rule:
         """Whether it ranks other distances than the raw ones."""
         return self.vote_share is not None or self.prior_ratio is not None
 
+    @property
+    def discounts(self) -> tuple[int, int]:
+        """Of votes and of a prior; zero where there are none."""
+        votes = self.vote_discount if self.vote_share is not None else 0
+        return votes, self.prior_discount if self.prior_ratio is not None else 0
+
     def votes(self, q_heads: int) -> int:
         """The fewest votes that are more than the share of so many heads, compared in float32 as the reference does."""
         return int(np.floor(np.float32((self.vote_share or 0.0) * q_heads))) + 1

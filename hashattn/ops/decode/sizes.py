@@ -117,6 +117,16 @@ class Sizes:
         return (64 * self.words + 255 * self.rule.biased) * self.spread
 
     @property
+    def reach(self) -> int:
+        """So much nearer does a calibration bring a choice's distance at most."""
+        return self.summed * sum(max(0, discount) for discount in self.rule.discounts)
+
+    @property
+    def span(self) -> int:
+        """No calibrated distances of a key differ by more."""
+        return self.summed * sum(map(abs, self.rule.discounts))
+
+    @property
     def spread(self) -> int:
         """The largest share of one bit in a distance."""
         return self.summed * (2**self.planes - 1)
@@ -124,7 +134,7 @@ class Sizes:
     @property
     def bins(self) -> int:
         """Distances below the bound that are told apart."""
-        return 32 if self.spread == 1 else 64 if self.spread <= 4 else 128
+        return bins(self.spread, self.span)
 
     @property
     def triton(self) -> Buffers:
@@ -138,6 +148,7 @@ class Sizes:
         return {
             "candidates": ((self.rows, self.chunks, CHUNK), torch.int32),
             "counts": ((self.rows, self.bins, self.chunks), torch.uint16),
+            **({"marks": ((self.batch, self.tokens, self.code_room), torch.int64)} if self.rule.calibrated else {}),
             **joint,
         }
 
@@ -177,6 +188,12 @@ class Sizes:
         tokens = self.batch * self.tokens
         encoding = Encoding((tokens * self.q_heads, tokens * self.kv_heads), self.widths, 64 * self.words)
         return max(map(_nbytes, (self.triton, self.cuda, layer_parts(encoding.counts, self.widths), encoding.parts)))
+
+
+def bins(spread: int, span: int) -> int:
+    """Distances below the bound that are told apart, where calibrated ones of a key differ by up to `span`."""
+    least = 32 if spread == 1 else 64 if spread <= 4 else 128
+    return int(max(least, 1 << (least // 2 + span - 1).bit_length()))
 
 
 def splits(columns: int, words: int, rule: Rule) -> int:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hashattn.ops.decode import encode_reference
-from hashattn.ops.decode.inputs import Inputs, Newest, Outputs, Placed, Stored
+from hashattn.ops.decode.inputs import Before, Inputs, Newest, Outputs, Placed, Stored
 from hashattn.ops.decode.kernels import Decode, Encode, EncodePlaced, Kernels
 from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.reference import decode
@@ -34,15 +34,16 @@ class Specification(Kernels):
     def decode(self, like: Inputs) -> Decode:
         sizes = Sizes.of(like)
 
-        def step(q: Tensor, query: Tensor, scale: float) -> Outputs:
+        def step(q: Tensor, query: Tensor, scale: float, before: Before | None) -> Outputs:
             length = like.stored.length
             stored = replace(like.stored, length=length.clamp(max=sizes.limit))
-            inputs = replace(like, q=q, query=query, scale=scale, stored=stored, rule=sizes.rule)
-            out, lse, ids, tier = decode(inputs)
+            inputs = replace(like, q=q, query=query, scale=scale, stored=stored, rule=sizes.rule, before=before)
+            out, lse, ids, tier, weights = decode(inputs)
             out = torch.full_like(out, torch.nan) if int(length) > sizes.limit else out
             more = 0, sizes.slots - ids.shape[-1]
             tier = None if tier is None else F.pad(tier, more)
-            return Outputs(out.contiguous(), lse.contiguous(), F.pad(ids, more, value=-1), tier)
+            weights = None if weights is None else F.pad(weights, more)
+            return Outputs(out.contiguous(), lse.contiguous(), F.pad(ids, more, value=-1), tier, weights)
 
         return step
 

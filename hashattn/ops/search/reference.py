@@ -31,7 +31,12 @@ def search(query: Tensor, codes: Tensor, counts: Sequence[Tensor], slots: int, v
     found = distances(query, codes, biased=by.biased)
     if by.shared:
         found = found.unflatten(1, (codes.shape[1], -1)).sum(2)
-    columns, first, end = torch.arange(codes.shape[2], device=codes.device), visible[..., :1], visible[..., 1:]
+    return nearest_of(found, counts, slots, visible, by)
+
+
+def nearest_of(found: Tensor, counts: Sequence[Tensor], slots: int, visible: Tensor, by: Ranking) -> Tensor:
+    """The same of distances [B, H, T, N], one row a choice."""
+    columns, first, end = torch.arange(found.shape[3], device=found.device), visible[..., :1], visible[..., 1:]
     keep = ((columns >= first) & (columns < end)).unsqueeze(1)
     forced = ((columns < first + by.sinks) | (columns >= end - by.recents)).unsqueeze(1) & keep
     if by.radius is not None:

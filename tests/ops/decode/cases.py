@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hashattn.core.types import Selection
-from hashattn.ops.decode import Estimate, Inputs, Outputs, Rule, Sizes, Stored, reference
+from hashattn.ops.decode import Before, Estimate, Inputs, Outputs, Rule, Sizes, Stored, reference
 from tests.structured import generator
 
 WORST = 2**31 - 1
@@ -112,6 +113,50 @@ TIER_CASES: list[tuple[dict[str, Any], Rule]] = [
     ({"group": 2, "filled": 400, "room": 416}, Rule(share=0.5, critical=0.1, radius=27)),
     ({"group": 2, "filled": 600, "room": 608}, Rule(share=0.04, critical=0.01, sinks=4, recents=9, min_k=8)),
 ]
+CALIBRATED_CASES: list[tuple[dict[str, Any], Rule]] = [  # agreement, a prior, both, with tiers
+    ({"kv_heads": 2, "filled": 600, "room": 608}, Rule(k=60, vote_share=0.3, vote_discount=2)),
+    ({"group": 2, "words": 2}, Rule(k=60, prior_ratio=1.0, prior_discount=3)),
+    (
+        {"group": 3, "batch": 2, "words": 2, "filled": 900, "room": 912, "starts": (0, 700)},
+        Rule(share=0.05, sinks=4, recents=20, vote_share=0.4, vote_discount=2, prior_ratio=1.0, prior_discount=2),
+    ),
+    (
+        {"tokens": 2, "planes": 2, "kv_heads": 2, "filled": 500, "room": 512},
+        Rule(k=100, shared=True, vote_share=0.5, vote_discount=1, prior_ratio=0.5, prior_discount=4),
+    ),
+    (
+        {"clustered": True, "group": 2, "filled": 4000},
+        Rule(k=70, vote_share=0.1, vote_discount=3, prior_ratio=0, prior_discount=1),
+    ),
+    ({"group": 5, "tokens": 3, "filled": 70, "room": 80}, Rule(k=33, vote_share=0.5, vote_discount=20)),
+    ({"filled": 300, "room": 320}, Rule(share=1.0, vote_share=0.5, vote_discount=2, prior_ratio=9, prior_discount=2)),
+    ({"filled": 60, "room": 64}, Rule(k=10, sinks=30, recents=40, vote_share=0.5, vote_discount=2)),  # all are forced
+    (
+        {"filled": 900, "room": 912},
+        Rule(share=0.1, sinks=3, vote_share=0.2, vote_discount=-3, prior_ratio=1, prior_discount=-2),
+    ),
+    (
+        {"biased": True, "group": 3, "words": 2, "filled": 700, "room": 704, "starts": (50,)},
+        Rule(k=90, sinks=4, biased=True, vote_share=0.3, vote_discount=5, prior_ratio=0.9, prior_discount=-4),
+    ),
+    (
+        {"kv_heads": 2, "group": 2, "words": 2, "filled": 2100, "room": 2112},
+        Rule(share=0.05, critical=0.025, vote_share=0.3, vote_discount=2, prior_ratio=1.0, prior_discount=2),
+    ),
+    (
+        {"tokens": 3, "group": 3, "batch": 2, "filled": 250, "room": 256, "starts": (0, 180)},
+        Rule(share=0.2, critical=0.03, shared=True, sinks=2, recents=9, vote_share=0.5, vote_discount=2,
+             prior_ratio=2.0, prior_discount=1),
+    ),
+    (
+        {"group": 1, "planes": 2, "filled": 300, "room": 320, "dim": 128},
+        Rule(share=0.5, critical=0.45, min_k=8, recents=4, prior_ratio=1.0, prior_discount=2),
+    ),
+    (
+        {"group": 1, "dim": 256, "filled": 130, "room": 144, "starts": (129,)},
+        Rule(k=50, sinks=3, vote_share=0.5, vote_discount=2, prior_ratio=1.0, prior_discount=2),
+    ),
+]  # fmt: skip
 LOCAL_CASES: list[tuple[dict[str, Any], Rule]] = [
     ({"kv_heads": 2}, Rule(k=64, chunks=4)),
     ({"group": 3, "batch": 2, "words": 2, "starts": (0, 700)}, Rule(k=96, chunks=3, sinks=4, recents=20)),
@@ -143,6 +188,19 @@ def norms_of(x: Inputs, bits: int) -> Estimate:
     norms = (keys.float() - centre.unsqueeze(2)).norm(dim=-1, keepdim=True).bfloat16()
     norms = torch.nn.functional.pad(norms, (0, 0, 0, 5), value=torch.nan)
     return Estimate(norms, centre, torch.tensor([0.8], device=keys.device), bits)
+
+
+def kept_before(x: Inputs, slots: int = 90, shared: bool = False) -> Before:
+    """What a layer before might have kept, of a few keys that heads agree on and others; some slots are empty."""
+    g = generator(slots)
+    (batch, heads, tokens), filled = x.q.shape[:3], int(x.stored.length)
+    rows = batch, x.stored.keys.shape[1] if shared else heads, tokens
+    few = torch.randperm(filled, generator=g)[: max(1, filled // 9)]
+    ids = torch.stack([few[torch.randperm(len(few), generator=g)][:slots] for _ in range(math.prod(rows))])
+    ids = torch.nn.functional.pad(ids, (2, slots - ids.shape[1]), value=-1).view(*rows, -1).to(torch.int32)
+    logits = 4 * torch.randn(batch, heads, tokens, ids.shape[-1], generator=g)
+    empty = (ids < 0).repeat_interleave(heads // rows[1], 1)
+    return Before(ids.to(x.q.device), logits.masked_fill(empty, -torch.inf).softmax(-1).to(x.q.device))
 
 
 def only_read(x: Inputs, ids: Tensor, tier: Tensor) -> Inputs:
@@ -183,17 +241,21 @@ def agrees(decode: Any, x: Inputs, rule: Rule, *, causal: bool = True, hints: tu
     estimate = norms_of(x, 64 * x.stored.codes.shape[3] - 3) if rule.critical is not None else None
     x, numbers, first = ready(x, rule, causal=causal, estimate=estimate), rule.chunks or 1, None
     expected = reference(x)
-    readable, slots = x if estimate is None else only_read(x, *expected[2:]), expected.ids.shape[-1]
+    readable, slots = x if estimate is None else only_read(x, *expected[2:4]), expected.ids.shape[-1]
     for wrong in hints:
         if wrong is not None:
             x.bounds[:numbers].fill_(wrong)
         with poisoned():
             found = decode(readable)
-        for own, of_reference, empty in zip(found[2:], expected[2:], (-1, 0), strict=True):
+        for own, of_reference, empty in zip(found[2:4], expected[2:4], (-1, 0), strict=True):
             assert (own is None) == (of_reference is None)
             if own is not None:
                 assert torch.equal(own[..., :slots], of_reference), (rule, wrong)
                 assert (own[..., slots:] == empty).all()
+        assert (found.weights is None) == (expected.weights is None)
+        if found.weights is not None and expected.weights is not None:
+            assert torch.allclose(found.weights[..., :slots], expected.weights, rtol=1e-3, atol=1e-6), (rule, wrong)
+            assert (found.weights[..., slots:] == 0).all()
         assert not x.bounds[numbers:].any()
         first = found if first is None else first
         assert same(found, first), (rule, wrong)

@@ -16,7 +16,8 @@ from triton.compiler import ASTSource
 
 from hashattn.ops.decode.sizes import blocking
 from hashattn.ops.decode.triton.append import append_rows
-from hashattn.ops.decode.triton.decode import CHUNK, ROWS, attend_options, levels, scan_warps
+from hashattn.ops.decode.triton.calibrate import discount_lists, vote
+from hashattn.ops.decode.triton.decode import CHUNK, ROWS, attend_options, levels, scan_warps, vote_options
 from hashattn.ops.decode.triton.encode import encode_rows, vectors
 from hashattn.ops.decode.triton.encode_many import DEPTH, KEYS, WARPS, encode_tiles
 from hashattn.ops.decode.triton.local import ROWS as LOCAL_ROWS
@@ -31,21 +32,23 @@ POINTERS = {
     "lse": "*fp32", "centre": "*fp32", "sums": "*fp32", "first": "*fp32", "first_bias": "*fp32", "last": "*fp32",
     "last_bias": "*fp32", "query_linear": "*fp32", "query_last": "*fp32", "query_bias": "*fp32", "query_sums": "*fp32",
     "key_linear": "*fp32", "key_last": "*fp32", "key_bias": "*fp32", "key_sums": "*fp32", "stored": "*i64",
-    "norms": "*fp16", "new_norms": "*fp16", "a": "*fp32", "tier": "*i8", "linear": "*fp32",
+    "norms": "*fp16", "new_norms": "*fp16", "a": "*fp32", "tier": "*i8", "linear": "*fp32", "marks": "*i64",
+    "weights": "*fp32",
 }  # fmt: skip
 NUMBERS = (
     "room", "code_room", "least", "radius", "sinks", "recents", "margin", "chunks", "slots", "kv_heads", "queries",
-    "new", "count", "splits", "norm_room", "limit", "low_row", "tiles",
+    "new", "count", "splits", "norm_room", "limit", "low_row", "tiles", "votes", "agreement", "prior", "reach",
+    "kept_heads", "kept_slots",
 )  # fmt: skip
 
 
 def type_of(fn: Any, name: str, dtype: str) -> str:
     """What Triton calls the type of an argument."""
-    if name in ("scale", "per_bit"):
+    if name in ("scale", "per_bit", "ratio"):
         return "fp32"
     if name in ("share", "critical", "of_row", "of_head"):
         return "i64"
-    if name in NUMBERS or (name == "k" and fn is attend_topk) or (name == "first" and fn is encode_rows):
+    if name in NUMBERS or (name == "k" and fn in (attend_topk, vote)) or (name == "first" and fn is encode_rows):
         return "i32"
     return "*" + dtype if name in ("q", "k", "v", "x", "keys", "values", "out") else POINTERS.get(name, "*i32")
 
@@ -116,13 +119,25 @@ def main(arch: int) -> None:
             "RADIUS": False,
         }  # fmt: skip
         name = f"G={group} shared={shared} W={words} P={planes} D={dim} {dtype}"
-        found = compiled(scan, own | {"LANES": lanes}, {"num_warps": scan_warps(words, planes, summed)}, arch, dtype)
+        scanning = {"num_warps": scan_warps(words, planes, summed)}
+        found = compiled(scan, own | {"LANES": lanes, "marks": None}, scanning, arch, dtype)
         print(json.dumps({"kernel": f"scan {name}", **found}), flush=True)
-        for tiers in (False, True):
+        for tiers, weighed in ((False, False), (True, False), (True, True), (False, True)):
             constants = attend | {"TIERS": tiers} | ({} if tiers else unused)
-            options = attend_options(attend["WIDTH"], attend["LEVELS"], tiers, divmod(arch, 10))
+            constants |= {} if weighed else {"marks": None, "weights": None}
+            options = attend_options(attend["WIDTH"], attend["LEVELS"], tiers or weighed, divmod(arch, 10))
             found = compiled(attend_topk, constants, options, arch, dtype)
-            print(json.dumps({"kernel": f"attend {name} tiers={tiers}", **found}), flush=True)
+            print(json.dumps({"kernel": f"attend {name} tiers={tiers} calibrated={weighed}", **found}), flush=True)
+        found = compiled(scan, own | {"LANES": lanes}, scanning, arch, dtype)
+        print(json.dumps({"kernel": f"scan {name} calibrated", **found}), flush=True)
+        for first in (True, False):
+            voting = own | {key: attend[key] for key in ("CHUNKS", "LEVELS", "SHARE")} | {"VOTES": True}
+            voting |= {"ids": None, "weights": None} if first else {}
+            found = compiled(vote, voting, vote_options(attend["LEVELS"]), arch, dtype)
+            print(json.dumps({"kernel": f"vote {name} first={first}", **found}), flush=True)
+        lists = {key: own[key] for key in ("T", "CHUNK", "BINS", "CAUSAL", "PDL")} | {"HEADS": group // summed}
+        found = compiled(discount_lists, lists, {"num_warps": 4}, arch, dtype)
+        print(json.dumps({"kernel": f"lists {name}", **found}), flush=True)
         if not shared and arch == 90:
             near = {
                 "T": 1,

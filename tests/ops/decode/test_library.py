@@ -32,7 +32,7 @@ def test_decode_is_the_reference_and_sound(shape, rule):
     x = inputs(1, **shape)
     x = ready(x, rule, estimate=norms_of(x, 60) if rule.critical is not None else None)
     exact, flat = reference(x), library.flat_inputs(x, x.q, x.query, x.scale)
-    for out, lse, ids, tier in (library.Decode(x)(x.q, x.query, x.scale), torch.ops.hashattn.decode(*flat)):
+    for out, lse, ids, tier, _ in (library.Decode(x)(x.q, x.query, x.scale), torch.ops.hashattn.decode(*flat)):
         assert torch.equal(out, exact.out) and torch.equal(lse, exact.lse)
         assert torch.equal(ids[..., : exact.ids.shape[-1]], exact.ids)
         assert (ids[..., exact.ids.shape[-1] :] == -1).all()

@@ -34,6 +34,8 @@ class InCuda(Kernels):
         reasons = why_not_binary(request)
         if request.rule.critical is not None:
             reasons.append("estimates of medium keys are made in Triton")
+        if request.rule.calibrated:
+            reasons.append("distances are calibrated in Triton")
         return reasons or self.why_not_on(request.device)  # which compiles a kernel to find out
 
     def decode(self, like: Inputs) -> Decode:

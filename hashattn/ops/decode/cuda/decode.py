@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hashattn.ops.decode.cuda import compiler
 from hashattn.ops.decode.device import check_nvidia, on, starts_early, stream_of
-from hashattn.ops.decode.inputs import Inputs, Outputs
+from hashattn.ops.decode.inputs import Before, Inputs, Outputs
 from hashattn.ops.decode.sizes import ROWS, Sizes, places
 
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -68,8 +68,8 @@ class Prepared:
             plan = plan[:1] if scan_only and sizes.rule.chunks is None else plan
             self._launchers = [one.bound(arguments, self._device) for one in plan]
 
-    def __call__(self, q: Tensor, query: Tensor, scale: float) -> Outputs:
-        """See :func:`hashattn.ops.decode.reference.decode`.
+    def __call__(self, q: Tensor, query: Tensor, scale: float, before: Before | None = None) -> Outputs:
+        """See :func:`hashattn.ops.decode.reference.decode`; no rule that is served looks at what was kept before.
 
         Raises:
             RuntimeError: a kernel does not launch.

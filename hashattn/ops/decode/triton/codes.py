@@ -14,6 +14,10 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 FAR = tl.constexpr(1 << 14)  # beyond every distance; distances and it fit 15 bits
 LANE = tl.constexpr(0xFFFF)
 RUN = tl.constexpr(8)
+VOTE = tl.constexpr(48)  # bits of a mark below its votes
+WEIGHT = tl.constexpr((1 << 48) - 1)  # these bits
+UNITS = tl.constexpr(2.0**38)  # of a weight of one, in them: the weights of 512 heads fit
+PER_UNIT = tl.constexpr(2.0**-38)
 
 
 @triton.jit
@@ -86,6 +90,22 @@ def offsets(columns, first, end, sinks, recents):
 def read_bound(bound):
     """A bound, kept in sixteenths, in distances: never so large that unseen keys could be candidates."""
     return tl.minimum(tl.maximum(tl.load(bound) >> 4, 0), FAR - 1)
+
+
+@triton.jit
+def discount(columns, mask, marks, visible, votes, agreement, ratio, prior):
+    """What brings marked keys nearer, int32, of the shape of columns; see Agreement and Prior.
+
+    Args:
+        marks: int64 [room]: votes << VOTE, plus the weight that the layer before gave the key.
+        visible: keys that the query sees.
+        votes: that are enough for `agreement`, the discount of a choice.
+        ratio: of the uniform share, 1 / visible, times the layer's query heads: more weight is enough for `prior`.
+    """
+    mark = tl.load(marks + columns, mask=mask, other=0)
+    weight = (mark & WEIGHT).to(tl.float32) * PER_UNIT
+    near = tl.where((mark >> VOTE) >= votes, agreement, 0)
+    return near + tl.where(weight * visible.to(tl.float32) > ratio, prior, 0)
 
 
 @triton.jit

@@ -1,25 +1,29 @@
-"""The fused decode step on a GPU: exact top-k attention in two kernels, or LocalTopK in two others."""
+"""The fused decode step on a GPU: exact top-k attention in two kernels, or LocalTopK in two others.
+
+Two more come between the two where distances are calibrated.
+"""
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from hashattn.ops.decode.device import capability, check_nvidia, on, registers, starts_early
-from hashattn.ops.decode.inputs import Inputs, Outputs
+from hashattn.ops.decode.inputs import Before, Inputs, Outputs
+from hashattn.ops.decode.kernels import Decode
 from hashattn.ops.decode.sizes import CHUNK, ROWS, Sizes, carve, grid
 from hashattn.ops.decode.triton import local
+from hashattn.ops.decode.triton.calibrate import ACROSS, discount_lists, vote
 from hashattn.ops.decode.triton.scan import scan
 from hashattn.ops.decode.triton.topk import attend_topk
 
 
-def prepare(like: Inputs, scan_only: bool = False) -> Callable[[Tensor, Tensor, float], Outputs]:
+def prepare(like: Inputs, scan_only: bool = False) -> Decode:
     """A step like this one, of other queries. It neither waits for the device nor asks it anything.
 
     Args:
@@ -36,6 +40,7 @@ def prepare(like: Inputs, scan_only: bool = False) -> Callable[[Tensor, Tensor, 
     found, parts = (buffers["candidates"], buffers["counts"]), (buffers["parts"], buffers["stats"])
     ends, last = (like.starts, stored.length), (sizes.kv_heads, sizes.tokens)
     radius = min(rule.radius or 0, sizes.farthest)  # no distance is larger
+    marks, by = buffers.get("marks"), Calibration.of(sizes)
     early = {"launch_pdl": True} if starts_early(device) else {}
     common: dict[str, Any] = {"G": sizes.group, "SUM": sizes.summed, "WORDS": sizes.words, "PLANES": sizes.planes}
     common |= {"CHUNK": CHUNK, "BINS": sizes.bins, "BIASED": rule.biased, "CAUSAL": like.causal, "PDL": bool(early)}
@@ -43,13 +48,33 @@ def prepare(like: Inputs, scan_only: bool = False) -> Callable[[Tensor, Tensor, 
     scanning |= {"LANES": sizes.lanes, "num_warps": scan_warps(sizes.words, sizes.planes, sizes.summed)}
     attends, attending = grid(sizes.slots // ROWS, sizes.rows, sizes.batch), common | early | constants(sizes)
     attending |= {"SHARE": rule.share is not None, "RADIUS": rule.radius is not None, "TIERS": estimate is not None}
-    attending |= attend_options(attending["WIDTH"], attending["LEVELS"], estimate is not None, capability(device))
+    attending |= attend_options(
+        attending["WIDTH"], attending["LEVELS"], estimate is not None or rule.calibrated, capability(device)
+    )
     share, critical = float_bits(rule.share or 0.0), float_bits(rule.critical or 0.0)
-    wanted = rule.k or 0, rule.least, radius, rule.sinks, rule.recents, 2 * math.isqrt(sizes.spread)
+    margin = 2 * math.isqrt(sizes.spread) + by.reach
+    wanted = rule.k or 0, rule.least, radius, rule.sinks, rule.recents, margin
+    between = grid(triton.cdiv(sizes.chunks, ACROSS.value), sizes.rows, sizes.batch)
+    voting = {name: attending[name] for name in ("CHUNKS", "LEVELS", "SHARE")} | common | early
+    voting |= {"VOTES": rule.vote_share is not None, **vote_options(attending["LEVELS"])}
+    listing: dict[str, Any] = {"HEADS": sizes.group // sizes.summed, "num_warps": 4}
+    listing |= {name: common[name] for name in ("CHUNK", "BINS", "CAUSAL", "PDL")} | early
     norm_room = 0 if estimate is None else estimate.norms.shape[2]
     rooms = sizes.room, sizes.code_room, norm_room, sizes.chunks, sizes.slots
 
-    def step(q: Tensor, query: Tensor, scale: float) -> Outputs:
+    def calibrate(query: Tensor, before: Before | None) -> None:
+        assert marks is not None
+        rooms = sizes.limit, sizes.code_room, sizes.chunks
+        if voting["VOTES"] or before is not None:
+            kept, columns = (None, None), (1, 1)
+            if before is not None:
+                kept = before.ids.contiguous(), before.weights.float().contiguous()
+                columns = before.ids.shape[1], before.ids.shape[3]
+            given, budget = (query, stored.codes, *found, *ends, marks), (share, rule.k or 0, rule.least)
+            vote[between](*given, *kept, *budget, rule.sinks, rule.recents, *rooms, *columns, *last, **voting)
+        discount_lists[between](far, *found, *ends, marks, *by, *rooms, *last, **listing)
+
+    def step(q: Tensor, query: Tensor, scale: float, before: Before | None = None) -> Outputs:
         q = q.contiguous()
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
         ids = q.new_empty(shape, dtype=torch.int32)
@@ -59,21 +84,44 @@ def prepare(like: Inputs, scan_only: bool = False) -> Callable[[Tensor, Tensor, 
             medium = estimate.norms, estimate.centre, estimate.a, tier, 2 / estimate.bits
         if rule.radius is not None:
             far.fill_(16 * radius)
+        weights = None
+        if rule.prior_ratio is not None:
+            weights = q.new_empty((*q.shape[:3], sizes.slots), dtype=torch.float32)
         numbers = rule.sinks, rule.recents, sizes.limit, sizes.code_room, sizes.chunks
         with on(device):
-            scan[scans](query, stored.codes, far, *found, *ends, *numbers, *last, **scanning)
+            scan[scans](query, stored.codes, far, *found, marks, *ends, *numbers, *last, **scanning)
+            if marks is not None and not scan_only:
+                calibrate(query, before if rule.prior_ratio is not None else None)
             if not scan_only:
                 given = q, stored.keys, stored.values, query, stored.codes, far, *found, *ends, share
                 results = ids, *parts, arrived, out, lse
-                attend_topk[attends](*given, *results, critical, *medium, scale, *wanted, *rooms, *last, **attending)
-        return Outputs(out, lse, ids, tier)
+                results += (critical, *medium, marks, weights, *by)
+                attend_topk[attends](*given, *results, scale, *wanted, *rooms, *last, **attending)
+        return Outputs(out, lse, ids, tier, weights)
 
     return step
 
 
 def decode(x: Inputs, scan_only: bool = False) -> Outputs:
     """One step."""
-    return prepare(x, scan_only)(x.q, x.query, x.scale)
+    return prepare(x, scan_only)(x.q, x.query, x.scale, x.before)
+
+
+class Calibration(NamedTuple):
+    """What kernels take of a calibration: see discount of codes.py, and attend_topk for the reach."""
+
+    votes: int
+    agreement: int
+    ratio: float
+    prior: int
+    reach: int
+
+    @classmethod
+    def of(cls, sizes: Sizes) -> Calibration:
+        """Of a step; nothing comes nearer without one."""
+        rule, heads = sizes.rule, sizes.q_heads
+        agreement, prior = (sizes.summed * discount for discount in rule.discounts)
+        return cls(rule.votes(heads), agreement, (rule.prior_ratio or 0.0) * heads, prior, sizes.reach)
 
 
 def constants(sizes: Sizes) -> dict[str, Any]:
@@ -85,7 +133,7 @@ def constants(sizes: Sizes) -> dict[str, Any]:
         "DIM": sizes.head_dim,
         "WIDTH": triton.next_power_of_2(sizes.head_dim),
         "CHUNKS": triton.next_power_of_2(sizes.chunks),
-        "LEVELS": levels(sizes.farthest),
+        "LEVELS": levels(sizes.farthest + sizes.span),
         "ROWS": ROWS,
     }
 
@@ -105,7 +153,16 @@ def scan_warps(words: int, planes: int, summed: int) -> int:
     return 4 if words * planes * summed <= 8 else 8
 
 
-def attend_options(width: int, levels: int, tiers: bool, capability: tuple[int, int]) -> dict[str, int]:
-    """How the second kernel is compiled: for two warps unless their registers would not suffice."""
+def vote_options(levels: int) -> dict[str, int]:
+    """The same of the kernel that counts votes."""
+    return {"num_warps": 4 if levels <= 1024 else 8}
+
+
+def attend_options(width: int, levels: int, more: bool, capability: tuple[int, int]) -> dict[str, int]:
+    """How the last kernel is compiled: for two warps unless their registers would not suffice.
+
+    Args:
+        more: whether it estimates or calibrates.
+    """
     warps = 8 if levels > 1024 else 4 if width > 128 else 2
-    return {"num_warps": warps, **registers(capability, many=tiers)}
+    return {"num_warps": warps, **registers(capability, many=more)}

@@ -5,8 +5,6 @@ Neither needs to know how near the keys of other chunks are: there is no thresho
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +12,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hashattn.ops.decode.device import capability, on, registers, starts_early
-from hashattn.ops.decode.inputs import Inputs, Outputs
+from hashattn.ops.decode.inputs import Before, Inputs, Outputs
+from hashattn.ops.decode.kernels import Decode
 from hashattn.ops.decode.sizes import ROWS, SPLIT, Sizes, carve, grid
 from hashattn.ops.decode.triton.codes import RUN, distance, load_runs, program_row, span
 from hashattn.ops.decode.triton.rows import combine, one_head, store_part
@@ -145,7 +144,7 @@ def attend_chunks(
         )
 
 
-def prepare(like: Inputs, scan_only: bool = False) -> Callable[[Tensor, Tensor, float], Outputs]:
+def prepare(like: Inputs, scan_only: bool = False) -> Decode:
     """See :func:`hashattn.ops.decode.triton.decode.prepare`; the rule has chunks, a query head chooses for itself."""
     sizes, stored, device = Sizes.of(like), like.stored, like.q.device
     assert like.bounds is not None and like.workspace is not None
@@ -163,7 +162,7 @@ def prepare(like: Inputs, scan_only: bool = False) -> Callable[[Tensor, Tensor, 
     attend = {"DIM": dim, "WIDTH": width, "ENTRIES": triton.next_power_of_2(splits * keep), "ROWS": ROWS, **common}
     attend |= attend_options(width, splits, capability(device))
 
-    def step(q: Tensor, query: Tensor, scale: float) -> Outputs:
+    def step(q: Tensor, query: Tensor, scale: float, before: Before | None) -> Outputs:
         q = q.contiguous()
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
         ids = q.new_empty(shape, dtype=torch.int32)

@@ -49,12 +49,13 @@ def estimate(
 
 @triton.jit
 def one_head(
-    q, keys, values, columns, filled, scale, DIM: tl.constexpr, WIDTH: tl.constexpr, exact=None, estimated=None
-):
+    q, keys, values, columns, filled, scale, DIM: tl.constexpr, WIDTH: tl.constexpr, exact=None, estimated=None,
+    logits=None,
+):  # fmt: skip
     """A query's attention to a tile of keys, not yet divided: (peak [1], total [1], sum [WIDTH]), float32, base 2.
 
     Keys that are filled and not exact are not read: theirs is the estimated q.k. A maximum passes NaN over, which is
-    then in the total.
+    then in the total. Logits in base 2 are written to where they are wanted, float32 [ROWS].
     """
     dims = tl.arange(0, WIDTH)
     k = load_rows(keys, columns, filled if exact is None else exact, DIM, WIDTH)
@@ -64,6 +65,8 @@ def one_head(
     if estimated is not None:
         x = tl.where(exact, x, estimated)
     x = tl.where(filled, x * (scale * LOG2E), float("-inf"))
+    if logits is not None:
+        tl.store(logits + tl.arange(0, columns.shape[0]), x)
     peak = tl.max(x, 0)
     p = tl.exp2(x - tl.where(peak == float("-inf"), 0.0, peak))
     one = tl.zeros([1], tl.float32)
@@ -73,9 +76,12 @@ def one_head(
 @triton.jit
 def group_of_heads(
     q, step, keys, values, columns, filled, scale, G: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr,
-    WIDTH: tl.constexpr, exact=None, estimated=None,
+    WIDTH: tl.constexpr, exact=None, estimated=None, logits=None, apart=0,
 ):  # fmt: skip
-    """The same for G queries that share the keys, `step` elements apart: ([PADDED], [PADDED], [PADDED, WIDTH])."""
+    """The same for G queries that share the keys, `step` elements apart: ([PADDED], [PADDED], [PADDED, WIDTH]).
+
+    Their logits are `apart` elements apart.
+    """
     dims, heads = tl.arange(0, WIDTH), tl.arange(0, PADDED)
     k = load_rows(keys, columns, filled if exact is None else exact, DIM, WIDTH)
     v = load_rows(values, columns, filled, DIM, WIDTH)
@@ -86,6 +92,9 @@ def group_of_heads(
     if estimated is not None:
         x = tl.where(exact[None, :], x, estimated)
     x = tl.where(filled[None, :], x * (scale * LOG2E), float("-inf"))
+    if logits is not None:
+        at = heads[:, None].to(tl.int64) * apart + tl.arange(0, columns.shape[0])[None, :]
+        tl.store(logits + at, x, mask=(heads < G)[:, None])
     peak = tl.max(x, 1)
     p = tl.exp2(x - tl.where(peak == float("-inf"), 0.0, peak)[:, None])
     return peak, tl.sum(p, 1), tl.dot(p.to(v.dtype), v, input_precision="ieee")
@@ -108,8 +117,8 @@ def combine(
 ):  # fmt: skip
     """Join parts first to first + n of HEADS heads, and write their rows of out and lse (natural logarithm).
 
-    Head g's row is row0 + g * T. A spoilt result is NaN, and so is one of keys that were kept whose logits are all
-    -infinity; without any it is zero.
+    Returns the peak and the total of each head, float32 [PADDED] in base 2. Head g's row is row0 + g * T. A spoilt
+    result is NaN, and so is one of keys that were kept whose logits are all -infinity; without any it is zero.
     """
     dims, heads, pieces = tl.arange(0, WIDTH), tl.arange(0, PADDED), tl.arange(0, TILE)
     first = first.to(tl.int64)
@@ -135,3 +144,18 @@ def combine(
     tl.store(out + row[:, None] * DIM + dims[None, :], result.to(out.dtype.element_ty), mask=mask)
     logarithm = tl.where(kept & (total == 0), float("nan"), (peak + tl.log2(total)) / LOG2E)
     tl.store(lse + row, logarithm, mask=heads < HEADS)
+    return peak, total
+
+
+@triton.jit
+def to_weights(
+    logits, apart, n, peak, total, kept, HEADS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Turn n logits in base 2 of each of HEADS heads, `apart` elements apart, into softmax weights, in place."""
+    heads, slots = tl.arange(0, PADDED), tl.arange(0, TILE)
+    part = tl.where(kept & (total == 0), float("nan"), 1.0 / tl.where(total == 0, 1.0, total))
+    for i in range(0, n, TILE):
+        at = heads[:, None].to(tl.int64) * apart + (i + slots)[None, :]
+        mask = (heads < HEADS)[:, None] & (i + slots < n)[None, :]
+        x = tl.load(logits + at, mask=mask, other=float("-inf"))
+        tl.store(logits + at, tl.exp2(x - peak[:, None]) * part[:, None], mask=mask)

@@ -22,7 +22,7 @@ def count_levels(lists, stride, lengths, t0, BINS: tl.constexpr, TILE: tl.conste
 
 @triton.jit
 def scan(
-    query, codes, bounds, candidates, counts, starts, length, sinks, recents, limit, room, chunks, kv_heads, T,
+    query, codes, bounds, candidates, counts, marks, starts, length, sinks, recents, limit, room, chunks, kv_heads, T,
     G: tl.constexpr, LANES: tl.constexpr, SUM: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr,
     CHUNK: tl.constexpr, BINS: tl.constexpr, BIASED: tl.constexpr, CAUSAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -34,6 +34,7 @@ def scan(
         bounds: int32 [rows], sixteenths: no key farther than bounds // 16 is a candidate.
         candidates: int32 [rows, chunks, CHUNK], written: (bound - distance) << 16 | place in the chunk.
         counts: uint16 [rows, BINS, chunks], written: candidates with bound - distance >= BINS - 1 - bin.
+        marks: int64 [B, T, room], zeros are written; None if there are none.
         starts, length: int32 [B] and [1]; limit: columns that keys and codes have room for.
     """
     if PDL:
@@ -47,6 +48,11 @@ def scan(
     first, end = span(starts, length, limit, kv // kv_heads, t, T, CAUSAL)
     row0 = (kv * (G // SUM) + group * LANES) * T + t  # of the first lane; the next lane's is T further
     low = chunk * CHUNK
+    if marks is not None:
+        column = low + tl.arange(0, CHUNK)
+        own_marks = marks + (kv // kv_heads * T + t).to(tl.int64) * room
+        first_head = (kv % kv_heads == 0) & (group == 0)
+        tl.store(own_marks + column, tl.zeros([CHUNK], tl.int64), mask=(column < room) & first_head)
     lengths = tl.zeros([], tl.int64)
     sums = tl.zeros([4 * BINS], tl.int32)
     lists = candidates + (row0.to(tl.int64) * chunks + chunk) * CHUNK

@@ -6,10 +6,29 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hashattn.ops.decode.triton.codes import FAR, RUN, distance, load_runs, offsets, program_row, read_bound, span
-from hashattn.ops.decode.triton.rows import combine, estimate, group_of_heads, one_head, store_part
+from hashattn.ops.decode.triton.codes import (
+    FAR,
+    RUN,
+    discount,
+    distance,
+    load_runs,
+    offsets,
+    program_row,
+    read_bound,
+    span,
+)
+from hashattn.ops.decode.triton.rows import combine, estimate, group_of_heads, one_head, store_part, to_weights
 
 LOW = tl.constexpr(0xFFFFFFFF)
+
+
+@triton.jit
+def budget(visible, k, share, least, SHARE: tl.constexpr):
+    """Keys wanted of so many: k, or with SHARE a share, the bits of a float64; `least` whatever these say."""
+    wanted = tl.minimum(k, visible)
+    if SHARE:
+        wanted = tl.ceil(visible.to(tl.float64) * share.to(tl.float64, bitcast=True)).to(tl.int32)
+    return tl.maximum(wanted, tl.minimum(visible, least))
 
 
 @triton.jit
@@ -102,10 +121,16 @@ def from_candidates(
 def level_of(
     t0, query, step, codes, first, end, sinks, recents, radius, room, SUM: tl.constexpr, WORDS: tl.constexpr,
     PLANES: tl.constexpr, BIASED: tl.constexpr, LEVELS: tl.constexpr, RADIUS: tl.constexpr, TILE: tl.constexpr,
+    calibration=None,
 ):  # fmt: skip
-    """Distance + 1 of columns t0 to t0 + TILE, 0 for forced keys, LEVELS - 1 for those that may not be chosen."""
+    """Distance + 1 of columns t0 to t0 + TILE, 0 for forced keys, LEVELS - 1 for those that may not be chosen.
+
+    calibration: (the largest discount, what discount() takes of a row); distances are then that much farther.
+    """
     columns = t0 + (tl.arange(0, TILE // RUN) * RUN)[:, None] + tl.arange(0, RUN)[None, :]
     d = distance(load_runs(codes, columns, room, WORDS), query, step, WORDS, PLANES, SUM, BIASED)
+    if calibration is not None:
+        d += calibration[0] - discount(columns, columns < room, *calibration[1:])
     if RADIUS:
         d = tl.where(d > radius, LEVELS, d)
     d += offsets(columns, first, end, sinks, recents)
@@ -113,29 +138,45 @@ def level_of(
 
 
 @triton.jit
+def count_codes(
+    query, step, codes, first, end, sinks, recents, radius, room, SUM: tl.constexpr, WORDS: tl.constexpr,
+    PLANES: tl.constexpr, BIASED: tl.constexpr, LEVELS: tl.constexpr, RADIUS: tl.constexpr, TILE: tl.constexpr,
+    calibration=None,
+):  # fmt: skip
+    """Keys of a row up to each level, from all its codes: int32 [LEVELS]."""
+    row = (query, step, codes, first, end, sinks, recents, radius, room)
+    seen_at = tl.zeros([LEVELS], tl.int32)
+    for t0 in range(first // TILE * TILE, end, TILE):
+        level = level_of(t0, *row, SUM, WORDS, PLANES, BIASED, LEVELS, RADIUS, TILE, calibration)
+        seen_at += tl.histogram(level, LEVELS)
+    return tl.cumsum(seen_at, 0)
+
+
+@triton.jit
+def cut_of_codes(running, wanted, LEVELS: tl.constexpr):
+    """(level of the threshold of so many keys, how many of the oldest at it are too many), from count_codes."""
+    levels = tl.arange(0, LEVELS)
+    cut = tl.minimum(tl.sum((running < wanted).to(tl.int32), 0), LEVELS - 1)
+    return cut, tl.maximum(tl.sum(tl.where(levels == cut, running, 0), 0) - wanted, 0)
+
+
+@triton.jit
 def from_codes(
     ids, tier, query, step, codes, first, end, sinks, recents, radius, wanted, wanted_1, room, rank0, rank1,
     SUM: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr, BIASED: tl.constexpr, LEVELS: tl.constexpr,
-    RADIUS: tl.constexpr, TIERS: tl.constexpr, TILE: tl.constexpr,
+    RADIUS: tl.constexpr, TIERS: tl.constexpr, TILE: tl.constexpr, calibration=None,
 ):  # fmt: skip
-    """The same from all codes of the row, for a bound that missed the threshold. Returns the threshold's distance."""
+    """The same from all codes of the row, for a bound that missed the threshold. Returns the threshold's level - 1."""
     row = (query, step, codes, first, end, sinks, recents, radius, room)
-    levels = tl.arange(0, LEVELS)
-    seen_at = tl.zeros([LEVELS], tl.int32)
-    for t0 in range(first // TILE * TILE, end, TILE):
-        level = level_of(t0, *row, SUM, WORDS, PLANES, BIASED, LEVELS, RADIUS, TILE)
-        seen_at += tl.histogram(level, LEVELS)
-    running = tl.cumsum(seen_at, 0)
-    cut = tl.minimum(tl.sum((running < wanted).to(tl.int32), 0), LEVELS - 1)
-    dropped = tl.maximum(tl.sum(tl.where(levels == cut, running, 0), 0) - wanted, 0)
+    running = count_codes(*row, SUM, WORDS, PLANES, BIASED, LEVELS, RADIUS, TILE, calibration)
+    cut, dropped = cut_of_codes(running, wanted, LEVELS)
     if TIERS:
-        cut_1 = tl.sum((running < wanted_1).to(tl.int32), 0)
-        dropped_1 = tl.sum(tl.where(levels == cut_1, running, 0), 0) - wanted_1
+        cut_1, dropped_1 = cut_of_codes(running, wanted_1, LEVELS)
         state_1 = tl.zeros([1], tl.int32)
     state = tl.zeros([1], tl.int64)
     for t0 in range(first // TILE * TILE, end, TILE):
         columns = t0 + tl.arange(0, TILE)
-        near = level_of(t0, *row, SUM, WORDS, PLANES, BIASED, LEVELS, RADIUS, TILE)
+        near = level_of(t0, *row, SUM, WORDS, PLANES, BIASED, LEVELS, RADIUS, TILE, calibration)
         hit = ((near == cut).to(tl.int64) << 32) + (near < cut).to(tl.int64)
         order = tl.cumsum(hit, 0) + state
         ties = (order >> 32).to(tl.int32)
@@ -154,12 +195,12 @@ def from_codes(
 @triton.jit
 def attend_topk(
     q, keys, values, query, codes, bounds, candidates, counts, starts, length, share, ids, parts, stats, arrived, out,
-    lse, critical, norms, centre, a, tier, per_bit, scale, k, least, radius, sinks, recents, margin, room, code_room,
-    norm_room, chunks, slots, kv_heads, T, G: tl.constexpr, SUM: tl.constexpr, PADDED: tl.constexpr,
-    PADDED_OUT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr,
-    BIASED: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BINS: tl.constexpr, LEVELS: tl.constexpr,
-    ROWS: tl.constexpr, SHARE: tl.constexpr, RADIUS: tl.constexpr, TIERS: tl.constexpr, CAUSAL: tl.constexpr,
-    PDL: tl.constexpr,
+    lse, critical, norms, centre, a, tier, per_bit, marks, weights, votes, agreement, ratio, prior, reach, scale, k,
+    least, radius, sinks, recents, margin, room, code_room, norm_room, chunks, slots, kv_heads, T, G: tl.constexpr,
+    SUM: tl.constexpr, PADDED: tl.constexpr, PADDED_OUT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    WORDS: tl.constexpr, PLANES: tl.constexpr, BIASED: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    BINS: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr, SHARE: tl.constexpr, RADIUS: tl.constexpr,
+    TIERS: tl.constexpr, CAUSAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (slots / ROWS, Hkv * T * G / SUM, B). Ranks follow column order: bounds change no result.
 
@@ -174,6 +215,9 @@ def attend_topk(
         critical: share of the visible keys that are read, likewise, with TIERS; logits of the others are estimated.
         norms, centre, a: see Estimate; tier: int8 [rows, slots], written, 1 for medium keys. None without TIERS.
         per_bit: 2 / bits.
+        marks, votes, agreement, prior: see discount; None without a calibration, whose lists are from calibrate.py.
+        ratio: of the uniform share, times the layer's query heads; reach: the largest discount.
+        weights: float32 [B, Hq, T, slots], written, softmax weights; None if nobody wants them.
     """
     s = tl.program_id(0)
     row = program_row()
@@ -185,14 +229,10 @@ def attend_topk(
     limit = tl.minimum(room, code_room)
     first, end = span(starts, length, limit, kv // kv_heads, t, T, CAUSAL)
     visible = end - first
-    wanted = tl.minimum(k, visible)
-    if SHARE:
-        wanted = tl.ceil(visible.to(tl.float64) * share.to(tl.float64, bitcast=True)).to(tl.int32)
-    wanted = tl.maximum(wanted, tl.minimum(visible, least))
+    wanted = budget(visible, k, share, least, SHARE)
     wanted_1 = wanted
     if TIERS:
-        wanted_1 = tl.ceil(visible.to(tl.float64) * critical.to(tl.float64, bitcast=True)).to(tl.int32)
-        wanted_1 = tl.maximum(wanted_1, tl.minimum(visible, least))
+        wanted_1 = budget(visible, 0, critical, least, True)
     if PDL:
         gdc_wait()
     own = counts + row.to(tl.int64) * BINS * chunks
@@ -218,17 +258,30 @@ def attend_topk(
     if TIERS:
         own_tier = tier + row.to(tl.int64) * slots
         tl.store(own_tier + ranks, 0, mask=~filled)
+    own_weights, apart = None, tl.full([], 1, tl.int64) * T * slots
+    if weights is not None:
+        own_weights = weights + (head.to(tl.int64) * SUM * T + t) * slots
+        if s >= programs:
+            for g in tl.static_range(SUM):
+                tl.store(own_weights + g * apart + ranks, tl.zeros([ROWS], tl.float32))
     if s < programs:
         query_at = query + (head.to(tl.int64) * SUM * T + t) * PLANES * WORDS
         words_step = T * PLANES * WORDS  # from a head's query to the next head's
         own_codes = codes + kv.to(tl.int64) * code_room * WORDS
         bound = read_bound(bounds + row)
+        calibration = None
+        if marks is not None:
+            bound -= reach
+            own_marks = marks + (kv // kv_heads * T + t).to(tl.int64) * code_room
+            calibration = (reach, own_marks, visible, votes, agreement, ratio, prior)
         if missed:
             seen = (query_at, words_step, own_codes, first, end, sinks, recents, radius)
-            ranks_of = (wanted, wanted_1, code_room, rank0, rank1)
+            lists, ranks_of = (own_ids, own_tier), (wanted, wanted_1, code_room, rank0, rank1)
             threshold = from_codes(
-                own_ids, own_tier, *seen, *ranks_of, SUM, WORDS, PLANES, BIASED, LEVELS, RADIUS, TIERS, TILE
+                *lists, *seen, *ranks_of, SUM, WORDS, PLANES, BIASED, LEVELS, RADIUS, TIERS, TILE, calibration
             )
+            if marks is not None:
+                threshold -= reach
         else:
             threshold = bound - (BINS - 1 - bin)
             if rank0 < rank1:
@@ -242,7 +295,9 @@ def attend_topk(
         columns = tl.load(own_ids + ranks, mask=filled, other=0)
         k_at, v_at = keys + kv.to(tl.int64) * room * DIM, values + kv.to(tl.int64) * room * DIM
         q_at = q + (head.to(tl.int64) * SUM * T + t) * DIM
-        exact, estimated = None, None
+        exact, estimated, logits = None, None, None
+        if weights is not None:
+            logits = own_weights + rank0
         if TIERS:
             exact = filled & (tl.load(own_tier + ranks, mask=filled, other=0) == 0)
             about = (centre + kv.to(tl.int64) * DIM, a, norms + kv.to(tl.int64) * norm_room, own_codes)
@@ -254,11 +309,10 @@ def attend_topk(
         if SUM == 1:
             if TIERS:
                 estimated = tl.reshape(estimated, [ROWS])
-            peak, total, acc = one_head(q_at, k_at, v_at, columns, filled, scale, DIM, WIDTH, exact, estimated)
+            peak, total, acc = one_head(q_at, k_at, v_at, columns, filled, scale, DIM, WIDTH, exact, estimated, logits)
         else:
-            peak, total, acc = group_of_heads(
-                q_at, T * DIM, k_at, v_at, columns, filled, scale, SUM, PADDED, DIM, WIDTH, exact, estimated
-            )
+            given = (q_at, T * DIM, k_at, v_at, columns, filled, scale)
+            peak, total, acc = group_of_heads(*given, SUM, PADDED, DIM, WIDTH, exact, estimated, logits, apart)
         part = row.to(tl.int64) * tl.cdiv(slots, ROWS)
         store_part(parts, stats, part + s, peak, total, acc, WIDTH, SUM, PADDED)
         tl.debug_barrier()
@@ -268,4 +322,8 @@ def attend_topk(
             tl.store(arrived + row, 0)
             spoilt = tl.load(length) > limit
             to = (out, lse, head * SUM * T + t, T)
-            combine(parts, stats, part, programs, wanted > 0, spoilt, *to, DIM, WIDTH, SUM, PADDED_OUT, 16)
+            peak, total = combine(
+                parts, stats, part, programs, wanted > 0, spoilt, *to, DIM, WIDTH, SUM, PADDED_OUT, 16
+            )
+            if weights is not None:
+                to_weights(own_weights, apart, programs * ROWS, peak, total, wanted > 0, SUM, PADDED_OUT, 512)
