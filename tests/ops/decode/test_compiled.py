@@ -1,4 +1,4 @@
-"""The kernels compile without a GPU, for A100s, H100s, B200s and RTX 5090s: no spilled registers, popcount in hardware."""
+"""The kernels compile without a GPU, for A100s to RTX 5090s: no spilled registers, popcount in hardware."""
 
 import json
 import os

@@ -276,9 +276,9 @@ def attend_topk(
             calibration = (reach, own_marks, visible, votes, agreement, ratio, prior)
         if missed:
             seen = (query_at, words_step, own_codes, first, end, sinks, recents, radius)
-            lists, ranks_of = (own_ids, own_tier), (wanted, wanted_1, code_room, rank0, rank1)
+            seen += (wanted, wanted_1, code_room, rank0, rank1)
             threshold = from_codes(
-                *lists, *seen, *ranks_of, SUM, WORDS, PLANES, BIASED, LEVELS, RADIUS, TIERS, TILE, calibration
+                own_ids, own_tier, *seen, SUM, WORDS, PLANES, BIASED, LEVELS, RADIUS, TIERS, TILE, calibration
             )
             if marks is not None:
                 threshold -= reach
@@ -322,8 +322,8 @@ def attend_topk(
             tl.store(arrived + row, 0)
             spoilt = tl.load(length) > limit
             to = (out, lse, head * SUM * T + t, T)
-            peak, total = combine(
+            highest, weight = combine(
                 parts, stats, part, programs, wanted > 0, spoilt, *to, DIM, WIDTH, SUM, PADDED_OUT, 16
             )
             if weights is not None:
-                to_weights(own_weights, apart, programs * ROWS, peak, total, wanted > 0, SUM, PADDED_OUT, 512)
+                to_weights(own_weights, apart, programs * ROWS, highest, weight, wanted > 0, SUM, PADDED_OUT, 512)
