@@ -48,7 +48,7 @@ class Both:
         self.q, self.k, self.v, self.at = q.to(device), (k + 1).to(device), v.to(device), keys
         self.caches = [self.attn.new_cache(BATCH, KV_HEADS, DIM, capacity=capacity) for _ in range(2)]
         for cache in self.caches:
-            cache.append(self.k[:, :, :keys], v[:, :, :keys], start=torch.tensor(starts))
+            cache.append(self.k[:, :, :keys], self.v[:, :, :keys], start=torch.tensor(starts))
 
     def append(self, tokens=1):
         here, self.at = slice(self.at, self.at + tokens), self.at + tokens
