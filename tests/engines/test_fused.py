@@ -69,6 +69,7 @@ class Both:
         a, b = (x.ids.sort(-1).values for x in (found, expected))
         more = a.shape[-1] - b.shape[-1]
         assert more >= 0 and (a[..., :more] == -1).all() and torch.equal(a[..., more:], b)
+        assert found.filled in (None, int(found.count.sum()))
         assert (out.out - exact.out).abs().max() <= 1e-5 * self.v.abs().max()
         assert torch.equal(fused.codes, plain.codes)
         assert not fused.with_norms or torch.equal(fused.norms, plain.norms)
