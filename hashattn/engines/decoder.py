@@ -16,7 +16,7 @@ from hashattn.engines.fused import Prepared, packed
 from hashattn.engines.gpu import Gpu
 from hashattn.engines.parts import Parts
 from hashattn.ops import dense
-from hashattn.ops.decode import Map, Newest, why_not_encode
+from hashattn.ops.decode import Before, Map, Newest, why_not_encode
 from hashattn.ops.decode.estimate import key_norms
 from hashattn.ops.decode.sizes import counters
 
@@ -41,6 +41,8 @@ class Decoder:
     Attributes:
         length: int32 [1], filled columns.
         found: int64 [1], keys that were kept, counted only where a radius decides how many.
+        kept: what the last step kept and its weights, for the decoder of the next layer (momentum); None where the
+            selector asks for no weights.
 
     Raises:
         ValueError: what does not fit, and what would.
@@ -62,6 +64,7 @@ class Decoder:
         self.starts = cache.on_device.starts(cache._starts, device)
         self.length = torch.empty(1, dtype=torch.int32, device=device)
         self.found = torch.zeros(1, dtype=torch.int64, device=device)
+        self.kept: Before | None = None
         self._arrived: dict[tuple[int, int], Tensor] = {}
         self._encoder_fits = encoder.fits if encoder is not None else 0
         self.maps: tuple[Map, Map] | None = None
@@ -79,8 +82,14 @@ class Decoder:
         for tensor in (*held, *of_maps):
             _stays(tensor)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, before: Before | None = None
+    ) -> Tensor:
         """Append keys and values [B, Hkv, T, D] and attend with the queries [B, Hq, T, D] of the same positions.
+
+        Args:
+            before: `kept` of the decoder of the layer before, after its step of these positions; None if that layer
+                attends densely.
 
         Returns:
             [B, Hq, T, D].
@@ -93,7 +102,7 @@ class Decoder:
             raise ValueError(f"q and k must be of the same positions, got T = {q.shape[2]} and {k.shape[2]}")
         if not self.dense and (q.shape[1], q.shape[2]) not in self._prepared:
             self.prepare(q.shape[1], q.shape[2])
-        return self.step(q, k, v, check_scale(scale, q.shape[-1]))
+        return self.step(q, k, v, check_scale(scale, q.shape[-1]), before)
 
     @lasting
     def prepare(self, q_heads: int, tokens: int = 1) -> None:
@@ -146,9 +155,13 @@ class Decoder:
         q = self.keys.new_zeros((cache.batch, q_heads, 1, cache.head_dim))
         k = self.keys.new_zeros((cache.batch, cache.kv_heads, 1, cache.head_dim))
         self.step(q, k, k, 1.0)  # into a column that is free
+        if self.kept is not None:  # a layer before this one has other kernels
+            self.follow()
+            self.step(q, k, k, 1.0, self.kept)
+            self.kept = None
         self.follow()
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float, before: Before | None = None) -> Tensor:
         """The same as a call, of a kind that was prepared, without its checks."""
         if self.dense:
             dense.append(k, v, self.keys, self.values, self.length)
@@ -164,7 +177,9 @@ class Decoder:
             query, stored = packed(encoder, q), prepared.like.stored
             norms = key_norms(k, self.centre) if stored.norms is not None else None
             append(k, v, encoder.encode_key(k, self.centre), norms, stored, self._arrived[kind])
-        output, selection = prepared.step(q, query, scale)
+        output, selection = prepared.step(q, query, scale, before)
+        if output.weights is not None:
+            self.kept = Before(selection.ids, output.weights)
         if prepared.like.rule.radius is not None:
             self.found.add_((selection.ids >= 0).sum())
         return output.out

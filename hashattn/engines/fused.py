@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hashattn.cache.kv_cache import KVCache
 from hashattn.core.lasting import lasting
-from hashattn.core.types import Output, Selection
+from hashattn.core.types import Output, Selection, Step
 from hashattn.encoders.base import Encoder
 from hashattn.engines.base import Answer, Call, Request
 from hashattn.engines.parts import Parts
@@ -21,6 +21,9 @@ from hashattn.ops.hamming import words
 
 if TYPE_CHECKING:
     from hashattn.ops.decode.library import EncodePlaced
+
+
+Learned = tuple[tuple[int, int], ...]
 
 
 def rule_of(parts: Parts, group: int) -> decode.Rule | None:
@@ -90,10 +93,15 @@ class Prepared:
         workspace = state.scratch.workspace(sizes.workspace, device)
         return cls(replace(like, bounds=state.bounds(sizes.state, device), workspace=workspace))
 
-    def step(self, q: Tensor, query: Tensor, scale: float) -> tuple[Output, Selection]:
-        """Search and attend with queries and their codes; see :class:`hashattn.ops.decode.Inputs`."""
-        out, lse, ids, tier = self._step(q, query, scale)
-        return Output(out, lse), Selection(ids, tier)
+    def step(
+        self, q: Tensor, query: Tensor, scale: float, before: decode.Before | None = None
+    ) -> tuple[Output, Selection]:
+        """Search and attend with queries and their codes; see :class:`hashattn.ops.decode.Inputs`.
+
+        The Output has weights where the rule has a prior.
+        """
+        out, lse, ids, tier, weights = self._step(q, query, scale, before)
+        return Output(out, lse, weights), Selection(ids, tier)
 
 
 def packed(encoder: Encoder, q: Tensor) -> Tensor:
@@ -108,12 +116,14 @@ class Kept:
 
     Attributes:
         fits: how often the encoder was fitted then.
+        learned: what the weights of its selector and its attend stage were then; see :func:`learned_by`.
         frozen: where the centres of the cache's rows lay.
         encode: of its queries and of keys in place, in one launch that sets the length; None where PyTorch encodes.
     """
 
     parts: Parts
     fits: int
+    learned: Learned
     frozen: Tensor | None
     prepared: Prepared
     encode: EncodePlaced | None
@@ -124,25 +134,27 @@ class Kept:
         """For such (query heads, queries) and a cache all keys of which are encoded."""
         encoder, device, state, (q_heads, tokens) = parts.encoder, cache.keys.device, cache.on_device, shape
         assert encoder is not None
-        length = state.held("length", (1,), torch.int32, device)
-        prepared = Prepared.of(parts, cache, shape, length, causal=causal)
-        like, frozen, encode = prepared.like, cache.centres.frozen, None
+        length, frozen = state.held("length", (1,), torch.int32, device), cache.centres.frozen
+        centre, encode = cache.centre, None
+        if centre is not frozen:  # which stays where it is
+            centre = state.held("centre", tuple(centre.shape), torch.float32, device).copy_(centre)
+        centre = centre.contiguous()
+        prepared = Prepared.of(parts, cache, shape, length, causal=causal, centre=centre)
+        like = prepared.like
         if not decode.why_not_encode(encoder.widths()) and (frozen is None or frozen.is_contiguous()):
             from hashattn.ops.decode.library import EncodePlaced  # registers operators
 
-            centre = cache.centre
-            if centre is not frozen:  # which stays where it is
-                centre = state.held("centre", tuple(centre.shape), torch.float32, device).copy_(centre)
             count = counters(cache.batch * q_heads * tokens, cache.batch * cache.kv_heads * tokens)
             arrived = state.held("arrived", (count,), torch.int32, device)
             maps, written = encoder.maps(cache.head_dim, device), (like.query, arrived, like.workspace)
             encode = EncodePlaced(decode.Placed(like.q, centre, maps, encoder.query_bits, like.stored, *written))
-        return cls(parts, encoder.fits, frozen, prepared, encode)
+        return cls(parts, encoder.fits, learned_by(parts), frozen, prepared, encode)
 
     def serves(self, parts: Parts, cache: KVCache) -> bool:
         """Whether it still is what such parts want of the cache; the memory is where it was."""
         assert parts.encoder is not None
-        return self.parts is parts and self.fits == parts.encoder.fits and self.frozen is cache.centres.frozen
+        same = self.parts is parts and self.fits == parts.encoder.fits and self.frozen is cache.centres.frozen
+        return same and self.learned == learned_by(parts)
 
     def filled(self, cache: KVCache) -> int | None:
         """Keys that a query of each row keeps, over rows and heads, where that is known without counting."""
@@ -169,14 +181,18 @@ class FusedStep:
     def __call__(self, q: Tensor, cache: KVCache, call: Call) -> Answer:
         tokens, causal = q.shape[2], call.causal
         fewest = cache.shortest - (tokens - 1 if causal else 0)  # keys that the shortest-sighted query sees
-        if fewest < self.parts.warmup(cache) or call.need_weights or wants_gradients(self.parts, q, cache):
+        selector = self.parts.selector
+        assert selector is not None
+        asks = call.need_weights and not selector.needs_weights  # a step whose selector does gives its own
+        if fewest < self.parts.warmup(cache) or asks or wants_gradients(self.parts, q, cache):
             return Reference().prepare(self.parts, self.request)(q, cache, call)
         kept, waiting = self.kept(q, cache, causal), len(cache) - cache.encoded
         if kept is None or not kept.suffices(cache, waiting):
             cache.encode()  # which may move the codes
             kept, waiting = self.kept(q, cache, causal) or self.make(q, cache, causal), 0
         query = self.encoded(kept, q, cache, waiting > 0)
-        output, selection = kept.prepared.step(q, query, call.scale)
+        before = before_of(call.step) if selector.needs_weights else None
+        output, selection = kept.prepared.step(q, query, call.scale, before)
         return output, replace(selection, filled=kept.filled(cache) if tokens == 1 else None)
 
     def encoded(self, kept: Kept, q: Tensor, cache: KVCache, new: bool) -> Tensor:
@@ -207,19 +223,38 @@ class FusedStep:
         if state.memory != memory:  # steps that were made ready before keep what it was alive
             state.memory, state.prepared = memory, {}
         kept = Kept.of(self.parts, cache, (q.shape[1], q.shape[2]), causal)
-        if kept.prepared.like.estimate is None:  # whose centre moves
+        if cache.centres.frozen is None or cache.centres.frozen.is_contiguous():  # else its centre is a copy
             state.prepared[q.shape[1], q.shape[2], causal] = kept
         return kept
 
 
 def _memory(cache: KVCache) -> tuple[int, ...]:
-    """Where keys, values and codes lie."""
-    return tuple(cache.storage(what).data_ptr() for what in ("keys", "values", "codes"))
+    """Where keys, values, codes and norms lie."""
+    held = ("keys", "values", "codes", *(["norms"] if cache.with_norms else []))
+    return tuple(cache.storage(what).data_ptr() for what in held)
+
+
+def before_of(step: Step) -> decode.Before | None:
+    """What the layer before kept; None if it ran dense, or its weights are not known."""
+    if step.previous is None or step.previous_weights is None:
+        return None
+    return decode.Before(step.previous.ids, step.previous_weights.detach())
+
+
+def learned_by(parts: Parts) -> Learned:
+    """Where the weights of a selector and an attend stage lie, and how often they were written."""
+    return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights_of(parts))
+
+
+def weights_of(parts: Parts) -> list[Tensor]:
+    """Of the selector and the attend stage."""
+    modules = [*(parts.selector.weighted() if parts.selector is not None else ())]
+    modules += [parts.attend] if isinstance(parts.attend, nn.Module) else []
+    return [w for module in modules for w in module.parameters()]
 
 
 def wants_gradients(parts: Parts, q: Tensor, cache: KVCache) -> bool:
     """Whether a gradient of queries, keys, values or weights is wanted, which only the reference gives."""
     if not torch.is_grad_enabled():
         return False
-    weights = parts.attend.parameters() if isinstance(parts.attend, nn.Module) else ()
-    return q.requires_grad or cache.wants_grad or any(w.requires_grad for w in weights)
+    return q.requires_grad or cache.wants_grad or any(w.requires_grad for w in weights_of(parts))

@@ -14,7 +14,10 @@ from hashattn.ops import decode
 
 
 class Gpu(Engine):
-    """Scan, choice and attention in two kernels; what a call asks beyond that, the reference does."""
+    """Scan, choice and attention in two kernels, two more between them where distances are calibrated.
+
+    What a call asks beyond that, the reference does.
+    """
 
     name, device = "gpu", "cuda"
     captures = True
@@ -33,7 +36,8 @@ class Gpu(Engine):
         asked = asked_of(parts, request)
         if asked is None:
             serves = 'TopK, LocalTopK, Threshold and Tiers (of a group, with combine="sum")'
-            return [*reasons, f"it serves {serves}, not {short(selector)}"]
+            around = "Consensus and Momentum around them"
+            return [*reasons, f"it serves {serves}, and {around}, not {short(selector)}"]
         return [*reasons, *decode.why_not(asked)]
 
     def prepare(self, parts: Parts, request: Request) -> PreparedStep:
@@ -41,14 +45,16 @@ class Gpu(Engine):
 
     def crossover(self, parts: Parts, request: Request) -> int | None:
         found = this_gpu(request.device)
-        return None if found is None else found[1].keys(request.key_bytes, request.captured)
+        return None if found is None else found[1].keys(request.key_bytes, request.captured, calibrated(parts, request))
 
     def measured(self, parts: Parts, request: Request) -> str:
         found = this_gpu(request.device)
         if found is None:
             return ""
         name, gpu = found
-        captured = gpu.keys(request.key_bytes, captured=True)
+        captured = gpu.keys(request.key_bytes, captured=True, calibrated=calibrated(parts, request))
+        if captured is None:
+            return ""
         return f"{name}, {gpu.source}; in a CUDA graph a step wins from {captured:,} keys on"
 
     def rows(self, parts: Parts, request: Request) -> list[PlanRow]:
@@ -60,12 +66,20 @@ class Gpu(Engine):
         listed = "; ".join([listed, *slower])
         one = "the same kernel" if chunks and not slower else "one kernel"
         selector, exact = selector_name(parts.selector), "exact, ties to the most recent key"
+        if asked.rule.calibrated:
+            one = f"one kernel that marks keys (vote), one that discounts what is listed (discount_lists), {one}"
         return [
             _encode_row(parts.encoder, request.device),
             PlanRow("scan", f"{part_name(parts.index)}: {language}, one kernel", listed),
             PlanRow("select", f"{selector}: {language}, {one} with attend", exact),
             PlanRow("attend", f"{part_name(parts.attend)}: {language}", "split over the selected keys"),
         ]
+
+
+def calibrated(parts: Parts, request: Request) -> bool:
+    """Whether a step that is served calibrates its distances."""
+    asked = asked_of(parts, request)
+    return asked is not None and asked.rule.calibrated
 
 
 def _encode_row(encoder: Encoder, device: torch.device) -> PlanRow:

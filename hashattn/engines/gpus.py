@@ -21,20 +21,25 @@ class Gpu:
         eager: from where on a step launched from Python is clearly faster than dense attention, in every measured case.
         captured: the same in a CUDA graph.
         source: where the figures come from.
+        calibrated: how many times as many bytes a step with votes or a prior (Consensus, Momentum) needs; None where
+            that was not measured.
     """
 
     capability: tuple[int, int]
     eager: int
     captured: int
     source: str
+    calibrated: float | None = None
 
-    def keys(self, key_bytes: int, captured: bool = False) -> int:
-        """Visible keys from which a step is faster.
+    def keys(self, key_bytes: int, captured: bool = False, calibrated: bool = False) -> int | None:
+        """Visible keys from which a step is faster; None if that was not measured.
 
         Args:
             key_bytes: of a key and its value, in all sequences and KV heads.
+            calibrated: whether it calibrates its distances.
         """
-        return math.ceil((self.captured if captured else self.eager) / key_bytes)
+        factor = self.calibrated if calibrated else 1.0
+        return None if factor is None else math.ceil(factor * (self.captured if captured else self.eager) / key_bytes)
 
 
 GPUS: dict[str, Gpu] = {  # by torch.cuda.get_device_name()

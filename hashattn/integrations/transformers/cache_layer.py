@@ -86,11 +86,18 @@ class HashedLayer(DynamicLayer):
         return self.on_device.step(query, key, value, scale)
 
     def serve_graphs(
-        self, served: ServedLayer, number: int, q_heads: int, counters: Counters[Any], tokens: int = 1
+        self,
+        served: ServedLayer,
+        number: int,
+        q_heads: int,
+        counters: Counters[Any],
+        tokens: int = 1,
+        before: HashedLayer | None = None,
     ) -> str | None:
-        """Make such steps ready; returns why they cannot be."""
+        """Make such steps ready; returns why they cannot be. The layer before is one whose steps the graph holds."""
         assert self.kv is not None
-        return self.on_device.serve(self, self.kv, served, number, q_heads, tokens, counters)
+        steps = before.on_device if before is not None else None
+        return self.on_device.serve(self, self.kv, served, number, q_heads, tokens, counters, steps)
 
     def sync(self) -> None:
         """Adopt what such steps appended; waits for the device where the host has not led them."""

@@ -25,6 +25,7 @@ class GraphSteps:
     Attributes:
         number: of the layer.
         tokens: queries of a step.
+        before: the steps of the layer before, whose keys these look at; None if it is not served, or nobody looks.
     """
 
     choice: GraphChoice
@@ -32,6 +33,7 @@ class GraphSteps:
     q_heads: int
     tokens: int
     counters: Counters[Any]
+    before: DeviceSteps | None = None
 
 
 class DeviceSteps:
@@ -74,11 +76,13 @@ class DeviceSteps:
         q_heads: int,
         tokens: int,
         counters: Counters[Any],
+        before: DeviceSteps | None = None,
     ) -> str | None:
         """Make steps of so many queries ready for what the cache now holds; returns why that cannot be.
 
         Args:
             layer: of the framework's cache, whom the counters know.
+            before: the steps of the layer before, in the same graph.
         """
         attn = served.attn
         assert attn is not None
@@ -90,9 +94,13 @@ class DeviceSteps:
         if choice is None:
             engine = attn.choice(query, kv).engine.name
             return f'engine "{engine}" takes no steps that a graph can hold'
+        follows = choice.searches and attn.selector is not None and attn.selector.follows
+        if self.asks and follows:  # whose graph may hold this layer alone
+            return "its selector asks what the layer before kept, which steps of a static cache do not know"
         if tokens > 1 and choice.searches and _by_radius(attn, q_heads // kv.kv_heads):
             return "what several queries keep within a radius is not counted in graphs"
-        return self.prepare(layer, kv, GraphSteps(choice, number, q_heads, tokens, counters))
+        made = GraphSteps(choice, number, q_heads, tokens, counters, before if follows else None)
+        return self.prepare(layer, kv, made)
 
     @torch.compiler.disable
     def prepare(self, layer: object, kv: KVCache, made: GraphSteps) -> str | None:
@@ -138,8 +146,12 @@ class DeviceSteps:
 
     def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Append keys and values [B, Hkv, T, D] and attend with queries [B, Hq, T, D]: [B, Hq, T, D]."""
-        assert self.decoder is not None
-        return self.decoder.step(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+        assert self.decoder is not None and self.made is not None
+        before = self.made.before.decoder if self.made.before is not None else None
+        kept = None
+        if before is not None:
+            kept, before.kept = before.kept, None  # nobody else asks
+        return self.decoder.step(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, kept)
 
     def lead(self, kv: KVCache, tokens: int) -> None:
         """Note that a replay has appended so many tokens."""

@@ -180,7 +180,10 @@ class Graphs:
 
     def _ready(self, layers: list[HashedLayer], starts: list[int], tokens: int) -> str | None:
         """Make the layers ready for steps of so many tokens; returns why they cannot be."""
-        for number, layer in zip(self.q_heads, layers, strict=True):
+        held = dict(zip(self.q_heads, layers, strict=True))
+        numbers = sorted(self.forward.served)  # of the layers that have attention, the model's own among them
+        before = dict(zip(numbers[1:], map(held.get, numbers), strict=False))
+        for number, layer in held.items():
             served, kv = self.forward.served[number], layer.kv
             assert served.attn is not None and kv is not None
             if starts != kv._starts:
@@ -188,7 +191,7 @@ class Graphs:
                 set_starts(kv, starts)
             layer.attn = served.attn
             heads = self.q_heads[number]
-            reason = layer.serve_graphs(served, number, heads, self.forward.counters, tokens)
+            reason = layer.serve_graphs(served, number, heads, self.forward.counters, tokens, before.get(number))
             if reason is not None:
                 return f"layer {number}: {reason}"
         return None

@@ -40,7 +40,7 @@ def mark_weights(
             tl.atomic_add(marks + column, amount, mask=given, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kept_heads", "kept_slots"])
 def vote(
     query, codes, candidates, counts, starts, length, marks, ids, weights, share, k, least, sinks, recents, limit,
     room, chunks, kept_heads, kept_slots, kv_heads, T, G: tl.constexpr, SUM: tl.constexpr, WORDS: tl.constexpr,
