@@ -16,7 +16,19 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from hashattn import Centring, FlatHamming, HashAttention, MixedPrecision, Recent, SimHash, Sink, Tiers, TopK
+from hashattn import (
+    Centring,
+    Consensus,
+    FlatHamming,
+    HashAttention,
+    MixedPrecision,
+    Momentum,
+    Recent,
+    SimHash,
+    Sink,
+    Tiers,
+    TopK,
+)
 from hashattn.integrations.transformers import HashedLayer
 from tests.ops.decode.encoding import same_norms
 
@@ -35,6 +47,8 @@ SHORT = SimHash(64, centring=Centring(keys=16))
 EVERYTHING = HashAttention(SHORT, FlatHamming(), Sink(2) | Recent(4) | TopK(share=1.0), engine="reference")
 TENTH = HashAttention(SHORT, FlatHamming(), Sink(2) | Recent(4) | TopK(share=0.1), engine="reference")
 TIERS = TENTH.replace(selector=Sink(2) | Recent(4) | Tiers(0.05, 0.3), attend=MixedPrecision(hidden=0))
+NEAR = Sink(2) | Recent(4) | Momentum(Consensus(Tiers(0.05, 0.3), vote_share=0.3), discount=6.0)
+DASHKV = TIERS.replace(selector=NEAR)  # each layer looks at what the one before it kept
 ON_CPU = TENTH.replace(engine="cpu")
 LENGTH, NEW = 90, 12
 # transformers 5.24 renamed the argument and the output

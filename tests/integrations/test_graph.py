@@ -15,7 +15,19 @@ from hashattn.engines.decoder import Decoder
 from hashattn.integrations.attached.passes import Pass
 from hashattn.integrations.transformers import detach
 from tests.integrations import tiny
-from tests.integrations.models import CACHE, LENGTH, TENTH, TIERS, cache_of, check_codes, forward, make, prompt, write
+from tests.integrations.models import (
+    CACHE,
+    DASHKV,
+    LENGTH,
+    TENTH,
+    TIERS,
+    cache_of,
+    check_codes,
+    forward,
+    make,
+    prompt,
+    write,
+)
 from tests.integrations.recorder import graphs_anywhere
 
 __all__ = ["graphs_anywhere"]
@@ -78,6 +90,35 @@ def test_other_models_and_tiers(name):
     model, attn = small(name), FUSED.replace(selector=TIERS.selector, attend=TIERS.attend, dense_layers=())
     expected, found, report = both(model, lambda: write(model, prompt(), **OPTIONS), attn)
     assert torch.equal(found, expected) and report.graph.replayed == 11
+
+
+def test_momentum_crosses_layers_inside_a_replayed_step():
+    model = small(num_hidden_layers=5)
+
+    @torch.no_grad()
+    def run():
+        cache = DynamicCache(config=model.config)
+        forward(model, prompt(1)["input_ids"], cache)
+        return torch.cat([forward(model, torch.tensor([[token]]), cache) for token in range(5, 15)], 1)
+
+    for dense in ((0,), (0, 2)):  # after a dense layer nothing comes nearer
+        attn = DASHKV.replace(engine="gpu", dense_layers=dense)
+        expected, found, report = both(model, run, attn)
+        assert (found - expected).abs().max() < 1e-5
+        assert (report.graph.replayed, report.graph.captured) == (10, 1)
+        with attn.replace(engine="reference").attach(model):
+            assert (run() - found).abs().max() < 1e-4
+        alone = attn.replace(selector=attn.selector.revised(momentum=0.0))
+        with alone.attach(model):
+            assert (run() - found).abs().max() > 1e-3
+
+
+def test_momentum_is_not_for_static_caches(model):
+    attn = DASHKV.replace(engine="gpu")
+    with attn.attach(model, graph="auto") as handle:
+        write(model, prompt(), **OPTIONS, cache_implementation="static")
+        assert any("steps of a static cache do not know" in reason for reason in handle.report().graph.eager)
+        assert handle.report().layers[1].engine == "gpu"
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "gptj", "mixtral", "qwen3_moe"])
