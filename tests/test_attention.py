@@ -591,7 +591,7 @@ def test_the_fused_engine_says_what_it_cannot_take():
             "it serves TopK, LocalTopK, Threshold and Tiers",
         ),
         (plain.replace(selector=Tiers(0.1, 0.2, per="kv_head", combine="union")), 'with combine="sum"'),
-        (plain.replace(selector=Sink(4) | Consensus(TopK(k=9))), "it ranks raw distances, not those that Consensus"),
+        (plain.replace(selector=Sink(4) | Consensus(Consensus(TopK(k=9)))), "it serves TopK, LocalTopK, Threshold and"),
         (plain.replace(selector=LocalTopK(64, per="kv_head")), "one choice per query head"),
         (plain.replace(encoder=SimHash(160)), "64, 128 or 256 bits, not 192"),
         (plain.replace(encoder=Identity(), index=FlatDot()), "binary codes"),

@@ -48,6 +48,9 @@ def gpu(bench: argparse.ArgumentParser) -> None:
 def kinds(bench: argparse.ArgumentParser) -> None:
     """Add the options of `bench kinds`."""
     _cases(bench, "131072:1024 if left out")
+    add_words(
+        bench, {"kind": ("WORD", "only kinds with it in their names, such as DASH-KV, and TopK; all if left out")}
+    )
     _rounds(bench, 11)
 
 

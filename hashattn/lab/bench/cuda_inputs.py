@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hashattn.lab.bench.cases import DTYPES, Case
 from hashattn.lab.bench.floors import code_bytes
-from hashattn.ops.decode import Estimate, Inputs, Rule, Stored
+from hashattn.ops.decode import Before, Estimate, Inputs, Rule, Stored
 from hashattn.ops.hamming import query_planes
 
 COLD = 200 << 20  # bytes of the codes of all layers: several times an L2 cache, whatever else a step reads
@@ -19,7 +19,8 @@ CALLS = 12
 
 @dataclass(frozen=True)
 class GpuLayer:
-    """One layer's cache, the queries of some decode steps, and what estimates of logits are made from, if any are."""
+    """One layer's cache, the queries of some decode steps, what estimates of logits are made from, if any are, and
+    what the layer before kept, if anyone asks."""
 
     q: list[Tensor]
     query: list[Tensor]
@@ -29,12 +30,14 @@ class GpuLayer:
     starts: Tensor
     length: Tensor
     estimate: Estimate | None = None
+    before: Before | None = None
 
     def inputs(self, i: int, rule: Rule) -> Inputs:
         """The step with query i; with critical keys in the rule the logits of the others are estimated."""
         stored = Stored(self.keys, self.values, self.codes, self.length)
         scale, estimate = self.q[i].shape[-1] ** -0.5, self.estimate if rule.critical is not None else None
-        return Inputs(self.q[i], self.query[i], stored, self.starts, rule, scale, estimate=estimate)
+        before = self.before if rule.prior_ratio is not None else None
+        return Inputs(self.q[i], self.query[i], stored, self.starts, rule, scale, estimate=estimate, before=before)
 
 
 def layer_count(case: Case, bits: int) -> int:
@@ -105,3 +108,14 @@ def with_estimate(layer: GpuLayer) -> GpuLayer:
     norms = torch.stack([(own.float() - c.unsqueeze(1)).norm(dim=-1) for own, c in zip(keys, centre, strict=True)])
     a = torch.full((1,), 0.1, device=keys.device)
     return replace(layer, estimate=Estimate(norms.bfloat16().unsqueeze(-1), centre, a, 64 * layer.codes.shape[-1]))
+
+
+def with_before(layer: GpuLayer, k: int) -> GpuLayer:
+    """The same after a layer that kept k random keys for each query head, a quarter of them the same for all heads."""
+    q, keys = layer.q[0], layer.keys.shape[2]
+    g = torch.Generator(q.device).manual_seed(k)
+    order = torch.rand(*q.shape[:3], keys, generator=g, device=q.device)
+    order[..., : k // 4] = 0
+    ids = order.topk(k, largest=False).indices.sort(-1).values.to(torch.int32)
+    logits = torch.randn(*q.shape[:3], k, generator=g, device=q.device)
+    return replace(layer, before=Before(ids, logits.softmax(-1)))

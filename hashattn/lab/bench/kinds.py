@@ -22,22 +22,22 @@ from hashattn.lab.bench.cuda_graphs import (
     make_layers,
     turns_of,
 )
-from hashattn.lab.bench.cuda_inputs import GpuLayer, with_estimate, with_signs
+from hashattn.lab.bench.cuda_inputs import GpuLayer, with_before, with_estimate, with_signs
 from hashattn.lab.bench.cuda_reads import reads
 from hashattn.lab.bench.cuda_steps import kernels, rule, why_not
 from hashattn.lab.bench.floors import Machine, Reads, floors
 from hashattn.lab.bench.graphs import measure_machine, take_turns
 from hashattn.ops.decode import Scratch
-from hashattn.selectors import LocalTopK, Recent, Selector, Sink, Threshold, Tiers, TopK
+from hashattn.selectors import Consensus, LocalTopK, Momentum, Recent, Selector, Sink, Threshold, Tiers, TopK
 
 SIZES = ((1, 131072, 1024),)  # batch, keys, k
 LEAST = 128  # keys kept, sinks and recents among them
-TOPK, IN_TRITON = "TopK", "TopK in Triton"
+TOPK, IN_TRITON, DASHKV = "TopK", "TopK in Triton", "DASH-KV, votes, a prior, half critical"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of step. MixedPrecision attends to tiers, whose kernels are Triton's; ExactAttend to anything else.
+    """A kind of step. MixedPrecision attends to tiers, ExactAttend to anything else.
 
     Attributes:
         planes: of its queries.
@@ -70,6 +70,8 @@ def kinds(case: Case, per: str, radius: int) -> dict[str, Kind]:
     found[IN_TRITON] = Kind(topk, triton=True)
     for critical in (k // 2, k // 64):  # shares that are rounded up to so many keys
         found[f"Tiers, {critical:,} critical"] = Kind(Tiers((critical - 0.5) / n, (k - 0.5) / n, per=per), triton=True)
+    found["TopK, votes"] = Kind(Consensus(topk), triton=True)
+    found[DASHKV] = Kind(Momentum(Consensus(Tiers((k // 2 - 0.5) / n, (k - 0.5) / n, per=per))), triton=True)
     return found
 
 
@@ -85,12 +87,13 @@ def radius_for(distances: Tensor, k: int, step: int) -> int:
 
 
 @torch.inference_mode()
-def run(cases: Iterable[Case], settings: Settings, *, progress: bool = True) -> dict[str, Any]:
+def run(cases: Iterable[Case], settings: Settings, *, only: str | None = None, progress: bool = True) -> dict[str, Any]:
     """Check and measure every kind of step. Keys are random: what is measured is cost, not quality.
 
     Args:
         cases: what to measure.
         settings: how; keys are not clustered.
+        only: a part of the names of the kinds that are measured beside TopK; None for all.
         progress: show a bar, on a terminal.
 
     Returns:
@@ -110,20 +113,25 @@ def run(cases: Iterable[Case], settings: Settings, *, progress: bool = True) -> 
     notes = machine.remarks()
     rows: list[dict[str, Any]] = []
     for case in bar("hf", "hashattn bench", cases, desc="bench", unit="case", shown=progress):
-        rows += _measure(case, settings, machine, notes)
+        rows += _measure(case, settings, only or "", machine, notes)
         torch.cuda.empty_cache()
     return machine.described() | {"notes": list(notes), "rows": rows}
 
 
-def _measure(case: Case, settings: Settings, machine: Machine, notes: dict[str, None]) -> list[dict[str, Any]]:
+def _measure(
+    case: Case, settings: Settings, only: str, machine: Machine, notes: dict[str, None]
+) -> list[dict[str, Any]]:
     bits = settings.bits
-    layers = [with_estimate(layer) for layer in make_layers(case, bits, clustered=False, planes=2)]
+    made = make_layers(case, bits, clustered=False, planes=2)
+    layers = [with_before(with_estimate(layer), case.k) for layer in made]
     by_planes = {1: [with_signs(layer) for layer in layers], 2: layers}
     graphs = dense_graphs(case, layers, turns_of(layers), notes)
     baselines, scratch = tuple(graphs), Scratch()
     measured: dict[tuple[str, str], tuple[Kind, Reads]] = {}
     for per in settings.pers:
         for name, kind in _served(case, bits, per, layers[0], notes).items():
+            if only not in name and name not in (TOPK, IN_TRITON):
+                continue
             own = by_planes[kind.planes]
             step: Step = checked_step(case, rule(case, kind.selector), own, scratch, triton=kind.triton)
             measured[per, name] = kind, reads(case, step, turns_of(own))

@@ -12,7 +12,7 @@ from hashattn.lab.bench.cuda_inputs import make_layer, with_estimate, with_signs
 from hashattn.lab.bench.cuda_reads import reads
 from hashattn.lab.bench.cuda_steps import rule
 from hashattn.lab.bench.floors import Machine
-from hashattn.lab.bench.kinds import IN_TRITON, TOPK, radius_for
+from hashattn.lab.bench.kinds import DASHKV, IN_TRITON, TOPK, radius_for
 from hashattn.ops import decode
 from hashattn.ops.decode import Scratch
 from hashattn.ops.decode.cuda import decode as in_cuda
@@ -23,6 +23,10 @@ LARGE = Case(32, 8, 128, "bfloat16", 131072, 1024)
 CPU = torch.device("cpu")
 
 
+def is_triton(name):
+    return name in (IN_TRITON, DASHKV) or "Tiers" in name or "votes" in name
+
+
 # ---- what is measured
 
 
@@ -30,7 +34,7 @@ CPU = torch.device("cpu")
 def test_every_kind_asks_for_what_its_name_says(per):
     found = {name: (rule(LARGE, kind.selector), kind) for name, kind in kinds.kinds(LARGE, per, 22).items()}
     assert all(asked.shared == (per == "kv_head") for asked, _ in found.values())
-    assert all(kind.triton == ("Tiers" in name or name == IN_TRITON) for name, (_, kind) in found.items())
+    assert all(kind.triton == is_triton(name) for name, (_, kind) in found.items())
     assert [name for name, (_, kind) in found.items() if kind.planes == 2] == ["TopK, queries of 2 planes"]
     forced = found["TopK, 4 sinks, 64 recents"][0]
     assert (forced.k, forced.sinks, forced.recents) == (1024, 4, 64)
@@ -41,6 +45,9 @@ def test_every_kind_asks_for_what_its_name_says(per):
         chunks = found[f"LocalTopK, {own} a chunk"][0]
         assert (chunks.k, chunks.per_chunk) == (1024, own)
     assert sum("Tiers" in name for name in found) == 2
+    votes, dashkv = found["TopK, votes"][0], found[DASHKV][0]
+    assert votes.k == 1024 and votes.vote_share == dashkv.vote_share == 0.5
+    assert (votes.prior_ratio, dashkv.prior_ratio) == (None, 1.0) and dashkv.critical < dashkv.share
 
 
 @pytest.mark.parametrize(("keys", "k"), [(131072, 1024), (600, 130), (3001, 997), (128, 128)])
@@ -96,7 +103,7 @@ def test_every_kind_has_a_row_with_its_ratios(pretended):
     pytest.importorskip("triton")
     result = kinds.run([CASE], Settings(rounds=1))
     rows = {(r["per"], r["kind"]): r for r in result["rows"]}
-    assert len(rows) == len(result["rows"]) == 10 + 8
+    assert len(rows) == len(result["rows"]) == 12 + 10
     assert all("left out per kv_head: LocalTopK" in note for note in result["notes"][1:]) and len(result["notes"]) == 3
     assert result["notes"][0].startswith("no popcount floor")
     for (per, name), r in rows.items():
@@ -105,14 +112,14 @@ def test_every_kind_has_a_row_with_its_ratios(pretended):
         assert r["speedup"] == 50 / r["us"]["step"]
         assert r["of_topk"] == r["us"]["step"] / rows[per, TOPK]["us"]["step"]
         in_triton = r["us"]["step"] / rows[per, IN_TRITON]["us"]["step"]
-        assert r["kernels"] == ("Triton" if "Tiers" in name or name == IN_TRITON else "CUDA C++")
+        assert r["kernels"] == ("Triton" if is_triton(name) else "CUDA C++")
         assert r["of_topk_in_triton"] == (in_triton if r["kernels"] == "Triton" else None)
         heads = 2 if per == "kv_head" else 4
         assert r["values_read"] <= 2 * heads * r["kept"]
         assert (r["values_read"] == pytest.approx(2 * heads * r["kept"])) == (per == "kv_head")
         read = 2 * 2 * 600 * 8 + (r["keys_read"] + r["values_read"]) * 256  # codes, keys and values; norms besides
         least = r["byte_floor_us"] * 1e6
-        assert least > read if "Tiers" in name else least == pytest.approx(read)
+        assert least > read if "Tiers" in name or name == DASHKV else least == pytest.approx(read)
         if "Threshold" in name:
             assert 80 < r["kept"] < 220
         else:
@@ -122,7 +129,7 @@ def test_every_kind_has_a_row_with_its_ratios(pretended):
         assert limited["kept"] == pytest.approx(free["kept"], rel=0.05)
         half, few = (r for r in result["rows"] if r["per"] == per and "Tiers" in r["kind"])
         assert few["keys_read"] < half["keys_read"] < half["values_read"] == few["values_read"]
-    assert len(tables.KINDS.text(result["rows"]).splitlines()) == 19
+    assert len(tables.KINDS.text(result["rows"]).splitlines()) == 23
 
 
 def test_without_cuda_kernels_every_row_is_beside_topk_in_triton(pretended, monkeypatch):
@@ -131,6 +138,8 @@ def test_without_cuda_kernels_every_row_is_beside_topk_in_triton(pretended, monk
     rows = kinds.run([CASE], Settings(pers=["kv_head"], rounds=1))["rows"]
     assert {r["kernels"] for r in rows} == {"Triton"}
     assert all(r["of_topk_in_triton"] for r in rows)
+    few = kinds.run([CASE], Settings(pers=["kv_head"], rounds=1), only="DASH-KV")["rows"]
+    assert [r["kind"] for r in few] == [TOPK, IN_TRITON, DASHKV]
 
 
 def test_nothing_is_measured_where_a_kind_is_wrong(pretended, monkeypatch):
@@ -232,7 +241,7 @@ def test_a_small_case_is_measured(monkeypatch):
 
     monkeypatch.setattr(cuda_inputs, "COLD", 1 << 20)
     result = kinds.run([Case(8, 2, 64, "bfloat16", 5000, 200, batch=2)], Settings(rounds=3))
-    assert len(result["rows"]) == 10 + 8
+    assert len(result["rows"]) == 12 + 10
     for r in result["rows"]:
         assert r["us"]["step"] > r["byte_floor_us"]
         assert r["kernels"] == "Triton" or not r["kind"].startswith(("Tiers", IN_TRITON))

@@ -26,7 +26,9 @@ def stored(x: Inputs, **changes: Tensor) -> Inputs:
 def moved(x: Inputs, device: str) -> Inputs:
     """The same on another device."""
     held = Stored(*(getattr(x.stored, name).to(device) for name in ("keys", "values", "codes", "length")))
-    return replace(x, q=x.q.to(device), query=x.query.to(device), stored=held, starts=x.starts.to(device))
+    before = None if x.before is None else Before(*(y.to(device) for y in x.before))
+    moved = replace(x, q=x.q.to(device), query=x.query.to(device), stored=held, starts=x.starts.to(device))
+    return replace(moved, before=before)
 
 
 def ready(x: Inputs, rule: Rule, **changes: Any) -> Inputs:

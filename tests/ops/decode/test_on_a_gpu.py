@@ -276,8 +276,8 @@ def test_a_decoder_needs_room_and_a_served_composition():
         attn.decoder(growing)
     with pytest.raises(ValueError, match="the shortest holds 9"):
         attn.decoder(short)
-    other = attn.replace(selector=Consensus(TopK(k=9)))
+    other = attn.replace(selector=Consensus(Consensus(TopK(k=9))))
     short.append(k, v)
-    with pytest.raises(ValueError, match="it ranks raw distances, not those that Consensus"):
+    with pytest.raises(ValueError, match="it serves TopK, LocalTopK, Threshold and Tiers"):
         other.decoder(short)(q, k[:, :, :1], v[:, :, :1])
     assert len(short) == 609 and len(attn.decoder(short).finish()) == 609
