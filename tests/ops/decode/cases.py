@@ -142,7 +142,7 @@ CALIBRATED_CASES: list[tuple[dict[str, Any], Rule]] = [  # agreement, a prior, b
         Rule(k=90, sinks=4, biased=True, vote_share=0.3, vote_discount=5, prior_ratio=0.9, prior_discount=-4),
     ),
     (
-        {"kv_heads": 2, "group": 2, "words": 2, "filled": 2100, "room": 2112},
+        {"kv_heads": 2, "group": 2, "words": 2, "filled": 900, "room": 912},
         Rule(share=0.05, critical=0.025, vote_share=0.3, vote_discount=2, prior_ratio=1.0, prior_discount=2),
     ),
     (

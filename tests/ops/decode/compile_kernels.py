@@ -16,8 +16,8 @@ from triton.compiler import ASTSource
 
 from hashattn.ops.decode.sizes import blocking
 from hashattn.ops.decode.triton.append import append_rows
-from hashattn.ops.decode.triton.calibrate import discount_lists, vote
-from hashattn.ops.decode.triton.decode import CHUNK, ROWS, attend_options, levels, scan_warps, vote_options
+from hashattn.ops.decode.triton.calibrate import discount_lists, vote, vote_options
+from hashattn.ops.decode.triton.decode import CHUNK, ROWS, attend_options, levels, scan_warps
 from hashattn.ops.decode.triton.encode import encode_rows, vectors
 from hashattn.ops.decode.triton.encode_many import DEPTH, KEYS, WARPS, encode_tiles
 from hashattn.ops.decode.triton.local import ROWS as LOCAL_ROWS

@@ -6,10 +6,16 @@ discount_lists() brings the candidates that are marked nearer. The scan has list
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hashattn.ops.decode.inputs import Before, Inputs
+from hashattn.ops.decode.sizes import Sizes, grid
 from hashattn.ops.decode.triton.codes import UNITS, VOTE, discount, program_row, read_bound, span
 from hashattn.ops.decode.triton.topk import budget, by_chunk, count_codes, cut_at, cut_of_codes, level_of, totals
 
@@ -166,3 +172,61 @@ def discount_lists(
     tl.store(to, upto.to(tl.uint16), mask=inside[:, None])
     if PDL:
         gdc_launch_dependents()
+
+
+class Calibration(NamedTuple):
+    """What kernels take of a calibration: see discount of codes.py, and attend_topk for the reach."""
+
+    votes: int
+    agreement: int
+    ratio: float
+    prior: int
+    reach: int
+
+    @classmethod
+    def of(cls, sizes: Sizes) -> Calibration:
+        """Of a step; nothing comes nearer without one."""
+        rule, heads = sizes.rule, sizes.q_heads
+        agreement, prior = (sizes.summed * discount for discount in rule.discounts)
+        return cls(rule.votes(heads), agreement, (rule.prior_ratio or 0.0) * heads, prior, sizes.reach)
+
+
+def prepare(
+    like: Inputs, sizes: Sizes, buffers: dict[str, Tensor], constants: dict[str, Any], share: int
+) -> Callable[[Tensor, Before | None], None]:
+    """The two launches of a step like this one, of its packed queries and what the layer before kept.
+
+    Args:
+        buffers: its workspace.
+        constants: what the kernels are compiled with.
+        share: of the visible keys, the bits of a float64.
+    """
+    rule, stored, bounds = sizes.rule, like.stored, like.bounds
+    assert bounds is not None
+    programs = grid(triton.cdiv(sizes.chunks, ACROSS.value), sizes.rows, sizes.batch)
+    found, ends = (buffers["candidates"], buffers["counts"]), (like.starts, stored.length, buffers["marks"])
+    budget = share, rule.k or 0, rule.least, rule.sinks, rule.recents
+    rooms, last = (sizes.limit, sizes.code_room, sizes.chunks), (sizes.kv_heads, sizes.tokens)
+    by, votes = Calibration.of(sizes), rule.vote_share is not None
+    voting = constants | vote_options(constants["LEVELS"]) | {"VOTES": votes}
+    shared = ("CHUNK", "BINS", "CAUSAL", "PDL", "launch_pdl")
+    listing = {name: constants[name] for name in shared if name in constants}
+    listing |= {"HEADS": sizes.group // sizes.summed, "num_warps": 4}
+
+    def calibrate(query: Tensor, before: Before | None) -> None:
+        before = before if rule.prior_ratio is not None else None
+        if votes or before is not None:
+            kept: tuple[Tensor | None, ...] = (None, None)
+            shape = 1, 1
+            if before is not None:
+                kept = before.ids.contiguous(), before.weights.float().contiguous()
+                shape = before.ids.shape[1], before.ids.shape[3]
+            vote[programs](query, stored.codes, *found, *ends, *kept, *budget, *rooms, *shape, *last, **voting)
+        discount_lists[programs](bounds[0], *found, *ends, *by, *rooms, *last, **listing)
+
+    return calibrate
+
+
+def vote_options(levels: int) -> dict[str, int]:
+    """How the kernel that counts votes is compiled."""
+    return {"num_warps": 4 if levels <= 1024 else 8}

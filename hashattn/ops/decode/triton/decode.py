@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -17,8 +17,9 @@ from hashattn.ops.decode.device import capability, check_nvidia, on, registers, 
 from hashattn.ops.decode.inputs import Before, Inputs, Outputs
 from hashattn.ops.decode.kernels import Decode
 from hashattn.ops.decode.sizes import CHUNK, ROWS, Sizes, carve, grid
+from hashattn.ops.decode.triton import calibrate as calibration
 from hashattn.ops.decode.triton import local
-from hashattn.ops.decode.triton.calibrate import ACROSS, discount_lists, vote
+from hashattn.ops.decode.triton.calibrate import Calibration
 from hashattn.ops.decode.triton.scan import scan
 from hashattn.ops.decode.triton.topk import attend_topk
 
@@ -54,25 +55,10 @@ def prepare(like: Inputs, scan_only: bool = False) -> Decode:
     share, critical = float_bits(rule.share or 0.0), float_bits(rule.critical or 0.0)
     margin = 2 * math.isqrt(sizes.spread) + by.reach
     wanted = rule.k or 0, rule.least, radius, rule.sinks, rule.recents, margin
-    between = grid(triton.cdiv(sizes.chunks, ACROSS.value), sizes.rows, sizes.batch)
-    voting = {name: attending[name] for name in ("CHUNKS", "LEVELS", "SHARE")} | common | early
-    voting |= {"VOTES": rule.vote_share is not None, **vote_options(attending["LEVELS"])}
-    listing: dict[str, Any] = {"HEADS": sizes.group // sizes.summed, "num_warps": 4}
-    listing |= {name: common[name] for name in ("CHUNK", "BINS", "CAUSAL", "PDL")} | early
+    given = like, sizes, buffers, {name: attending[name] for name in ("CHUNKS", "LEVELS", "SHARE")} | common | early
+    calibrate = calibration.prepare(*given, share) if rule.calibrated else None
     norm_room = 0 if estimate is None else estimate.norms.shape[2]
     rooms = sizes.room, sizes.code_room, norm_room, sizes.chunks, sizes.slots
-
-    def calibrate(query: Tensor, before: Before | None) -> None:
-        assert marks is not None
-        rooms = sizes.limit, sizes.code_room, sizes.chunks
-        if voting["VOTES"] or before is not None:
-            kept, columns = (None, None), (1, 1)
-            if before is not None:
-                kept = before.ids.contiguous(), before.weights.float().contiguous()
-                columns = before.ids.shape[1], before.ids.shape[3]
-            given, budget = (query, stored.codes, *found, *ends, marks), (share, rule.k or 0, rule.least)
-            vote[between](*given, *kept, *budget, rule.sinks, rule.recents, *rooms, *columns, *last, **voting)
-        discount_lists[between](far, *found, *ends, marks, *by, *rooms, *last, **listing)
 
     def step(q: Tensor, query: Tensor, scale: float, before: Before | None = None) -> Outputs:
         q = q.contiguous()
@@ -90,13 +76,12 @@ def prepare(like: Inputs, scan_only: bool = False) -> Decode:
         numbers = rule.sinks, rule.recents, sizes.limit, sizes.code_room, sizes.chunks
         with on(device):
             scan[scans](query, stored.codes, far, *found, marks, *ends, *numbers, *last, **scanning)
-            if marks is not None and not scan_only:
-                calibrate(query, before if rule.prior_ratio is not None else None)
+            if calibrate is not None and not scan_only:
+                calibrate(query, before)
             if not scan_only:
                 given = q, stored.keys, stored.values, query, stored.codes, far, *found, *ends, share
-                results = ids, *parts, arrived, out, lse
-                results += (critical, *medium, marks, weights, *by)
-                attend_topk[attends](*given, *results, scale, *wanted, *rooms, *last, **attending)
+                results, own = (ids, *parts, arrived, out, lse), (critical, *medium, marks, weights, *by)
+                attend_topk[attends](*given, *results, *own, scale, *wanted, *rooms, *last, **attending)
         return Outputs(out, lse, ids, tier, weights)
 
     return step
@@ -105,23 +90,6 @@ def prepare(like: Inputs, scan_only: bool = False) -> Decode:
 def decode(x: Inputs, scan_only: bool = False) -> Outputs:
     """One step."""
     return prepare(x, scan_only)(x.q, x.query, x.scale, x.before)
-
-
-class Calibration(NamedTuple):
-    """What kernels take of a calibration: see discount of codes.py, and attend_topk for the reach."""
-
-    votes: int
-    agreement: int
-    ratio: float
-    prior: int
-    reach: int
-
-    @classmethod
-    def of(cls, sizes: Sizes) -> Calibration:
-        """Of a step; nothing comes nearer without one."""
-        rule, heads = sizes.rule, sizes.q_heads
-        agreement, prior = (sizes.summed * discount for discount in rule.discounts)
-        return cls(rule.votes(heads), agreement, (rule.prior_ratio or 0.0) * heads, prior, sizes.reach)
 
 
 def constants(sizes: Sizes) -> dict[str, Any]:
@@ -151,11 +119,6 @@ def levels(farthest: int) -> int:
 def scan_warps(words: int, planes: int, summed: int) -> int:
     """Warps of a program of the first kernel: more where a key is compared with many words, all of them at once."""
     return 4 if words * planes * summed <= 8 else 8
-
-
-def vote_options(levels: int) -> dict[str, int]:
-    """The same of the kernel that counts votes."""
-    return {"num_warps": 4 if levels <= 1024 else 8}
 
 
 def attend_options(width: int, levels: int, more: bool, capability: tuple[int, int]) -> dict[str, int]:
