@@ -133,7 +133,7 @@ def main(arch: int) -> None:
         for first in (True, False):
             voting = own | {key: attend[key] for key in ("CHUNKS", "LEVELS", "SHARE")} | {"VOTES": True}
             voting |= {"ids": None, "weights": None} if first else {}
-            found = compiled(vote, voting, vote_options(attend["LEVELS"]), arch, dtype)
+            found = compiled(vote, voting, vote_options(attend["LEVELS"], divmod(arch, 10)), arch, dtype)
             print(json.dumps({"kernel": f"vote {name} first={first}", **found}), flush=True)
         lists = {key: own[key] for key in ("T", "CHUNK", "BINS", "CAUSAL", "PDL")} | {"HEADS": group // summed}
         found = compiled(discount_lists, lists, {"num_warps": 4}, arch, dtype)

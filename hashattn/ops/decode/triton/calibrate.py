@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hashattn.ops.decode.device import capability, registers
 from hashattn.ops.decode.inputs import Before, Inputs
 from hashattn.ops.decode.sizes import Sizes, grid
 from hashattn.ops.decode.triton.codes import UNITS, VOTE, discount, program_row, read_bound, span
@@ -208,7 +209,7 @@ def prepare(
     budget = share, rule.k or 0, rule.least, rule.sinks, rule.recents
     rooms, last = (sizes.limit, sizes.code_room, sizes.chunks), (sizes.kv_heads, sizes.tokens)
     by, votes = Calibration.of(sizes), rule.vote_share is not None
-    voting = constants | vote_options(constants["LEVELS"]) | {"VOTES": votes}
+    voting = constants | vote_options(constants["LEVELS"], capability(like.q.device)) | {"VOTES": votes}
     shared = ("CHUNK", "BINS", "CAUSAL", "PDL", "launch_pdl")
     listing = {name: constants[name] for name in shared if name in constants}
     listing |= {"HEADS": sizes.group // sizes.summed, "num_warps": 4}
@@ -227,6 +228,6 @@ def prepare(
     return calibrate
 
 
-def vote_options(levels: int) -> dict[str, int]:
+def vote_options(levels: int, capability: tuple[int, int]) -> dict[str, int]:
     """How the kernel that counts votes is compiled."""
-    return {"num_warps": 4 if levels <= 1024 else 8}
+    return {"num_warps": 4 if levels <= 1024 else 8, **registers(capability)}
