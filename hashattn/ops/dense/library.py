@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hashattn.ops.dense import reference
+from hashattn.ops.dense import steps
 
 _OPS = torch.library.Library("hashattn", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -14,24 +14,9 @@ _OPS.define(
     "dense_attend(Tensor q, Tensor keys, Tensor values, Tensor starts, Tensor length, float scale) -> Tensor",
     tags=_TAGS,
 )
-_OPS.impl("dense_append", reference.append, "CPU")
-_OPS.impl("dense_attend", reference.attend, "CPU")
-
-
-def _append(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> None:
-    from hashattn.ops.dense import triton
-
-    triton.append(k, v, keys, values, length)
-
-
-def _attend(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, length: Tensor, scale: float) -> Tensor:
-    from hashattn.ops.dense import triton
-
-    return triton.attend(q, keys, values, starts, length, scale)
-
-
-_OPS.impl("dense_append", _append, "CUDA")
-_OPS.impl("dense_attend", _attend, "CUDA")
+for _device in ("CPU", "CUDA"):
+    _OPS.impl("dense_append", steps.append, _device)
+    _OPS.impl("dense_attend", steps.attend, _device)
 
 
 @torch.library.register_fake("hashattn::dense_append", lib=_OPS)
