@@ -1,5 +1,7 @@
 """DASH-KV and its ablations in fused steps and decoders, layer after layer, against the reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -20,10 +22,11 @@ from hashattn import (
     Tiers,
     TopK,
 )
+from hashattn.engines import gpu, gpus
 from hashattn.engines.base import Call, Request
+from hashattn.engines.choose import choose
 from hashattn.engines.fused import FusedStep
 from hashattn.engines.gpu import Gpu
-from hashattn.engines.gpus import GPUS
 from hashattn.ops import decode
 from tests.ops.decode.cases import by_column
 from tests.structured import qkv
@@ -60,11 +63,9 @@ def layers_of(attn, device, tokens=1, filled=400, capacity=440):
 def alike(found, expected):
     """Selections keep the same keys, in the same tiers."""
     slots = expected.ids.shape[-1]
-    pairs = [
-        x if x.tier is not None else type(x)(x.ids, torch.zeros_like(x.ids, dtype=torch.int8))
-        for x in (found, expected)
-    ]
-    return all(torch.equal(a, b) for a, b in zip(*(by_column(x, slots) for x in pairs), strict=True))
+    if found.tier is None:  # ExactAttend ignores tiers
+        found, expected = (replace(x, tier=torch.zeros_like(x.ids)) for x in (found, expected))
+    return all(torch.equal(a, b) for a, b in zip(*(by_column(x, slots) for x in (found, expected)), strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -176,10 +177,18 @@ def test_what_is_not_served_is_named(selector, reason):
     assert len(reasons) == 1 and reason in reasons[0]
 
 
-def test_auto_does_not_search_before_such_steps_were_measured():
-    measured = GPUS["NVIDIA H100 80GB HBM3"]
-    assert measured.keys(4096) is not None
-    assert (measured.calibrated is None) == (measured.keys(4096, calibrated=True) is None)
+def test_auto_does_not_search_before_such_steps_were_measured(monkeypatch):
+    figures, plain = gpus.Gpu((9, 0), 1 << 24, 1 << 23, "a file"), HashAttention(SimHash(128), FlatHamming(), TopK(k=9))
+    asked = Request(torch.device("cuda"), torch.bfloat16, 1, 32, 8, 128)  # 4,096 bytes a key
+    votes = plain.replace(selector=Consensus(TopK(k=9)))
+    for factor, expected in ((None, None), (1.5, 6144)):
+        own = replace(figures, calibrated=factor)
+        monkeypatch.setattr(gpu, "this_gpu", lambda _, own=own: ("a GPU", own))
+        assert Gpu().crossover(plain.parts, asked) == 4096
+        assert Gpu().crossover(votes.parts, asked) == expected
+        assert bool(Gpu().measured(votes.parts, asked)) == (expected is not None)
+        chosen = choose(votes.parts, asked)
+        assert (chosen.engine.name, chosen.crossover) == (("gpu", 6144) if expected else ("dense", None))
 
 
 @pytest.mark.parametrize("name", ["dashkv", "dashkv_consensus", "dashkv_momentum", "dashkv_symmetric"])

@@ -91,7 +91,7 @@ def pretended(monkeypatch):
     def sdpa(q, keys, values):
         return torch.nn.functional.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
 
-    monkeypatch.setattr(cuda_graphs, "dense", lambda _: {"a": sdpa, "b": sdpa})
+    monkeypatch.setattr(cuda_graphs, "dense", lambda *_: {"a": sdpa, "b": sdpa})
 
     def fused(layer, i, bounds, rule, scratch, scan_only=False, triton=False):
         return tuple(x for x in decode.reference(layer.inputs(i, rule)) if x is not None)
