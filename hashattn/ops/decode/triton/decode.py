@@ -5,7 +5,6 @@ Two more come between the two where distances are calibrated.
 
 from __future__ import annotations
 
-import math
 import struct
 from typing import Any
 
@@ -53,8 +52,7 @@ def prepare(like: Inputs, scan_only: bool = False) -> Decode:
         attending["WIDTH"], attending["LEVELS"], estimate is not None or rule.calibrated, capability(device)
     )
     share, critical = float_bits(rule.share or 0.0), float_bits(rule.critical or 0.0)
-    margin = 2 * math.isqrt(sizes.spread) + by.reach
-    wanted = rule.k or 0, rule.least, radius, rule.sinks, rule.recents, margin
+    wanted = rule.k or 0, rule.least, radius, rule.sinks, rule.recents, sizes.margin
     given = like, sizes, buffers, {name: attending[name] for name in ("CHUNKS", "LEVELS", "SHARE")} | common | early
     calibrate = calibration.prepare(*given, share) if rule.calibrated else None
     norm_room = 0 if estimate is None else estimate.norms.shape[2]
