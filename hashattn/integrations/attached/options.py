@@ -9,7 +9,7 @@ from typing import Any
 from hashattn.selectors.base import nearest_word
 
 AUTO, NEVER, ALWAYS = GRAPHS = "auto", "never", "always"
-GRAPH = NEVER  # by default
+GRAPH = AUTO  # by default
 DENSE = "dense"
 DRAFT, MOST_DRAFTED = 5, 15  # tokens, by default and at most
 
@@ -25,11 +25,10 @@ class Options:
         simulate: every call, however long, searches at every position: each query chooses among the keys up to its own
             as if it were decoded, with or without a cache. For likelihoods (one long forward); it saves no time.
             "auto" then searches at every length; `max_sparse_q` and `trace` concern calls of one token only.
-        graph: "auto": after the prefill, calls of at most `max_sparse_q` tokens of a model on CUDA replay one CUDA
-            graph of its layers, which is captured by itself, with no argument to generate(): the same tokens, without
-            the time that Python takes. What cannot be captured runs as ever, and report().graph says why. "always":
-            such a call raises ValueError, which names the reason. "never", the default for now: "auto" is to be asked
-            for.
+        graph: "auto", the default: after the prefill, calls of at most `max_sparse_q` tokens of a model on CUDA replay
+            one CUDA graph of its layers, which is captured by itself, with no argument to generate(): the same tokens,
+            without the time that Python takes. What cannot be captured runs as ever, and report().graph says why.
+            "always": such a call raises ValueError, which names the reason. "never": every call runs as ever.
         check: "dense": model.generate() writes what it writes unattached, greedy or sampled. A few tokens are drafted
             by search, then one pass over them with full attention takes those that it would have written and corrects
             the next; report().drafts says how often. Beams and other ways to generate are refused. None: what is
