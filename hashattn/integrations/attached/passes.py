@@ -115,10 +115,16 @@ class Passes:
         stack = self._stack
         return stack[-1] if stack else None
 
+    @property
+    def why_dense(self) -> str | None:
+        """Why no pass of this thread searches just now; None if they do."""
+        found: str | None = getattr(self._mine, "why_dense", None)
+        return found
+
     @contextlib.contextmanager
     def densely(self, why: str) -> Iterator[None]:
         """While open, no pass that this thread begins searches."""
-        before, self._mine.why_dense = getattr(self._mine, "why_dense", None), why
+        before, self._mine.why_dense = self.why_dense, why
         try:
             yield
         finally:
@@ -126,7 +132,7 @@ class Passes:
 
     def open(self, one: Pass) -> None:
         """Begin a pass, inside of what this thread has under way."""
-        one.why_dense = getattr(self._mine, "why_dense", None)
+        one.why_dense = self.why_dense
         self._stack.append(one)
 
     def claim(self, one: Pass, cache: object, scratch: Scratch | None) -> None:

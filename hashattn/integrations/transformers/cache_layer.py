@@ -86,11 +86,17 @@ class HashedLayer(DynamicLayer):
         return self.on_device.step(query, key, value, scale)
 
     def serve_graphs(
-        self, served: ServedLayer, number: int, q_heads: int, counters: Counters[Any], tokens: int = 1
+        self,
+        served: ServedLayer,
+        number: int,
+        q_heads: int,
+        counters: Counters[Any],
+        tokens: int = 1,
+        check: bool = False,
     ) -> str | None:
         """Make such steps ready; returns why they cannot be."""
         assert self.kv is not None
-        return self.on_device.serve(self, self.kv, served, number, q_heads, tokens, counters)
+        return self.on_device.serve(self, self.kv, served, number, q_heads, tokens, counters, check)
 
     def sync(self) -> None:
         """Adopt what such steps appended; waits for the device where the host has not led them."""

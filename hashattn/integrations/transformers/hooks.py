@@ -170,7 +170,7 @@ class Hooks:
             self.handles.append(module.register_forward_pre_hook(hook.before, with_kwargs=True))
             self.handles.append(module.register_forward_hook(hook.after, with_kwargs=True))
         if self.forward.options.drafted:
-            vars(model)["generate"] = self.lossless = LosslessGenerate(model, self.forward)
+            vars(model)["generate"] = self.lossless = LosslessGenerate(model, self.forward, self.graphs)
         vars(model)[PLACE] = self
 
     def _make_graphs(self, model: PreTrainedModel, stack: nn.Module) -> Graphs | None:

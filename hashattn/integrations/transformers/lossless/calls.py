@@ -10,6 +10,7 @@ from transformers import Cache, GenerationConfig
 from transformers.utils.generic import ModelOutput
 
 from hashattn.integrations.attached.passes import Passes
+from hashattn.integrations.transformers.graphs import Graphs
 
 CACHES = ("cache", "past_key_values")
 PREFILL, CHECK, PLAIN = "prefill", "check of a draft", "no draft"
@@ -19,11 +20,12 @@ class Calls:
     """Calls of a model on a cache that they fill. Those of full attention are told from those that search.
 
     Args:
+        graphs: of the model; None where none are wanted.
         kwargs: of the model, as generate() prepares them.
     """
 
-    def __init__(self, model: Any, passes: Passes, kwargs: dict[str, Any]) -> None:
-        self._model, self._passes, self._kwargs = model, passes, kwargs
+    def __init__(self, model: Any, passes: Passes, graphs: Graphs | None, kwargs: dict[str, Any]) -> None:
+        self._model, self._passes, self._graphs, self._kwargs = model, passes, graphs, kwargs
         self._cache: Cache | None = None
 
     @property
@@ -68,7 +70,8 @@ class Calls:
 
     def take_back(self, columns: int) -> None:
         """Let the cache forget its last columns, and windows what they kept in case they had to."""
-        self.cache.crop(-columns)
+        if self._graphs is None or not self._graphs.take_back(self.cache, columns):
+            self.cache.crop(-columns)
 
     def end(self) -> None:
         """Leave the cache as any other."""

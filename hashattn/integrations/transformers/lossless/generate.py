@@ -14,6 +14,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from hashattn.integrations.attached.drafts import DraftCounts
 from hashattn.integrations.transformers.forward import Forward
+from hashattn.integrations.transformers.graphs import Graphs
 from hashattn.integrations.transformers.lossless.calls import Calls
 from hashattn.integrations.transformers.lossless.decoding import Decoding
 from hashattn.integrations.transformers.lossless.writer import Writer
@@ -28,10 +29,11 @@ class LosslessGenerate:
     Args:
         model: it is not kept alive.
         forward: what its hooks share.
+        graphs: of its steps; None where none are wanted.
     """
 
-    def __init__(self, model: nn.Module, forward: Forward) -> None:
-        self._model, self.forward = weakref.ref(model), forward
+    def __init__(self, model: nn.Module, forward: Forward, graphs: Graphs | None) -> None:
+        self._model, self.forward, self.graphs = weakref.ref(model), forward, graphs
         self.counts = DraftCounts()
         self.__signature__ = inspect.signature(type(model).generate.__get__(model))
 
@@ -65,7 +67,7 @@ class LosslessGenerate:
         ) -> Any:
             refuse(generation_config)
             writer = Writer(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-            calls = Calls(model, self.forward.passes, model_kwargs)
+            calls = Calls(model, self.forward.passes, self.graphs, model_kwargs)
             return Decoding(writer, calls, self.counts, self.forward.options.drafted).run()
 
         return type(model).generate(model, **given, custom_generate=write)
@@ -74,8 +76,8 @@ class LosslessGenerate:
         """Count anew."""
         self.counts = DraftCounts()
 
-    def __reduce__(self) -> tuple[type[LosslessGenerate], tuple[nn.Module | None, Forward]]:
-        return LosslessGenerate, (self._model(), self.forward)
+    def __reduce__(self) -> tuple[type[LosslessGenerate], tuple[Any, ...]]:
+        return LosslessGenerate, (self._model(), self.forward, self.graphs)
 
 
 def check_generates(model: nn.Module) -> None:
