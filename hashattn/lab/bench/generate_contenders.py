@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hashattn.attend import ExactAttend
 from hashattn.attention import HashAttention
+from hashattn.integrations.attached.options import DENSE
 from hashattn.lab.evaluation.contenders import Contender as Preset
 from hashattn.lab.evaluation.contenders import written
 from hashattn.presets import takes_budget
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from hashattn.integrations.transformers import Handle
 
-STOCK, DYNAMIC, STATIC = "stock", "dynamic", "static, compiled"
+STOCK, DYNAMIC, STATIC, LOSSLESS = "stock", "dynamic", "static, compiled", "lossless"
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,19 @@ class Contender:
         preset: what is attached; None for the model as it is.
         static: with a static cache and the model compiled for it, by transformers.
         graph: attach()'s argument of this name; None leaves it out.
+        check: the same; with "dense" it drafts, and full attention checks.
     """
 
     preset: Preset | None
     static: bool
     graph: str | None = None
+    check: str | None = None
 
     @property
     def label(self) -> str:
         """What tables call it."""
-        return f"{STOCK if self.preset is None else self.preset.label}, {STATIC if self.static else DYNAMIC}"
+        way = LOSSLESS if self.check is not None else STATIC if self.static else DYNAMIC
+        return f"{STOCK if self.preset is None else self.preset.label}, {way}"
 
     def composition(self, tokens: int) -> HashAttention | None:
         """What is attached for texts of so many tokens."""
@@ -52,13 +56,19 @@ class Contender:
         if attn is None:
             yield network, None
             return
-        options: dict[str, Any] = {} if self.graph is None else {"graph": self.graph}
+        given: dict[str, Any] = {"graph": self.graph, "check": self.check}
+        options = {name: value for name, value in given.items() if value is not None}
         with attn.attach(network, **options) as handle:
             yield network, handle
 
 
 def contenders(
-    presets: Sequence[str], budget: float | None, *, compiled: bool, graph: str | None = None
+    presets: Sequence[str],
+    budget: float | None,
+    *,
+    compiled: bool,
+    graph: str | None = None,
+    lossless: bool = False,
 ) -> list[Contender]:
     """The model as it is first, then every preset, in each of the ways.
 
@@ -66,6 +76,7 @@ def contenders(
         presets: as :func:`hashattn.presets.parsing.parse` takes them.
         budget: share of the keys, for presets that take one; None is each preset's own.
         compiled: whether static caches, for which the model is compiled, are among the ways.
+        lossless: whether drafts by each preset, checked by full attention, are as well.
 
     Raises:
         ValueError, TypeError: what the presets refuse; a preset that is named twice.
@@ -86,7 +97,8 @@ def contenders(
         if attn.encoder is not None:
             attn.encoder.check_fitted()
     ways = (False, True) if compiled else (False,)
-    return [Contender(preset, static, graph) for preset in (None, *named) for static in ways]
+    found = [Contender(preset, static, graph) for preset in (None, *named) for static in ways]
+    return found + [Contender(preset, False, graph, DENSE) for preset in named if lossless]
 
 
 def every_key(attn: HashAttention) -> HashAttention:

@@ -35,7 +35,8 @@ class LosslessGenerate:
     def __init__(self, model: nn.Module, forward: Forward, graphs: Graphs | None) -> None:
         self._model, self.forward, self.graphs = weakref.ref(model), forward, graphs
         self.counts = DraftCounts()
-        self.__signature__ = inspect.signature(type(model).generate.__get__(model))
+        kind: Any = type(model)
+        self.__signature__ = inspect.signature(kind.generate.__get__(model))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Generate.
@@ -83,7 +84,8 @@ class LosslessGenerate:
 def check_generates(model: nn.Module) -> None:
     """Raise ValueError unless a model's own generate() can be stood in for."""
     kind = type(model).__name__
-    if not isinstance(model, GenerationMixin) or not model.can_generate():
+    generates: Any = model
+    if not isinstance(model, GenerationMixin) or not generates.can_generate():
         raise ValueError(f"check is for models with generate(), which a {kind} has not: attach to the whole model")
     if "generate" in vars(model):
         raise ValueError(f"check would hide the generate() that this {kind} was given: attach without check")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 
@@ -23,7 +24,7 @@ class Writer:
     """
 
     ids: Tensor
-    processors: LogitsProcessorList
+    processors: Callable[[Any, Any], Tensor]
     criteria: StoppingCriteriaList
     config: GenerationConfig
     streamer: Any
@@ -33,7 +34,7 @@ class Writer:
         self.unfinished = torch.ones(len(self.ids), dtype=torch.bool, device=self.ids.device)
         self.done = False
         pad = config._pad_token_tensor
-        self.pad = None if pad is None else pad.to(self.ids.device)
+        self.pad: Any = None if pad is None else pad.to(self.ids.device)
         ends = [x.eos_token_id for x in self.criteria if hasattr(x, "eos_token_id")]
         self.ends = torch.cat([x.flatten() for x in ends]).to(self.ids.device) if ends else None
         wanted = bool(config.return_dict_in_generate)
@@ -48,8 +49,7 @@ class Writer:
 
     def scores(self, ids: Tensor, logits: Tensor) -> Tensor:
         """What a token is chosen by after these tokens [B, n]: float32 [B, vocabulary]."""
-        found: Tensor = self.processors(ids, logits.to(torch.float32, copy=True))
-        return found
+        return self.processors(ids, logits.to(torch.float32, copy=True))
 
     def write(self, logits: Tensor, hidden: Any = None) -> Tensor:
         """Write the next token of each row.
@@ -89,7 +89,8 @@ class Writer:
         if not self.config.return_dict_in_generate:
             return self.ids
         kept = {"scores": self._scores, "logits": self._logits, "hidden_states": self._hidden}
-        outputs = {name: None if value is None else tuple(value) for name, value in kept.items()}
+        outputs: dict[str, Any] = {name: None if value is None else tuple(value) for name, value in kept.items()}
         names = {field.name for field in dataclasses.fields(GenerateDecoderOnlyOutput)}
         name = "cache" if "cache" in names else "past_key_values"  # which transformers 5.24 renamed
-        return GenerateDecoderOnlyOutput(sequences=self.ids, **outputs, **{name: cache})
+        outputs |= {"sequences": self.ids, name: cache}
+        return GenerateDecoderOnlyOutput(**outputs)
