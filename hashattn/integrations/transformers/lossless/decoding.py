@@ -47,7 +47,6 @@ class Decoding:
         draft = self._draft(self._length.next(writer.room - 1))
         drafted = clock.mark()
         outputs = self._calls.check(torch.cat([writer.ids, draft.tokens], -1), len(draft))
-        checked = clock.mark()
         used = accepted = 0  # columns of the check that belong to the text, and drafted tokens
         agree: list[bool] = []
         try:
@@ -66,6 +65,7 @@ class Decoding:
         finally:
             self._calls.take_back(len(draft) + 1 - used)
         self._calls.wrote(written)
+        checked = clock.mark()
         drafting, checking = clock.seconds(begun, drafted), clock.seconds(drafted, checked)
         self._length.saw(len(draft), accepted, rejected, drafting, checking)
         self._counts.saw(len(draft), written, drafting, checking)
