@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hashattn.attend import ExactAttend
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from hashattn.integrations.transformers import Handle
 
-STOCK, DYNAMIC, STATIC, LOSSLESS = "stock", "dynamic", "static, compiled", "lossless"
+STOCK, DYNAMIC, STATIC = "stock", "dynamic", "static, compiled"
+AGAIN, LOSSLESS = "lengths seen before", "lossless"
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,21 @@ class Contender:
         static: with a static cache and the model compiled for it, by transformers.
         graph: attach()'s argument of this name; None leaves it out.
         check: the same; with "dense" it drafts, and full attention checks.
+        again: the call before went over the same lengths, for which cuDNN has its plans by then.
     """
 
     preset: Preset | None
     static: bool
     graph: str | None = None
     check: str | None = None
+    again: bool = False
 
     @property
     def label(self) -> str:
         """What tables call it."""
         way = LOSSLESS if self.check is not None else STATIC if self.static else DYNAMIC
-        return f"{STOCK if self.preset is None else self.preset.label}, {way}"
+        name = f"{STOCK if self.preset is None else self.preset.label}, {way}"
+        return f"{name}, {AGAIN}" if self.again else name
 
     def composition(self, tokens: int) -> HashAttention | None:
         """What is attached for texts of so many tokens."""
@@ -68,6 +72,7 @@ def contenders(
     *,
     compiled: bool,
     graph: str | None = None,
+    again: bool = False,
     lossless: bool = False,
 ) -> list[Contender]:
     """The model as it is first, then every preset, in each of the ways.
@@ -76,6 +81,7 @@ def contenders(
         presets: as :func:`hashattn.presets.parsing.parse` takes them.
         budget: share of the keys, for presets that take one; None is each preset's own.
         compiled: whether static caches, for which the model is compiled, are among the ways.
+        again: whether the model as it is, with a dynamic cache, is also called over lengths that were seen before.
         lossless: whether drafts by each preset, checked by full attention, are as well.
 
     Raises:
@@ -98,7 +104,9 @@ def contenders(
             attn.encoder.check_fitted()
     ways = (False, True) if compiled else (False,)
     found = [Contender(preset, static, graph) for preset in (None, *named) for static in ways]
-    return found + [Contender(preset, False, graph, DENSE) for preset in named if lossless]
+    seen = [replace(found[0], again=True)] if again else []
+    checked = [Contender(preset, False, graph, DENSE) for preset in named if lossless]
+    return [found[0], *seen, *found[1:], *checked]
 
 
 def every_key(attn: HashAttention) -> HashAttention:
