@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from hashattn.integrations.attached.draft_length import DraftLength
+from hashattn.integrations.transformers import HashedLayer
+from hashattn.integrations.transformers.lossless.calls import Calls
 from hashattn.integrations.transformers.lossless.draft import Draft
 from hashattn.integrations.transformers.static_layer import HashedStaticLayer
 from tests.integrations.lossless import cache, cheap_drafts, same_cache, text
-from tests.integrations.models import LENGTH, TENTH, check_codes, make
+from tests.integrations.models import CACHE, LENGTH, TENTH, check_codes, make
 from tests.integrations.recorder import graphs_anywhere
 
 __all__ = ["cheap_drafts", "graphs_anywhere"]
@@ -61,11 +64,8 @@ def test_replays_write_what_the_model_writes(model, case):
 
 
 def test_no_layer_is_cropped_by_the_host(model, monkeypatch):
-    crops = []
-    for kind in ("HashedLayer", "HashedStaticLayer"):
-        layer = __import__("hashattn.integrations.transformers.cache_layer", fromlist=[kind]).HashedLayer
-        crop = layer.crop
-        monkeypatch.setattr(layer, "crop", lambda self, n, crop=crop: crops.append(n) or crop(self, n))
+    crops, crop = [], HashedLayer.crop
+    monkeypatch.setattr(HashedLayer, "crop", lambda self, n: crops.append(n) or crop(self, n))
     with FUSED.attach(model, check="dense", draft=3) as handle:
         text(model, 2, **OPTIONS)
         assert handle.report().drafts.passes > 6
@@ -86,8 +86,6 @@ def test_who_looks_between_passes_sees_what_was_written(model, monkeypatch, laye
     monkeypatch.setattr(DraftLength, "next", look)
     expected = text(model, 1, **OPTIONS)
     with FUSED.attach(model, check="dense", draft=3):
-        from hashattn.integrations.transformers.lossless.calls import Calls
-
         prefill = Calls.prefill
         monkeypatch.setattr(Calls, "prefill", lambda self, *given: (prefill(self, *given), held.append(self.cache))[0])
         found = text(model, 1, **OPTIONS)
@@ -103,10 +101,6 @@ def test_errors_between_replays(model, after):
             if input_ids.shape[1] > LENGTH + after:
                 raise KeyError("no more")
             return torch.zeros(len(input_ids), dtype=torch.bool)
-
-    from transformers import DynamicCache
-
-    from tests.integrations.models import CACHE
 
     def run():
         held = DynamicCache(config=model.config)
