@@ -102,7 +102,7 @@ def _arguments(x: Inputs, sizes: Sizes, bounds: Tensor, buffers: dict[str, int])
     found = Arguments(**{name: tensor.data_ptr() for name, tensor in tensors.items()}, **buffers)
     found.share = rule.share or 0.0
     found.k, found.least, found.radius = rule.k or 0, rule.least, min(rule.radius or 0, sizes.farthest)
-    found.sinks, found.recents, found.margin = rule.sinks, rule.recents, 2 * math.isqrt(sizes.spread)
+    found.sinks, found.recents, found.margin = rule.sinks, rule.recents, sizes.margin
     found.room, found.code_room, found.kv_heads = sizes.room, sizes.code_room, sizes.kv_heads
     found.chunks, found.count_stride, found.slots = sizes.cuda_chunks, sizes.count_stride, sizes.slots
     return found
