@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MODEL_FILES = {
     "tests/contract/test_recall_on_a_model.py",
+    "tests/integrations/test_lossless_smollm2.py",
     "tests/integrations/test_smollm2.py",
     "tests/lab/demo/test_run.py",
     "tests/lab/demo/test_story.py",

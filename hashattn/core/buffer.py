@@ -108,7 +108,7 @@ class TokenBuffer:
     def _grown(self, like: Tensor, length: int) -> Tensor:
         room = self.capacity
         if room is None:
-            room = -(-max(length + 64, length * 5 // 4) // 64) * 64  # kernels are compiled for numbers of this kind
+            room = -(-max(length + 64, length * 5 // 4) // 16) * 16  # kernels are compiled for numbers of this kind
         data = self._allocate(like, like.shape[0], room)
         if self._data is not None:
             data[:, :, : self.length] = self.view

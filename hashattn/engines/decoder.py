@@ -43,6 +43,7 @@ class Decoder:
         found: int64 [1], keys that were kept, counted only where a radius decides how many.
         kept: what the last step kept and its weights, for the decoder of the next layer (momentum); None where the
             selector asks for no weights.
+        checks: whether some steps attend densely though it searches.
 
     Raises:
         ValueError: what does not fit, and what would.
@@ -54,6 +55,7 @@ class Decoder:
         if cache.capacity is None and not led:
             raise ValueError("cache must have a capacity, which a graph cannot change: new_cache(..., capacity=...)")
         self.dense, self.engine = not searches, Gpu() if searches else Dense()
+        self.checks = False
         dense.register()
         self._check_filled(cache)
         device, encoder = cache.keys.device, parts.encoder
@@ -139,6 +141,19 @@ class Decoder:
             self._encode[q_heads, tokens] = Encode(newest)
         self._prepared[q_heads, tokens] = prepared
 
+    @lasting
+    def prepare_check(self, q_heads: int, tokens: int) -> None:
+        """The same for steps that append as those do which search, but attend densely.
+
+        Raises:
+            ValueError: they are not served.
+        """
+        if not self.serves(q_heads, tokens):
+            self.prepare(q_heads, tokens)
+        if not self.checks:
+            self.checks = True
+            self.cache.clear_unseen()
+
     def revise(self, parts: Parts) -> None:
         """Take other parts with the same encoder, for what was prepared as well: captured steps are captured anew.
 
@@ -162,27 +177,41 @@ class Decoder:
         self.follow()
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float, before: Before | None = None) -> Tensor:
-        """The same as a call, of a kind that was prepared, without its checks."""
+        """The same as a call, of a kind that was prepared, without its checks of what is given."""
         if self.dense:
             dense.append(k, v, self.keys, self.values, self.length)
             return dense.attend(q, self.keys, self.values, self.starts, self.length, scale)
         kind, encoder = (q.shape[1], q.shape[2]), self.parts.encoder
         prepared = self._prepared[kind]
-        assert encoder is not None and self.centre is not None
-        if self.maps is not None:
-            query = self._encode[kind](q, k, v)
-        else:
-            from hashattn.ops.decode.library import append
-
-            query, stored = packed(encoder, q), prepared.like.stored
-            norms = key_norms(k, self.centre) if stored.norms is not None else None
-            append(k, v, encoder.encode_key(k, self.centre), norms, stored, self._arrived[kind])
+        assert encoder is not None
+        query = self._append(q, k, v)
+        query = packed(encoder, q) if query is None else query
         output, selection = prepared.step(q, query, scale, before)
         if output.weights is not None:
             self.kept = Before(selection.ids, output.weights)
         if prepared.like.rule.radius is not None:
             self.found.add_((selection.ids >= 0).sum())
         return output.out
+
+    def check(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """The same with full attention, of a kind that was prepared so; codes are appended as well."""
+        if self.dense:
+            return self.step(q, k, v, scale)
+        self._append(q, k, v)
+        return dense.attend(q, self.keys, self.values, self.starts, self.length, scale)
+
+    def _append(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        """Append keys, values and codes; returns the query's code where one launch makes both."""
+        kind, encoder = (q.shape[1], q.shape[2]), self.parts.encoder
+        assert encoder is not None and self.centre is not None
+        if self.maps is not None:
+            return self._encode[kind](q, k, v)
+        from hashattn.ops.decode.library import append
+
+        stored = self._prepared[kind].like.stored
+        norms = key_norms(k, self.centre) if stored.norms is not None else None
+        append(k, v, encoder.encode_key(k, self.centre), norms, stored, self._arrived[kind])
+        return None
 
     def filled(self) -> Tensor:
         """Filled columns, int64 [], without waiting for the device: see ops.decode.library."""
@@ -225,7 +254,7 @@ class Decoder:
         """
         cache = self.cache
         self._check_filled(cache)
-        if self.dense:  # whose steps read the whole room under a mask
+        if self.dense or self.checks:  # whose steps read the whole room under a mask
             cache.clear_unseen()
         self.length.fill_(len(cache))
         self.found.zero_()

@@ -44,7 +44,7 @@ class Both:
 
     def __init__(self, attn, keys=300, capacity=None, starts=(0, 70), device="cpu"):
         self.attn = attn.replace(engine="reference")
-        q, k, v = qkv(11, BATCH, group=3, tokens=40, keys=keys + 80, dim=DIM)
+        q, k, v = qkv(11, BATCH, group=3, tokens=40, keys=keys + 100, dim=DIM)
         self.q, self.k, self.v, self.at = q.to(device), (k + 1).to(device), v.to(device), keys
         self.caches = [self.attn.new_cache(BATCH, KV_HEADS, DIM, capacity=capacity) for _ in range(2)]
         for cache in self.caches:

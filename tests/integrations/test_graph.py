@@ -147,9 +147,9 @@ def test_counts_are_those_of_eager_steps(model):
 
 
 def test_memory_that_is_outgrown_is_captured_anew(model):
-    expected, found, report = both(model, lambda: write(model, prompt(), max_new_tokens=150, **OPTIONS))
-    assert torch.equal(found, expected)  # room for 64 more tokens, twice
-    assert report.graph.captured == 3 and report.graph.replayed == 149 - 2 and not report.graph.eager
+    expected, found, report = both(model, lambda: write(model, prompt(), max_new_tokens=170, **OPTIONS))
+    assert torch.equal(found, expected)  # room for some 70 more tokens, twice
+    assert report.graph.captured == 3 and report.graph.replayed == 169 - 2 and not report.graph.eager
 
 
 @pytest.mark.parametrize("searches", [True, False])

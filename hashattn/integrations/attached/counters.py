@@ -152,16 +152,31 @@ class Counters(Generic[Layer]):
                     self.layers[number].dense[why] += steps
                     self.layers[number].served_by(DENSE.name, why)
 
-    def count_call(self, counter: GraphCounter, length: int, tokens: int) -> None:
-        """Count a call that appends several tokens to so many columns, whose steps are not steps of one token."""
+    def count_call(self, counter: GraphCounter, length: int, tokens: int, why_dense: str | None = None) -> None:
+        """Count a call that appends tokens to so many columns, which is no step of one token like the others.
+
+        Args:
+            why_dense: why it attends densely where steps of one token search.
+        """
         with self.guard:
             self.count(counter, length)
             counter.counted += tokens
             counts = self.layers[counter.number]
-            if counter.rule is None:
-                counts.dense[counter.why] += 1
-            else:
+            reason = why_dense or (counter.why if counter.rule is None else None)
+            if reason is None:
                 counts.sparse += 1
+                return
+            counts.dense[reason] += 1
+            if tokens == 1:
+                seen = sum(max(0, counter.counted - first) for first in counter.starts)
+                counts.add_dense(counter.cost, seen, 1)
+                counts.positions += len(counter.starts)
+
+    def count_taken_back(self, counter: GraphCounter, length: int, tokens: int) -> None:
+        """Count the steps up to so many columns, the last of which are taken back."""
+        with self.guard:
+            self.count(counter, length)
+            counter.counted -= tokens
 
     def count_all(self) -> None:
         """Add all that was not yet counted."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -32,6 +34,7 @@ class Pass:
         served: what serves the layers, as it was when the pass began.
         depth: only layers before this one run (early exit); None if not known.
         mask: the attention mask that the model was given: [B, N], or one that it takes as it is.
+        why_dense: why none of its layers searches; None if they do as their compositions say.
         checked: whether what can be refused has been looked at.
         mask_checked: whether `mask` has been.
         interrupted: whether another call has used its cache meanwhile.
@@ -44,6 +47,7 @@ class Pass:
     served: dict[int, ServedLayer]
     depth: int | None = None
     mask: object = None
+    why_dense: str | None = None
     checked: bool = False
     mask_checked: bool = False
     interrupted: bool = False
@@ -111,8 +115,24 @@ class Passes:
         stack = self._stack
         return stack[-1] if stack else None
 
+    @property
+    def why_dense(self) -> str | None:
+        """Why no pass of this thread searches just now; None if they do."""
+        found: str | None = getattr(self._mine, "why_dense", None)
+        return found
+
+    @contextlib.contextmanager
+    def densely(self, why: str) -> Iterator[None]:
+        """While open, no pass that this thread begins searches."""
+        before, self._mine.why_dense = self.why_dense, why
+        try:
+            yield
+        finally:
+            self._mine.why_dense = before
+
     def open(self, one: Pass) -> None:
         """Begin a pass, inside of what this thread has under way."""
+        one.why_dense = self.why_dense
         self._stack.append(one)
 
     def claim(self, one: Pass, cache: object, scratch: Scratch | None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hashattn.integrations.attached.drafts import DraftUse
 from hashattn.integrations.attached.layer_counts import LayerCounts
 
 
@@ -90,6 +91,7 @@ class Report:
             nor in rows that are too short to be indexed.
         keys_ranked: keys that a query head kept beyond the forced ones there, mean over the layers that searched.
         graph: what graphs of the steps were used for; None where none were wanted.
+        drafts: what came of drafts; None where none are checked.
     """
 
     layers: tuple[LayerRow, ...]
@@ -106,6 +108,7 @@ class Report:
     searched: int = 0
     keys_ranked: float = 0.0
     graph: GraphUse | None = None
+    drafts: DraftUse | None = None
 
     @property
     def searching_layers(self) -> tuple[int, ...]:
@@ -147,6 +150,8 @@ class Report:
             ]
         if self.graph is not None and self.graph.asked:
             lines.append(str(self.graph))
+        if self.drafts is not None:
+            lines.append(str(self.drafts))
         if not self.searching_layers:
             lines.append(f"no layer searched: {self.why_none}")
         return "\n".join(lines)

@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 from hashattn.attention import HashAttention
 from hashattn.integrations.attached.choice import check_engine
 from hashattn.integrations.attached.layers import ServedLayer, layer_compositions, layer_numbers
-from hashattn.integrations.attached.options import GRAPH, Options
+from hashattn.integrations.attached.options import Options
 from hashattn.integrations.attached.report import Report, summarise
 from hashattn.integrations.attached.update import revised
 from hashattn.integrations.transformers import support
 from hashattn.integrations.transformers.attention_module import devices_of, dtype_of, heads
 from hashattn.integrations.transformers.forward import Forward
 from hashattn.integrations.transformers.hooks import Hooks, is_attached
+from hashattn.integrations.transformers.lossless.generate import check_generates
 from hashattn.integrations.transformers.model_facts import check_facts
 
 
@@ -87,8 +88,12 @@ class Handle:
         """What ran so far, per layer: sparse, dense by choice, dense because; keys and bytes read; engine and why."""
         if self._hooks is None:
             return summarise({}, self.refused)
-        graphs = self._hooks.graphs
-        return replace(self._hooks.forward.counters.report(), graph=None if graphs is None else graphs.use())
+        graphs, lossless = self._hooks.graphs, self._hooks.lossless
+        return replace(
+            self._hooks.forward.counters.report(),
+            graph=None if graphs is None else graphs.use(),
+            drafts=None if lossless is None else lossless.counts.use(),
+        )
 
     def reads(self) -> Tensor:
         """How often each position was read by one-token calls: int64 [layers, positions]. Needs trace=True."""
@@ -102,6 +107,8 @@ class Handle:
             self._hooks.forward.counters.reset()
             if self._hooks.graphs is not None:
                 self._hooks.graphs.reset()
+            if self._hooks.lossless is not None:
+                self._hooks.lossless.reset()
 
     def detach(self) -> None:
         """Give the model back exactly as it was, also in the middle of generate(). Calling it again does nothing.
@@ -122,12 +129,8 @@ def attach(
     attn: HashAttention,
     model: nn.Module,
     *,
-    strict: bool = True,
-    max_sparse_q: int = 1,
-    trace: bool = False,
-    simulate: bool = False,
     layers: Mapping[int, HashAttention] | None = None,
-    graph: str = GRAPH,
+    **options: Any,
 ) -> Handle:
     """Let a composition serve the decoding of a Hugging Face causal language model.
 
@@ -137,37 +140,32 @@ def attach(
     Args:
         attn: the composition; its weights are moved to the model's device.
         model: a decoder model that uses transformers' attention interface.
-        strict: refuse models, caches and masks that cannot be served. Without it they run densely, as report() says.
-        max_sparse_q: queries of a call up to which it searches; raise it for speculative decoding.
-        trace: count which positions are read; see Handle.reads().
-        simulate: every call, however long, searches at every position: each query chooses among the keys up to its own
-            as if it were decoded, with or without a cache. For likelihoods (one long forward); it saves no time.
-            "auto" then searches at every length; `max_sparse_q` and `trace` concern calls of one token only.
         layers: compositions for single layers, such as {3: other, -1: attn.replace(engine="dense")}; negative numbers
             count from the last. They replace `attn` there, and dense_layers does not concern them.
-        graph: "auto", the default: after the prefill, calls of at most `max_sparse_q` tokens of a model on CUDA replay
-            one CUDA graph of its layers, which is captured by itself, with no argument to generate(): the same tokens,
-            without the time that Python takes. What cannot be captured runs as ever, and report().graph says why.
-            "always": such a call raises ValueError, which names the reason. "never": every call runs as ever.
+        strict, max_sparse_q, trace, simulate, graph, check, draft: how it is served; see
+            :class:`hashattn.integrations.attached.options.Options`.
 
     Returns:
         A Handle: update(), report(), reads(), detach(); also a context manager.
 
     Raises:
         ValueError: the model cannot be served (strict), is attached already, or a part does not fit it: encoders
-            that were fitted to another model, say; a `graph` or `max_sparse_q` that is none.
-        TypeError: `layers` that does not map ints to compositions.
+            that were fitted to another model, say; a `graph` or `max_sparse_q` that is none; a
+            `check` of a model without generate().
+        TypeError: an option that is none, or `layers` that does not map ints to compositions.
     """
-    options = Options(strict, max_sparse_q, trace, simulate, graph)
+    chosen = Options.of(options)
     if is_attached(model):
         raise ValueError("model is attached already: call detach() on its handle, or hashattn.detach(model), first")
     reasons = support.why_not(model)
-    if reasons and strict:
+    if reasons and chosen.strict:
         raise ValueError(f"{type(model).__name__} cannot be attached: {'; '.join(reasons)}")
     if reasons:
         return Handle(attn, model, tuple(reasons), None)
     assert isinstance(model, PreTrainedModel)
     modules = support.attention_modules(model)
+    if chosen.drafted:
+        check_generates(model)
     devices, depth = devices_of(modules), support.depth_of(model, modules)
     single = layer_compositions(layers, modules, depth)
     for composition in (attn, *single.values()):
@@ -175,7 +173,7 @@ def attach(
     served = {i: serve(single.get(i, attn), i in single, module, i, depth) for i, module in modules.items()}
     for one in served.values():
         one.composition.to(devices[0])
-    hooks = Hooks(Forward(served, options, devices[0] if len(devices) == 1 else None), modules)
+    hooks = Hooks(Forward(served, chosen, devices[0] if len(devices) == 1 else None), modules)
     hooks.install(model)
     return Handle(attn, model, (), hooks)
 

@@ -169,6 +169,8 @@ class LayerCall:
 
     def _why_dense(self, args: AttentionArguments, kv: KVCache) -> str | None:
         """Why this call of a served layer attends densely; None if it searches. Brings the rows' starts up to date."""
+        if self.one.why_dense is not None:
+            return self.one.why_dense
         if args.tokens > self.options.max_sparse_q:
             return "prefill"
         if self.served.why_dense is not None:

@@ -93,11 +93,12 @@ class HashedLayer(DynamicLayer):
         counters: Counters[Any],
         tokens: int = 1,
         before: HashedLayer | None = None,
+        check: bool = False,
     ) -> str | None:
         """Make such steps ready; returns why they cannot be. The layer before is one whose steps the graph holds."""
         assert self.kv is not None
         steps = before.on_device if before is not None else None
-        return self.on_device.serve(self, self.kv, served, number, q_heads, tokens, counters, steps)
+        return self.on_device.serve(self, self.kv, served, number, q_heads, tokens, counters, steps, check)
 
     def sync(self) -> None:
         """Adopt what such steps appended; waits for the device where the host has not led them."""

@@ -26,6 +26,7 @@ class GraphSteps:
         number: of the layer.
         tokens: queries of a step.
         before: the steps of the layer before, whose keys these look at; None if it is not served, or nobody looks.
+        check: whether the step attends densely to what others search.
     """
 
     choice: GraphChoice
@@ -34,6 +35,7 @@ class GraphSteps:
     tokens: int
     counters: Counters[Any]
     before: DeviceSteps | None = None
+    check: bool = False
 
 
 class DeviceSteps:
@@ -48,11 +50,14 @@ class DeviceSteps:
         decoder: what takes them. It is kept and changed in place, as a graph may point to it.
         made: how they are served.
         led: tokens that the host has appended by replays since it last looked.
+        behind: of the columns that the device counts, those that the host has taken back meanwhile.
+        checking: whether steps attend densely just now.
         overflow: the error of steps that did not fit, until someone is told.
     """
 
     def __init__(self, asks: bool) -> None:
-        self.asks, self.ready, self.led = asks, False, 0
+        self.asks, self.ready, self.led, self.behind = asks, False, 0, 0
+        self.checking = False
         self.decoder: Decoder | None = None
         self.made: GraphSteps | None = None
         self.overflow: ValueError | None = None
@@ -77,29 +82,32 @@ class DeviceSteps:
         tokens: int,
         counters: Counters[Any],
         before: DeviceSteps | None = None,
+        check: bool = False,
     ) -> str | None:
         """Make steps of so many queries ready for what the cache now holds; returns why that cannot be.
 
         Args:
             layer: of the framework's cache, whom the counters know.
             before: the steps of the layer before, in the same graph.
+            check: whether they attend densely, beside others that search.
         """
         attn = served.attn
         assert attn is not None
         self.sync(kv)
         if served.accumulates:
             return "its selector has to see every query"
-        query = kv.keys.new_empty((kv.batch, q_heads, tokens, kv.head_dim))
-        choice = for_graphs(attn, served.why_dense, query, kv, ahead=0 if self.asks else tokens)
+        searching = 1 if check else tokens
+        query = kv.keys.new_empty((kv.batch, q_heads, searching, kv.head_dim))
+        choice = for_graphs(attn, served.why_dense, query, kv, ahead=0 if self.asks else searching)
         if choice is None:
             engine = attn.choice(query, kv).engine.name
             return f'engine "{engine}" takes no steps that a graph can hold'
         follows = choice.searches and attn.selector is not None and attn.selector.follows
         if self.asks and follows:  # whose graph may hold this layer alone
             return "its selector asks what the layer before kept, which steps of a static cache do not know"
-        if tokens > 1 and choice.searches and _by_radius(attn, q_heads // kv.kv_heads):
+        if searching > 1 and choice.searches and _by_radius(attn, q_heads // kv.kv_heads):
             return "what several queries keep within a radius is not counted in graphs"
-        made = GraphSteps(choice, number, q_heads, tokens, counters, before if follows else None)
+        made = GraphSteps(choice, number, q_heads, tokens, counters, before if follows else None, check)
         return self.prepare(layer, kv, made)
 
     @torch.compiler.disable
@@ -123,11 +131,13 @@ class DeviceSteps:
                 if decoder.parts != choice.parts:  # of the same encoder
                     decoder.revise(choice.parts)
                 decoder.follow()
-            if not decoder.serves(heads, made.tokens):
+            if made.check:
+                decoder.prepare_check(heads, made.tokens)
+            elif not decoder.serves(heads, made.tokens):
                 decoder.prepare(heads, made.tokens)
         except ValueError as error:
             return TOO_SHORT_FOR_STEPS if kv.shortest < kv.warmup else str(error)
-        self.ready, self.decoder, self._known = True, decoder, len(kv)
+        self.ready, self.decoder, self._known, self.behind = True, decoder, len(kv), 0
         self._counter = GraphCounter.of(decoder, made.number, heads, choice.why)
         made.counters.follow(layer, self._counter)
         return None
@@ -147,23 +157,43 @@ class DeviceSteps:
     def step(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         """Append keys and values [B, Hkv, T, D] and attend with queries [B, Hq, T, D]: [B, Hq, T, D]."""
         assert self.decoder is not None and self.made is not None
-        before = self.made.before.decoder if self.made.before is not None else None
-        kept = None
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if self.checking:
+            return self.decoder.check(query, key, value, scale)
+        before, kept = self.made.before.decoder if self.made.before is not None else None, None
         if before is not None:
             kept, before.kept = before.kept, None  # nobody else asks
-        return self.decoder.step(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, kept)
+        return self.decoder.step(query, key, value, scale, kept)
 
-    def lead(self, kv: KVCache, tokens: int) -> None:
-        """Note that a replay has appended so many tokens."""
-        if tokens > 1 and self.made is not None and self._counter is not None:  # else counted as steps of one token
-            self.made.counters.count_call(self._counter, len(kv) + self.led, tokens)
-        self.led += tokens
+    def lead(self, kv: KVCache, tokens: int, why_dense: str | None = None) -> None:
+        """Note that a replay has appended so many tokens, and why it was dense where others search."""
+        self.behind = 0
+        if self.made is not None and self._counter is not None and (tokens > 1 or why_dense is not None):
+            self.made.counters.count_call(self._counter, len(kv) + self.led, tokens, why_dense)
+        self.led += tokens  # else counted as steps of one token
+
+    def can_rewind(self, tokens: int) -> bool:
+        """Whether so many tokens are the host's to take back before it looks."""
+        return self.ready and self.decoder is not None and self.led >= tokens
+
+    def rewind(self, kv: KVCache, tokens: int) -> None:
+        """Take back the last tokens that were led; the device does so when the next replay begins."""
+        assert self.made is not None and self._counter is not None
+        self.made.counters.count_taken_back(self._counter, len(kv) + self.led, tokens)
+        self.led, self.behind = self.led - tokens, self.behind + tokens
+
+    def settle(self) -> None:
+        """Let the device count as the host does."""
+        if self.behind and self.decoder is not None:
+            self.decoder.length.sub_(self.behind)
+        self.behind = 0
 
     @torch.compiler.disable
     def sync(self, kv: KVCache) -> None:
         """Let the cache know what was appended."""
         if not self.ready or self.decoder is None or self.made is None or self._counter is None:
             return
+        self.settle()
         length = None if self.asks else len(kv) + self.led
         self.made.counters.count(self._counter, length)
         try:
@@ -176,6 +206,7 @@ class DeviceSteps:
         """Leave out what a replay appended that was broken off, before it was led."""
         if self.ready and self.decoder is not None:
             self.decoder.length.fill_(len(kv) + self.led)
+            self.behind = 0
             self.sync(kv)
             self.follow(layer, kv)
 
@@ -195,7 +226,7 @@ class DeviceSteps:
 
     def drop(self) -> None:
         """Let go of the cache's memory, which is about to move; nothing may be left to adopt."""
-        self.ready, self.decoder, self._counter, self.led = False, None, None, 0
+        self.ready, self.decoder, self._counter, self.led, self.behind = False, None, None, 0, 0
         self._decoders.clear()
 
 

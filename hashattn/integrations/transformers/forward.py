@@ -162,7 +162,7 @@ class Forward:
             one = served[made.number]
             if one.attn is not None and caches.same_codes(layer.attn, one.attn):
                 layer.attn = one.attn
-                layer.serve_graphs(one, made.number, made.q_heads, self.counters, made.tokens)
+                layer.serve_graphs(one, made.number, made.q_heads, self.counters, made.tokens, check=made.check)
 
     def release(self) -> None:
         """Leave all caches as the model's own code expects them."""

@@ -69,7 +69,7 @@ class Graphs:
         device = self.forward.device
         if device is not None and device.type not in CAPTURES and self.forward.options.graph != ALWAYS:
             return None  # where there are no graphs
-        call = StepCall.of(self.places, self.names, args, kwargs)
+        call = replace(StepCall.of(self.places, self.names, args, kwargs), why_dense=self.forward.passes.why_dense)
         if not self._is_step(stack, call):
             return None
         passes, one = self.forward.passes, Pass(self.forward.served)
@@ -86,6 +86,19 @@ class Graphs:
                 raise ValueError(f'graph="{ALWAYS}", but this call cannot be replayed from a graph: {found}')
         passes.close()
         return None
+
+    def take_back(self, cache: Cache, columns: int) -> bool:
+        """Let a cache forget its last columns, if replays alone appended them; returns whether that was done."""
+        with self.guard:
+            held = self._caches.get(cache)
+            if held is None or not held.sure or not all(map(is_, held.layers, cache.layers)):
+                return False
+            if len(held.layers) != len(cache.layers) or not all(x.on_device.can_rewind(columns) for x in held.layers):
+                return False
+            for layer in held.layers if columns else ():
+                assert layer.kv is not None
+                layer.on_device.rewind(layer.kv, columns)
+            return True
 
     def clear(self) -> None:
         """Let go of all graphs."""
@@ -109,7 +122,9 @@ class Graphs:
 
     def _is_step(self, stack: nn.Module, call: StepCall) -> bool:
         """Whether it is a step of decoding, in a model that is what it was attached as."""
-        if call.shape is None or not isinstance(call.cache, Cache) or call.shape[1] > self.forward.options.max_sparse_q:
+        options = self.forward.options
+        most = options.max_sparse_q if call.why_dense is None else options.drafted + 1
+        if call.shape is None or not isinstance(call.cache, Cache) or call.shape[1] > most:
             return False
         config, first = getattr(stack, "config", None), min(self.q_heads)
         layers, device = caches.layers_of(call.cache), next(iter(call.changing.values())).device
@@ -156,7 +171,7 @@ class Graphs:
         if reason is not None:
             return reason
         starts, reason = call.rows(filled + tokens)
-        reason = reason or self._ready(layers, starts, tokens)
+        reason = reason or self._ready(layers, starts, tokens, call.why_dense is not None)
         if reason is not None:
             return reason
         if filled + tokens > min(layer.on_device.limit for layer in layers):
@@ -166,7 +181,7 @@ class Graphs:
             graph = None
             held.by_call.pop(key, None)  # before there is another
             try:
-                graph = held.by_call[key] = capture_step(stack, call, layers)
+                graph = held.by_call[key] = capture_step(stack, call, layers, self.forward.options.drafted > 0)
             except torch.OutOfMemoryError as error:
                 held.refused[key] = reason = f"there is no memory for its graph: {_line(error)}"
                 return reason
@@ -181,8 +196,8 @@ class Graphs:
         graph.begin_at(starts)
         return Replay(self.counts, held, graph, layers, call)
 
-    def _ready(self, layers: list[HashedLayer], starts: list[int], tokens: int) -> str | None:
-        """Make the layers ready for steps of so many tokens; returns why they cannot be."""
+    def _ready(self, layers: list[HashedLayer], starts: list[int], tokens: int, check: bool) -> str | None:
+        """Make the layers ready for steps of so many tokens, dense or not; returns why they cannot be."""
         held = dict(zip(self.q_heads, layers, strict=True))
         numbers = sorted(self.forward.served)  # of the layers that have attention, the model's own among them
         before = dict(zip(numbers[1:], map(held.get, numbers), strict=False))
@@ -194,7 +209,8 @@ class Graphs:
                 set_starts(kv, starts)
             layer.attn = served.attn
             heads = self.q_heads[number]
-            reason = layer.serve_graphs(served, number, heads, self.forward.counters, tokens, before.get(number))
+            counters = self.forward.counters
+            reason = layer.serve_graphs(served, number, heads, counters, tokens, before.get(number), check)
             if reason is not None:
                 return f"layer {number}: {reason}"
         return None

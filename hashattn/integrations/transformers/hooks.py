@@ -18,6 +18,7 @@ from hashattn.integrations.transformers.attention_module import heads
 from hashattn.integrations.transformers.forward import Forward
 from hashattn.integrations.transformers.graphed_forward import HASHATTN_REPLAY, GraphedForward
 from hashattn.integrations.transformers.graphs import Graphs
+from hashattn.integrations.transformers.lossless.generate import LosslessGenerate
 from hashattn.integrations.transformers.model_state import why_never_captured
 from hashattn.integrations.transformers.own_configs import OwnConfigs
 from hashattn.integrations.transformers.static_layer import hidden_from_host
@@ -146,6 +147,7 @@ class Hooks:
     modules: dict[int, nn.Module]
     configs: OwnConfigs = field(default_factory=OwnConfigs)
     graphs: Graphs | None = None
+    lossless: LosslessGenerate | None = None
     handles: list[Any] = field(default_factory=list)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -167,6 +169,8 @@ class Hooks:
             hook = AttentionHooks(self.forward, number, Arguments.of(module))
             self.handles.append(module.register_forward_pre_hook(hook.before, with_kwargs=True))
             self.handles.append(module.register_forward_hook(hook.after, with_kwargs=True))
+        if self.forward.options.drafted:
+            vars(model)["generate"] = self.lossless = LosslessGenerate(model, self.forward, self.graphs)
         vars(model)[PLACE] = self
 
     def _make_graphs(self, model: PreTrainedModel, stack: nn.Module) -> Graphs | None:
@@ -194,6 +198,8 @@ class Hooks:
             stack = support.layer_stack(model, self.modules)
             if isinstance(vars(stack).get("forward"), GraphedForward):
                 del vars(stack)["forward"]
+        if self.lossless is not None:
+            vars(model).pop("generate", None)
         vars(model).pop(PLACE, None)
 
     def _first(self) -> list[nn.Module]:

@@ -82,6 +82,7 @@ class ModelGraph:
     Attributes:
         replay: runs it again.
         inputs: what it reads, by name.
+        rewound: int32 [1], columns that it takes back before it begins; zero behind it. None where nobody takes any.
         seen: bool [B, room], columns that are no padding.
         limit: columns up to which it serves.
         nbytes: memory of its own.
@@ -91,6 +92,7 @@ class ModelGraph:
     replay: Callable[[], object]
     outputs: Outputs
     inputs: dict[str, Tensor]
+    rewound: Tensor | None
     seen: Tensor
     limit: int
     nbytes: int
@@ -103,6 +105,12 @@ class ModelGraph:
         columns = torch.arange(self.seen.shape[1], device=self.seen.device)
         torch.ge(columns, torch.tensor(starts, device=columns.device)[:, None], out=self.seen)
 
+    def rewind(self, columns: int) -> None:
+        """Let the next replay take back so many columns before it begins."""
+        if columns:
+            assert self.rewound is not None
+            self.rewound.fill_(columns)
+
     def serves(self, layers: Sequence[HashedLayer], filled: int, tokens: int) -> bool:
         """Whether a step of so many tokens, to so many columns, is still the one that was captured."""
         mine = self.thread == threading.get_ident()
@@ -110,8 +118,11 @@ class ModelGraph:
         return still and self.state.same()
 
 
-def capture_step(stack: nn.Module, call: StepCall, layers: Sequence[HashedLayer]) -> ModelGraph:
+def capture_step(stack: nn.Module, call: StepCall, layers: Sequence[HashedLayer], rewinds: bool) -> ModelGraph:
     """Capture a call of what runs the layers, of a cache whose layers are ready; it leaves nothing in the cache.
+
+    Args:
+        rewinds: whether columns are taken back between calls.
 
     Raises:
         CannotCapture: a step that no graph can hold.
@@ -122,20 +133,30 @@ def capture_step(stack: nn.Module, call: StepCall, layers: Sequence[HashedLayer]
     masks = {name: mask for name in call.mask} if isinstance(call.mask, dict) else mask
     given = {**call.fixed, **inputs, "attention_mask": masks, call.cache_name: call.cache}
     state, forward = ModelState(stack), type(stack).forward
+    rewound = seen.new_zeros(1, dtype=torch.int32) if rewinds else None
     for layer in layers:
         layer.sync()
-        layer.recording = True
+        layer.recording, layer.on_device.checking = True, call.why_dense is not None
+
+    def step() -> Any:
+        if rewound is not None:
+            lengths = [layer.on_device.decoder.length for layer in layers if layer.on_device.decoder is not None]
+            torch._foreach_sub_(lengths, [rewound] * len(lengths))
+            rewound.zero_()
+        return forward(stack, **given)
+
     try:
-        captured = CAPTURES[device.type](lambda: forward(stack, **given), device)
+        captured = CAPTURES[device.type](step, device)
         outputs = Outputs.of(captured.output, call.cache)
     finally:
         for layer in layers:
-            layer.recording = False
+            layer.recording = layer.on_device.checking = False
             layer.follow_change()  # the step has run, once or twice
     limit = min(layer.on_device.limit for layer in layers)
     nbytes = captured.nbytes + sum(x.numel() * x.element_size() for x in (*inputs.values(), mask, seen))
     taken = tuple(map(Taken.of, layers))
-    return ModelGraph(captured.replay, outputs, inputs, seen, limit, nbytes, state, taken, threading.get_ident())
+    thread = threading.get_ident()
+    return ModelGraph(captured.replay, outputs, inputs, rewound, seen, limit, nbytes, state, taken, thread)
 
 
 @lasting

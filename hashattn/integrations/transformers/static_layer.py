@@ -79,7 +79,7 @@ class HashedStaticLayer(HashedLayer):
     def get_seq_length(self) -> int | Tensor:  # type: ignore[override]
         decoder = self.on_device.decoder
         if self.on_device.ready and decoder is not None:
-            return decoder.filled()  # as a StaticLayer's: nobody waits for it
+            return decoder.filled() - self.on_device.behind  # as a StaticLayer's: nobody waits for it
         return super().get_seq_length()
 
     def reset(self) -> None:

@@ -26,6 +26,7 @@ class StepCall:
         mask: the attention mask, or those by type of layer; None without one.
         changing: tensors that the next step gives anew, by name.
         fixed: the other arguments.
+        why_dense: why none of its layers searches; None if they do.
     """
 
     cache: Any
@@ -33,6 +34,7 @@ class StepCall:
     mask: Any
     changing: dict[str, Tensor]
     fixed: dict[str, Any]
+    why_dense: str | None = None
 
     @classmethod
     def of(
@@ -62,7 +64,7 @@ class StepCall:
         """What calls that one graph serves have in common."""
         tensors = [(name, x.shape, x.dtype, x.device) for name, x in self.changing.items()]
         masks = tuple(self.mask) if isinstance(self.mask, Mapping) else None
-        return self.cache_name, masks, tuple(tensors), tuple(self.fixed.items())
+        return self.cache_name, masks, tuple(tensors), tuple(self.fixed.items()), self.why_dense is not None
 
     def why_not(self, config: Any) -> str | None:
         """Why a graph cannot serve it, as far as its arguments say."""

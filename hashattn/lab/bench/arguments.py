@@ -91,6 +91,8 @@ def generate(bench: argparse.ArgumentParser) -> None:
         "--graph", choices=("auto", "never", "always"), help="argument of attach(), which is not given if left out"
     )
     bench.add_argument("--no-compile", action="store_true", help="leave out static caches, which compile the model")
+    lossless = "measure each preset's drafts, checked by full attention, as well; only a real model's say how many pass"
+    bench.add_argument("--lossless", action="store_true", help=lossless)
 
 
 def crossover(bench: argparse.ArgumentParser) -> None:

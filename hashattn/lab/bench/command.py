@@ -185,6 +185,7 @@ def _generate(arguments: argparse.Namespace) -> Found:
         compiled=not arguments.no_compile,
         chunk=arguments.prefill_chunk,
         graph=arguments.graph,
+        lossless=arguments.lossless,
     )
     where = environment(arguments.command_line, device.type)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hashattn.attend import ExactAttend
 from hashattn.attention import HashAttention
+from hashattn.integrations.attached.options import DENSE
 from hashattn.lab.evaluation.contenders import Contender as Preset
 from hashattn.lab.evaluation.contenders import written
 from hashattn.presets import takes_budget
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
     from hashattn.integrations.transformers import Handle
 
-STOCK, DYNAMIC, STATIC, AGAIN = "stock", "dynamic", "static, compiled", "lengths seen before"
+STOCK, DYNAMIC, STATIC = "stock", "dynamic", "static, compiled"
+AGAIN, LOSSLESS = "lengths seen before", "lossless"
 
 
 @dataclass(frozen=True)
@@ -29,18 +31,21 @@ class Contender:
         preset: what is attached; None for the model as it is.
         static: with a static cache and the model compiled for it, by transformers.
         graph: attach()'s argument of this name; None leaves it out.
+        check: the same; with "dense" it drafts, and full attention checks.
         again: the call before went over the same lengths, for which cuDNN has its plans by then.
     """
 
     preset: Preset | None
     static: bool
     graph: str | None = None
+    check: str | None = None
     again: bool = False
 
     @property
     def label(self) -> str:
         """What tables call it."""
-        name = f"{STOCK if self.preset is None else self.preset.label}, {STATIC if self.static else DYNAMIC}"
+        way = LOSSLESS if self.check is not None else STATIC if self.static else DYNAMIC
+        name = f"{STOCK if self.preset is None else self.preset.label}, {way}"
         return f"{name}, {AGAIN}" if self.again else name
 
     def composition(self, tokens: int) -> HashAttention | None:
@@ -55,13 +60,20 @@ class Contender:
         if attn is None:
             yield network, None
             return
-        options: dict[str, Any] = {} if self.graph is None else {"graph": self.graph}
+        given: dict[str, Any] = {"graph": self.graph, "check": self.check}
+        options = {name: value for name, value in given.items() if value is not None}
         with attn.attach(network, **options) as handle:
             yield network, handle
 
 
 def contenders(
-    presets: Sequence[str], budget: float | None, *, compiled: bool, graph: str | None = None, again: bool = False
+    presets: Sequence[str],
+    budget: float | None,
+    *,
+    compiled: bool,
+    graph: str | None = None,
+    again: bool = False,
+    lossless: bool = False,
 ) -> list[Contender]:
     """The model as it is first, then every preset, in each of the ways.
 
@@ -70,6 +82,7 @@ def contenders(
         budget: share of the keys, for presets that take one; None is each preset's own.
         compiled: whether static caches, for which the model is compiled, are among the ways.
         again: whether the model as it is, with a dynamic cache, is also called over lengths that were seen before.
+        lossless: whether drafts by each preset, checked by full attention, are as well.
 
     Raises:
         ValueError, TypeError: what the presets refuse; a preset that is named twice.
@@ -91,7 +104,9 @@ def contenders(
             attn.encoder.check_fitted()
     ways = (False, True) if compiled else (False,)
     found = [Contender(preset, static, graph) for preset in (None, *named) for static in ways]
-    return [found[0], *([replace(found[0], again=True)] if again else []), *found[1:]]
+    seen = [replace(found[0], again=True)] if again else []
+    checked = [Contender(preset, False, graph, DENSE) for preset in named if lossless]
+    return [found[0], *seen, *found[1:], *checked]
 
 
 def every_key(attn: HashAttention) -> HashAttention:

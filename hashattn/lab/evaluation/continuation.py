@@ -47,11 +47,13 @@ class Verdict:
         nll: of the targets, nats a token, mean.
         correct: whether every target was the likeliest token, so that greedy decoding would have written them.
         reads: keys and bytes read a step; empty for the model as it is.
+        matched: share of the targets that were the likeliest token.
     """
 
     nll: float
     correct: bool
     reads: dict[str, float]
+    matched: float
 
 
 def last(text: Tensor, cache: DynamicCache, ids: Tensor, targets: Tensor) -> Continuation:
@@ -116,4 +118,7 @@ def reads_of(report: Report) -> dict[str, float]:
 def _verdict(logits: Tensor, targets: Tensor, reads: dict[str, float]) -> Verdict:
     """Of logits [1, A, V]."""
     logits = logits[0].float().cpu()
-    return Verdict(float(F.cross_entropy(logits, targets)), bool((logits.argmax(-1) == targets).all()), reads)
+    likeliest = logits.argmax(-1) == targets
+    return Verdict(
+        float(F.cross_entropy(logits, targets)), bool(likeliest.all()), reads, float(likeliest.float().mean())
+    )

@@ -11,7 +11,7 @@ from hashattn.lab.evaluation.statistics import Interval, mean_interval, share_in
 GROUP = ("part", "task", "protocol", "tokens", "contender", "budget", "dense", "bits")
 SUCCESSES = ("correct",)  # zeros and ones
 _KEPT = ("keys_read", "sparse_keys_read", "searched", "recall", "mass", "relative_mass", "ranked_recall")
-SHARES = (*_KEPT, "ranked_mass", "recall_at_100", "recall_prefill", "recall_decoded", "f1", "match")
+SHARES = (*_KEPT, "ranked_mass", "recall_at_100", "recall_prefill", "recall_decoded", "f1", "match", "fidelity")
 NOTE = (
     "Means with 95% confidence intervals over windows or questions and seeds: Student's t, and Wilson's for "
     "accuracies. Keys read counts every key whose value is read, forced keys and the middle tier included; bytes are "
@@ -41,12 +41,14 @@ TITLES = {
     "nll_above_exact": "above exact top-k",
     "f1": "F1",
     "match": "match",
+    "fidelity": "fidelity",
 }
 _READ = ("keys_read", "keys_ranked")
 _RANKED = ("ranked_recall", "ranked_mass", "recall_at_100")
 COLUMNS = {
     "tensors": (*_READ, "recall", "relative_mass", "output_error", *_RANKED, "drift"),
     "perplexity": ("ratio", "ratio_above_exact", *_READ, "sparse_keys_read", "bytes_read"),
+    "fidelity": ("fidelity", *_READ, "bytes_read"),
     "retrieval": ("correct", "nll", "nll_above_full", "nll_above_exact", *_READ, "bytes_read"),
     "benchmarks": ("f1", "match", *_READ, "bytes_read"),
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 from hashattn.attention import HashAttention
 from hashattn.core.errors import refusals
 from hashattn.core.progress import bar
-from hashattn.lab.evaluation import perplexity, retrieval, tensors
+from hashattn.lab.evaluation import fidelity, perplexity, retrieval, tensors
 from hashattn.lab.evaluation.contenders import EXACT, FULL, Contender, searching
 from hashattn.lab.evaluation.continuation import judge, looks_back
 from hashattn.lab.workload.prefill import positions_of
@@ -22,7 +22,7 @@ from hashattn.lab.workload.texts import Text, windows
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PARTS = ("tensors", "perplexity", "retrieval")
+PARTS = ("tensors", "perplexity", "fidelity", "retrieval")
 # Far from the seeds of captures, so that nobody is judged by the prompts that encoders were fitted to.
 SEEDS = 1_000_000
 
@@ -43,7 +43,7 @@ class Settings:
         seeds: of places in the text, questions, and random encoders.
         sparse: tokens at the end of a window that are predicted by sparse attention.
         simulate: perplexity of whole windows instead, every position sparse.
-        decoded: tokens that the model writes after a window, for recall on decoded keys.
+        decoded: tokens that the model writes after a window, for recall on decoded keys and for fidelity.
         queries: of the last positions, that recall is measured with.
         layers: for recall; all of full attention if None.
     """
@@ -75,6 +75,8 @@ class Settings:
                 raise ValueError(f"{name} must be at least {least}, got {min(getattr(self, name))}")
         if self.decoded < 0:
             raise ValueError(f"decoded must be at least 0, got {self.decoded}")
+        if self.decoded < 1 and "fidelity" in self.parts:
+            raise ValueError("decoded must be at least 1 for fidelity, which is judged on what the model writes, got 0")
         if self.sparse > min(self.tokens) - 2 and "perplexity" in self.parts and not self.simulate:
             raise ValueError(
                 f"sparse must be at most {min(self.tokens) - 2} for windows of {min(self.tokens)} tokens, got "
@@ -144,7 +146,7 @@ def run(
 
 def _check(model: PreTrainedModel, entries: Sequence[Contender], settings: Settings) -> None:
     limit = positions_of(model)
-    longest = max(settings.tokens) + (settings.decoded if "tensors" in settings.parts else 16)
+    longest = max(settings.tokens) + (settings.decoded if {"tensors", "fidelity"} & {*settings.parts} else 16)
     if limit is not None and longest > limit:
         rest = longest - max(settings.tokens)
         said = f"({limit} positions, {rest} of them for what it writes)"
@@ -172,10 +174,11 @@ def _units(
 
     for seed in settings.seeds:
         for tokens in settings.tokens:
-            if {"tensors", "perplexity"} & {*settings.parts}:
+            if {"tensors", "perplexity", "fidelity"} & {*settings.parts}:
                 pieces = windows(tokenizer, text, tokens, settings.windows, seed=seed)
                 depth = len(capturable(model) if settings.layers is None else settings.layers)
-                for part, steps in (("tensors", depth + 1), ("perplexity", len(entries) + 1)):
+                judged = len(entries) + 1
+                for part, steps in (("tensors", depth + 1), ("perplexity", judged), ("fidelity", judged)):
                     if part in settings.parts:
                         yield from (Unit(part, tokens, seed, i, steps, ids) for i, ids in enumerate(pieces))
             if "retrieval" in settings.parts:
@@ -204,6 +207,17 @@ def _perplexity(model: PreTrainedModel, unit: Unit, entries: Judged, settings: S
         values = {"nll": verdict.nll, "ratio": math.exp(verdict.nll - full.nll), **verdict.reads}
         records.append(_record(unit, entry, protocol, values, attn))
     return _above_exact(records, "ratio")
+
+
+def _fidelity(model: PreTrainedModel, unit: Unit, entries: Judged, settings: Settings, tick: Tick) -> list[Record]:
+    assert unit.ids is not None
+    continuation = fidelity.own_text(model, unit.ids, settings.decoded)
+    records = []
+    for entry, attn in [(None, None), *entries]:
+        verdict = judge(model, continuation, attn)
+        tick()
+        records.append(_record(unit, entry, "", {"fidelity": verdict.matched, **verdict.reads}, attn))
+    return records
 
 
 def _retrieval(model: PreTrainedModel, unit: Unit, entries: Judged, settings: Settings, tick: Tick) -> list[Record]:
@@ -242,7 +256,7 @@ def _tensors(model: PreTrainedModel, unit: Unit, entries: Judged, settings: Sett
     return records
 
 
-_MEASURES = {"tensors": _tensors, "perplexity": _perplexity, "retrieval": _retrieval}
+_MEASURES = {"tensors": _tensors, "perplexity": _perplexity, "fidelity": _fidelity, "retrieval": _retrieval}
 
 
 def _searching(model: PreTrainedModel, entry: Contender, unit: Unit) -> HashAttention:

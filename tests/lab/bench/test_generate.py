@@ -43,19 +43,21 @@ def attached(preset=PRESET, **options):
 def test_the_command_measures_the_model_as_it_is_and_presets(tmp_path, capsys):
     out = tmp_path / "generate.json"
     command = ["bench", "generate", "--device", "cpu", "--no-compile", "--tokens", "400", "--batch", "1", "2"]
-    assert main([*command, "--steps", "4", "--preset", PRESET, "--preset", "full", "--out", str(out)]) == 0
+    presets = ["--preset", PRESET, "--preset", "full", "--lossless"]
+    assert main([*command, "--steps", "4", *presets, "--out", str(out)]) == 0
     found, shown = json.loads(out.read_text()), capsys.readouterr().out
     assert (found["model"], found["weights"], found["dtype"]) == ("tiny, 3 layers", "random", "float32")
     assert found["failed"] == {} and found["command"].startswith("hashattn bench generate")
-    labels = ["stock, dynamic", f"{PRESET}, dynamic", "full, dynamic"]
+    labels = ["stock, dynamic", f"{PRESET}, dynamic", "full, dynamic", f"{PRESET}, lossless", "full, lossless"]
     assert [(r["label"], r["batch"]) for r in found["rows"]] == [(x, b) for b in (1, 2) for x in labels]
     for row in found["rows"]:
         stock = next(r for r in found["rows"] if r["label"] == labels[0] and r["batch"] == row["batch"])
-        assert row["keys"] == 400 and 0 < row["ms"] <= row["p99_ms"] <= row["slowest_ms"]
+        assert row["keys"] == 400 and 0 < row["ms"] <= row["slowest_ms"] and row["p99_ms"] <= row["slowest_ms"]
         assert row["first_token_ms"] <= row["slowest_ms"] and row["prefill_ms"] > 0
         assert row["times_stock_dynamic"] == pytest.approx(stock["ms"] / row["ms"])
         assert row["tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms"])
         assert row["times_stock_static"] is None and row["memory_bytes"] is None
+        assert ("lossless" in row["label"]) == any("drafts: " in line for line in row["report"] or ())
     one = found["rows"][1]
     assert one["keys_read"] < 0.8 and one["searching_layers"] == 1  # two of three layers are dense
     assert any("cpu: engine" in line for line in one["report"])

@@ -16,10 +16,11 @@ from hashattn.fitted.saving import save_pretrained
 from hashattn.integrations.transformers import capture, facts_of
 from hashattn.lab.evaluation.contenders import EXACT, FULL, contenders
 from hashattn.lab.evaluation.continuation import judge
+from hashattn.lab.evaluation.fidelity import own_text
 from hashattn.lab.evaluation.perplexity import end_of_window, whole_window
 from hashattn.lab.evaluation.report import markdown, summarise
 from hashattn.lab.evaluation.retrieval import continuations
-from hashattn.lab.evaluation.run import Settings, run
+from hashattn.lab.evaluation.run import PARTS, Settings, run
 from hashattn.lab.workload.retrieval import TASKS
 from hashattn.lab.workload.texts import read_text
 from tests.integrations.models import TENTH, forward
@@ -122,23 +123,40 @@ def test_a_window_shorter_than_its_end_is_refused():
 
 
 def test_every_window_and_question_meets_every_contender(records):
-    count = {part: sum(r["part"] == part for r in records) for part in ("tensors", "perplexity", "retrieval")}
-    assert count == {"tensors": 2 * 9, "perplexity": 2 * 10, "retrieval": 2 * 2 * 10}
+    count = {part: sum(r["part"] == part for r in records) for part in PARTS}
+    assert count == {"tensors": 2 * 9, "perplexity": 2 * 10, "fidelity": 2 * 10, "retrieval": 2 * 2 * 10}
     assert {r["depth"] for r in records if r.get("task") == "needle"} == {0.25, 0.75}
 
 
 def test_a_budget_of_everything_changes_nothing(records):
     everything = [r for r in records if r["budget"] == 1.0]
-    full = {(r["part"], r.get("task"), r["unit"]): r["values"]["nll"] for r in records if r["contender"] == FULL}
-    assert {r["part"] for r in everything} == {"tensors", "perplexity", "retrieval"}
+    full = {(r["part"], r.get("task"), r["unit"]): r["values"].get("nll") for r in records if r["contender"] == FULL}
+    assert {r["part"] for r in everything} == {*PARTS}
     for record in everything:
         values = record["values"]
         assert values["keys_read"] == 1.0
         if record["part"] == "tensors":
             assert values["output_error"] < 1e-5 and values["recall"] == 1.0
+        elif record["part"] == "fidelity":
+            assert values["fidelity"] == 1.0
         else:
             nll = full[record["part"], record.get("task"), record["unit"]]
             assert values["nll"] == pytest.approx(nll, abs=1e-5)
+
+
+def test_fidelity_is_how_often_full_attentions_own_token_is_chosen(records):
+    found = [r for r in records if r["part"] == "fidelity"]
+    assert {r["values"]["fidelity"] for r in found if r["contender"] == FULL} == {1.0}
+    assert all(0 <= r["values"]["fidelity"] <= 1 for r in found)
+    rows = [row for row in summarise(found) if row["contender"] != FULL]
+    assert all(row["figures"]["fidelity"]["n"] == 2 for row in rows)
+    model, window = small_model(), torch.randint(3, 90, (1, 60), generator=torch.Generator().manual_seed(2))
+    written = own_text(model, window, 7)
+    alone = model.generate(window, attention_mask=torch.ones_like(window), max_new_tokens=7, do_sample=False,
+                           eos_token_id=None)  # fmt: skip
+    assert torch.equal(written.targets, alone[0, 60:]) and judge(model, written).matched == 1.0
+    with pytest.raises(ValueError, match="decoded must be at least 1 for fidelity"):
+        Settings(parts=("fidelity",), tokens=(400,), decoded=0)
 
 
 def test_figures_follow_from_each_other(records):
@@ -148,7 +166,7 @@ def test_figures_follow_from_each_other(records):
     }  # fmt: skip
     for record in records:
         values = record["values"]
-        if record["part"] == "tensors" or record["contender"] == FULL:
+        if record["part"] in ("tensors", "fidelity") or record["contender"] == FULL:
             continue
         best = exact[tuple(record.get(n) for n in ("part", "task", "protocol", "unit", "budget", "dense"))]
         name = "ratio" if record["part"] == "perplexity" else "nll"
@@ -204,7 +222,7 @@ def test_a_budget_of_its_own_is_beside_full_attention_alone(text):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parts": ("recall",)}, r"parts must be among tensors, perplexity, retrieval, got \['recall'\]"),
+        ({"parts": ("recall",)}, r"parts must be among tensors, perplexity, fidelity, retrieval, got \['recall'\]"),
         ({"tokens": ()}, "tokens and seeds must be given"),
         ({"windows": 0}, "windows must be at least 1, got 0"),
         ({"sparse": 329}, "sparse must be at most 328 for windows of 330 tokens, got 329"),

@@ -1,0 +1,1 @@
+"""Lossless generation: search drafts tokens, full attention checks them, and what is written is full attention's."""
