@@ -212,5 +212,6 @@ def wants_gradients(parts: Parts, q: Tensor, cache: KVCache) -> bool:
     """Whether a gradient of queries, keys, values or weights is wanted, which only the reference gives."""
     if not torch.is_grad_enabled():
         return False
-    weights = parts.attend.parameters() if isinstance(parts.attend, nn.Module) else ()
-    return q.requires_grad or cache.wants_grad or any(w.requires_grad for w in weights)
+    modules = [*(parts.selector.weighted() if parts.selector is not None else ())]
+    modules += [parts.attend] if isinstance(parts.attend, nn.Module) else []
+    return q.requires_grad or cache.wants_grad or any(w.requires_grad for m in modules for w in m.parameters())
