@@ -104,6 +104,7 @@ class Kept(NamedTuple):
     """A step that was made ready, and what for."""
 
     parts: Parts
+    learned: tuple[float, ...]  # of its selector
     step: Step
 
 
@@ -150,21 +151,17 @@ class CompiledStep:
         parts, state, centre = self.parts, cache.on_device, cache.indexed.centres.subtracted
         starts = state.starts(cache._starts, q.device)
         held = [cache.storage(what) for what in ("keys", "values", "codes")]
-        assert parts.encoder is not None
+        assert parts.encoder is not None and parts.selector is not None
         memory = *(x.data_ptr() for x in held), 0 if centre is None else centre.data_ptr(), parts.encoder.fits
         if state.memory != memory:  # steps that were made ready before keep what it was alive
             state.memory, state.prepared = memory, {}
         kept = state.prepared.get((q.shape[1], q.shape[2], causal))
-        if isinstance(kept, Kept) and kept.parts is parts and self._stands(kept.step):
+        learned = parts.selector.learned()
+        if isinstance(kept, Kept) and kept.parts is parts and kept.learned == learned:
             return kept.step
         step = self._made(q, cache, starts, centre, causal)
-        state.prepared[q.shape[1], q.shape[2], causal] = Kept(parts, step)
+        state.prepared[q.shape[1], q.shape[2], causal] = Kept(parts, learned, step)
         return step
-
-    def _stands(self, step: Step) -> bool:
-        """Whether what calibrates its distances is what it was: discounts may be learned."""
-        rule = step.like.rule
-        return not rule.calibrated or self._rule(step.like.q.shape[1] // step.like.stored.keys.shape[1]) == rule
 
     def _rule(self, group: int) -> decode.Rule:
         assert self.parts.selector is not None and self.parts.encoder is not None

@@ -146,6 +146,10 @@ class Selector(ABC):
         """What it asks of a fused decode step, for `group` query heads a KV head; None if a Rule cannot say it."""
         return None
 
+    def learned(self) -> tuple[float, ...]:
+        """The weights that its rule is made of, as they are now: another rule is due when these have changed."""
+        return ()
+
     def _budgeted(self, k: int | None = None, share: float | None = None) -> dict[str, Any]:
         """The settings that give it this budget, of which exactly one is given."""
         takes = ", ".join(f"{name}=" for name in self.settings())
@@ -329,6 +333,9 @@ class Joined(Selector):
     def rule(self, group: int) -> Rule | None:
         ranked = self.ranked_part.rule(group) if self.ranked_part is not None else None
         return replace(ranked, sinks=self.sinks, recents=self.recents) if ranked is not None else None
+
+    def learned(self) -> tuple[float, ...]:
+        return () if self.ranked_part is None else self.ranked_part.learned()
 
     def select(self, view: View, step: Step) -> Selection:
         if self.ranked_part is None:

@@ -39,10 +39,23 @@ def multiplied(x: Any, rows: int, width: int, weight: Any, size: int, out: Any) 
     while d + 4 <= width:
         first = np.uint64(d) * wide
         second, third, fourth = first + wide, first + wide + wide, first + wide + wide + wide
-        for r in range(rows):
+        r = np.int64(0)
+        while r + 3 <= rows:  # as many as there are registers for
+            a, b, c, e = x[r, d], x[r, d + 1], x[r, d + 2], x[r, d + 3]
+            f, g, h, i = x[r + 1, d], x[r + 1, d + 1], x[r + 1, d + 2], x[r + 1, d + 3]
+            k, l, m, n = x[r + 2, d], x[r + 2, d + 1], x[r + 2, d + 2], x[r + 2, d + 3]  # noqa: E741
+            p, q, s = out[r, :size], out[r + 1, :size], out[r + 2, :size]
+            for j in range(wide):
+                t, u, v, w = weight[first + j], weight[second + j], weight[third + j], weight[fourth + j]
+                p[j] += a * t + b * u + c * v + e * w
+                q[j] += f * t + g * u + h * v + i * w
+                s[j] += k * t + l * u + m * v + n * w
+            r += 3
+        while r < rows:
             a, b, c, e, p = x[r, d], x[r, d + 1], x[r, d + 2], x[r, d + 3], out[r, :size]
             for j in range(wide):
                 p[j] += a * weight[first + j] + b * weight[second + j] + c * weight[third + j] + e * weight[fourth + j]
+            r += 1
         d += 4
     while d < width:
         first = np.uint64(d) * wide
