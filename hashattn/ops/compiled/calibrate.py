@@ -6,32 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hashattn.ops.compiled.jit import at_most, exactly, inlined, lowest_bit, popcount, shifted, tally
-from hashattn.ops.compiled.scan import U1, count_near, threshold
-
-
-@inlined
-def limits(near: Any, padded: int, k: int, top: int) -> tuple[int, int]:
-    """Where the k nearest of those that are not above `top` end: the farthest byte, and its first place that is kept.
-
-    Before that place bytes as far are dropped: ties go to the last. (-1, 0) for none.
-    """
-    if k <= 0:
-        return np.int64(-1), np.int64(0)
-    most = threshold(near, padded, k, top)
-    drop, place = count_near(near, padded, most, 64) - k, np.int64(0)
-    while drop > 0:
-        ties = at_most(near, place, np.uint8(most))
-        if most > 0:
-            ties &= ~at_most(near, place, np.uint8(most - 1))
-        count = np.int64(popcount(ties))
-        if count > drop:
-            for _ in range(drop):
-                ties &= ties - U1
-            return most, place + np.int64(lowest_bit(ties))
-        drop -= count
-        place += 64
-    return most, place
+from hashattn.ops.compiled.jit import exactly, inlined, shifted, tally
 
 
 @inlined

@@ -10,7 +10,7 @@ from hashattn.ops.compiled import places as p
 from hashattn.ops.compiled.calibrate import calibrate
 from hashattn.ops.compiled.jit import inlined
 from hashattn.ops.compiled.places import Work
-from hashattn.ops.compiled.scan import LEVELS, count_near, nearest, scan
+from hashattn.ops.compiled.scan import LEVELS, count_near, nearest, nearest_two, scan
 
 
 class Seen(NamedTuple):
@@ -61,28 +61,31 @@ def choose(
     few = count
     if at[p.TIERED]:
         few = min(count, wanted(at, -1, shares[p.CRITICAL_SHARE], own))
-    place, padded, raise_by = np.int64(sinks), (high - low + 63) // 64 * 64, spread(at)
+    place, padded, most = np.int64(sinks), (high - low + 63) // 64 * 64, spread(at)
+    both = few < count
+    if both and few > 0:  # most often one range of distances holds the ends of both
+        base, top, within = look(
+            at, codes, query, rows, low, high, count, base, guess, more, most, work.sums, work.near
+        )
+        if base == 0 or count_near(work.near, padded, 0, 64) < few:
+            few, count = min(few, within), min(count, within)
+            place, rest = nearest_two(work.near, padded, few, count, top, low, work.ids, place, work.nearer)
+            critical = append_recents(own, place, work)
+            for i in range(rest):
+                work.ids[critical + i] = work.nearer[i]
+            return critical + rest, critical, base
     if few > 0:
-        base, top, within = look(
-            at, codes, query, rows, low, high, few, base, guess, more, raise_by, work.sums, work.near
-        )
+        base, top, within = look(at, codes, query, rows, low, high, few, base, guess, more, most, work.sums, work.near)
         few = min(few, within)
-        if few > 0:
-            place = nearest(work.near, padded, few, top, low, work.ids, place)
-    for i in range(own.recents):
-        work.ids[place + i] = np.int32(high + i)
-    place += own.recents
-    critical = place
+        place = nearest(work.near, padded, few, top, low, work.ids, place)
+    place = critical = append_recents(own, place, work)
     found = base
-    if few < count and at[p.TIERED]:
+    if both:
         base, top, within = look(
-            at, codes, query, rows, low, high, count, base, guess, more, raise_by, work.sums, work.near
+            at, codes, query, rows, low, high, count, base, guess, more, most, work.sums, work.near
         )
-        count = min(count, within)
-    if few < count and at[p.TIERED]:
-        nearest(work.near, padded, count, top, low, work.nearer, 0)
-        n = np.int64(sinks)
-        for i in range(count):  # both ascend
+        rest, n = nearest(work.near, padded, min(count, within), top, low, work.nearer, 0), np.int64(sinks)
+        for i in range(rest):  # both ascend
             one = work.nearer[i]
             if n < sinks + few and work.ids[n] == one:
                 n += 1
@@ -90,6 +93,14 @@ def choose(
                 work.ids[place] = one
                 place += 1
     return place, critical, found
+
+
+@inlined
+def append_recents(own: Seen, place: int, work: Work) -> int:
+    """The keys that are kept as the last ones, to work.ids. Returns where they end."""
+    for i in range(own.recents):
+        work.ids[place + i] = np.int32(own.high + i)
+    return place + own.recents
 
 
 @inlined

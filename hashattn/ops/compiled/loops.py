@@ -9,11 +9,12 @@ from numba import carray
 
 from hashattn.ops.compiled import places as p
 from hashattn.ops.compiled.attend import AHEAD, fetch, products, softmax, weighted
-from hashattn.ops.compiled.calibrate import add_votes, calibrate, gather_prior, limits, mark_prior, vote
+from hashattn.ops.compiled.calibrate import add_votes, calibrate, gather_prior, mark_prior, vote
 from hashattn.ops.compiled.choose import choose, look, seen, spread, wanted
 from hashattn.ops.compiled.encode import multiplied, pack, project, rectify, to_unit
 from hashattn.ops.compiled.jit import compiled, inlined, lying_at, number, popcount, sources, stored
 from hashattn.ops.compiled.places import Layer, Work
+from hashattn.ops.compiled.scan import limits
 
 
 @inlined
