@@ -11,6 +11,7 @@ from torch import Tensor
 from hashattn.attend.base import Attend, Keys
 from hashattn.core.types import Output, Selection
 from hashattn.index.view import View
+from hashattn.ops import dense as ops
 
 # Keys up to which two products beat SDPA on a CPU (benchmarks/results/bench_cpu_auto.json). In 16 bits torch's products
 # are many times slower than SDPA where the CPU has no instructions for them.
@@ -100,6 +101,8 @@ def masked(
     if seen is not None:
         mask = seen.expand(-1, group, -1, -1).reshape(batch, 1, group * tokens, keys)
     if mask is None and q.is_cuda and not (need_lse or need_weights):  # there flash splits the keys of its own GQA
+        if tokens == 1 and ops.splits(q, k) and v.stride() == k.stride() and not _traced_or_wanted(q, k, v):
+            return Output(ops.attend_all(q, k, v, scale))
         return Output(F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=group > 1))
     if not (need_lse or need_weights):
         out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale)
@@ -118,3 +121,8 @@ def masked(
         lse.view(batch, q_heads, tokens) if need_lse else None,
         weights.view(batch, q_heads, tokens, keys) if need_weights else None,
     )
+
+
+def _traced_or_wanted(*given: Tensor) -> bool:
+    """Whether a graph is traced, or gradients are wanted."""
+    return torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in given))

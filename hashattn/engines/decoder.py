@@ -10,12 +10,12 @@ from torch import Tensor
 from hashattn.cache.kv_cache import KVCache
 from hashattn.core.checks import check_float, check_kv, check_q, check_scale
 from hashattn.core.lasting import lasting
-from hashattn.engines import dense_steps
 from hashattn.engines.base import Request
 from hashattn.engines.dense import Dense
 from hashattn.engines.fused import Prepared, packed
 from hashattn.engines.gpu import Gpu
 from hashattn.engines.parts import Parts
+from hashattn.ops import dense
 from hashattn.ops.decode import Map, Newest, why_not_encode
 from hashattn.ops.decode.estimate import key_norms
 from hashattn.ops.decode.sizes import counters
@@ -52,6 +52,7 @@ class Decoder:
         if cache.capacity is None and not led:
             raise ValueError("cache must have a capacity, which a graph cannot change: new_cache(..., capacity=...)")
         self.dense, self.engine = not searches, Gpu() if searches else Dense()
+        dense.register()
         self._check_filled(cache)
         device, encoder = cache.keys.device, parts.encoder
         self.parts, self.cache = parts, cache
@@ -150,8 +151,8 @@ class Decoder:
     def step(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """The same as a call, of a kind that was prepared, without its checks."""
         if self.dense:
-            dense_steps.append(k, v, self.keys, self.values, self.length)
-            return dense_steps.attend(q, self.keys, self.values, self.starts, self.length, scale)
+            dense.append(k, v, self.keys, self.values, self.length)
+            return dense.attend(q, self.keys, self.values, self.starts, self.length, scale)
         kind, encoder = (q.shape[1], q.shape[2]), self.parts.encoder
         prepared = self._prepared[kind]
         assert encoder is not None and self.centre is not None

@@ -144,6 +144,14 @@ class Kept:
         assert parts.encoder is not None
         return self.parts is parts and self.fits == parts.encoder.fits and self.frozen is cache.centres.frozen
 
+    def filled(self, cache: KVCache) -> int | None:
+        """Keys that a query of each row keeps, over rows and heads, where that is known without counting."""
+        like = self.prepared.like
+        if like.rule.radius is not None or like.rule.chunks is not None:
+            return None
+        heads = like.stored.keys.shape[1] if like.rule.shared else like.q.shape[1]
+        return heads * sum(like.rule.slots(len(cache) - start) for start in cache._starts)
+
     def suffices(self, cache: KVCache, waiting: int) -> bool:
         """Whether its own launch makes what codes are missing: none, or those of so many newest keys, its queries'."""
         stored = self.prepared.like.stored
@@ -168,7 +176,8 @@ class FusedStep:
             cache.encode()  # which may move the codes
             kept, waiting = self.kept(q, cache, causal) or self.make(q, cache, causal), 0
         query = self.encoded(kept, q, cache, waiting > 0)
-        return kept.prepared.step(q, query, call.scale)
+        output, selection = kept.prepared.step(q, query, call.scale)
+        return output, replace(selection, filled=kept.filled(cache) if tokens == 1 else None)
 
     def encoded(self, kept: Kept, q: Tensor, cache: KVCache, new: bool) -> Tensor:
         """Queries as planes, and the length of the cache where steps read it; new: the newest keys' codes as well."""

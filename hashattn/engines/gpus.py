@@ -38,7 +38,7 @@ class Gpu:
 
 
 GPUS: dict[str, Gpu] = {  # by torch.cuda.get_device_name()
-    "NVIDIA H100 80GB HBM3": Gpu((9, 0), 3_221_225_472, 67_108_864, "crossover_h100.json"),
+    "NVIDIA H200": Gpu((9, 0), 67_108_864, 100_663_296, "crossover_h200.json"),
 }
 
 

@@ -48,7 +48,7 @@ class Both:
         self.q, self.k, self.v, self.at = q.to(device), (k + 1).to(device), v.to(device), keys
         self.caches = [self.attn.new_cache(BATCH, KV_HEADS, DIM, capacity=capacity) for _ in range(2)]
         for cache in self.caches:
-            cache.append(self.k[:, :, :keys], v[:, :, :keys], start=torch.tensor(starts))
+            cache.append(self.k[:, :, :keys], self.v[:, :, :keys], start=torch.tensor(starts))
 
     def append(self, tokens=1):
         here, self.at = slice(self.at, self.at + tokens), self.at + tokens
@@ -69,6 +69,7 @@ class Both:
         a, b = (x.ids.sort(-1).values for x in (found, expected))
         more = a.shape[-1] - b.shape[-1]
         assert more >= 0 and (a[..., :more] == -1).all() and torch.equal(a[..., more:], b)
+        assert found.filled in (None, int(found.count.sum()))
         assert (out.out - exact.out).abs().max() <= 1e-5 * self.v.abs().max()
         assert torch.equal(fused.codes, plain.codes)
         assert not fused.with_norms or torch.equal(fused.norms, plain.norms)

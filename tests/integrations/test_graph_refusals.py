@@ -57,12 +57,11 @@ def test_other_words_are_refused(model, graph):
     FUSED.attach(model, graph="never").detach()
 
 
-def test_never_is_the_default_and_leaves_no_trace(model):
-    for options in ({}, {"graph": "never"}):
-        with FUSED.attach(model, **options) as handle:
-            assert "forward" not in vars(model.model)
-            step(model)
-            assert handle.report().graph is None and "graph" not in str(handle.report())
+def test_never_leaves_no_trace(model):
+    with FUSED.attach(model, graph="never") as handle:
+        assert "forward" not in vars(model.model)
+        step(model)
+        assert handle.report().graph is None and "graph" not in str(handle.report())
 
 
 def test_options_that_need_the_host(model):
@@ -88,7 +87,14 @@ def test_models_that_need_the_host():
 
 def test_devices_without_graphs(model, monkeypatch):
     monkeypatch.delitem(graph_capture.CAPTURES, "cpu")
-    refused(model, "the model is on cpu, where there are no graphs")
+    with FUSED.attach(model) as handle:
+        step(model)
+        assert not handle.report().graph.asked and "graph" not in str(handle.report())
+    with (
+        FUSED.attach(model, graph="always"),
+        pytest.raises(ValueError, match="the model is on cpu, where there are no graphs"),
+    ):
+        step(model)
 
 
 def test_rows_that_are_too_short(model):

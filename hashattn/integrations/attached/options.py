@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 AUTO, NEVER, ALWAYS = GRAPHS = "auto", "never", "always"
-GRAPH = NEVER  # by default
+GRAPH = AUTO  # by default
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,11 @@ class GraphUse:
     largest: int
     eager: dict[str, int]
 
+    @property
+    def asked(self) -> bool:
+        """Whether any call could have been replayed."""
+        return bool(self.replayed or self.captured or self.eager)
+
     def __str__(self) -> str:
         eager = "".join(f"; {n} calls not ({why})" for why, n in self.eager.items())
         each, kept = f"{self.largest / 1e6:.1f} MB", f"{self.nbytes / 1e6:.1f} MB"
@@ -140,7 +145,7 @@ class Report:
                 f"{self.dense_bytes_per_step / 1e6:.1f} MB",
                 f"codes take {self.code_bytes / 1e6:.1f} MB beside {self.kv_bytes / 1e6:.1f} MB of keys and values",
             ]
-        if self.graph is not None:
+        if self.graph is not None and self.graph.asked:
             lines.append(str(self.graph))
         if not self.searching_layers:
             lines.append(f"no layer searched: {self.why_none}")

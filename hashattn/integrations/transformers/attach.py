@@ -145,11 +145,10 @@ def attach(
             "auto" then searches at every length; `max_sparse_q` and `trace` concern calls of one token only.
         layers: compositions for single layers, such as {3: other, -1: attn.replace(engine="dense")}; negative numbers
             count from the last. They replace `attn` there, and dense_layers does not concern them.
-        graph: "auto": after the prefill, calls of at most `max_sparse_q` tokens of a model on CUDA replay one CUDA
-            graph of its layers, which is captured by itself, with no argument to generate(): the same tokens, without
-            the time that Python takes. What cannot be captured runs as ever, and report().graph says why. "always":
-            such a call raises ValueError, which names the reason. "never", the default for now: "auto" is to be asked
-            for.
+        graph: "auto", the default: after the prefill, calls of at most `max_sparse_q` tokens of a model on CUDA replay
+            one CUDA graph of its layers, which is captured by itself, with no argument to generate(): the same tokens,
+            without the time that Python takes. What cannot be captured runs as ever, and report().graph says why.
+            "always": such a call raises ValueError, which names the reason. "never": every call runs as ever.
 
     Returns:
         A Handle: update(), report(), reads(), detach(); also a context manager.

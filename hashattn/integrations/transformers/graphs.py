@@ -66,6 +66,9 @@ class Graphs:
             ValueError: a step that has no graph, with graph="always". A pass is begun.
             RuntimeError: another thread uses the cache. A pass is begun.
         """
+        device = self.forward.device
+        if device is not None and device.type not in CAPTURES and self.forward.options.graph != ALWAYS:
+            return None  # where there are no graphs
         call = StepCall.of(self.places, self.names, args, kwargs)
         if not self._is_step(stack, call):
             return None

@@ -11,23 +11,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hashattn.lab.bench.cuda_inputs import GpuLayer
-from hashattn.ops.decode import Scratch
+from hashattn.ops.dense import attend_all
 from hashattn.ops.hamming.reference import distances
 
 BACKENDS = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
-PROGRAMS = (128, 256)
 
 Dense = Callable[[Tensor, Tensor, Tensor], Tensor]  # of q [B, Hq, 1, D], keys and values [B, Hkv, N, D]
 
 
-def dense(scratch: Scratch) -> dict[str, Dense]:
+def dense() -> dict[str, Dense]:
     """The dense contenders by name. Each may raise where it does not serve a shape."""
-    from hashattn.lab.bench.dense_triton import attend
-
     calls: dict[str, Dense] = {name: _sdpa(backend) for name, backend in BACKENDS.items()}
-    for n in PROGRAMS:
-        calls[f"Triton {n}"] = lambda q, k, v, n=n: attend(q, k, v, scratch, n)  # type: ignore[misc]
-    return calls
+    return calls | {"Triton": lambda q, keys, values: attend_all(q, keys, values, q.shape[3] ** -0.5)}
 
 
 def _sdpa(backend: SDPBackend) -> Dense:

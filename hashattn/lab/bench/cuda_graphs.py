@@ -47,7 +47,7 @@ def dense_graphs(case: Case, layers: Sequence[GpuLayer], turns: Turns, notes: di
         RuntimeError: one is wrong, or none serves.
     """
     graphs = {}
-    for name, attend in dense(Scratch()).items():
+    for name, attend in dense().items():
 
         def call(layer: GpuLayer, i: int, attend: Any = attend) -> Any:
             return attend(layer.q[i], layer.keys, layer.values)

@@ -28,7 +28,6 @@ from hashattn.lab.bench.e2e_check import Layers, check_every_key
 from hashattn.lab.bench.e2e_graphs import STEPS, capture_step, take_turns
 from hashattn.lab.bench.e2e_memory import plan
 from hashattn.lab.bench.e2e_model import Decoding, Llama, compile_layers, make_model
-from hashattn.ops.decode import Scratch
 from hashattn.selectors import TopK
 
 KEYS = ((32768, 1024), (131072, 1024))
@@ -156,7 +155,7 @@ def _check(
     decoding, caches = Decoding.of(model, 1, device), make_caches(attn, size, 1, FEW - 1, room=ROOM, device=device)
     q = torch.zeros(1, size.q_heads, 1, size.head_dim, dtype=size.dtype, device=device)
     served = {}
-    for name, attend in cuda_contenders.dense(Scratch()).items():
+    for name, attend in cuda_contenders.dense().items():
         try:
             attend(q, caches[0].keys, caches[0].values)
             served[name] = attend

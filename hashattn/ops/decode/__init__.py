@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from hashattn.ops.decode.cuda import InCuda
-from hashattn.ops.decode.device import why_not_nvidia
+from hashattn.ops.decode.device import has_triton, why_not_nvidia
 from hashattn.ops.decode.estimate import Estimate
 from hashattn.ops.decode.inputs import Inputs, Newest, Outputs, Placed, Stored
 from hashattn.ops.decode.kernels import Kernels
@@ -85,12 +82,7 @@ def encodes_many(k: Tensor, widths: tuple[tuple[int, ...], tuple[int, ...]] | No
     """Whether keys [B, Hkv, n, D] are encoded in one kernel, by maps of such hidden layers; of keys by a linear one."""
     if k.device.type not in DEVICES or widths is None or widths[1] or k.requires_grad or torch.compiler.is_compiling():
         return False
-    return k.dtype in DTYPES and k.shape[3] in HEAD_DIMS and why_not_nvidia() is None and _has_triton()
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return k.dtype in DTYPES and k.shape[3] in HEAD_DIMS and why_not_nvidia() is None and has_triton()
 
 
 def served_by(request: KernelRequest) -> tuple[Kernels, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 
 import torch
 
@@ -18,6 +19,12 @@ def why_not_nvidia() -> str | None:
     if torch.version.hip is None:
         return None
     return f'its kernels need an NVIDIA GPU, and "cuda" is an AMD GPU here (ROCm {torch.version.hip})'
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, replace
 
 import torch
 
-from hashattn.ops.decode.device import why_not_nvidia
+from hashattn.ops.decode.device import has_triton, why_not_nvidia
 from hashattn.ops.decode.inputs import Inputs
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.sizes import too_many
@@ -69,7 +68,7 @@ def why_not_binary(request: KernelRequest) -> list[str]:
         return [f"its kernels need an NVIDIA GPU, the tensors are on {request.device.type}"]
     other = why_not_nvidia()
     reasons = [] if other is None else [other]
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         reasons.append('it needs Triton: pip install "hashattn[gpu]"')
     if request.scores != "hamming":
         return [*reasons, "it serves binary codes in a FlatHamming index"]

@@ -13,7 +13,6 @@ from hashattn.lab.bench.e2e_attention import DenseLayers, make_caches
 from hashattn.lab.bench.e2e_check import check_every_key, check_graph
 from hashattn.lab.bench.e2e_model import Decoding, Llama, compile_layers, make_model
 from hashattn.ops import decode
-from hashattn.ops.decode import Scratch
 from tests.structured import raises_naming
 
 TINY = Llama(2, 64, 4, 2, 64, 80, 50, torch.float32)
@@ -174,8 +173,8 @@ def test_a_model_decodes_by_fused_steps_and_its_ratios_are_those_of_its_times(mo
     monkeypatch.setattr(e2e, "DENSE_LAYERS", (-1,))
     monkeypatch.setattr(e2e_graphs, "capture", Replayed)
     monkeypatch.setattr(e2e, "take_turns", lambda _, steps, *__: {name: 9.0 - i for i, name in enumerate(steps)})
-    contenders = {"flash": dense(Scratch())["SDPA flash"], "unserved": lambda q, k, v: q.no_such_thing}
-    monkeypatch.setattr(e2e.cuda_contenders, "dense", lambda _: contenders)
+    contenders = {"flash": dense()["SDPA flash"], "unserved": lambda q, k, v: q.no_such_thing}
+    monkeypatch.setattr(e2e.cuda_contenders, "dense", lambda: contenders)
     result = e2e.run(e2e.Settings([(270, 20)], [2], pers=["kv_head"]), TINY, compiled=False, device="cpu")
     assert [note.split(":")[0] for note in result["notes"]] == ["unserved is left out"]
     (row,) = result["rows"]

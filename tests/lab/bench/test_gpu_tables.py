@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[3]
 SPEC = importlib.util.spec_from_file_location("gpu_tables", ROOT / "benchmarks/gpu_tables.py")
 gpu_tables = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(gpu_tables)
-ONE_KERNEL = {"us": {"Triton 128": 18.0, "step": 9.0}, "whole_speedup": {}, "drift": None}
+ONE_KERNEL = {"us": {"Triton": 18.0, "step": 9.0}, "whole_speedup": {}, "drift": None}
 LOCAL = step_row(selector="LocalTopK", per="query_head", **ONE_KERNEL)
 BEFORE = {name: value for name, value in step_row(byte_floor_us=3.0).items() if name != "drift"}
 GENERATED = {

@@ -1,11 +1,10 @@
-"""Dense decode steps over a cache of fixed room whose length only the device knows, in plain PyTorch."""
+"""Dense steps over a cache of fixed room whose length only the device knows, in plain PyTorch: the specification."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-
-from hashattn.attend.dense import masked
 
 
 def append(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> None:
@@ -27,11 +26,15 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, starts: Tensor, length: Tens
     Columns that no query sees must be finite: KVCache.clear_unseen().
 
     Returns:
-        [B, Hq, T, D], NaN where length is beyond the room.
+        [B, Hq, T, D]; zeros for queries that see nothing, NaN where length is beyond the room.
     """
-    tokens, room = q.shape[2], keys.shape[2]
+    (batch, q_heads, tokens, dim), (kv_heads, room) = q.shape, keys.shape[1:3]
+    group = q_heads // kv_heads
     columns = torch.arange(room, device=q.device)
     ends = length - tokens + 1 + torch.arange(tokens, device=q.device)
-    seen = (columns >= starts[:, None, None]) & (columns < ends[:, None])
-    out = masked(q, keys, values, seen.unsqueeze(1), scale).out
-    return out.masked_fill(length > room, torch.nan)
+    seen = (columns >= starts[:, None, None]) & (columns < ends[:, None])  # [B, T, room]
+    mask = seen.repeat(1, group, 1).unsqueeze(1)  # [B, 1, G * T, room]
+    folded = q.reshape(batch, kv_heads, group * tokens, dim)
+    out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+    out = out.masked_fill(~mask.any(-1, keepdim=True), 0)
+    return out.view(q.shape).masked_fill(length > room, torch.nan)
