@@ -8,6 +8,7 @@ import math
 import platform
 import warnings
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from hashattn.core.files import default_cache_dir
@@ -19,6 +20,9 @@ from hashattn.engines.parts import Parts
 _MARGIN = 0.85  # "auto" searches where this share of dense attention's time is not exceeded
 _LARGEST = 1 << 24
 _ESTIMATE = 1.6  # a gathered key costs so much more where logits are estimated from codes
+# Nanoseconds of a compiled step: for each multiplication of the queries' MLP, and for each key that a head of the layer
+# before kept. A second pass over distances costs as much as a choice.
+_PRODUCT, _FOLLOWED = 0.045, 3.0
 
 
 @dataclass(frozen=True)
@@ -159,9 +163,22 @@ def compiled_microseconds(parts: Parts, request: Request, keys: int, known: Cost
         rows += int(choices * (kept - critical) * (_ESTIMATE - 1))
     else:
         rows = choices * 2 * kept
-    work = keys * (words * known.word + choices * known.choice) + rows * (known.row + known.byte * request.row_bytes)
+    rule, passes, other = selector.rule(request.group), 1, _encoding(parts, request)
+    if rule is not None and rule.calibrated:
+        passes, other = 2, other + choices * kept * _FOLLOWED
+    work = keys * (words * known.word + passes * choices * known.choice) + other
+    work += rows * (known.row + known.byte * request.row_bytes)
     stream = known.stream if request.dtype.itemsize >= 4 else known.stream_16
     return keys * request.key_bytes / stream / thread_count(request.threads), known.call + work / 1000
+
+
+def _encoding(parts: Parts, request: Request) -> float:
+    """Nanoseconds of the queries' MLP; linear maps are part of every call."""
+    widths = parts.encoder.widths() if parts.encoder is not None else None
+    if parts.encoder is None or widths is None or not widths[0]:
+        return 0.0
+    layers = pairwise((request.head_dim, *widths[0], parts.encoder.bits))
+    return request.batch * request.q_heads * sum(a * b for a, b in layers) * _PRODUCT
 
 
 def step_microseconds(parts: Parts, request: Request, keys: int) -> tuple[float, float]:

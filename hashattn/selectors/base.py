@@ -7,6 +7,7 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -237,8 +238,9 @@ class Joined(Selector):
         """What `|` makes."""
         return cls(tuple(p for s in selectors for p in (s.parts if isinstance(s, Joined) else (s,))))
 
-    @property
+    @cached_property
     def ranked_part(self) -> Selector | None:
+        """The one that ranks, if there is one."""
         return next((p for p in self.parts if not isinstance(p, Forced)), None)
 
     @property

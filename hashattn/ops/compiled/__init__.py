@@ -7,12 +7,14 @@ import importlib.util
 
 import torch
 
+from hashattn.ops.compiled.places import MOST_LAYERS
 from hashattn.ops.decode import KernelRequest
+
+__all__ = ["MOST_LAYERS", "why_not", "why_not_here"]
 
 DTYPES = (torch.float32, torch.bfloat16)
 FARTHEST = 60_000  # distances are summed in 16 bits
 DISCOUNTS, VOTERS = 100, 255
-MOST_LAYERS = 4  # of the queries' map
 
 
 def why_not(request: KernelRequest) -> list[str]:

@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hashattn.ops.compiled import MOST_LAYERS
-
 # What a step is given, by its place in an int64 array. Addresses first, all of memory in one piece:
 Q, QUERY = 0, 1  # [B, Hq, T, D] like keys; uint64 [B, Hq, T, P, W], written where there is a map
 KEYS, VALUES = 2, 3  # [B, Hkv, room, D], float32, or uint16 for bfloat16
@@ -26,7 +24,7 @@ BEFORE_HEADS, BEFORE_GROUP, BEFORE_SLOTS = range(32, 35)
 K, MIN_K, SINKS, RECENTS, RADIUS, SHARED, BIASED, CAUSAL, TIERED, ESTIMATED, WITH_NORMS = range(35, 46)
 VOTES, VOTE, PRIOR = range(46, 49)  # choices that are enough, and what is taken off a choice's distances; 0 for none
 # The queries' MLP: whether they are scaled first, how many layers, and of each its weights, biases and width.
-UNIT, LAYERS, LAYER = 49, 50, 51
+UNIT, LAYERS, LAYER, MOST_LAYERS = 49, 50, 51, 4
 COUNT = LAYER + 3 * MOST_LAYERS
 # In a float64 array: share of visible keys, share of critical ones, scale of the logits, a of the estimate, and the
 # ratio of the uniform share that a prior is to be above.
