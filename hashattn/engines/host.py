@@ -81,8 +81,8 @@ def why_not_compiled(parts: Parts, request: Request) -> list[str]:
     asked, reasons = asked_of(parts, request), []
     if parts.encoder.code_heads(request.kv_heads) != request.kv_heads:
         reasons.append("compiled loops serve one code a key, not one for each query head")
-    if not parts.attend.fused:
-        reasons.append(f"compiled loops attend exactly, or by tiers without a residual, not as {short(parts.attend)}")
+    if not parts.attend.compiled:
+        reasons.append(f"compiled loops attend exactly, or by tiers, not as {short(parts.attend)}")
     if asked is None:
         return [
             *reasons,
@@ -104,7 +104,7 @@ class Kept(NamedTuple):
     """A step that was made ready, and what for."""
 
     parts: Parts
-    learned: tuple[float, ...]  # of its selector
+    learned: tuple[object, ...]  # of its selector and its attend stage
     step: Step
 
 
@@ -126,7 +126,7 @@ class CompiledStep:
     def __call__(self, q: Tensor, cache: KVCache, call: Call) -> Answer:
         parts, fewest = self.parts, cache.shortest - (q.shape[2] - 1 if call.causal else 0)
         assert parts.encoder is not None
-        plain = cache.kv.in_one_piece and parts.attend.fused
+        plain = cache.kv.in_one_piece and parts.attend.compiled
         if fewest < parts.warmup(cache) or not plain or wants_gradients(parts, q, cache):
             return self.stages(q, cache, call)
         few = q.shape[2] == 1 and 0 < cache.encoded >= len(cache) - _AT_ONCE  # more queries might come before the codes
@@ -156,7 +156,7 @@ class CompiledStep:
         if state.memory != memory:  # steps that were made ready before keep what it was alive
             state.memory, state.prepared = memory, {}
         kept = state.prepared.get((q.shape[1], q.shape[2], causal))
-        learned = parts.selector.learned()
+        learned = *parts.selector.learned(), *parts.attend.learned()
         if isinstance(kept, Kept) and kept.parts is parts and kept.learned == learned:
             return kept.step
         step = self._made(q, cache, starts, centre, causal)

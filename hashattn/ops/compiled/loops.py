@@ -12,25 +12,10 @@ from hashattn.ops.compiled.attend import AHEAD, fetch, products, softmax, weight
 from hashattn.ops.compiled.calibrate import add_votes, calibrate, gather_prior, mark_prior, vote
 from hashattn.ops.compiled.choose import choose, look, seen, spread, wanted
 from hashattn.ops.compiled.encode import multiplied, pack, project, rectify, to_unit
-from hashattn.ops.compiled.jit import compiled, inlined, lying_at, number, popcount, sources, stored
+from hashattn.ops.compiled.estimate import estimate, tabulate
+from hashattn.ops.compiled.jit import compiled, inlined, lying_at, number, sources, stored
 from hashattn.ops.compiled.places import Layer, Work
 from hashattn.ops.compiled.scan import limits
-
-
-@inlined
-def estimate(at: Any, a: float, q: Any, query: Any, centre: Any, codes: Any, norms: Any, ids: Any, logits: Any) -> None:
-    """A query's logits of the keys at ids, from their codes and norms, as Estimate says."""
-    offset, size, words = np.float32(0), np.float32(0), at[p.WORDS]
-    for x in range(at[p.DIM]):
-        offset += q[x] * centre[x]
-        size += q[x] * q[x]
-    size = np.float32(a) * np.sqrt(size)
-    for n in range(len(ids)):
-        one, differ = np.int64(ids[n]), np.uint64(0)
-        for w in range(words):
-            differ += popcount(query[w] ^ codes[one * words + w])
-        agree = np.float32(1) - np.float32(2) * np.float32(differ) / np.float32(at[p.BITS])
-        logits[n] = offset + size * number(norms[one]) * agree
 
 
 @inlined
@@ -220,7 +205,7 @@ def heads(at: Any, shares: Any, like: Any, work: Work, layer: Layer, first: int,
                 for g in range(at_once):
                     signs, medium = work.query[g * size + size - words :], work.ids[critical:kept]
                     logits = work.logits[g, critical:kept]
-                    estimate(at, shares[p.A], work.q[g * dim :], signs, centre, codes, norms, medium, logits)
+                    estimate(at, shares[p.A], work.q[g * dim :], signs, centre, codes, norms, medium, logits, work)
             for n in range(min(kept, AHEAD)):
                 fetch(values, np.uint64(work.ids[n]) * np.uint64(dim), dim, 64 // values.itemsize)
             for g in range(at_once):
@@ -251,6 +236,8 @@ def phases(at: Any, shares: Any, like: Any, work: Work, layer: Layer, what: int,
         like: a number of the keys' type.
     """
     tokens, kv_heads = at[p.TOKENS], at[p.KV_HEADS]
+    if what & p.ATTEND and at[p.HIDDEN]:
+        tabulate(at, work)
     if what & p.QUERIES and at[p.QUERY_MAP]:
         encode_queries(at, like, work)
     while first < last:

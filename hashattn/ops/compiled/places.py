@@ -25,7 +25,10 @@ K, MIN_K, SINKS, RECENTS, RADIUS, SHARED, BIASED, CAUSAL, TIERED, ESTIMATED, WIT
 VOTES, VOTE, PRIOR = range(46, 49)  # choices that are enough, and what is taken off a choice's distances; 0 for none
 # The queries' MLP: whether they are scaled first, how many layers, and of each its weights, biases and width.
 UNIT, LAYERS, LAYER, MOST_LAYERS = 49, 50, 51, 4
-COUNT = LAYER + 3 * MOST_LAYERS
+# The residual of estimates: float32 query [hidden, bits], bias, key [hidden, bits], out and its bias; how wide, or 0.
+RESIDUAL = LAYER + 3 * MOST_LAYERS
+HIDDEN = RESIDUAL + 5
+COUNT = HIDDEN + 1
 # In a float64 array: share of visible keys, share of critical ones, scale of the logits, a of the estimate, and the
 # ratio of the uniform share that a prior is to be above.
 SHARE, CRITICAL_SHARE, SCALE, A, RATIO = range(5)
@@ -45,6 +48,7 @@ class Work(NamedTuple):
         projected: float32 [AT_ONCE, bits, to a multiple of 64]; hidden: float32 [2, AT_ONCE, the widest layer].
         q, out: float32 [G * D]; logits: float32 [G, slots + 4].
         ids, nearer: int32 [slots + 8].
+        table: float32 [bits / 4, 16, hidden]; begun: float32 [2, hidden], of a residual.
     """
 
     near: Any
@@ -57,6 +61,8 @@ class Work(NamedTuple):
     logits: Any
     ids: Any
     nearer: Any
+    table: Any
+    begun: Any
 
 
 class Layer(NamedTuple):

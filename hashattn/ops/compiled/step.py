@@ -67,7 +67,8 @@ class Step:
         self._row = 0.3e-3 * dim * like.q.itemsize  # and for one that is read, with its value
         self._rows, self._heads = batch * tokens, kv_heads
         widest = max(dim, bits, *(maps[0].widths if maps[0] is not None else ()))
-        self._sizes = dim, planes * words, bits, widest
+        residual = None if like.estimate is None else like.estimate.residual
+        self._sizes = dim, planes * words, bits, widest, 0 if residual is None else len(residual.out)
         at = self._at = np.zeros(p.COUNT, np.int64)
         tensors = {
             p.KEYS: stored.keys,
@@ -88,6 +89,13 @@ class Step:
             for i, (weight, bias) in enumerate(zip(maps[0].weights, maps[0].biases, strict=True)):
                 own = p.LAYER + 3 * i
                 at[own : own + 3] = weight.data_ptr(), bias.data_ptr(), len(bias)
+        if residual is not None:
+            if residual.query.shape[1] != bits or residual.key.shape[1] != bits:
+                widths = [*residual.query.shape], [*residual.key.shape]
+                raise ValueError(f"the residual of estimates must be of codes of {bits} bits, got weights {widths}")
+            weights = (residual.query, residual.bias, residual.key, residual.out, residual.out_bias)
+            at[p.RESIDUAL : p.RESIDUAL + 5] = [x.data_ptr() for x in weights]
+            at[p.HIDDEN] = len(residual.out)
         at[p.BATCH : p.CODE_ROOM + 1] = batch, q_heads, kv_heads, tokens, dim, room, stored.codes.shape[2]
         at[p.NORM_ROOM] = 0 if norms is None else norms.shape[2]
         at[p.WORDS : p.BITS + 1] = words, planes, bits

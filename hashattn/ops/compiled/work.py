@@ -22,15 +22,15 @@ class _Held(threading.local):
 _HELD = _Held()
 
 
-def work_for(group: int, dim: int, query: int, bits: int, widest: int, slots: int, length: int) -> Work:
+def work_for(group: int, dim: int, query: int, bits: int, widest: int, residual: int, slots: int, length: int) -> Work:
     """Room for steps of `group` heads at once over so many columns; this thread's until it asks again.
 
     Args:
-        query: words of a packed query; widest: numbers of a layer of the queries' map.
-        slots: keys that a choice keeps, at most.
+        query: words of a packed query; slots: keys that a choice keeps, at most.
+        widest, residual: numbers of a layer of the queries' map, and of a residual's hidden layer.
     """
     bits = -(-bits // 64) * 64
-    kind, work = (group, dim, query, bits, widest), _HELD.work
+    kind, work = (group, dim, query, bits, widest, residual), _HELD.work
     if work is None or _HELD.sizes != kind or len(work.near) < length + _ASIDE or len(work.ids) < slots + 8:
         slots, near = slots + slots // 4 + 8, length + length // 4 + _ASIDE
         floats = borrow("step floats", (2 * group * dim + group * slots,), np.float32)
@@ -40,7 +40,11 @@ def work_for(group: int, dim: int, query: int, bits: int, widest: int, slots: in
         ids, nearer = borrow("step ids", (2, slots), np.int32)
         own = borrow("step query", (group * query,), np.uint64)
         near_, sums = borrow("step near", (near,), np.uint8), borrow("step sums", (BLOCK,), np.uint16)
-        work = Work(near_, sums, projected, hidden, own, q, out, logits.reshape(group, slots), ids, nearer)
+        table = borrow("step table", (bits * 4 * residual,), np.float32)
+        begun = borrow("step begun", (2, residual), np.float32)
+        work = Work(
+            near_, sums, projected, hidden, own, q, out, logits.reshape(group, slots), ids, nearer, table, begun
+        )
         _HELD.sizes, _HELD.work = kind, work
     return work
 

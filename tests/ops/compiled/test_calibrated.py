@@ -23,6 +23,7 @@ from hashattn import (
     Tiers,
     TopK,
 )
+from hashattn.attend.mixed import CodeResidual
 from hashattn.core.types import MEDIUM
 from hashattn.engines.base import Request
 from hashattn.engines.host import why_not_compiled
@@ -279,6 +280,38 @@ def test_discounts_and_scales_are_read_anew_at_every_step():
             assert torch.allclose(output.out, expected.out, atol=1e-5)
             assert not any(torch.allclose(output.out, other, atol=1e-6) for other in seen)
             seen.append(output.out)
+
+
+@pytest.mark.filterwarnings("ignore:.*is not fitted")
+@pytest.mark.parametrize(("bits", "hidden"), [(128, 32), (100, 5), (250, 40)])
+@torch.no_grad()
+def test_a_residual_of_estimates_is_the_references(bits, hidden):
+    attn = HashAttention.from_preset("dashkv", engine="cpu", encoder=SimHash(bits), sinks=1, recent=2, t2=0.5)
+    plain = [found[0][0].out for found in passes(attn, tokens=2)]
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        attn.attend.residual = CodeResidual(bits, hidden)
+        for parameter in attn.attend.residual.parameters():
+            parameter.data = 0.1 * torch.randn_like(parameter)
+    asked = Request(torch.device("cpu"), torch.float32, 2, 9, 3, 32)
+    assert not why_not_compiled(attn.parts, asked)
+    for ((output, selection), (expected, kept)), without in zip(passes(attn, tokens=2), plain, strict=True):
+        ids, given = by_column(selection.ids, output.weights)
+        as_ids, as_given = by_column(kept.ids, expected.weights)
+        assert torch.equal(ids, as_ids) and torch.allclose(given, as_given, atol=1e-5)
+        assert torch.allclose(output.out, expected.out, atol=1e-5)
+        assert not torch.allclose(output.out, without, atol=1e-3)
+    cache = attn.new_cache(1, 2, 16)
+    cache.append(torch.randn(1, 2, 500, 16), torch.randn(1, 2, 500, 16))
+    for scale in (1.0, 2.0):  # kept steps follow what is learned, and what is put in its place
+        attn.attend.residual.out.weight.mul_(scale)
+        q = torch.randn(1, 8, 1, 16)
+        assert torch.allclose(attn(q, cache), attn.replace(engine="reference")(q, cache), atol=1e-5)
+    attn.attend.residual = None
+    assert torch.allclose(attn(q, cache), attn.replace(engine="reference")(q, cache), atol=1e-5)
+    attn.attend.residual = CodeResidual(bits + 8, hidden)
+    with pytest.raises(ValueError, match=f"must be of codes of {bits} bits"):
+        attn(q, cache)
 
 
 def test_gradients_of_discounts_come_from_the_stages():

@@ -1,0 +1,84 @@
+"""Logits of medium keys, which are not read: from their codes and norms, and a small MLP of both codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import carray
+
+from hashattn.ops.compiled import places as p
+from hashattn.ops.compiled.jit import inlined, lying_at, number, popcount
+from hashattn.ops.compiled.places import Work
+
+
+@inlined
+def estimate(
+    at: Any, a: float, q: Any, query: Any, centre: Any, codes: Any, norms: Any, ids: Any, logits: Any, work: Work
+) -> None:
+    """A query's logits of the keys at ids, as Estimate says."""
+    offset, size, words = np.float32(0), np.float32(0), at[p.WORDS]
+    for x in range(at[p.DIM]):
+        offset += q[x] * centre[x]
+        size += q[x] * q[x]
+    size = np.float32(a) * np.sqrt(size)
+    if at[p.HIDDEN]:
+        begin(at, query, work)
+    for n in range(len(ids)):
+        one, differ = np.int64(ids[n]), np.uint64(0)
+        for w in range(words):
+            differ += popcount(query[w] ^ codes[one * words + w])
+        agree = np.float32(1) - np.float32(2) * np.float32(differ) / np.float32(at[p.BITS])
+        if at[p.HIDDEN]:
+            agree += residual(at, codes[one * words :], work)
+        logits[n] = offset + size * number(norms[one]) * agree
+
+
+@inlined
+def tabulate(at: Any, work: Work) -> None:
+    """What four bits of a key's code add to the hidden layer, for each of their 16 values: to work.table."""
+    hidden, bits, table = at[p.HIDDEN], at[p.BITS], work.table
+    key = carray(lying_at(at[p.RESIDUAL + 2], p.FLOAT), hidden * bits)
+    for nibble in range((bits + 3) // 4):
+        first = nibble * 16 * hidden
+        table[first : first + hidden] = np.float32(0)
+        for i in range(min(4, bits - nibble * 4)):  # values up to 2^i are there
+            half = (1 << i) * hidden
+            for j in range(hidden):
+                weight = key[j * bits + nibble * 4 + i]
+                for value in range(1 << i):
+                    before = table[first + value * hidden + j]
+                    table[first + half + value * hidden + j] = before + weight
+                    table[first + value * hidden + j] = before - weight
+
+
+@inlined
+def begin(at: Any, query: Any, work: Work) -> None:
+    """What the query adds to the hidden layer, bias and all: to work.begun."""
+    hidden, bits = at[p.HIDDEN], at[p.BITS]
+    weights = carray(lying_at(at[p.RESIDUAL], p.FLOAT), hidden * bits)
+    biases = carray(lying_at(at[p.RESIDUAL + 1], p.FLOAT), hidden)
+    for j in range(hidden):
+        total = biases[j]
+        for i in range(bits):
+            weight = weights[j * bits + i]
+            total += weight if (query[i >> 6] >> np.uint64(i & 63)) & np.uint64(1) else -weight
+        work.begun[0, j] = total
+
+
+@inlined
+def residual(at: Any, code: Any, work: Work) -> Any:
+    """The MLP's output for a key's code."""
+    hidden, sums, table = np.uint64(at[p.HIDDEN]), work.begun[1], work.table
+    out = carray(lying_at(at[p.RESIDUAL + 3], p.FLOAT), at[p.HIDDEN])
+    total = carray(lying_at(at[p.RESIDUAL + 4], p.FLOAT), 1)[0]
+    for j in range(hidden):
+        sums[j] = work.begun[0, j]
+    for nibble in range((at[p.BITS] + 3) // 4):
+        value = (code[nibble >> 4] >> np.uint64(4 * (nibble & 15))) & np.uint64(15)
+        first = (np.uint64(nibble) * np.uint64(16) + value) * hidden
+        for j in range(hidden):
+            sums[j] += table[first + j]
+    for j in range(hidden):
+        total += out[j] * max(sums[j], np.float32(0))
+    return total
