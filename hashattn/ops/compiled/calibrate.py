@@ -30,9 +30,16 @@ def gather_prior(ids: Any, weights: Any, group: int, low: int, prior: Any) -> No
 
     weights: float32 [group, K], of the heads that share these ids: their mean counts.
     """
+    room = np.uint64(len(prior))
+    if group == 1:
+        for n in range(len(ids)):
+            at = np.uint64(np.int64(ids[n]) - low)  # of empty slots, and of what is forced, far beyond
+            if at < room:
+                prior[at] += weights[0, n]
+        return
     for n in range(len(ids)):
-        at = np.int64(ids[n]) - low
-        if ids[n] >= 0 and 0 <= at < len(prior):
+        at = np.uint64(np.int64(ids[n]) - low)
+        if at < room:
             total = np.float32(0)
             for g in range(group):
                 total += weights[g, n]
@@ -50,8 +57,9 @@ def mark_prior(prior: Any, heads: int, visible: int, ratio: float, near: int, fa
 @inlined
 def add_votes(votes: Any, count: int, needed: int, near: int, far: int, more: Any) -> None:
     """The same of votes, added."""
-    for i in range(count):
-        more[i] += np.uint8(near) if votes[i] >= np.uint8(needed) else np.uint8(far)
+    enough, more_near, more_far = np.uint8(needed), np.uint8(near), np.uint8(far)
+    for i in range(np.uint64(count)):
+        more[i] = np.uint8(more[i] + (more_near if votes[i] >= enough else more_far))
 
 
 @inlined

@@ -22,16 +22,25 @@ def estimate(
         offset += q[x] * centre[x]
         size += q[x] * q[x]
     size = np.float32(a) * np.sqrt(size)
+    each = np.float32(2) / np.float32(at[p.BITS])
+    if words == 2:  # most often
+        first, second = query[0], query[1]
+        for n in range(len(ids)):
+            one = np.uint64(ids[n])
+            differ = popcount(first ^ codes[one + one]) + popcount(second ^ codes[one + one + np.uint64(1)])
+            logits[n] = np.float32(1) - each * np.float32(differ)
+    else:
+        for n in range(len(ids)):
+            one, differ = np.int64(ids[n]), np.uint64(0)
+            for w in range(words):
+                differ += popcount(query[w] ^ codes[one * words + w])
+            logits[n] = np.float32(1) - each * np.float32(differ)
     if at[p.HIDDEN]:
         begin(at, query, work)
+        for n in range(len(ids)):
+            logits[n] += residual(at, codes[np.int64(ids[n]) * words :], work)
     for n in range(len(ids)):
-        one, differ = np.int64(ids[n]), np.uint64(0)
-        for w in range(words):
-            differ += popcount(query[w] ^ codes[one * words + w])
-        agree = np.float32(1) - np.float32(2) * np.float32(differ) / np.float32(at[p.BITS])
-        if at[p.HIDDEN]:
-            agree += residual(at, codes[one * words :], work)
-        logits[n] = offset + size * number(norms[one]) * agree
+        logits[n] = offset + size * number(norms[np.uint64(ids[n])]) * logits[n]
 
 
 @inlined
