@@ -48,17 +48,20 @@ def tabulate(at: Any, work: Work) -> None:
     """What four bits of a key's code add to the hidden layer, for each of their 16 values: to work.table."""
     hidden, bits, table = at[p.HIDDEN], at[p.BITS], work.table
     key = carray(lying_at(at[p.RESIDUAL + 2], p.FLOAT), hidden * bits)
+    weights = work.begun[0]
     for nibble in range((bits + 3) // 4):
         first = nibble * 16 * hidden
         table[first : first + hidden] = np.float32(0)
-        for i in range(min(4, bits - nibble * 4)):  # values up to 2^i are there
-            half = (1 << i) * hidden
+        for i in range(min(4, bits - nibble * 4)):  # values below 2^i are there
             for j in range(hidden):
-                weight = key[j * bits + nibble * 4 + i]
-                for value in range(1 << i):
-                    before = table[first + value * hidden + j]
-                    table[first + half + value * hidden + j] = before + weight
-                    table[first + value * hidden + j] = before - weight
+                weights[j] = key[j * bits + nibble * 4 + i]
+            for value in range(1 << i):
+                without = table[first + value * hidden : first + (value + 1) * hidden]
+                at_one = first + ((1 << i) + value) * hidden
+                with_it = table[at_one : at_one + hidden]
+                for j in range(np.uint64(hidden)):
+                    with_it[j] = without[j] + weights[j]
+                    without[j] -= weights[j]
 
 
 @inlined
@@ -76,6 +79,12 @@ def begin(at: Any, query: Any, work: Work) -> None:
 
 
 @inlined
+def entry(bits: np.uint64, nibble: int, more: int) -> np.uint64:
+    """Which of the table's entries four bits of a code are: the `more`-th nibble after one that is lowest."""
+    return np.uint64((nibble + more) * 16) + ((bits >> np.uint64(4 * more)) & np.uint64(15))
+
+
+@inlined
 def residual(at: Any, code: Any, work: Work) -> Any:
     """The MLP's output for a key's code."""
     hidden, sums, table = np.uint64(at[p.HIDDEN]), work.begun[1], work.table
@@ -83,11 +92,19 @@ def residual(at: Any, code: Any, work: Work) -> Any:
     total = carray(lying_at(at[p.RESIDUAL + 4], p.FLOAT), 1)[0]
     for j in range(hidden):
         sums[j] = work.begun[0, j]
-    for nibble in range((at[p.BITS] + 3) // 4):
-        value = (code[nibble >> 4] >> np.uint64(4 * (nibble & 15))) & np.uint64(15)
-        first = (np.uint64(nibble) * np.uint64(16) + value) * hidden
+    count, nibble = (at[p.BITS] + 3) // 4, np.int64(0)
+    while nibble + 4 <= count:  # as many as LLVM vectorises at once
+        four = code[nibble >> 4] >> np.uint64(4 * (nibble & 15))
+        a, b = entry(four, nibble, 0) * hidden, entry(four, nibble, 1) * hidden
+        c, d = entry(four, nibble, 2) * hidden, entry(four, nibble, 3) * hidden
+        for j in range(hidden):
+            sums[j] += table[a + j] + table[b + j] + table[c + j] + table[d + j]
+        nibble += 4
+    while nibble < count:
+        first = entry(code[nibble >> 4] >> np.uint64(4 * (nibble & 15)), nibble, 0) * hidden
         for j in range(hidden):
             sums[j] += table[first + j]
+        nibble += 1
     for j in range(hidden):
         total += out[j] * max(sums[j], np.float32(0))
     return total
