@@ -106,7 +106,9 @@ class TokenBuffer:
 
     @lasting
     def _grown(self, like: Tensor, length: int) -> Tensor:
-        room = self.capacity if self.capacity is not None else max(length + 64, length * 5 // 4)
+        room = self.capacity
+        if room is None:
+            room = -(-max(length + 64, length * 5 // 4) // 64) * 64  # kernels are compiled for numbers of this kind
         data = self._allocate(like, like.shape[0], room)
         if self._data is not None:
             data[:, :, : self.length] = self.view

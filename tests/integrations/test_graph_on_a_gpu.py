@@ -185,22 +185,17 @@ def test_memory_goes_with_the_caches(model):
     def held():
         gc.collect()
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        return torch.cuda.memory_reserved()
+        return torch.cuda.memory_allocated()  # what is reserved hangs on how small blocks lie
 
     handle = FUSED.attach(model, graph="always")
     write(model, text(), **OPTIONS)  # what is loaded once
-    left = []
-    for _ in range(3):  # a few small blocks may stay in use after the first time
-        before = held()
-        caches = [filled(model, seed) for seed in range(8)]
-        for cache in caches:
-            steps(model, cache, [5, 6])
-        assert handle.report().graph.nbytes > 0 and held() > before
-        del caches, cache
-        left.append(held())
-        assert handle.report().graph.nbytes == 0
-    assert left[2] <= left[1]
+    before = held()
+    caches = [filled(model, seed) for seed in range(8)]
+    for cache in caches:
+        steps(model, cache, [5, 6])
+    assert handle.report().graph.nbytes > 0 and held() > before
+    del caches, cache
+    assert held() <= before and handle.report().graph.nbytes == 0
     handle.detach()
 
 

@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
@@ -21,6 +20,7 @@ from hashattn.integrations.transformers.graphed_forward import HASHATTN_REPLAY, 
 from hashattn.integrations.transformers.graphs import Graphs
 from hashattn.integrations.transformers.model_state import why_never_captured
 from hashattn.integrations.transformers.own_configs import OwnConfigs
+from hashattn.integrations.transformers.static_layer import hidden_from_host
 
 PLACE = "_hashattn_attached"
 CACHES = ("past_key_values", "cache", "layer_past")  # "cache" since transformers 5.24; before, a paged one
@@ -98,7 +98,7 @@ class StackHooks:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """Begin a pass; one that a graph serves is replayed in the place of the module's forward()."""
-        if self.graphs is not None and not torch.compiler.is_compiling():
+        if self.graphs is not None and not hidden_from_host():  # nobody captures or traces the call
             replay = self.graphs.take(module, args, kwargs)
             if replay is not None:
                 return args, {**kwargs, HASHATTN_REPLAY: replay}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hashattn.attend import ExactAttend
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from hashattn.integrations.transformers import Handle
 
-STOCK, DYNAMIC, STATIC = "stock", "dynamic", "static, compiled"
+STOCK, DYNAMIC, STATIC, AGAIN = "stock", "dynamic", "static, compiled", "lengths seen before"
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,19 @@ class Contender:
         preset: what is attached; None for the model as it is.
         static: with a static cache and the model compiled for it, by transformers.
         graph: attach()'s argument of this name; None leaves it out.
+        again: the call before went over the same lengths, for which cuDNN has its plans by then.
     """
 
     preset: Preset | None
     static: bool
     graph: str | None = None
+    again: bool = False
 
     @property
     def label(self) -> str:
         """What tables call it."""
-        return f"{STOCK if self.preset is None else self.preset.label}, {STATIC if self.static else DYNAMIC}"
+        name = f"{STOCK if self.preset is None else self.preset.label}, {STATIC if self.static else DYNAMIC}"
+        return f"{name}, {AGAIN}" if self.again else name
 
     def composition(self, tokens: int) -> HashAttention | None:
         """What is attached for texts of so many tokens."""
@@ -58,7 +61,7 @@ class Contender:
 
 
 def contenders(
-    presets: Sequence[str], budget: float | None, *, compiled: bool, graph: str | None = None
+    presets: Sequence[str], budget: float | None, *, compiled: bool, graph: str | None = None, again: bool = False
 ) -> list[Contender]:
     """The model as it is first, then every preset, in each of the ways.
 
@@ -66,6 +69,7 @@ def contenders(
         presets: as :func:`hashattn.presets.parsing.parse` takes them.
         budget: share of the keys, for presets that take one; None is each preset's own.
         compiled: whether static caches, for which the model is compiled, are among the ways.
+        again: whether the model as it is, with a dynamic cache, is also called over lengths that were seen before.
 
     Raises:
         ValueError, TypeError: what the presets refuse; a preset that is named twice.
@@ -86,7 +90,8 @@ def contenders(
         if attn.encoder is not None:
             attn.encoder.check_fitted()
     ways = (False, True) if compiled else (False,)
-    return [Contender(preset, static, graph) for preset in (None, *named) for static in ways]
+    found = [Contender(preset, static, graph) for preset in (None, *named) for static in ways]
+    return [found[0], *([replace(found[0], again=True)] if again else []), *found[1:]]
 
 
 def every_key(attn: HashAttention) -> HashAttention:

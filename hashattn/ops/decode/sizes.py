@@ -15,6 +15,7 @@ CHUNK = 2048  # keys of a program of the first kernel
 ROWS = 64  # keys of a program of the second
 SPLIT = 2048  # words of codes that a program of the first kernel of triton/local.py compares, of one chunk
 LEVELS = 32  # of candidates, as in cuda/step.cuh
+SHARERS = 16  # programs of a row that count its keys together, as in cuda/attend.cu
 MOST_SPLITS = 128  # of a chunk, that the second kernel of triton/local.py merges
 MOST_COLUMNS = 1 << 28  # that kernels count in 32 bits, with words of their codes and what is added to them
 MOST_PROGRAMS = 65_535  # in the second and the third dimension of a grid
@@ -104,7 +105,7 @@ class Sizes:
     @property
     def state(self) -> tuple[int, int]:
         """Shape of what a step leaves for the next one, int32: hints, which may be anything, and zeros."""
-        return self.hints + 1 + LEVELS, self.rows
+        return self.hints + 2 + LEVELS, self.rows
 
     @property
     def hints(self) -> int:
@@ -120,6 +121,15 @@ class Sizes:
     def spread(self) -> int:
         """The largest share of one bit in a distance."""
         return self.summed * (2**self.planes - 1)
+
+    @property
+    def margin(self) -> int:
+        """How much farther than the last threshold keys are listed.
+
+        From a step to the next a real model's threshold moves by 1.7 bits of 64 (standard deviation): with 4,
+        a thousand steps of 256 rows miss it 8 times (1,268 with 2), and one that hits takes 5 to 10 % longer.
+        """
+        return 2 + 2 * math.isqrt(self.spread)
 
     @property
     def bins(self) -> int:
@@ -154,7 +164,16 @@ class Sizes:
             "counts": ((self.rows, LEVELS, self.count_stride), torch.uint16),
             "parts": ((*parts, width), torch.float32),
             "stats": ((*parts, 2), torch.float32),
+            "histograms": (
+                (*parts[:1], min(SHARERS, parts[1]), self.farthest // (2 - self.spread % 2) + 2),
+                torch.int32,
+            ),
         }
+
+    @property
+    def places(self) -> int:
+        """Of a histogram of all keys: one for each distance, of which every other cannot be if the spread is even."""
+        return self.farthest // (2 - self.spread % 2) + 2
 
     @property
     def cuda_chunk(self) -> int:

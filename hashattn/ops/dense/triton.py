@@ -16,10 +16,11 @@ from hashattn.ops.decode.device import check_nvidia, on
 
 LOG2E = tl.constexpr(1.4426950408889634)
 RESIDENT = 2  # programs of a multiprocessor at a time
+NUMBERS = ["filled", "room", "kv_heads", "T", "rows"]  # for no kind of which a kernel is compiled anew
 WASTE = 0.1  # share of a last round's programs that may be missing
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "tokens", "room"])
 def append_columns(k, v, keys, values, length, count, tokens, room, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """Grid (count). Rows k, v [count, DIM] of B * Hkv heads become the next columns; what does not fit is dropped."""
     row, dims = tl.program_id(0), tl.arange(0, WIDTH)
@@ -32,7 +33,7 @@ def append_columns(k, v, keys, values, length, count, tokens, room, DIM: tl.cons
     tl.store(values + to, tl.load(v + at, mask=inside), mask=fits)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def attend_splits(
     q, keys, values, starts, length, parts, stats, scale, filled, room, of_row, of_head, kv_heads, T, rows,
     PADDED: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
@@ -86,7 +87,7 @@ def attend_splits(
     tl.store(stats + part * 2 + 1, total, mask=mine < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room", "splits", "rows"])
 def combine_splits(
     parts, stats, length, out, room, splits, rows, DIM: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr
 ):

@@ -14,7 +14,7 @@ from hashattn.ops.decode import KernelRequest, Rule, Sizes, kernels_on, referenc
 from hashattn.ops.decode.cuda import InCuda, compiler
 from hashattn.ops.decode.cuda.decode import Prepared, launches
 from tests.ops.decode.cases import CASES, LOCAL_CASES, agrees, inputs, ready, same
-from tests.ops.decode.emulator.run import emulate
+from tests.ops.decode.emulator.run import Backwards, Launcher, emulate
 
 triton = pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
@@ -96,6 +96,15 @@ def test_hints_of_other_lengths_change_nothing(emulated, rule, words):
         (out, lse, ids, _), (exact, exact_lse, expected, _) = emulated(x), reference(x)
         assert torch.equal(ids[..., : expected.shape[-1]], expected)
         assert (out - exact).abs().max() < 1e-5 and (lse - exact_lse).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("launcher", [Launcher, Backwards])
+@pytest.mark.parametrize("rule", [Rule(k=1100, sinks=3), Rule(k=130, shared=True, recents=9)], ids=str)
+def test_programs_count_together_what_a_bound_missed_and_alone_whoever_waits_in_vain(
+    emulated, monkeypatch, rule, launcher
+):
+    monkeypatch.setattr(compiler, "Launcher", launcher)  # the first of a row in one order, the last in the other
+    agrees(emulated, inputs(8, filled=1501, room=1600, starts=(11,)), rule, hints=(0, None, 0))
 
 
 def test_a_scan_alone_leaves_the_state_of_the_next_step_as_it_was(emulated):

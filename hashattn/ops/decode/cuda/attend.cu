@@ -149,50 +149,131 @@ __device__ __forceinline__ void from_lists(
 }
 
 constexpr int DISTANCES = MOST_RANKED + 2;  // forced keys come first
-
 constexpr int FLIGHT = WORDS == 4 ? 2 : 8;  // loads of a thread that are waited for together
+constexpr int AHEAD = FLIGHT * PAIR;        // keys of a thread at a time
+constexpr int SHARERS = 16;                 // programs of a row that count its keys together, at most
+constexpr int PATIENCE = 200'000;           // nanoseconds: whoever waited as long counts all keys alone
 
 struct Search {  // of all codes of a row, in shared memory
   Terms terms;
   int histogram[DISTANCES], found[2];
+  Count shares[SHARERS];
 };
 
-// The same from all codes of the row, for a bound that missed the threshold. Returns the threshold's distance.
-__device__ __noinline__ int from_codes(
-    const Step &s, const u64 *query, const u64 *codes, int first, int end, int wanted, int rank0, int rank1, int *columns,
-    Search &search
-) {
-  constexpr int AHEAD = FLIGHT * PAIR;  // keys of a thread at a time
-  Terms &terms = search.terms;
-  int *histogram = search.histogram, *found = search.found;
-  const int lane = threadIdx.x % 32;
-  for (int i = threadIdx.x; i < DISTANCES; i += THREADS) histogram[i] = 0;
-  prepare(&terms, 1, query, TOKENS * PLANES * WORDS, WARPS);
-  __syncthreads();
-  int most = MOST_RANKED;
-#if RADIUS
-  most = min(most, within(s.radius, terms.base()));
-#endif
-  auto place_of = [&](const u32 *code, int column) {  // in the histogram; -1 for keys that may not be chosen
-    const int d = ranked(code, terms), shift = offset(s, column, first, end);
+// A row's codes, from which its keys are counted and chosen where a bound missed the threshold.
+struct Codes {
+  const Step &s;
+  const u64 *codes;
+  const Terms &terms;
+  int first, end, most;
+
+  __device__ __forceinline__ int place(const u32 *code, int column, int to) const {  // in the histogram; -1 for none
+    const int d = ranked(code, terms), shift = column < to ? offset(s, column, first, end) : FAR;
     return shift < 0 ? 0 : shift > 0 || d > most ? -1 : d + 1;
-  };
-  u32 code[FLIGHT][PAIR * HALVES];
-  const int start = first / PAIR * PAIR;
-  for (int from = start; from < end; from += THREADS * AHEAD) {
-    const int column = from + threadIdx.x * PAIR;
+  }
+
+  // Count the keys of columns [from, to); from is a multiple of PAIR.
+  __device__ __forceinline__ void count(int from, int to, int *histogram) const {
+    u32 code[FLIGHT][PAIR * HALVES];
+    for (; from < to; from += THREADS * AHEAD) {
+      const int column = from + threadIdx.x * PAIR;
 #pragma unroll
-    for (int j = 0; j < FLIGHT; j++) load_codes(code[j], codes, column + j * THREADS * PAIR, s.code_room);
+      for (int j = 0; j < FLIGHT; j++) load_codes(code[j], codes, column + j * THREADS * PAIR, s.code_room);
 #pragma unroll
-    for (int j = 0; j < FLIGHT; j++)
+      for (int j = 0; j < FLIGHT; j++)
 #pragma unroll
-      for (int i = 0; i < PAIR; i++) {
-        const int place = place_of(code[j] + i * HALVES, column + j * THREADS * PAIR + i);
-        if (place >= 0) atomicAdd(&histogram[place], 1);
+        for (int i = 0; i < PAIR; i++) {
+          const int at = place(code[j] + i * HALVES, column + j * THREADS * PAIR + i, to);
+          if (at >= 0) atomicAdd(&histogram[at], 1);
+        }
+    }
+  }
+
+  // Of the keys of columns [from, to), those with these ranks: `carry` is counted before them.
+  __device__ __forceinline__ void choose(int from, int to, Count carry, const Ranks &ranks) const {
+    u32 code[FLIGHT][PAIR * HALVES];
+    const int cut = ranks.cut.level, dropped = ranks.cut.dropped;
+    for (; from < to && chosen_before(carry, dropped) < ranks.end; from += THREADS * AHEAD) {
+      u32 nearer = 0, ties = 0;
+      const int column = from + threadIdx.x * AHEAD;
+#pragma unroll
+      for (int j = 0; j < FLIGHT; j++) load_codes(code[j], codes, column + j * PAIR, s.code_room);
+#pragma unroll
+      for (int j = 0; j < FLIGHT; j++)
+#pragma unroll
+        for (int i = 0; i < PAIR; i++) {
+          const int at = place(code[j] + i * HALVES, column + j * PAIR + i, to);
+          nearer |= (u32)(at >= 0 && at < cut) << (j * PAIR + i);
+          ties |= (u32)(at == cut) << (j * PAIR + i);
+        }
+      Count c = before({__popc(nearer), __popc(ties)}, carry);
+#pragma unroll
+      for (int e = 0; e < AHEAD; e++) {
+        const bool near = nearer >> e & 1, tie = ties >> e & 1;
+        const int rank = chosen_before(c, dropped);
+        if ((near || (tie && c.ties >= dropped)) && rank >= ranks.first && rank < ranks.end)
+          ranks.columns[rank - ranks.first] = column + e;
+        c.nearer += near, c.ties += tie;
       }
+    }
+  }
+};
+
+__device__ __forceinline__ void clear(int *histogram) {
+  for (int i = threadIdx.x; i < DISTANCES; i += THREADS) histogram[i] = 0;
+  __syncthreads();
+}
+
+// Whether all sharers of a row have counted; none that has not begun is waited for without end.
+__device__ __forceinline__ bool all_counted(const int *counted, int sharers, int &result) {
+  if (threadIdx.x == 0) {
+    const u64 began = nanoseconds();
+    while ((result = read_published(counted) >= sharers) == 0 && nanoseconds() - began < PATIENCE) nap();
   }
   __syncthreads();
-  if (threadIdx.x < 32) {
+  return result;
+}
+
+// The columns of a program's ranks from all codes of its row, for a bound that missed the threshold; its first programs share the
+// count. Returns the threshold's distance.
+__device__ __noinline__ int from_codes(
+    const Step &s, const u64 *query, const u64 *codes, int row, int first, int end, int wanted, Ranks ranks, Search &search
+) {
+  int *histogram = search.histogram, *found = search.found;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = blockIdx.x, most_sharers = min(SHARERS, s.slots / ROWS);
+  const int sharers = min(SHARERS, (wanted + ROWS - 1) / ROWS), start = first / PAIR * PAIR;
+  const int own = ((end - start + sharers - 1) / sharers + PAIR - 1) / PAIR * PAIR;  // columns of a sharer
+  int *shared = s.histograms + (size_t)row * most_sharers * DISTANCES;
+  prepare(&search.terms, 1, query, TOKENS * PLANES * WORDS, WARPS);
+  clear(histogram);
+  int most = MOST_RANKED;
+#if RADIUS
+  most = min(most, within(s.radius, search.terms.base()));
+#endif
+  const Codes of_row = {s, codes, search.terms, first, end, most};
+  bool together = sharers > 1;
+  if (together) {
+    if (part < sharers) {
+      of_row.count(start + part * own, min(start + (part + 1) * own, end), histogram);
+      __syncthreads();
+      for (int i = threadIdx.x; i < DISTANCES; i += THREADS) __stcg(shared + part * DISTANCES + i, histogram[i]);
+      __syncthreads();
+      if (threadIdx.x == 0) add_and_publish(s.counted + row);
+    }
+    together = all_counted(s.counted + row, sharers, found[0]);
+  }
+  if (together) {
+    for (int i = threadIdx.x; i < DISTANCES; i += THREADS) {
+      int sum = 0;
+      for (int j = 0; j < sharers; j++) sum += __ldcg(shared + j * DISTANCES + i);
+      histogram[i] = sum;
+    }
+  } else {
+    clear(histogram);
+    of_row.count(start, end, histogram);
+  }
+  __syncthreads();
+  if (warp == 0) {
     int sum = 0, cut = DISTANCES - 1, dropped = 0;
     for (int from = 0; from < DISTANCES; from += 32) {
       int upto = from + lane < DISTANCES ? histogram[from + lane] : 0;
@@ -213,32 +294,27 @@ __device__ __noinline__ int from_codes(
     if (lane == 0) found[0] = cut, found[1] = dropped;
   }
   __syncthreads();
-  const int cut = found[0], dropped = found[1];
-  Count carry = {0, 0};
-  for (int from = start; from < end && chosen_before(carry, dropped) < rank1; from += THREADS * AHEAD) {
-    u32 nearer = 0, ties = 0;
-    const int column = from + threadIdx.x * AHEAD;
-#pragma unroll
-    for (int j = 0; j < FLIGHT; j++) load_codes(code[j], codes, column + j * PAIR, s.code_room);
-#pragma unroll
-    for (int j = 0; j < FLIGHT; j++)
-#pragma unroll
-      for (int i = 0; i < PAIR; i++) {
-        const int place = place_of(code[j] + i * HALVES, column + j * PAIR + i);
-        nearer |= (u32)(place >= 0 && place < cut) << (j * PAIR + i);
-        ties |= (u32)(place == cut) << (j * PAIR + i);
-      }
-    Count c = before({__popc(nearer), __popc(ties)}, carry);
-#pragma unroll
-    for (int e = 0; e < AHEAD; e++) {
-      const bool near = nearer >> e & 1, tie = ties >> e & 1;
-      const int rank = chosen_before(c, dropped);
-      if ((near || (tie && c.ties >= dropped)) && rank >= rank0 && rank < rank1)
-        columns[rank - rank0] = from + threadIdx.x * AHEAD + e;
-      c.nearer += near, c.ties += tie;
-    }
+  ranks.cut = {found[0], found[1]};
+  if (!together) {
+    of_row.choose(start, end, {0, 0}, ranks);
+    return search.terms.base() + STEP * (ranks.cut.level - 1);
   }
-  return terms.base() + STEP * (cut - 1);
+  for (int j = warp; j < sharers; j += WARPS) {
+    int nearer = 0;
+    for (int i = lane; i < ranks.cut.level; i += 32) nearer += __ldcg(shared + j * DISTANCES + i);
+    nearer = __reduce_add_sync(~0u, nearer);
+    if (lane == 0) search.shares[j] = {nearer, __ldcg(shared + j * DISTANCES + ranks.cut.level)};
+  }
+  __syncthreads();
+  Count carry = {0, 0};
+  for (int j = 0; j < sharers; j++) {  // those that hold any of the ranks
+    const Count upto = {carry.nearer + search.shares[j].nearer, carry.ties + search.shares[j].ties};
+    const int rank0 = chosen_before(carry, ranks.cut.dropped), rank1 = chosen_before(upto, ranks.cut.dropped);
+    if (rank0 < rank1 && rank0 < ranks.end && rank1 > ranks.first)
+      of_row.choose(start + j * own, min(start + (j + 1) * own, end), carry, ranks);
+    carry = upto;
+  }
+  return search.terms.base() + STEP * (ranks.cut.level - 1);
 }
 
 // Of a multiprocessor, at least: as many as registers allow without spilling any.
@@ -286,7 +362,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(const __g
     if (missed) {
       const u64 *query = s.query + ((size_t)head * SUM * TOKENS + t) * PLANES * WORDS;
       const u64 *codes = s.codes + (size_t)kv * s.code_room * WORDS;
-      threshold = from_codes(s, query, codes, first, end, wanted, rank0, rank1, columns, space.search);
+      threshold = from_codes(s, query, codes, row, first, end, wanted, {{0, 0}, rank0, rank1, columns}, space.search);
     } else {
       threshold = read_bound(s, row) - STEP * level;
       const Ranks ranks = {{level, here - wanted}, rank0, rank1, columns};
@@ -312,5 +388,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(const __g
 #endif
   if (!is_last(s.arrived + row, programs)) return;
   if (threadIdx.x < LEVELS) s.totals[row * LEVELS + threadIdx.x] = 0;
+  if (threadIdx.x == 0) s.counted[row] = 0;
   combine(s, row * programs_most, programs, q_row, wanted > 0, filled(s) > room_of(s));
 }

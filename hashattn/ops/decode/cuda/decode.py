@@ -20,7 +20,8 @@ RUN = 8  # neighbouring columns of a chunk
 WIDEST = 16  # bytes that kernels read at a time
 AT_ONCE = 4  # programs of a multiprocessor, so that all are there from the start
 CACHED = 32 << 20  # bytes of keys and values that a cache holds until they are wanted
-_POINTERS = "q keys values query codes starts length bounds totals arrived lists counts parts stats ids out lse"
+_POINTERS = "q keys values query codes starts length bounds totals arrived counted "  # in the struct's order
+_POINTERS += "lists counts parts stats histograms ids out lse"
 _INTS = "k least radius sinks recents margin room code_room chunks count_stride slots kv_heads"
 
 
@@ -96,11 +97,12 @@ def _arguments(x: Inputs, sizes: Sizes, bounds: Tensor, buffers: dict[str, int])
     """All but what a call gives; buffers: where they begin."""
     rule, stored = sizes.rule, x.stored
     tensors = {"keys": stored.keys, "values": stored.values, "codes": stored.codes, "length": stored.length}
-    tensors |= {"starts": x.starts, "bounds": bounds, "arrived": bounds[sizes.hints], "totals": bounds[sizes.hints + 1]}
+    arrived, counted, totals = (bounds[sizes.hints + i] for i in range(3))
+    tensors |= {"starts": x.starts, "bounds": bounds, "arrived": arrived, "counted": counted, "totals": totals}
     found = Arguments(**{name: tensor.data_ptr() for name, tensor in tensors.items()}, **buffers)
     found.share = rule.share or 0.0
     found.k, found.least, found.radius = rule.k or 0, rule.least, min(rule.radius or 0, sizes.farthest)
-    found.sinks, found.recents, found.margin = rule.sinks, rule.recents, 2 * math.isqrt(sizes.spread)
+    found.sinks, found.recents, found.margin = rule.sinks, rule.recents, sizes.margin
     found.room, found.code_room, found.kv_heads = sizes.room, sizes.code_room, sizes.kv_heads
     found.chunks, found.count_stride, found.slots = sizes.cuda_chunks, sizes.count_stride, sizes.slots
     return found

@@ -32,6 +32,21 @@ __device__ __forceinline__ int add_and_publish(int *at) {
   return before;
 }
 
+// What others published by adding to it.
+__device__ __forceinline__ int read_published(const int *at) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(at) : "memory");
+  return x;
+}
+
+__device__ __forceinline__ u64 nanoseconds() {
+  u64 now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
+__device__ __forceinline__ void nap() { __nanosleep(100); }
+
 __device__ __forceinline__ float half_to_float(u16 x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));

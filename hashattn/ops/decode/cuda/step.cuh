@@ -28,10 +28,11 @@ struct Step {
   const int *starts, *length;     // [B], [1]
   int *bounds;                    // [rows], sixteenths: how far candidates are looked for
   int *totals;                    // [rows, LEVELS], zero before and after
-  int *arrived;                   // [rows], zero before and after
+  int *arrived, *counted;         // [rows], zero before and after
   u16 *lists;                     // [rows, chunks, CHUNK]: level << PLACE_BITS | place, in column order
   u16 *counts;                    // [rows, LEVELS, count_stride]: candidates of at least this level
   float *parts, *stats;           // [parts, JOINED, PART], [parts, JOINED, 2]
+  int *histograms;                // [rows, sharers, DISTANCES]: of keys at each distance
   int *ids;                       // [rows, slots]
   void *out;                      // [B, Hq, T, DIM]
   float *lse;                     // [B, Hq, T]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +44,7 @@ def prepare(like: Inputs, scan_only: bool = False) -> Callable[[Tensor, Tensor, 
     attending |= {"SHARE": rule.share is not None, "RADIUS": rule.radius is not None, "TIERS": estimate is not None}
     attending |= attend_options(attending["WIDTH"], attending["LEVELS"], estimate is not None, capability(device))
     share, critical = float_bits(rule.share or 0.0), float_bits(rule.critical or 0.0)
-    wanted = rule.k or 0, rule.least, radius, rule.sinks, rule.recents, 2 * math.isqrt(sizes.spread)
+    wanted = rule.k or 0, rule.least, radius, rule.sinks, rule.recents, sizes.margin
     norm_room = 0 if estimate is None else estimate.norms.shape[2]
     rooms = sizes.room, sizes.code_room, norm_room, sizes.chunks, sizes.slots
 
