@@ -20,9 +20,9 @@ from hashattn.engines.parts import Parts
 _MARGIN = 0.85  # "auto" searches where this share of dense attention's time is not exceeded
 _LARGEST = 1 << 24
 _ESTIMATE = 1.6  # a gathered key costs so much more where logits are estimated from codes
-# Nanoseconds of a compiled step: for each multiplication of the queries' MLP, and for each key that a head of the layer
-# before kept. A second pass over distances costs as much as a choice.
-_PRODUCT, _FOLLOWED = 0.045, 3.0
+# Nanoseconds of a compiled step: for each multiplication of the queries' MLP, for each key that a head of the layer
+# before kept, and for a residual of each medium key. A second pass over distances costs as much as a choice.
+_PRODUCT, _FOLLOWED, _RESIDUAL = 0.045, 3.0, 170.0
 
 
 @dataclass(frozen=True)
@@ -159,11 +159,13 @@ def compiled_microseconds(parts: Parts, request: Request, keys: int, known: Cost
     kept, critical = min(keys, selector.budget(keys)), min(keys, selector.critical(keys))
     words = -(-encoder.bits // 64) * encoder.query_bits * request.q_heads * request.batch
     rows, choices = request.batch * heads * (kept + critical), request.batch * heads
+    other = _encoding(parts, request)
     if parts.attend.needs_norms:
         rows += int(choices * (kept - critical) * (_ESTIMATE - 1))
+        other += 0 if parts.attend.fused else choices * (kept - critical) * _RESIDUAL
     else:
         rows = choices * 2 * kept
-    rule, passes, other = selector.rule(request.group), 1, _encoding(parts, request)
+    rule, passes = selector.rule(request.group), 1
     if rule is not None and rule.calibrated:
         passes, other = 2, other + choices * kept * _FOLLOWED
     work = keys * (words * known.word + passes * choices * known.choice) + other

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hashattn import AsymmetricHash, Consensus, FlatHamming, HashAttention, SimHash, TopK
+from hashattn.attend.mixed import CodeResidual
 from hashattn.cli import main
 from hashattn.engines import cost
 from hashattn.engines.base import Request
@@ -64,7 +65,9 @@ def test_what_calibrates_and_what_encodes_costs_its_share():
     full = HashAttention.from_preset("dashkv")
     times = [cost.compiled_microseconds(a.parts, asked, 4096, cost.SHIPPED)[1] for a in (linear, plain, voting, full)]
     assert all(10 < after - before < 300 for before, after in pairwise(times)), times
-    assert 1000 < cost.crossover(full.parts, asked, compiled=True, known=cost.SHIPPED) < 4096
+    least = cost.crossover(full.parts, asked, compiled=True, known=cost.SHIPPED)
+    full.attend.residual = CodeResidual(128, 32)
+    assert 1000 < least < 4096 < cost.crossover(full.parts, asked, compiled=True, known=cost.SHIPPED)
 
 
 def test_numbers_that_cannot_be_are_refused():
