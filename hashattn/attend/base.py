@@ -70,12 +70,24 @@ class Attend(ABC):
 
     @property
     def fused(self) -> bool:
-        """Whether a fused decode step attends as it does: exactly, or with a fused_estimate of medium keys' logits."""
+        """Whether a fused decode step attends as it does: exactly, or with a fused_estimate of medium keys' logits.
+
+        On a GPU no estimate has a residual.
+        """
         return False
+
+    @property
+    def compiled(self) -> bool:
+        """The same of a compiled step on a CPU, whose estimate may have a residual."""
+        return self.fused
 
     def fused_estimate(self, cache: Keys) -> Estimate | None:
         """What a fused step estimates medium keys' logits from; None where all logits are exact."""
         return None
+
+    def learned(self) -> tuple[object, ...]:
+        """What its estimate is made of: another one is due when this has changed."""
+        return ()
 
     def layer(self, i: int) -> Attend:
         """The stage for layer i of a model; stages that serve every layer return themselves."""

@@ -15,7 +15,7 @@ from hashattn.core.naming import short
 from hashattn.core.types import MEDIUM, Output, Selection
 from hashattn.index.view import View
 from hashattn.ops import attend as ops
-from hashattn.ops.decode import Estimate
+from hashattn.ops.decode import Estimate, Residual
 from hashattn.ops.hamming import differing, unpack_bits
 
 
@@ -115,12 +115,27 @@ class MixedPrecision(nn.Module, Attend):
     def fused(self) -> bool:
         return self.residual is None
 
+    @property
+    def compiled(self) -> bool:
+        return True
+
     def fused_estimate(self, cache: Keys) -> Estimate:
         norms = cache.storage("norms")
         a = self.a.detach().view(1)
         if a.device != norms.device:  # a number that is not a weight on the device is filled in there: no copy
             a = torch.full((1,), a.item(), device=norms.device)
-        return Estimate(norms, cache.centre.float().contiguous(), a, cache.bits)
+        return Estimate(norms, cache.centre.float().contiguous(), a, cache.bits, self._fused_residual())
+
+    def learned(self) -> tuple[object, ...]:
+        return self.residual, self.a.data_ptr()  # whose numbers a step reads anew
+
+    def _fused_residual(self) -> Residual | None:
+        if self.residual is None:
+            return None
+        query, key, out = self.residual.query, self.residual.key, self.residual.out
+        return Residual(
+            *(w.detach().float().contiguous() for w in (query.weight, query.bias, key.weight, out.weight[0], out.bias))
+        )
 
     @lasting
     def fit(

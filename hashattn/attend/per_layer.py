@@ -36,6 +36,10 @@ class PerLayerAttend(nn.Module, Attend):
     def fused(self) -> bool:
         return all(stage.fused for stage in self.stages.values())
 
+    @property
+    def compiled(self) -> bool:
+        return all(stage.compiled for stage in self.stages.values())
+
     def layer(self, i: int) -> Attend:
         if str(i) not in self.stages:
             raise ValueError(f"layer {i} has no attend stage of its own: these are of layers {', '.join(self.stages)}")

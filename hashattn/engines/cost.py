@@ -8,6 +8,7 @@ import math
 import platform
 import warnings
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from hashattn.core.files import default_cache_dir
@@ -19,6 +20,9 @@ from hashattn.engines.parts import Parts
 _MARGIN = 0.85  # "auto" searches where this share of dense attention's time is not exceeded
 _LARGEST = 1 << 24
 _ESTIMATE = 1.6  # a gathered key costs so much more where logits are estimated from codes
+# Nanoseconds of a compiled step: for each multiplication of the queries' MLP, for each key that a head of the layer
+# before kept, and for a residual of each medium key. A second pass over distances costs as much as a choice.
+_PRODUCT, _FOLLOWED, _RESIDUAL = 0.045, 3.0, 170.0
 
 
 @dataclass(frozen=True)
@@ -155,13 +159,28 @@ def compiled_microseconds(parts: Parts, request: Request, keys: int, known: Cost
     kept, critical = min(keys, selector.budget(keys)), min(keys, selector.critical(keys))
     words = -(-encoder.bits // 64) * encoder.query_bits * request.q_heads * request.batch
     rows, choices = request.batch * heads * (kept + critical), request.batch * heads
+    other = _encoding(parts, request)
     if parts.attend.needs_norms:
         rows += int(choices * (kept - critical) * (_ESTIMATE - 1))
+        other += 0 if parts.attend.fused else choices * (kept - critical) * _RESIDUAL
     else:
         rows = choices * 2 * kept
-    work = keys * (words * known.word + choices * known.choice) + rows * (known.row + known.byte * request.row_bytes)
+    rule, passes = selector.rule(request.group), 1
+    if rule is not None and rule.calibrated:
+        passes, other = 2, other + choices * kept * _FOLLOWED
+    work = keys * (words * known.word + passes * choices * known.choice) + other
+    work += rows * (known.row + known.byte * request.row_bytes)
     stream = known.stream if request.dtype.itemsize >= 4 else known.stream_16
     return keys * request.key_bytes / stream / thread_count(request.threads), known.call + work / 1000
+
+
+def _encoding(parts: Parts, request: Request) -> float:
+    """Nanoseconds of the queries' MLP; linear maps are part of every call."""
+    widths = parts.encoder.widths() if parts.encoder is not None else None
+    if parts.encoder is None or widths is None or not widths[0]:
+        return 0.0
+    layers = pairwise((request.head_dim, *widths[0], parts.encoder.bits))
+    return request.batch * request.q_heads * sum(a * b for a, b in layers) * _PRODUCT
 
 
 def step_microseconds(parts: Parts, request: Request, keys: int) -> tuple[float, float]:

@@ -63,10 +63,13 @@ class Host(Engine):
         inside = maps_inside(parts)
         both = "queries and the newest keys" if all(inside) else "the newest keys" if inside[1] else "queries"
         encode = f"{both} in the step" if any(inside) else "one token's query and key; keys late and in bulk"
+        asked, exact = asked_of(parts, request), "exact, ties to the most recent key"
+        if asked is not None and asked.rule.calibrated:
+            exact = f"two passes, of raw and of calibrated distances; {exact}"
         return [
             PlanRow("encode", f"{part_name(parts.encoder)}: {'compiled' if any(inside) else 'PyTorch'}", encode),
             PlanRow("scan", f"{part_name(parts.index)}: compiled loops", "distances in bytes"),
-            PlanRow("select", f"{selector_name(parts.selector)}: compiled", "exact, ties to the most recent key"),
+            PlanRow("select", f"{selector_name(parts.selector)}: compiled", exact),
             PlanRow("attend", f"{part_name(parts.attend)}: compiled", "rows fetched ahead"),
         ]
 
@@ -78,26 +81,30 @@ def why_not_compiled(parts: Parts, request: Request) -> list[str]:
     asked, reasons = asked_of(parts, request), []
     if parts.encoder.code_heads(request.kv_heads) != request.kv_heads:
         reasons.append("compiled loops serve one code a key, not one for each query head")
-    if not parts.attend.fused:
-        reasons.append(f"compiled loops attend exactly, or by tiers without a residual, not as {short(parts.attend)}")
+    if not parts.attend.compiled:
+        reasons.append(f"compiled loops attend exactly, or by tiers, not as {short(parts.attend)}")
     if asked is None:
-        return [*reasons, f"compiled loops serve TopK, Threshold and Tiers, not {short(parts.selector)}"]
+        return [
+            *reasons,
+            f"compiled loops serve TopK, Threshold and Tiers, raw or calibrated, not {short(parts.selector)}",
+        ]
     return [*reasons, *compiled.why_not(asked)]
 
 
 def maps_inside(parts: Parts) -> tuple[bool, bool]:
-    """Whether the step itself encodes queries, and keys: by linear maps that all heads share."""
+    """Whether the step itself encodes queries, and keys: by maps that all heads share, of keys by linear ones."""
     encoder = parts.encoder
     widths = encoder.widths() if encoder is not None else None
     if encoder is None or widths is None or encoder.biased:
         return False, False
-    return widths[0] == (), widths[1] == ()
+    return len(widths[0]) < compiled.MOST_LAYERS, widths[1] == ()
 
 
 class Kept(NamedTuple):
     """A step that was made ready, and what for."""
 
     parts: Parts
+    learned: tuple[object, ...]  # of its selector and its attend stage
     step: Step
 
 
@@ -119,7 +126,7 @@ class CompiledStep:
     def __call__(self, q: Tensor, cache: KVCache, call: Call) -> Answer:
         parts, fewest = self.parts, cache.shortest - (q.shape[2] - 1 if call.causal else 0)
         assert parts.encoder is not None
-        plain = cache.kv.in_one_piece and parts.attend.fused and not call.need_weights
+        plain = cache.kv.in_one_piece and parts.attend.compiled
         if fewest < parts.warmup(cache) or not plain or wants_gradients(parts, q, cache):
             return self.stages(q, cache, call)
         few = q.shape[2] == 1 and 0 < cache.encoded >= len(cache) - _AT_ONCE  # more queries might come before the codes
@@ -128,31 +135,39 @@ class CompiledStep:
             cache.indexed.reserve(len(cache))
         else:
             cache.encode()
-        step = self.prepared(q, cache, call.causal)
+        step, before = self.prepared(q, cache, call.causal), call.step.previous
         query = None if self.inside[0] else packed(parts.encoder, q.detach())
-        found = step(q.contiguous(), query, (cache.longest, len(cache), cache.encoded), call.scale, call.need_lse)
+        columns, wanted = (cache.longest, len(cache), cache.encoded), (call.need_lse, call.need_weights)
+        followed = None if before is None else (before.ids, call.step.previous_weights)
+        found = step(q.contiguous(), query, columns, call.scale, *wanted, followed)
         if encodes:
             cache.indexed.adopt(len(cache))
         alike = q.shape[2] == 1 and cache.shortest == cache.longest and step.like.rule.radius is None
         selection = Selection(found.ids, found.tier, filled=found.ids.numel() if alike else None)
-        return Output(found.out, found.lse if call.need_lse else None), selection
+        return Output(found.out, found.lse if call.need_lse else None, found.weights), selection
 
     def prepared(self, q: Tensor, cache: KVCache, causal: bool) -> Step:
         """Kept with the cache, and made anew where its memory has moved or the encoder was fitted."""
         parts, state, centre = self.parts, cache.on_device, cache.indexed.centres.subtracted
         starts = state.starts(cache._starts, q.device)
         held = [cache.storage(what) for what in ("keys", "values", "codes")]
-        assert parts.encoder is not None
+        assert parts.encoder is not None and parts.selector is not None
         memory = *(x.data_ptr() for x in held), 0 if centre is None else centre.data_ptr(), parts.encoder.fits
         if state.memory != memory:  # steps that were made ready before keep what it was alive
             state.memory, state.prepared = memory, {}
         kept = state.prepared.get((q.shape[1], q.shape[2], causal))
-        if isinstance(kept, Kept) and kept.parts is parts:
+        learned = *parts.selector.learned(), *parts.attend.learned()
+        if isinstance(kept, Kept) and kept.parts is parts and kept.learned == learned:
             return kept.step
         step = self._made(q, cache, starts, centre, causal)
-        if step.like.estimate is None:  # whose scale may be fitted
-            state.prepared[q.shape[1], q.shape[2], causal] = Kept(parts, step)
+        state.prepared[q.shape[1], q.shape[2], causal] = Kept(parts, learned, step)
         return step
+
+    def _rule(self, group: int) -> decode.Rule:
+        assert self.parts.selector is not None and self.parts.encoder is not None
+        rule = self.parts.selector.rule(group)
+        assert rule is not None
+        return replace(rule, biased=self.parts.encoder.biased)
 
     @lasting
     def _made(self, q: Tensor, cache: KVCache, starts: Tensor, centre: Tensor | None, causal: bool) -> Step:
@@ -160,8 +175,7 @@ class CompiledStep:
 
         parts, encoder = self.parts, self.parts.encoder
         assert parts.selector is not None and encoder is not None
-        rule = parts.selector.rule(q.shape[1] // cache.kv_heads)
-        assert rule is not None
+        rule = self._rule(q.shape[1] // cache.kv_heads)
         if centre is None:
             centre = torch.zeros(cache.batch, cache.kv_heads, cache.head_dim)
         estimate = (
@@ -171,9 +185,7 @@ class CompiledStep:
         norms = cache.storage("norms") if cache.with_norms else None
         stored = decode.Stored(keys, values, codes, torch.empty(0), norms)
         query = torch.empty((*q.shape[:3], encoder.query_bits, codes.shape[3]), dtype=torch.int64, device="meta")
-        like = decode.Inputs(
-            q.detach(), query, stored, starts, replace(rule, biased=encoder.biased), 1.0, causal, estimate
-        )
+        like = decode.Inputs(q.detach(), query, stored, starts, rule, 1.0, causal, estimate)
         maps = encoder.maps(cache.head_dim, q.device) if any(self.inside) else (None, None)
         own = [one if inside else None for one, inside in zip(maps, self.inside, strict=True)]
         return Step(like, encoder.bits, (own[0], own[1]), centre.float().contiguous())

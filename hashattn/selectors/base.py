@@ -7,6 +7,7 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -146,6 +147,10 @@ class Selector(ABC):
         """What it asks of a fused decode step, for `group` query heads a KV head; None if a Rule cannot say it."""
         return None
 
+    def learned(self) -> tuple[float, ...]:
+        """The weights that its rule is made of, as they are now: another rule is due when these have changed."""
+        return ()
+
     def _budgeted(self, k: int | None = None, share: float | None = None) -> dict[str, Any]:
         """The settings that give it this budget, of which exactly one is given."""
         takes = ", ".join(f"{name}=" for name in self.settings())
@@ -233,8 +238,9 @@ class Joined(Selector):
         """What `|` makes."""
         return cls(tuple(p for s in selectors for p in (s.parts if isinstance(s, Joined) else (s,))))
 
-    @property
+    @cached_property
     def ranked_part(self) -> Selector | None:
+        """The one that ranks, if there is one."""
         return next((p for p in self.parts if not isinstance(p, Forced)), None)
 
     @property
@@ -329,6 +335,9 @@ class Joined(Selector):
     def rule(self, group: int) -> Rule | None:
         ranked = self.ranked_part.rule(group) if self.ranked_part is not None else None
         return replace(ranked, sinks=self.sinks, recents=self.recents) if ranked is not None else None
+
+    def learned(self) -> tuple[float, ...]:
+        return () if self.ranked_part is None else self.ranked_part.learned()
 
     def select(self, view: View, step: Step) -> Selection:
         if self.ranked_part is None:

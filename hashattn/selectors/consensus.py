@@ -69,6 +69,9 @@ class Consensus(nn.Module, Wrapper):
             return None
         return replace(inner, vote_share=self.vote_share, vote_discount=amount)
 
+    def learned(self) -> tuple[float, ...]:
+        return self.discount.item(), *self.inner.learned()
+
     def select(self, view: View, step: Step) -> Selection:
         votes = key_votes(self.inner.select(view.calibrate(view.raw), step).ids, view)
         agreed = (votes > self.vote_share * view.q_heads).unsqueeze(1)  # [B, 1, T, N]

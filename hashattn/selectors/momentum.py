@@ -68,6 +68,9 @@ class Momentum(nn.Module, Wrapper):
             return None
         return replace(inner, prior_ratio=self.ratio, prior_discount=amount)
 
+    def learned(self) -> tuple[float, ...]:
+        return self.discount.item(), *self.inner.learned()
+
     def select(self, view: View, step: Step) -> Selection:
         if step.previous is None or step.previous_weights is None:
             return self.inner.select(view, step)

@@ -47,6 +47,9 @@ class Wrapper(Selector):
     def weighted(self) -> tuple[nn.Module, ...]:
         return (*super().weighted(), *self.inner.weighted())
 
+    def learned(self) -> tuple[float, ...]:
+        return self.inner.learned()
+
     @property
     def ranked(self) -> bool:  # type: ignore[override]
         return self.inner.ranked

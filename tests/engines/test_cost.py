@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+from itertools import pairwise
 
 import pytest
 import torch
 
-from hashattn import FlatHamming, HashAttention, SimHash, TopK
+from hashattn import AsymmetricHash, Consensus, FlatHamming, HashAttention, SimHash, TopK
+from hashattn.attend.mixed import CodeResidual
 from hashattn.cli import main
 from hashattn.engines import cost
 from hashattn.engines.base import Request
@@ -51,6 +53,21 @@ def test_another_machines_file_is_not_followed(own_folder):
     (own_folder / "cpu-costs.json").write_text(json.dumps(held | {"cpu": "another"}))
     cost.costs.cache_clear()
     assert cost.costs() is cost.SHIPPED
+
+
+@pytest.mark.filterwarnings("ignore:.*is not fitted")
+def test_what_calibrates_and_what_encodes_costs_its_share():
+    """A share of what is measured in docs/cpu.md: MLPs, a second pass, rows of the middle tier."""
+    asked = Request(torch.device("cpu"), torch.float32, 1, 9, 3, 64, threads=1)
+    linear = HashAttention(AsymmetricHash(128, query_hidden=()), FlatHamming(), TopK(share=0.05))
+    plain = linear.replace(encoder=AsymmetricHash(128))
+    voting = plain.replace(selector=Consensus(TopK(share=0.05)))
+    full = HashAttention.from_preset("dashkv")
+    times = [cost.compiled_microseconds(a.parts, asked, 4096, cost.SHIPPED)[1] for a in (linear, plain, voting, full)]
+    assert all(10 < after - before < 300 for before, after in pairwise(times)), times
+    least = cost.crossover(full.parts, asked, compiled=True, known=cost.SHIPPED)
+    full.attend.residual = CodeResidual(128, 32)
+    assert 1000 < least < 4096 < cost.crossover(full.parts, asked, compiled=True, known=cost.SHIPPED)
 
 
 def test_numbers_that_cannot_be_are_refused():

@@ -7,10 +7,14 @@ import importlib.util
 
 import torch
 
+from hashattn.ops.compiled.places import MOST_LAYERS
 from hashattn.ops.decode import KernelRequest
+
+__all__ = ["MOST_LAYERS", "why_not", "why_not_here"]
 
 DTYPES = (torch.float32, torch.bfloat16)
 FARTHEST = 60_000  # distances are summed in 16 bits
+DISCOUNTS, VOTERS = 100, 255
 
 
 def why_not(request: KernelRequest) -> list[str]:
@@ -22,14 +26,25 @@ def why_not(request: KernelRequest) -> list[str]:
         reasons.append("they serve binary codes in a FlatHamming index")
     if request.dtype not in DTYPES:
         reasons.append(f"they serve float32 and bfloat16, not {str(request.dtype).removeprefix('torch.')}")
-    if rule.calibrated:
-        reasons.append("they rank raw distances, not those that Consensus or Momentum calibrate")
     if rule.chunks is not None:
         reasons.append("they choose of all keys, not of each chunk as LocalTopK does")
+    reasons += _why_not_calibrated(request)
     spread = (request.group if rule.shared else 1) * (2**request.planes - 1)
     farthest = (64 * request.words + 255 * rule.biased) * spread
     if farthest > FARTHEST:
         reasons.append(f"they tell distances up to {FARTHEST:,} apart, not {farthest:,}: take fewer bits or query_bits")
+    return reasons
+
+
+def _why_not_calibrated(request: KernelRequest) -> list[str]:
+    """Distances are bytes above a base, of which discounts may take a part; so are votes."""
+    rule, group = request.rule, request.group if request.rule.shared else 1
+    discounts = group * (abs(rule.vote_discount) + abs(rule.prior_discount))
+    reasons = []
+    if discounts > DISCOUNTS:
+        reasons.append(f"they serve discounts of Consensus and Momentum up to {DISCOUNTS} together, not {discounts}")
+    if rule.calibrated and request.q_heads // group > VOTERS:
+        reasons.append(f"they count the votes of up to {VOTERS} choices, not {request.q_heads // group}")
     return reasons
 
 

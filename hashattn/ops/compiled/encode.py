@@ -1,4 +1,4 @@
-"""Codes of queries and keys: a linear map, and signs packed into words."""
+"""Codes of queries and keys: maps, linear or with an MLP, and signs packed into words."""
 
 from __future__ import annotations
 
@@ -27,6 +27,62 @@ def project(x: Any, linear: Any, bits: int, out: Any) -> None:
         for j in range(size):
             p[j] += a * linear[first + j]
         d += 1
+
+
+@inlined
+def multiplied(x: Any, rows: int, width: int, weight: Any, size: int, out: Any) -> None:
+    """x @ weight is added to out: float32 [rows, width], [width * size], [rows, size], all wider if you like.
+
+    Each weight is read once for all rows.
+    """
+    d, wide = np.int64(0), np.uint64(size)
+    while d + 4 <= width:
+        first = np.uint64(d) * wide
+        second, third, fourth = first + wide, first + wide + wide, first + wide + wide + wide
+        r = np.int64(0)
+        while r + 3 <= rows:  # as many as there are registers for
+            a, b, c, e = x[r, d], x[r, d + 1], x[r, d + 2], x[r, d + 3]
+            f, g, h, i = x[r + 1, d], x[r + 1, d + 1], x[r + 1, d + 2], x[r + 1, d + 3]
+            k, l, m, n = x[r + 2, d], x[r + 2, d + 1], x[r + 2, d + 2], x[r + 2, d + 3]  # noqa: E741
+            p, q, s = out[r, :size], out[r + 1, :size], out[r + 2, :size]
+            for j in range(wide):
+                t, u, v, w = weight[first + j], weight[second + j], weight[third + j], weight[fourth + j]
+                p[j] += a * t + b * u + c * v + e * w
+                q[j] += f * t + g * u + h * v + i * w
+                s[j] += k * t + l * u + m * v + n * w
+            r += 3
+        while r < rows:
+            a, b, c, e, p = x[r, d], x[r, d + 1], x[r, d + 2], x[r, d + 3], out[r, :size]
+            for j in range(wide):
+                p[j] += a * weight[first + j] + b * weight[second + j] + c * weight[third + j] + e * weight[fourth + j]
+            r += 1
+        d += 4
+    while d < width:
+        first = np.uint64(d) * wide
+        for r in range(rows):
+            a, p = x[r, d], out[r, :size]
+            for j in range(wide):
+                p[j] += a * weight[first + j]
+        d += 1
+
+
+@inlined
+def to_unit(x: Any, width: int) -> None:
+    """Scale a row, float32 [width], to unit mean square, as Map does."""
+    total = np.float32(0)
+    for j in range(width):
+        total += x[j] * x[j]
+    mean = total / np.float32(width)
+    scale = np.float32(1) / np.sqrt(np.float32(1e-12) if mean < np.float32(1e-12) else mean)
+    for j in range(width):
+        x[j] *= scale
+
+
+@inlined
+def rectify(x: Any, width: int) -> None:
+    """ReLU of a row, in place; NaN stays."""
+    for j in range(width):
+        x[j] = np.float32(0) if x[j] < np.float32(0) else x[j]
 
 
 @exactly

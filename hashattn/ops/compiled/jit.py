@@ -191,6 +191,38 @@ def nearer_bytes(typing: Any, sums: Any, at: Any, base: Any, near: Any, to: Any)
     return types.void(sums, types.int64, types.uint16, near, types.int64), build
 
 
+@intrinsic
+def tally(typing: Any, near: Any, at: Any, most: Any, votes: Any) -> Any:
+    """Of 64 bytes from `at` on: one vote more where near[at + i] <= most."""
+
+    def build(context: Any, builder: Any, signature: Any, a: Any) -> Any:
+        wide = ir.VectorType(I8, 64)
+        held = builder.load(_pointer(context, builder, signature.args[0], a[0], a[1], wide), align=1)
+        place = _pointer(context, builder, signature.args[3], a[3], a[1], wide)
+        one = builder.zext(builder.icmp_unsigned("<=", held, _splat(builder, a[2], 64)), wide)
+        builder.store(builder.add(builder.load(place, align=1), one), place, align=1)
+        return context.get_dummy_value()
+
+    return types.void(near, types.int64, types.uint8, votes), build
+
+
+@intrinsic
+def shifted(typing: Any, near: Any, at: Any, more: Any, less: Any, to: Any) -> Any:
+    """Of 64 bytes from `at` on: near + more - less, at most 255 before the difference and at least 0 after it."""
+
+    def build(context: Any, builder: Any, signature: Any, a: Any) -> Any:
+        wide = ir.VectorType(I8, 64)
+        held, own = (
+            builder.load(_pointer(context, builder, signature.args[i], a[i], a[1], wide), align=1) for i in (0, 2)
+        )
+        raised = _llvm(builder, "llvm.uadd.sat.v64i8", wide, held, own)
+        found = _llvm(builder, "llvm.usub.sat.v64i8", wide, raised, _splat(builder, a[3], 64))
+        builder.store(found, _pointer(context, builder, signature.args[4], a[4], a[1], wide), align=1)
+        return context.get_dummy_value()
+
+    return types.void(near, types.int64, more, types.uint8, to), build
+
+
 def _splat(builder: Any, x: Any, lanes: int) -> Any:
     one = _all(builder, [x])
     return _pick(builder, one, ir.Constant(one.type, ir.Undefined), [0] * lanes)

@@ -137,27 +137,63 @@ def emit(ids: Any, at: int, chosen: np.uint64, base: int) -> int:
 
 
 @inlined
+def limits(near: Any, padded: int, k: int, top: int) -> tuple[int, int]:
+    """Where the k nearest of those that are not above `top` end: the farthest byte, and its first place that is kept.
+
+    Before that place bytes as far are dropped: ties go to the last. (-1, 0) for none.
+    """
+    if k <= 0:
+        return np.int64(-1), np.int64(0)
+    most = threshold(near, padded, k, top)
+    drop, place = count_near(near, padded, most, 64) - k, np.int64(0)
+    while drop > 0:
+        ties = at_most(near, place, np.uint8(most)) & ~nearer(near, place, most)
+        count = np.int64(popcount(ties))
+        if count > drop:
+            for _ in range(drop):
+                ties &= ties - U1
+            return most, place + np.int64(lowest_bit(ties))
+        drop -= count
+        place += 64
+    return most, place
+
+
+@inlined
+def nearer(near: Any, place: int, most: int) -> np.uint64:
+    """Of 64 bytes: those below `most`."""
+    return at_most(near, place, np.uint8(most - 1)) if most > 0 else np.uint64(0)
+
+
+@inlined
+def kept(near: Any, place: int, most: int, cut: int) -> np.uint64:
+    """Of 64 bytes: those within limits()."""
+    if place >= cut:
+        return at_most(near, place, np.uint8(most)) if most >= 0 else np.uint64(0)
+    closer = nearer(near, place, most)
+    if place + 64 <= cut:
+        return closer
+    return closer | (at_most(near, place, np.uint8(most)) & ~((U1 << np.uint64(cut - place)) - U1))
+
+
+@inlined
 def nearest(near: Any, padded: int, k: int, top: int, base: int, ids: Any, at: int) -> int:
     """Append the k nearest of those that are not above `top`, ties to the last, in ascending order."""
-    most = threshold(near, padded, k, top)
-    drop = count_near(near, padded, most, 64) - k
-    place, limit = np.int64(0), np.uint8(most)
-    while drop > 0:  # the first of the farthest ones
-        chosen = at_most(near, place, limit)
-        closer = at_most(near, place, np.uint8(most - 1)) if most > 0 else np.uint64(0)
-        ties = chosen & ~closer
-        count = np.int64(popcount(ties))
-        if count <= drop:
-            drop -= count
-            chosen = closer
-        else:
-            while drop > 0:
-                ties &= ties - U1
-                drop -= 1
-            chosen = closer | ties
-        at = emit(ids, at, chosen, base + place)
-        place += 64
-    while place < padded:
-        at = emit(ids, at, at_most(near, place, limit), base + place)
-        place += 64
+    most, cut = limits(near, padded, k, top)
+    for place in range(0, padded, 64):
+        at = emit(ids, at, kept(near, place, most, cut), base + place)
     return at
+
+
+@inlined
+def nearest_two(
+    near: Any, padded: int, few: int, k: int, top: int, base: int, ids: Any, at: int, others: Any
+) -> tuple[int, int]:
+    """The same for the few nearest, and to `others` the rest of the k nearest. Returns where both end."""
+    most, cut = limits(near, padded, few, top)
+    farther, later = limits(near, padded, k, top)
+    end = np.int64(0)
+    for place in range(0, padded, 64):
+        first = kept(near, place, most, cut)
+        at = emit(ids, at, first, base + place)
+        end = emit(others, end, kept(near, place, farther, later) & ~first, base + place)
+    return at, end

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hashattn.ops.decode.cuda import InCuda
 from hashattn.ops.decode.device import has_triton, why_not_nvidia
-from hashattn.ops.decode.estimate import Estimate
+from hashattn.ops.decode.estimate import Estimate, Residual
 from hashattn.ops.decode.inputs import Before, Inputs, Newest, Outputs, Placed, Stored
 from hashattn.ops.decode.kernels import Kernels
 from hashattn.ops.decode.maps import Map
@@ -30,6 +30,7 @@ __all__ = [
     "Newest",
     "Outputs",
     "Placed",
+    "Residual",
     "Rule",
     "Scratch",
     "Sizes",

@@ -10,7 +10,7 @@ from hashattn.core.types import CRITICAL, MEDIUM
 from hashattn.ops.attend.reference import gather, logits, weigh
 from hashattn.ops.decode.inputs import Inputs, Outputs
 from hashattn.ops.decode.rule import Rule
-from hashattn.ops.hamming.reference import differing, distances
+from hashattn.ops.hamming.reference import differing, distances, unpack_bits
 from hashattn.ops.nearest import nearest_of_chunks
 from hashattn.ops.search.ranking import Ranking
 from hashattn.ops.search.reference import nearest_of, search
@@ -111,8 +111,11 @@ def estimated(x: Inputs, ids: Tensor) -> Tensor:
     assert by is not None
     grouped = x.q.float().unflatten(1, (heads, -1)).transpose(2, 3)  # [B, H, T, G, D]
     signs = x.query[..., -1, :].unflatten(1, (heads, -1)).transpose(2, 3)  # [B, H, T, G, W]
-    differ = differing(signs.unsqueeze(-2), gather(x.stored.codes, ids).unsqueeze(3))
+    codes = gather(x.stored.codes, ids).unsqueeze(3)
+    agree = 1 - 2 * differing(signs.unsqueeze(-2), codes).float() / by.bits
+    if by.residual is not None:
+        agree = agree + by.residual(*(unpack_bits(y, by.bits).float() * 2 - 1 for y in (signs.unsqueeze(-2), codes)))
     norms = gather(by.norms, ids).float().squeeze(-1).unsqueeze(3)  # [B, H, T, 1, K]
     centre = by.centre.repeat_interleave(heads // by.centre.shape[1], dim=1)
     offset = grouped @ centre[:, :, None, :, None]  # [B, H, T, G, 1]
-    return offset + by.a * grouped.norm(dim=-1, keepdim=True) * norms * (1 - 2 * differ.float() / by.bits)
+    return offset + by.a * grouped.norm(dim=-1, keepdim=True) * norms * agree

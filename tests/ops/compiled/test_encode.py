@@ -11,9 +11,11 @@ import torch
 
 from hashattn import (
     AsymmetricHash,
+    Consensus,
     FlatHamming,
     HashAttention,
     MixedPrecision,
+    Momentum,
     Recent,
     SimHash,
     Sink,
@@ -172,7 +174,10 @@ def test_the_plan_names_what_runs():
     assert "compiled loops" in plan and "queries and the newest keys in the step" in plan
     other = HashAttention.from_preset("dashkv", engine="cpu")
     told = str(other.explain(q_heads=4, kv_heads=2, head_dim=64, keys=5000, dtype=torch.float32))
-    assert "they rank raw distances, not those that Consensus or Momentum calibrate" in told
+    assert "raw and of calibrated distances" in told and "MixedPrecision" in told
+    crossed = other.replace(selector=Consensus(Momentum(TopK(k=9))))
+    told = str(crossed.explain(q_heads=4, kv_heads=2, head_dim=64, keys=5000, dtype=torch.float32))
+    assert "compiled loops serve TopK, Threshold and Tiers, raw or calibrated, not" in told
     assert why_not_compiled(HashAttention.from_preset("streaming").parts, None) == [  # type: ignore[arg-type]
         "compiled loops serve binary codes in a FlatHamming index"
     ]
