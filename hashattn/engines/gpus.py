@@ -21,15 +21,14 @@ class Gpu:
         eager: from where on a step launched from Python is clearly faster than dense attention, in every measured case.
         captured: the same in a CUDA graph.
         source: where the figures come from.
-        calibrated: how many times as many bytes a step with votes or a prior (Consensus, Momentum) needs; None where
-            that was not measured.
+        calibrated: both, for steps with votes or a prior (Consensus, Momentum); None where they were not measured.
     """
 
     capability: tuple[int, int]
     eager: int
     captured: int
     source: str
-    calibrated: float | None = None
+    calibrated: tuple[int, int] | None = None
 
     def keys(self, key_bytes: int, captured: bool = False, calibrated: bool = False) -> int | None:
         """Visible keys from which a step is faster; None if that was not measured.
@@ -38,12 +37,13 @@ class Gpu:
             key_bytes: of a key and its value, in all sequences and KV heads.
             calibrated: whether it calibrates its distances.
         """
-        factor = self.calibrated if calibrated else 1.0
-        return None if factor is None else math.ceil(factor * (self.captured if captured else self.eager) / key_bytes)
+        measured = self.calibrated if calibrated else (self.eager, self.captured)
+        return None if measured is None else math.ceil(measured[captured] / key_bytes)
 
 
 GPUS: dict[str, Gpu] = {  # by torch.cuda.get_device_name()
-    "NVIDIA H200": Gpu((9, 0), 67_108_864, 100_663_296, "crossover_h200.json"),
+    # Calibrated steps: bounds, from their time at 131,072 keys (bench_cuda_dashkv_h200.json).
+    "NVIDIA H200": Gpu((9, 0), 67_108_864, 100_663_296, "crossover_h200.json", (805_306_368, 402_653_184)),
 }
 
 

@@ -181,8 +181,8 @@ def test_auto_does_not_search_before_such_steps_were_measured(monkeypatch):
     figures, plain = gpus.Gpu((9, 0), 1 << 24, 1 << 23, "a file"), HashAttention(SimHash(128), FlatHamming(), TopK(k=9))
     asked = Request(torch.device("cuda"), torch.bfloat16, 1, 32, 8, 128)  # 4,096 bytes a key
     votes = plain.replace(selector=Consensus(TopK(k=9)))
-    for factor, expected in ((None, None), (1.5, 6144)):
-        own = replace(figures, calibrated=factor)
+    for measured, expected in ((None, None), ((6144 * 4096, 1 << 23), 6144)):
+        own = replace(figures, calibrated=measured)
         monkeypatch.setattr(gpu, "this_gpu", lambda _, own=own: ("a GPU", own))
         assert Gpu().crossover(plain.parts, asked) == 4096
         assert Gpu().crossover(votes.parts, asked) == expected
