@@ -49,7 +49,7 @@ def agrees(x: Inputs, rule: Rule) -> None:
     estimate = norms_of(x, 64 * x.stored.codes.shape[3] - 3) if rule.critical is not None else None
     x = replace(x, rule=rule, estimate=estimate)
     expected = reference(x)
-    readable = x if estimate is None else only_read(x, *expected[2:])
+    readable = x if estimate is None else only_read(x, *expected[2:4])
     step = Step(
         readable,
         64 * x.stored.codes.shape[3] if estimate is None else estimate.bits,
