@@ -110,7 +110,11 @@ def _accuracy(records: Rows) -> float:
 def _by_contender(records: Rows) -> dict[str, list[dict[str, Any]]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        parts = [record["contender"], "" if record["budget"] is None else f"{record['budget']:.0%}", record["dense"]]
+        parts = [
+            record["contender"],
+            "" if record["budget"] is None else f"{100 * record['budget']:.3g}%",
+            record["dense"],
+        ]
         groups.setdefault(", ".join(part for part in parts if part), []).append(record)
     return groups
 

@@ -109,7 +109,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _who(row: dict[str, Any]) -> tuple[str, str, str]:
-    budget = "" if row["dense"] == "" else "own" if row["budget"] is None else f"{row['budget']:.0%}"
+    budget = "" if row["dense"] == "" else "own" if row["budget"] is None else f"{100 * row['budget']:.3g}%"
     return row["contender"] + (" (NOTHING SEARCHED)" if row["nothing_searched"] else ""), budget, row["dense"]
 
 

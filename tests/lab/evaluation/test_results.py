@@ -43,3 +43,16 @@ def test_results_say_how_they_were_made(name):
     for row in found["rows"]:
         assert "/" not in row["contender"]
         assert all(figure["n"] >= 6 for figure in row["figures"].values())
+
+
+def test_the_docs_say_how_often_search_alone_agrees():
+    found = json.loads((ROOT / "benchmarks/results/eval_fidelity_smollm2-135m.json").read_text(encoding="utf-8"))
+    docs, shown = (ROOT / "docs/lossless.md").read_text(encoding="utf-8"), 0
+    for row in found["rows"]:
+        if row["budget"] is not None:
+            figure, budget = row["figures"]["fidelity"], f"{100 * row['budget']:.3g}%"
+            high = "1" if figure["high"] == 1 else f"{figure['high']:.3f}".removeprefix("0")
+            mean, low = (f"{figure[name]:.3f}".removeprefix("0") for name in ("mean", "low"))
+            assert f"| {budget} | {mean} ({low} to {high}) |" in docs, row["contender"]
+            shown += 1
+    assert shown == 4
