@@ -101,7 +101,7 @@ def masked(
     if seen is not None:
         mask = seen.expand(-1, group, -1, -1).reshape(batch, 1, group * tokens, keys)
     if mask is None and q.is_cuda and not (need_lse or need_weights):  # there flash splits the keys of its own GQA
-        if tokens == 1 and ops.splits(q, k) and v.stride() == k.stride() and not _traced_or_wanted(q, k, v):
+        if tokens == 1 and ops.splits(q, k) and _alike(k, v) and not _traced_or_wanted(q, k, v):
             return Output(ops.attend_all(q, k, v, scale))
         return Output(F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=group > 1))
     if not (need_lse or need_weights):
@@ -121,6 +121,11 @@ def masked(
         lse.view(batch, q_heads, tokens) if need_lse else None,
         weights.view(batch, q_heads, tokens, keys) if need_weights else None,
     )
+
+
+def _alike(k: Tensor, v: Tensor) -> bool:
+    """Whether values lie as keys do."""
+    return (k.shape, k.stride(), k.dtype) == (v.shape, v.stride(), v.dtype)
 
 
 def _traced_or_wanted(*given: Tensor) -> bool:

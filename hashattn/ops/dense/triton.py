@@ -147,13 +147,13 @@ def attend(
     splits = splits_of(heads * tiles, triton.cdiv(room, 2 * tile), q.device)
     parts = q.new_empty((heads, splits, rows, width), dtype=torch.float32)
     stats, out = parts.new_empty((heads, splits, rows, 2)), torch.empty_like(q)
-    apart = keys.stride(0), keys.stride(1)
+    given, apart = (q, keys, values, starts, length, parts, stats, scale), (keys.stride(0), keys.stride(1))
     constants = {"DIM": dim, "WIDTH": width}
+    blocked = {"PADDED": padded, "TILE": tile, "num_warps": 4, "num_stages": 3}
     with on(q.device):
         attend_splits[(splits, tiles, heads)](
-            *(q, keys, values, starts, length, parts, stats, scale, room, room, *apart, kv_heads, tokens, rows),
-            PADDED=padded, TILE=tile, **constants, num_warps=4, num_stages=3,
-        )  # fmt: skip
+            *given, room, room, *apart, kv_heads, tokens, rows, **constants, **blocked
+        )
         joined = min(64, triton.next_power_of_2(splits))
         combine_splits[(heads * rows,)](
             parts, stats, length, out, room, splits, rows, TILE=joined, **constants, num_warps=4

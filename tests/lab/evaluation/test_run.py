@@ -152,8 +152,9 @@ def test_fidelity_is_how_often_full_attentions_own_token_is_chosen(records):
     assert all(row["figures"]["fidelity"]["n"] == 2 for row in rows)
     model, window = small_model(), torch.randint(3, 90, (1, 60), generator=torch.Generator().manual_seed(2))
     written = own_text(model, window, 7)
-    alone = model.generate(window, attention_mask=torch.ones_like(window), max_new_tokens=7, do_sample=False,
-                           eos_token_id=None)  # fmt: skip
+    alone = model.generate(
+        window, attention_mask=torch.ones_like(window), max_new_tokens=7, do_sample=False, eos_token_id=None
+    )
     assert torch.equal(written.targets, alone[0, 60:]) and judge(model, written).matched == 1.0
     with pytest.raises(ValueError, match="decoded must be at least 1 for fidelity"):
         Settings(parts=("fidelity",), tokens=(400,), decoded=0)

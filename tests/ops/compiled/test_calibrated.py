@@ -143,11 +143,18 @@ def test_keys_tiers_weights_and_outputs_are_the_references(inner, sizes):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=seeds, keys=st.integers(1, 300), inner=st.sampled_from(sorted(INNER)), kinds=st.integers(1, 9),
-    votes=st.sampled_from([-3.0, 0.0, 1.0, 5.0, 16.0]), prior=st.sampled_from([-2.0, 0.4, 3.0, 8.0]),
-    share=st.sampled_from([0.05, 1 / 3, 0.5, 1.0]), ratio=st.sampled_from([0.0, 1.0, 3.0]),
-    forced=st.tuples(st.integers(1, 40), st.integers(1, 40)), start=st.integers(0, 320), causal=st.booleans(),
-)  # fmt: skip
+    seed=seeds,
+    keys=st.integers(1, 300),
+    inner=st.sampled_from(sorted(INNER)),
+    kinds=st.integers(1, 9),
+    votes=st.sampled_from([-3.0, 0.0, 1.0, 5.0, 16.0]),
+    prior=st.sampled_from([-2.0, 0.4, 3.0, 8.0]),
+    share=st.sampled_from([0.05, 1 / 3, 0.5, 1.0]),
+    ratio=st.sampled_from([0.0, 1.0, 3.0]),
+    forced=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    start=st.integers(0, 320),
+    causal=st.booleans(),
+)
 def test_ties_votes_and_windows(seed, keys, inner, kinds, votes, prior, share, ratio, forced, start, causal):
     """Few different codes, so that most distances tie and discounts break or make ties."""
     x = inputs(seed, filled=keys, room=keys, kv_heads=2, group=2, dim=8, tokens=min(2, keys))

@@ -173,9 +173,13 @@ LOCAL_CASES: list[tuple[dict[str, Any], Rule]] = [
 ]
 
 BEYOND = [  # numbers beyond 32 bits, which mean everything
-    Rule(k=2**31 + 5), Rule(k=2**32 + 1), Rule(k=9, sinks=2**31 - 1, recents=2**31 - 1), Rule(k=9, recents=2**40),
-    Rule(share=0.1, sinks=2**31 + 7), Rule(k=2**63 - 1, sinks=2**31, recents=3, shared=True),
-]  # fmt: skip
+    Rule(k=2**31 + 5),
+    Rule(k=2**32 + 1),
+    Rule(k=9, sinks=2**31 - 1, recents=2**31 - 1),
+    Rule(k=9, recents=2**40),
+    Rule(share=0.1, sinks=2**31 + 7),
+    Rule(k=2**63 - 1, sinks=2**31, recents=3, shared=True),
+]
 
 
 def shifted(x: Tensor) -> Tensor:

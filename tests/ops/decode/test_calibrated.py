@@ -52,9 +52,17 @@ def test_queries_that_see_everything():
 
 @settings(max_examples=4, deadline=None)
 @given(
-    seeds, st.integers(1, 200), st.integers(1, 210), st.sampled_from([1, 2]), st.booleans(), st.integers(0, 9),
-    st.integers(-3, 6), st.integers(-3, 6), st.sampled_from([0.0, 0.3, 1.0]), st.booleans(),
-)  # fmt: skip
+    seeds,
+    st.integers(1, 200),
+    st.integers(1, 210),
+    st.sampled_from([1, 2]),
+    st.booleans(),
+    st.integers(0, 9),
+    st.integers(-3, 6),
+    st.integers(-3, 6),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.booleans(),
+)
 def test_any_length_budget_and_discount(seed, filled, k, words, shared, recents, votes, prior, ratio, tiers):
     x = inputs(seed % 1000, group=2, kv_heads=2, filled=filled, room=208, words=words, starts=(seed % filled,))
     amount = Rule(share=k / 210, critical=k / 420) if tiers else Rule(k=k)
