@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,9 +69,10 @@ def kinds(case: Case, per: str, radius: int) -> dict[str, Kind]:
         found[f"LocalTopK, {own} a chunk"] = Kind(LocalTopK(-(-k // own) * own, own, per=per))
     found[IN_TRITON] = Kind(topk, triton=True)
     for critical in (k // 2, k // 64):  # shares that are rounded up to so many keys
-        found[f"Tiers, {critical:,} critical"] = Kind(Tiers((critical - 0.5) / n, (k - 0.5) / n, per=per), triton=True)
-    found["TopK, votes"] = Kind(Consensus(topk), triton=True)
-    found[DASHKV] = Kind(Momentum(Consensus(Tiers((k // 2 - 0.5) / n, (k - 0.5) / n, per=per))), triton=True)
+        found[f"Tiers, {critical:,} critical"] = Kind(Tiers((critical - 0.5) / n, (k - 0.5) / n, per=per))
+    found["TopK, votes"] = Kind(Consensus(topk))
+    found[DASHKV] = Kind(Momentum(Consensus(Tiers((k // 2 - 0.5) / n, (k - 0.5) / n, per=per))))
+    found[f"{DASHKV}, in Triton"] = replace(found[DASHKV], triton=True)
     return found
 
 

@@ -105,7 +105,8 @@ class Sizes:
     @property
     def state(self) -> tuple[int, int]:
         """Shape of what a step leaves for the next one, int32: hints, which may be anything, and zeros."""
-        return self.hints + 2 + LEVELS, self.rows
+        marks = -(-2 * (self.batch * self.tokens * self.code_room + 1) // self.rows)  # int64, from an even place on
+        return self.hints + 2 + LEVELS + (LEVELS + marks if self.rule.calibrated else 0), self.rows
 
     @property
     def hints(self) -> int:
@@ -131,6 +132,11 @@ class Sizes:
     def spread(self) -> int:
         """The largest share of one bit in a distance."""
         return self.summed * (2**self.planes - 1)
+
+    @property
+    def unit(self) -> int:
+        """Distances of a key, and what is subtracted from them, differ by multiples of it."""
+        return 2 - self.spread % 2
 
     @property
     def margin(self) -> int:
@@ -174,16 +180,21 @@ class Sizes:
             "counts": ((self.rows, LEVELS, self.count_stride), torch.uint16),
             "parts": ((*parts, width), torch.float32),
             "stats": ((*parts, 2), torch.float32),
-            "histograms": (
-                (*parts[:1], min(SHARERS, parts[1]), self.farthest // (2 - self.spread % 2) + 2),
-                torch.int32,
-            ),
+            "histograms": ((*parts[:1], min(SHARERS, parts[1]), self.places), torch.int32),
+            **(self._calibrated if self.rule.calibrated else {}),
+        }
+
+    @property
+    def _calibrated(self) -> Buffers:
+        return {
+            "nearer": ((self.batch, self.tokens, self.code_room), torch.int8),
+            "new_counts": ((self.rows, LEVELS, self.count_stride), torch.uint16),
         }
 
     @property
     def places(self) -> int:
-        """Of a histogram of all keys: one for each distance, of which every other cannot be if the spread is even."""
-        return self.farthest // (2 - self.spread % 2) + 2
+        """Of a histogram of all keys: one for each distance that there may be."""
+        return (self.farthest + self.span) // self.unit + 2
 
     @property
     def cuda_chunk(self) -> int:

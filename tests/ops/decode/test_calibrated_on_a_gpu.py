@@ -17,10 +17,12 @@ LONG = [
 ]
 
 
-@pytest.fixture(scope="module")
-def decode():
-    from hashattn.ops.decode.triton.decode import decode
-
+@pytest.fixture(scope="module", params=["CUDA C++", "Triton"])
+def decode(request):
+    if request.param == "Triton":
+        from hashattn.ops.decode.triton.decode import decode
+    else:
+        from hashattn.ops.decode.cuda.decode import decode
     return decode
 
 

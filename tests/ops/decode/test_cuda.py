@@ -13,12 +13,24 @@ import torch
 from hashattn.ops.decode import KernelRequest, Rule, Sizes, kernels_on, reference, served_by
 from hashattn.ops.decode.cuda import InCuda, compiler
 from hashattn.ops.decode.cuda.decode import Prepared, launches
-from tests.ops.decode.cases import CASES, LOCAL_CASES, agrees, inputs, ready, same
+from tests.ops.decode.cases import (
+    CALIBRATED_CASES,
+    CASES,
+    LOCAL_CASES,
+    TIER_CASES,
+    WORST,
+    agrees,
+    inputs,
+    kept_before,
+    ready,
+    same,
+)
 from tests.ops.decode.emulator.run import Backwards, Launcher, emulate
 
 triton = pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+BOTH = {"vote_share": 0.5, "vote_discount": 2, "prior_ratio": 1.0, "prior_discount": 2}
 SHAPES = [
     ({"q_heads": 32, "planes": 1, "words": 1, "head_dim": 128}, torch.bfloat16, Rule(k=1024)),
     ({"q_heads": 32, "planes": 1, "words": 1, "head_dim": 128}, torch.bfloat16, Rule(k=1024, shared=True)),
@@ -31,6 +43,10 @@ SHAPES = [
     ({"q_heads": 32, "planes": 1, "words": 2, "head_dim": 128}, torch.bfloat16, Rule(k=1024, biased=True)),
     ({"q_heads": 24, "planes": 1, "words": 2, "head_dim": 64}, torch.bfloat16, Rule(k=64, shared=True, biased=True)),
     ({"q_heads": 32, "planes": 1, "words": 2, "head_dim": 64}, torch.float16, Rule(k=1024, chunks=64, biased=True)),
+    ({"q_heads": 32, "planes": 1, "words": 2, "head_dim": 128}, torch.bfloat16, Rule(share=0.1, critical=0.05)),
+    ({"q_heads": 32, "planes": 1, "words": 2, "head_dim": 128}, torch.bfloat16, Rule(share=0.1, critical=0.05, **BOTH)),
+    ({"q_heads": 32, "planes": 2, "words": 2, "head_dim": 128}, torch.float16, Rule(k=64, shared=True, **BOTH)),
+    ({"q_heads": 64, "planes": 1, "words": 4, "head_dim": 256}, torch.float32, Rule(share=0.1, critical=0.05, shared=True, **BOTH)),
 ]
 
 
@@ -77,6 +93,19 @@ TWO = {"batch": 2, "kv_heads": 2, "filled": 820, "room": 1025, "starts": (0, 70)
 )  # fmt: skip
 def test_kernels_do_what_their_reference_does(emulated, shape, rule, dtype):
     agrees(emulated, inputs(1, **shape, dtype=dtype), rule)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")
+@pytest.mark.parametrize(("shape", "rule"), TIER_CASES)
+def test_tiers_are_those_of_the_reference(emulated, shape, rule):
+    agrees(emulated, inputs(1, **shape), rule)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")
+@pytest.mark.parametrize(("shape", "rule"), CALIBRATED_CASES)
+def test_votes_and_a_prior_change_what_is_kept_as_the_reference_says(emulated, shape, rule):
+    x = inputs(1, **shape, dtype=(torch.float32, torch.bfloat16)[rule.shared])
+    agrees(emulated, replace(x, before=kept_before(x, shared=rule.shared)), rule, hints=(None, None, 0, WORST))
 
 
 @pytest.mark.parametrize("words", [1, 2])
@@ -215,8 +244,8 @@ def test_triton_takes_over_where_cuda_cannot_be_compiled(monkeypatch):
     request = KernelRequest(torch.device("cuda"), torch.bfloat16, 32, 8, 128, 1, 1, Rule(k=9))
     kernels, slower = served_by(request)
     assert kernels.language == "CUDA C++" and slower == []
-    kernels, slower = served_by(replace(request, rule=Rule(share=0.1, critical=0.05)))
-    assert kernels.language == "Triton" and slower == ["estimates of medium keys are made in Triton"]
+    kernels, slower = served_by(replace(request, rule=Rule(share=0.1, critical=0.05, vote_share=0.5, vote_discount=21)))
+    assert kernels.language == "Triton" and slower == ["discounts of more than 20 together are told apart in Triton"]
     monkeypatch.setattr(compiler, "why_not", lambda: "it is not installed")
     kernels, slower = served_by(request)
     assert kernels.language == "Triton" and slower == ["it is not installed"]

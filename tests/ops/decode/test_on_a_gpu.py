@@ -44,9 +44,7 @@ def test_it_selects_and_attends_as_the_reference_does(decode, shape, rule, dtype
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("shape", "rule"), TIER_CASES)
-def test_medium_keys_are_estimated_as_the_reference_does_and_not_read(shape, rule, dtype):
-    from hashattn.ops.decode.triton.decode import decode
-
+def test_medium_keys_are_estimated_as_the_reference_does_and_not_read(decode, shape, rule, dtype):
     agrees(decode, moved(inputs(1, **shape, dtype=dtype), "cuda"), rule)
 
 

@@ -12,6 +12,7 @@ from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.request import KernelRequest, why_not_binary
 
 OLDEST = (8, 0)  # compute capability
+MOST_SPAN = 20  # of 32 levels of candidates
 
 
 class InCuda(Kernels):
@@ -32,10 +33,10 @@ class InCuda(Kernels):
 
     def why_not(self, request: KernelRequest) -> list[str]:
         reasons = why_not_binary(request)
-        if request.rule.critical is not None:
-            reasons.append("estimates of medium keys are made in Triton")
-        if request.rule.calibrated:
-            reasons.append("distances are calibrated in Triton")
+        summed = request.group if request.rule.shared else 1
+        span = summed * sum(map(abs, request.rule.discounts)) // (2 - summed * (2**request.planes - 1) % 2)
+        if span > MOST_SPAN:
+            reasons.append(f"discounts of more than {MOST_SPAN} together are told apart in Triton")
         return reasons or self.why_not_on(request.device)  # which compiles a kernel to find out
 
     def decode(self, like: Inputs) -> Decode:

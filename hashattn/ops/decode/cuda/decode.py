@@ -1,4 +1,4 @@
-"""The fused decode step in CUDA C++: exact top-k attention in two kernels, LocalTopK in one."""
+"""The fused decode step in CUDA C++: exact top-k attention in two kernels, three where distances are calibrated, LocalTopK in one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hashattn.ops.decode.cuda import compiler
 from hashattn.ops.decode.device import check_nvidia, on, starts_early, stream_of
+from hashattn.ops.decode.estimate import Estimate
 from hashattn.ops.decode.inputs import Before, Inputs, Outputs
-from hashattn.ops.decode.sizes import ROWS, Sizes, places
+from hashattn.ops.decode.sizes import LEVELS, ROWS, Sizes, places
 
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 RUN = 8  # neighbouring columns of a chunk
@@ -21,8 +22,11 @@ WIDEST = 16  # bytes that kernels read at a time
 AT_ONCE = 4  # programs of a multiprocessor, so that all are there from the start
 CACHED = 32 << 20  # bytes of keys and values that a cache holds until they are wanted
 _POINTERS = "q keys values query codes starts length bounds totals arrived counted "  # in the struct's order
-_POINTERS += "lists counts parts stats histograms ids out lse"
-_INTS = "k least radius sinks recents margin room code_room chunks count_stride slots kv_heads"
+_POINTERS += "lists counts parts stats histograms ids out lse marks nearer new_totals new_counts kept kept_weights "
+_POINTERS += "weights norms centre a tier"
+_DOUBLES, _FLOATS = "share critical", "scale ratio per_bit"
+_INTS = "k least radius sinks recents margin room code_room chunks count_stride slots kv_heads "
+_INTS += "votes agreement prior kept_heads kept_slots norm_room"
 
 
 class Arguments(ctypes.Structure):
@@ -30,7 +34,8 @@ class Arguments(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS.split()),
-        *(("share", ctypes.c_double), ("scale", ctypes.c_float)),
+        *((name, ctypes.c_double) for name in _DOUBLES.split()),
+        *((name, ctypes.c_float) for name in _FLOATS.split()),
         *((name, ctypes.c_int) for name in _INTS.split()),
     )
 
@@ -59,18 +64,23 @@ class Prepared:
         ids = sizes.batch, sizes.q_heads // sizes.summed, sizes.tokens, sizes.slots
         self._lse = like.q.new_empty(like.q.shape[:3], dtype=torch.float32)  # what is made like another is made sooner
         self._ids = like.q.new_empty(ids, dtype=torch.int32)
+        self._tier = self._ids.to(torch.int8) if like.estimate is not None else None
+        self._prior = sizes.rule.prior_ratio is not None
         self._arguments = arguments = _arguments(like, sizes, bounds, places(workspace.data_ptr(), sizes.cuda))
+        if like.estimate is not None:
+            self._estimate = _estimated(arguments, like.estimate)  # what is pointed to stays
         if scan_only:  # what the second kernel would leave at zero is left alone
             arguments.totals = arguments.parts
         aligned = sizes.code_room * sizes.words % 2 == 0 and stored.codes.data_ptr() % 16 == 0
         with on(self._device):
             multiprocessors = torch.cuda.get_device_properties(self._device).multi_processor_count
-            plan = launches(sizes, like.q.dtype, like.causal, aligned, multiprocessors)
+            tiers = like.estimate is not None
+            plan = launches(sizes, like.q.dtype, like.causal, aligned, multiprocessors, tiers)
             plan = plan[:1] if scan_only and sizes.rule.chunks is None else plan
             self._launchers = [one.bound(arguments, self._device) for one in plan]
 
     def __call__(self, q: Tensor, query: Tensor, scale: float, before: Before | None = None) -> Outputs:
-        """See :func:`hashattn.ops.decode.reference.decode`; no rule that is served looks at what was kept before.
+        """See :func:`hashattn.ops.decode.reference.decode`.
 
         Raises:
             RuntimeError: a kernel does not launch.
@@ -81,16 +91,25 @@ class Prepared:
         out, lse, ids = torch.empty_like(q), torch.empty_like(self._lse), torch.empty_like(self._ids)
         arguments.q, arguments.query, arguments.scale = q.data_ptr(), query.data_ptr(), scale
         arguments.out, arguments.lse, arguments.ids = out.data_ptr(), lse.data_ptr(), ids.data_ptr()
+        tier = weights = None
+        if self._tier is not None:
+            tier = torch.empty_like(self._tier)
+            arguments.tier = tier.data_ptr()
+        if self._prior:
+            weights = lse.new_empty((*lse.shape, ids.shape[-1]))
+            arguments.weights = weights.data_ptr()
+            kept, given = (None, None) if before is None else (before.ids.contiguous(), before.weights.float().contiguous())
+            _hand_on(arguments, kept, given)
         with on(self._device):
             stream = stream_of(self._device)
             for launch in self._launchers:
                 launch(stream)
-        return Outputs(out, lse, ids)
+        return Outputs(out, lse, ids, tier, weights)
 
 
 def decode(x: Inputs, scan_only: bool = False) -> Outputs:
     """One step, made ready for itself alone."""
-    return Prepared(x, scan_only)(x.q, x.query, x.scale)
+    return Prepared(x, scan_only)(x.q, x.query, x.scale, x.before)
 
 
 def _arguments(x: Inputs, sizes: Sizes, bounds: Tensor, buffers: dict[str, int]) -> Arguments:
@@ -105,7 +124,31 @@ def _arguments(x: Inputs, sizes: Sizes, bounds: Tensor, buffers: dict[str, int])
     found.sinks, found.recents, found.margin = rule.sinks, rule.recents, sizes.margin
     found.room, found.code_room, found.kv_heads = sizes.room, sizes.code_room, sizes.kv_heads
     found.chunks, found.count_stride, found.slots = sizes.cuda_chunks, sizes.count_stride, sizes.slots
+    if rule.calibrated:
+        kept = bounds[sizes.hints + 2 + LEVELS :]
+        found.new_totals, found.marks = kept.data_ptr(), -(-kept[LEVELS:].data_ptr() // 8) * 8
+        votes, prior = (discount * sizes.summed // sizes.unit for discount in rule.discounts)
+        found.votes, found.agreement, found.prior = rule.votes(sizes.q_heads), votes, prior
+        found.ratio = (rule.prior_ratio or 0.0) * sizes.q_heads
+    found.critical = rule.critical or 0.0
     return found
+
+
+def _estimated(found: Arguments, by: Estimate) -> tuple[Tensor, ...]:
+    """Give the arguments what logits are estimated from. Returns the tensors that they point to."""
+    a = by.a.detach().float()  # the tensor itself if it is float32
+    found.norms, found.centre, found.a = by.norms.data_ptr(), by.centre.data_ptr(), a.data_ptr()
+    found.norm_room, found.per_bit = by.norms.shape[2], 2 / by.bits
+    return by.norms, by.centre, a
+
+
+def _hand_on(found: Arguments, ids: Tensor | None, weights: Tensor | None) -> None:
+    """Give the arguments what the layer before kept, contiguous; None if it ran dense."""
+    if ids is None or weights is None:
+        found.kept = None
+        return
+    found.kept, found.kept_weights = ids.data_ptr(), weights.data_ptr()
+    found.kept_heads, found.kept_slots = ids.shape[1], ids.shape[3]
 
 
 def _check_wide(**tensors: Tensor) -> None:
@@ -135,13 +178,18 @@ class Launch:
 
 
 @functools.cache
-def launches(sizes: Sizes, dtype: torch.dtype, causal: bool, aligned: bool, multiprocessors: int) -> tuple[Launch, ...]:
-    """The launches of a step; aligned: codes may be read in 16 bytes."""
+def launches(
+    sizes: Sizes, dtype: torch.dtype, causal: bool, aligned: bool, multiprocessors: int, tiers: bool = False
+) -> tuple[Launch, ...]:
+    """The launches of a step; aligned: codes may be read in 16 bytes; tiers: logits of medium keys are estimated."""
     rule, summed, queries = sizes.rule, sizes.summed, sizes.batch * sizes.tokens
     lanes, heads = sizes.lanes, sizes.kv_heads * sizes.group // summed
     common = {"G": sizes.group, "SUM": summed, "WORDS": sizes.words, "PLANES": sizes.planes, "TOKENS": sizes.tokens}
     common |= {"DIM": sizes.head_dim, "TYPE": TYPES[dtype], "CAUSAL": causal, "RADIUS": rule.radius is not None}
-    common |= {"BIASED": rule.biased, "ALIGNED": aligned}
+    common |= {"BIASED": rule.biased, "ALIGNED": aligned, "TIERS": tiers}
+    if rule.calibrated:
+        common |= {"CALIBRATED": True, "REACH": sizes.reach // sizes.unit, "SPAN": sizes.span // sizes.unit}
+        common |= {"VOTES": rule.vote_share is not None, "PRIOR": rule.prior_ratio is not None}
 
     def launch(name: str, grid: compiler.Grid, threads: int, even: bool, **own: int) -> Launch:
         return Launch(name, tuple((key, int(value)) for key, value in (common | own).items()), grid, threads, even)
@@ -153,7 +201,10 @@ def launches(sizes: Sizes, dtype: torch.dtype, causal: bool, aligned: bool, mult
     few, crowded = math.prod(scans) <= AT_ONCE * multiprocessors, math.prod(attends) > AT_ONCE * multiprocessors
     gathered = 2 * sizes.rows * sizes.slots * sizes.head_dim * dtype.itemsize
     share = rule.share is not None
+    chunks = (sizes.cuda_chunks, queries, 1)
+    between = (launch("calibrate", chunks, 1024, False, LANES=1, SHARE=share),) if rule.calibrated else ()
     return (
         launch("scan", scans, 256, few, LANES=lanes, PREFETCH=gathered <= CACHED),
+        *between,
         launch("attend", attends, 128, not crowded, LANES=1, ROWS=ROWS, SHARE=share, CROWDED=crowded),
     )

@@ -13,26 +13,26 @@ static_assert(SUM <= 16 && ROWS == WARPS_HERE * OWN_KEYS, "a warp attends to 16 
 
 // As attend_part.
 __device__ __forceinline__ void attend_group(
-    const Step &s, const void *q, size_t stride, const void *keys, const void *values, const int *columns, size_t part
+    const Step &s, const void *q, size_t stride, const void *keys, const void *values, const Chosen &chosen, size_t part
 ) {
   __shared__ float peaks[WARPS_HERE][HEADS], totals[WARPS_HERE][HEADS];
   __shared__ __align__(16) float sums[WARPS_HERE][HEADS * STRIDE];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slow = lane / 4, fast = lane % 4;
-  const int *own = columns + warp * OWN_KEYS;
+  const int *own = chosen.columns + warp * OWN_KEYS;
   const uint4 none = make_uint4(0, 0, 0, 0);
   uint4 k[2][LOADS_OF_A_KEY], v[4][SPANS];
 #pragma unroll
   for (int i = 0; i < 2; i++)
 #pragma unroll
     for (int j = 0; j < LOADS_OF_A_KEY; j++) {
-      const int column = own[i * 8 + slow];
+      const int column = key_of(own[i * 8 + slow]);
       k[i][j] = column < 0 ? none : __ldcs(static_cast<const uint4 *>(keys) + (size_t)column * PIECES + j * 4 + fast);
     }
 #pragma unroll
   for (int i = 0; i < 4; i++)
 #pragma unroll
     for (int j = 0; j < SPANS; j++) {
-      const int column = own[i / 2 * 8 + fast * 2 + i % 2], piece = j * 8 + slow;
+      const int column = value_of(own[i / 2 * 8 + fast * 2 + i % 2]), piece = j * 8 + slow;
       const bool there = column >= 0 && piece < PIECES;
       v[i][j] = there ? __ldcs(static_cast<const uint4 *>(values) + (size_t)column * PIECES + piece) : none;
     }
@@ -54,7 +54,9 @@ __device__ __forceinline__ void attend_group(
   for (int i = 0; i < 2; i++)
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-      x[i][e] = own[i * 8 + fast * 2 + e % 2] < 0 ? -infinity() : x[i][e] * (s.scale * LOG2E);
+      const int head = slow + 8 * (e / 2), row = warp * OWN_KEYS + i * 8 + fast * 2 + e % 2;
+      x[i][e] = chosen.logit(min(head, SUM - 1), row, x[i][e], s.scale);
+      if (head < SUM) chosen.keep(head, row, x[i][e]);
       peak[e / 2] = fmaxf(peak[e / 2], x[i][e]);
     }
 #pragma unroll

@@ -2,6 +2,7 @@
 // Grid (CHUNKS, Hkv * G / LANES, B * TOKENS), 256 threads. Column n is in chunk n / RUN % CHUNKS. A unit is a thread's KEYS
 // neighbouring columns of a run.
 #include "candidates.cuh"
+#include "rows.cuh"
 #include "counts.cuh"
 
 constexpr int SEGMENT = 64;  // candidates of a lane that a warp finds
@@ -229,7 +230,7 @@ __device__ __forceinline__ void attend_lanes(
     uint4 k[BATCH][DEPTH];
     load_rows(k, keys, columns, from);
     copy_rows(teams.values.of, values, columns, from);
-    attend_rows(sum, k, teams.values.of, q, s.scale, columns, from);
+    attend_rows(sum, k, teams.values.of, q, s.scale, {columns}, 0, from);
   }
 #pragma unroll
   for (int j = 0; j < DEPTH; j++) {

@@ -36,6 +36,27 @@ __device__ __forceinline__ int dim_of(int place) { return place; }
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
+constexpr int MEDIUM = 1 << 30;  // of a column, which is a medium key's: its key is not read
+
+__device__ __forceinline__ bool is_medium(int column) { return TIERS && column >= 0 && column & MEDIUM; }
+__device__ __forceinline__ int key_of(int column) { return is_medium(column) ? -1 : column; }  // where the key is, if it is read
+__device__ __forceinline__ int value_of(int column) { return is_medium(column) ? column & ~MEDIUM : column; }
+
+struct Chosen {  // ROWS keys of a program
+  const int *columns;      // in shared memory, negative for none
+  const float *estimated;  // [SUM, ROWS], q.k of medium keys
+  float *logits;           // [SUM, ROWS] with a stride of `apart`, where logits in base 2 go, with PRIOR
+  size_t apart;
+  __device__ __forceinline__ float logit(int head, int row, float product, float scale) const {
+    const int column = columns[row];
+    const float x = is_medium(column) ? estimated[head * ROWS + row] : product;
+    return column < 0 ? -infinity() : x * (scale * LOG2E);
+  }
+  __device__ __forceinline__ void keep(int head, int row, float x) const {
+    if (PRIOR) __stcg(logits + head * apart + row, x);
+  }
+};
+
 struct Sum {  // of exp2(x - peak) over some keys, and of it times their values
   float peak, total, values[DEPTH][EACH];
 };
@@ -69,7 +90,7 @@ __device__ __forceinline__ void load_rows(uint4 (*x)[DEPTH], const void *storage
   const int team = threadIdx.x / ABREAST, place = threadIdx.x % ABREAST;
 #pragma unroll
   for (int i = 0; i < BATCH; i++) {
-    const int column = columns[(from + i) * TEAMS + team];
+    const int column = key_of(columns[(from + i) * TEAMS + team]);
 #pragma unroll
     for (int j = 0; j < DEPTH; j++) {
       const int piece = j * ABREAST + place;
@@ -84,7 +105,7 @@ __device__ __forceinline__ void copy_rows(uint4 (*x)[DEPTH][THREADS], const void
   const int team = threadIdx.x / ABREAST, place = threadIdx.x % ABREAST;
 #pragma unroll
   for (int i = 0; i < BATCH; i++) {
-    const int column = columns[(from + i) * TEAMS + team];
+    const int column = value_of(columns[(from + i) * TEAMS + team]);
 #pragma unroll
     for (int j = 0; j < DEPTH; j++) {
       const int piece = j * ABREAST + place, bytes = column >= 0 && mine(piece) ? 16 : 0;  // the rest is filled with zeros
@@ -97,7 +118,7 @@ __device__ __forceinline__ void copy_rows(uint4 (*x)[DEPTH][THREADS], const void
 // Add a batch of rows to a sum, its values copied before; all threads of a team get the same logits.
 __device__ __forceinline__ void attend_rows(
     Sum &sum, const uint4 (*keys)[DEPTH], const uint4 (*values)[DEPTH][THREADS], const float (*q)[EACH], float scale,
-    const int *columns, int from
+    const Chosen &chosen, int head, int from
 ) {
   const int team = threadIdx.x / ABREAST;
   float x[BATCH], peak = sum.peak;
@@ -113,7 +134,9 @@ __device__ __forceinline__ void attend_rows(
     }
 #pragma unroll
     for (int d = ABREAST / 2; d; d /= 2) x[i] += __shfl_xor_sync(~0u, x[i], d);
-    x[i] = columns[(from + i) * TEAMS + team] < 0 ? -infinity() : x[i] * (scale * LOG2E);
+    const int row = (from + i) * TEAMS + team;
+    x[i] = chosen.logit(head, row, x[i], scale);
+    if (threadIdx.x % ABREAST == 0) chosen.keep(head, row, x[i]);
     peak = fmaxf(peak, x[i]);  // NaN is passed over, and is in the total
   }
   wait_for_copies();
@@ -141,17 +164,17 @@ struct Values {  // on their way to threads, in shared memory
   uint4 of[BATCH][DEPTH][THREADS];
 };
 
-// One program's attention to `columns` [ROWS] in shared memory, of each of SUM heads, into parts and stats at `part`.
+// One program's attention to its keys, of each of SUM heads, into parts and stats at `part`.
 // q is the first head's row, the next one's is `stride` elements further.
 __device__ __forceinline__ void attend_part(
-    const Step &s, const void *q, size_t stride, const void *keys, const void *values, const int *columns, size_t part,
+    const Step &s, const void *q, size_t stride, const void *keys, const void *values, const Chosen &chosen, size_t part,
     Values &room
 ) {
   __shared__ float sums[TEAMS][DIM], peaks[TEAMS], totals[TEAMS];
   const int team = threadIdx.x / ABREAST, place = threadIdx.x % ABREAST;
   uint4 k[BATCH][DEPTH];
-  load_rows(k, keys, columns, 0);
-  copy_rows(room.of, values, columns, 0);
+  load_rows(k, keys, chosen.columns, 0);
+  copy_rows(room.of, values, chosen.columns, 0);
 #pragma unroll 1
   for (int head = 0; head < SUM; head++) {
     float own_q[DEPTH][EACH];
@@ -168,10 +191,10 @@ __device__ __forceinline__ void attend_part(
 #pragma unroll 1
     for (int from = 0; from < OWN; from += BATCH) {
       if (BATCH < OWN && (head || from)) {
-        load_rows(k, keys, columns, from);
-        copy_rows(room.of, values, columns, from);
+        load_rows(k, keys, chosen.columns, from);
+        copy_rows(room.of, values, chosen.columns, from);
       }
-      attend_rows(sum, k, room.of, own_q, s.scale, columns, from);
+      attend_rows(sum, k, room.of, own_q, s.scale, chosen, head, from);
     }
     if (head) __syncthreads();
 #pragma unroll
@@ -219,8 +242,10 @@ constexpr int NUMBERS = NARROW ? 8 : 4;  // in 16 bytes
 
 // Join `programs` parts from `part` on and write JOINED rows of out and lse from row0 on, TOKENS apart. A spoilt result is
 // NaN, and so is one of keys that were kept whose logits are all -infinity; without any it is zero. 16 bytes of a part are a
-// piece; where threads outnumber pieces, they share the parts.
-__device__ __forceinline__ void combine(const Step &s, size_t part, int programs, size_t row0, bool kept, bool spoilt) {
+// piece; where threads outnumber pieces, they share the parts. With PRIOR, logits become softmax weights.
+__device__ __forceinline__ void combine(
+    const Step &s, size_t part, int programs, size_t row0, bool kept, bool spoilt, float *logits = nullptr, size_t apart = 0
+) {
   constexpr int TILE = 64, AT_ONCE = 8, ALL = JOINED * PART / NUMBERS;
   constexpr int SHARES = ALL >= THREADS ? 1 : THREADS / ALL, OUTPUTS = (ALL + THREADS - 1) / THREADS;
   __shared__ float weights[JOINED][TILE], peaks[JOINED], sums[JOINED], shrinks[JOINED];
@@ -323,5 +348,11 @@ __device__ __forceinline__ void combine(const Step &s, size_t part, int programs
     const float peak = peaks[threadIdx.x], sum = sums[threadIdx.x];
     const float lse = ((peak == -infinity() ? 0 : peak) + log2f(sum)) / LOG2E;
     s.lse[row0 + (size_t)threadIdx.x * TOKENS] = kept && sum == 0 ? nan : lse;
+  }
+  for (int i = threadIdx.x; PRIOR && i < JOINED * programs * ROWS; i += THREADS) {
+    const int head = i / (programs * ROWS);
+    const float peak = peaks[head] == -infinity() ? 0 : peaks[head], sum = sums[head];
+    float *x = logits + head * apart + i % (programs * ROWS);
+    __stcg(x, exp2f(__ldcg(x) - peak) * (sum == 0 ? (kept ? nan : 1) : 1 / sum));
   }
 }

@@ -4,6 +4,9 @@
 // scan serves; WORDS of 64 bits a code; PLANES of a query; DIM of a head; TYPE of keys and values (0 bfloat16, 1 float16,
 // 2 float32); TOKENS queries a head; ROWS that a program of the second kernel attends to, and whether such programs are CROWDED,
 // more than multiprocessors hold; CAUSAL, SHARE, RADIUS; BIASED: the last byte of a key's code is a number to add; ALIGNED: codes may be read in 16 bytes. A row is one choice of keys: a query head's, or a KV head's with SUM = G, at one of T positions.
+// Where distances are CALIBRATED, calibrate.cu runs between the two kernels: REACH, by how much a key may come nearer at most, and
+// SPAN, by how much that may differ, in units of `ranked`. VOTES: whether it counts votes. PRIOR: whether weights are read of
+// the layer before and given to the next one. TIERS: the logits of keys that are not critical are estimated.
 #pragma once
 
 typedef unsigned long long u64;
@@ -17,6 +20,16 @@ typedef unsigned short u16;
 #endif
 #ifndef BIASED
 #define BIASED 0
+#endif
+#ifndef CALIBRATED
+#define CALIBRATED 0
+#define REACH 0
+#define SPAN 0
+#define VOTES 0
+#define PRIOR 0
+#endif
+#ifndef TIERS
+#define TIERS 0
 #endif
 
 // Kernels let the next one start when they have waited for the one before. So a kernel that has waited finds all that came
@@ -36,9 +49,22 @@ struct Step {
   int *ids;                       // [rows, slots]
   void *out;                      // [B, Hq, T, DIM]
   float *lse;                     // [B, Hq, T]
-  double share;
-  float scale;
+  // of a calibration
+  u64 *marks;                     // [B, T, code_room], the weights that the layer before gave; zero before and after
+  signed char *nearer;            // [B, T, code_room], by how much a key comes nearer, in units of `ranked`
+  int *new_totals;                // [rows, LEVELS], as totals, of what the lists are then
+  u16 *new_counts;                // [rows, LEVELS, count_stride]
+  const int *kept;                // [B, kept_heads, T, kept_slots], keys of the layer before; nullptr if there are none
+  const float *kept_weights;      // [B, Hq, T, kept_slots]
+  float *weights;                 // [B, Hq, T, slots], softmax weights for the next layer
+  // of tiers
+  const u16 *norms;               // [B, Hkv, norm_room], bfloat16
+  const float *centre, *a;        // [B, Hkv, DIM], [1]
+  signed char *tier;              // [rows, slots], 1 for keys that are not critical
+  double share, critical;
+  float scale, ratio, per_bit;
   int k, least, radius, sinks, recents, margin, room, code_room, chunks, count_stride, slots, kv_heads;
+  int votes, agreement, prior, kept_heads, kept_slots, norm_room;
 };
 
 constexpr int LEVELS = 32;  // how much nearer than the bound a candidate is, where it is no more than LEVELS - 1
@@ -93,6 +119,16 @@ __device__ __forceinline__ void span(const Step &s, int b, int t, int &first, in
 __device__ __forceinline__ int offset(const Step &s, int column, int first, int end) {
   if (column < first || column >= end) return FAR;
   return column < first + s.sinks || column >= end - s.recents ? -FAR : 0;
+}
+
+// Keys that a row of so many visible ones wants.
+__device__ __forceinline__ int budget(const Step &s, int visible) {
+#if SHARE
+  const int wanted = (int)ceil((double)visible * s.share);
+#else
+  const int wanted = min(s.k, visible);
+#endif
+  return max(wanted, min(visible, s.least));
 }
 
 __device__ __forceinline__ int read_bound(const Step &s, size_t row) {

@@ -159,8 +159,10 @@ inline int __reduce_add_sync(unsigned, int x) {
   for (int i = 0; i < 32; i++) sum += emulator::from<int>(all[i]);
   return sum;
 }
-inline int atomicAdd(int *at, int x) { const int before = *at; *at += x; return before; }
+template <class T> T atomicAdd(T *at, T x) { const T before = *at; *at += x; return before; }
+inline unsigned atomicOr(unsigned *at, unsigned x) { const unsigned before = *at; *at |= x; return before; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs((int)x); }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline unsigned __funnelshift_l(unsigned low, unsigned high, int d) { return d ? high << d | low >> (32 - d) : high; }
