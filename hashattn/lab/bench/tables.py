@@ -135,7 +135,7 @@ KINDS = Table(
     ],
     _COLD.format("step") + _UNENCODED + "kept: keys a choice, observed, on average.\n"
     "/ TopK, / in Triton: a step's time over that of the line TopK, and for Triton's kernels, of TopK in Triton.\n"
-    "Tiers: logits of medium keys are estimated (MixedPrecision), which runs in Triton; values are read in full.\n"
+    "Tiers: logits of medium keys are estimated (MixedPrecision); values are read in full.\n"
     f"{_FLOORS}",
 )
 E2E = Table(

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def is_triton(name):
-    return name in (IN_TRITON, DASHKV) or "Tiers" in name or "votes" in name
+    return name.endswith("in Triton")
 
 
 # ---- what is measured
@@ -103,7 +103,7 @@ def test_every_kind_has_a_row_with_its_ratios(pretended):
     pytest.importorskip("triton")
     result = kinds.run([CASE], Settings(rounds=1))
     rows = {(r["per"], r["kind"]): r for r in result["rows"]}
-    assert len(rows) == len(result["rows"]) == 12 + 10
+    assert len(rows) == len(result["rows"]) == 13 + 11
     assert all("left out per kv_head: LocalTopK" in note for note in result["notes"][1:]) and len(result["notes"]) == 3
     assert result["notes"][0].startswith("no popcount floor")
     for (per, name), r in rows.items():
@@ -119,7 +119,7 @@ def test_every_kind_has_a_row_with_its_ratios(pretended):
         assert (r["values_read"] == pytest.approx(2 * heads * r["kept"])) == (per == "kv_head")
         read = 2 * 2 * 600 * 8 + (r["keys_read"] + r["values_read"]) * 256  # codes, keys and values; norms besides
         least = r["byte_floor_us"] * 1e6
-        assert least > read if "Tiers" in name or name == DASHKV else least == pytest.approx(read)
+        assert least > read if "Tiers" in name or DASHKV in name else least == pytest.approx(read)
         if "Threshold" in name:
             assert 80 < r["kept"] < 220
         else:
@@ -129,7 +129,7 @@ def test_every_kind_has_a_row_with_its_ratios(pretended):
         assert limited["kept"] == pytest.approx(free["kept"], rel=0.05)
         half, few = (r for r in result["rows"] if r["per"] == per and "Tiers" in r["kind"])
         assert few["keys_read"] < half["keys_read"] < half["values_read"] == few["values_read"]
-    assert len(tables.KINDS.text(result["rows"]).splitlines()) == 23
+    assert len(tables.KINDS.text(result["rows"]).splitlines()) == 25
 
 
 def test_without_cuda_kernels_every_row_is_beside_topk_in_triton(pretended, monkeypatch):
@@ -139,7 +139,7 @@ def test_without_cuda_kernels_every_row_is_beside_topk_in_triton(pretended, monk
     assert {r["kernels"] for r in rows} == {"Triton"}
     assert all(r["of_topk_in_triton"] for r in rows)
     few = kinds.run([CASE], Settings(pers=["kv_head"], rounds=1), only="DASH-KV")["rows"]
-    assert [r["kind"] for r in few] == [TOPK, IN_TRITON, DASHKV]
+    assert [r["kind"] for r in few] == [TOPK, IN_TRITON, DASHKV, f"{DASHKV}, in Triton"]
 
 
 def test_nothing_is_measured_where_a_kind_is_wrong(pretended, monkeypatch):
@@ -165,7 +165,7 @@ def test_triton_kernels_are_checked_and_run_as_they_will_be(monkeypatch, per):
     case = Case(4, 2, 64, "float32", 200, 128)
     layer = with_estimate(make_layer(case, 64, steps=1, clustered=False, seed=0, device=CPU, planes=2))
     named = kinds.kinds(case, per, 25)
-    for name, kept, critical in (("Tiers, 64 critical", 128, 64), (IN_TRITON, 128, 128)):
+    for name, kept, critical in ((f"{DASHKV}, in Triton", 128, 64), (IN_TRITON, 128, 128)):
         one, kind = with_signs(layer), named[name]
         step = checked_step(case, rule(case, kind.selector), [one], Scratch(), triton=kind.triton)
         found = reads(case, step, [(one, 0)])
@@ -241,7 +241,7 @@ def test_a_small_case_is_measured(monkeypatch):
 
     monkeypatch.setattr(cuda_inputs, "COLD", 1 << 20)
     result = kinds.run([Case(8, 2, 64, "bfloat16", 5000, 200, batch=2)], Settings(rounds=3))
-    assert len(result["rows"]) == 12 + 10
+    assert len(result["rows"]) == 13 + 11
     for r in result["rows"]:
         assert r["us"]["step"] > r["byte_floor_us"]
         assert r["kernels"] == "Triton" or not r["kind"].startswith(("Tiers", IN_TRITON))

@@ -12,7 +12,8 @@ import torch
 
 from hashattn.ops.decode import KernelRequest, Rule, Sizes, kernels_on, reference, served_by
 from hashattn.ops.decode.cuda import InCuda, compiler
-from hashattn.ops.decode.cuda.decode import Prepared, launches
+from hashattn.ops.decode.cuda.decode import Prepared
+from hashattn.ops.decode.cuda.launches import launches
 from tests.ops.decode.cases import (
     CALIBRATED_CASES,
     CASES,
@@ -46,7 +47,11 @@ SHAPES = [
     ({"q_heads": 32, "planes": 1, "words": 2, "head_dim": 128}, torch.bfloat16, Rule(share=0.1, critical=0.05)),
     ({"q_heads": 32, "planes": 1, "words": 2, "head_dim": 128}, torch.bfloat16, Rule(share=0.1, critical=0.05, **BOTH)),
     ({"q_heads": 32, "planes": 2, "words": 2, "head_dim": 128}, torch.float16, Rule(k=64, shared=True, **BOTH)),
-    ({"q_heads": 64, "planes": 1, "words": 4, "head_dim": 256}, torch.float32, Rule(share=0.1, critical=0.05, shared=True, **BOTH)),
+    (
+        {"q_heads": 64, "planes": 1, "words": 4, "head_dim": 256},
+        torch.float32,
+        Rule(share=0.1, critical=0.05, shared=True, **BOTH),
+    ),
 ]
 
 
@@ -59,7 +64,10 @@ def sizes(shape, rule):
 )
 def test_kernels_compile_without_spills(shape, dtype, rule, arch, tmp_path):
     assert compiler.why_not() is None
-    many, few = (launches(sizes(shape, rule), dtype, True, True, multiprocessors) for multiprocessors in (132, 1))
+    tiers = rule.critical is not None
+    many, few = (
+        launches(sizes(shape, rule), dtype, True, True, multiprocessors, tiers) for multiprocessors in (132, 1)
+    )
     for one in dict.fromkeys(replace(one, even=False) for one in many + few):
         path = tmp_path / f"{one.name}.cubin"
         path.write_bytes(compiler.compile(one.name, one.defines, arch))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hashattn.ops.decode import KernelRequest, Rule, device, reference, why_not
-from hashattn.ops.decode.cuda.decode import launches
+from hashattn.ops.decode.cuda.launches import launches
 from hashattn.ops.decode.device import check_nvidia, on
 from hashattn.ops.decode.sizes import MOST_COLUMNS, Sizes, grid
 from tests.ops.decode.cases import BEYOND, agrees, inputs, ready, same, shifted, stored

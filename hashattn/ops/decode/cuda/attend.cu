@@ -2,7 +2,6 @@
 // Grid (slots / ROWS, Hkv * G / SUM, B * TOKENS), 128 threads. Ranks follow column order, so that the result does not depend on
 // the bounds.
 #include "group.cuh"
-#include "estimate.cuh"
 #include "codes.cuh"
 #include "lists.cuh"
 
@@ -232,7 +231,7 @@ __device__ __noinline__ int from_codes(const Step &s, Seen seen, Ranks ranks, Se
 
 // Of a multiprocessor, at least: as many as registers allow without spilling any.
 constexpr int FEWER = DIM > 128 ? (SUM > 8 ? 2 : 3) : 4;
-constexpr int PROGRAMS = TIERS || PRIOR || DIM > 128 || !CROWDED || SUM > 8 ? FEWER : SUM > 1 ? (DIM == 128 ? 6 : 5) : DIM == 128 ? 8 : 7;
+constexpr int PROGRAMS = DIM > 128 || !CROWDED || SUM > 8 ? FEWER : TIERS || PRIOR ? (SUM > 1 ? 5 : 6) : SUM > 1 ? (DIM == 128 ? 6 : 5) : DIM == 128 ? 8 : 7;
 
 union Space {
   Holders holders;
@@ -315,13 +314,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(const __g
   const size_t programs_most = s.slots / ROWS, storage = (size_t)kv * s.room * DIM * SIZE, at = row * programs_most + part;
   const char *keys = static_cast<const char *>(s.keys) + storage, *values = static_cast<const char *>(s.values) + storage;
   const void *q = static_cast<const char *>(s.q) + q_row * DIM * SIZE;
-  const float *estimated = nullptr;  // [SUM, ROWS]
 #if TIERS
-  __shared__ float estimates[SUM * ROWS];
-  estimate(s, kv, q, (size_t)TOKENS * DIM, query, codes, columns, estimates);
-  estimated = estimates;
+  __shared__ float estimated[SUM * ROWS];
+  const u16 *norms = s.norms + (size_t)kv * s.norm_room;
+  const Chosen chosen = {columns, logits + rank0, apart, estimated, query, codes, norms, s.centre + (size_t)kv * DIM, s.a};
+#else
+  const Chosen chosen = {columns, logits + rank0, apart};
 #endif
-  const Chosen chosen = {columns, estimated, logits + rank0, apart};
 #if TENSOR_CORES
   attend_group(s, q, (size_t)TOKENS * DIM, keys, values, chosen, at);
 #else

@@ -1,26 +1,22 @@
-"""The fused decode step in CUDA C++: exact top-k attention in two kernels, three where distances are calibrated, LocalTopK in one."""
+"""The fused decode step in CUDA C++: exact top-k attention in two kernels, LocalTopK in one.
+
+One more comes between the two where distances are calibrated.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hashattn.ops.decode.cuda import compiler
-from hashattn.ops.decode.device import check_nvidia, on, starts_early, stream_of
+from hashattn.ops.decode.cuda.launches import launches
+from hashattn.ops.decode.device import check_nvidia, on, stream_of
 from hashattn.ops.decode.estimate import Estimate
 from hashattn.ops.decode.inputs import Before, Inputs, Outputs
-from hashattn.ops.decode.sizes import LEVELS, ROWS, Sizes, places
+from hashattn.ops.decode.sizes import LEVELS, Sizes, places
 
-TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-RUN = 8  # neighbouring columns of a chunk
 WIDEST = 16  # bytes that kernels read at a time
-AT_ONCE = 4  # programs of a multiprocessor, so that all are there from the start
-CACHED = 32 << 20  # bytes of keys and values that a cache holds until they are wanted
 _POINTERS = "q keys values query codes starts length bounds totals arrived counted "  # in the struct's order
 _POINTERS += "lists counts parts stats histograms ids out lse marks nearer new_totals new_counts kept kept_weights "
 _POINTERS += "weights norms centre a tier"
@@ -64,7 +60,7 @@ class Prepared:
         ids = sizes.batch, sizes.q_heads // sizes.summed, sizes.tokens, sizes.slots
         self._lse = like.q.new_empty(like.q.shape[:3], dtype=torch.float32)  # what is made like another is made sooner
         self._ids = like.q.new_empty(ids, dtype=torch.int32)
-        self._tier = self._ids.to(torch.int8) if like.estimate is not None else None
+        self._tier = torch.empty_like(self._ids, dtype=torch.int8) if like.estimate is not None else None
         self._prior = sizes.rule.prior_ratio is not None
         self._arguments = arguments = _arguments(like, sizes, bounds, places(workspace.data_ptr(), sizes.cuda))
         if like.estimate is not None:
@@ -98,8 +94,8 @@ class Prepared:
         if self._prior:
             weights = lse.new_empty((*lse.shape, ids.shape[-1]))
             arguments.weights = weights.data_ptr()
-            kept, given = (None, None) if before is None else (before.ids.contiguous(), before.weights.float().contiguous())
-            _hand_on(arguments, kept, given)
+            before = None if before is None else Before(before.ids.contiguous(), before.weights.float().contiguous())
+            _hand_on(arguments, before)
         with on(self._device):
             stream = stream_of(self._device)
             for launch in self._launchers:
@@ -142,13 +138,13 @@ def _estimated(found: Arguments, by: Estimate) -> tuple[Tensor, ...]:
     return by.norms, by.centre, a
 
 
-def _hand_on(found: Arguments, ids: Tensor | None, weights: Tensor | None) -> None:
+def _hand_on(found: Arguments, before: Before | None) -> None:
     """Give the arguments what the layer before kept, contiguous; None if it ran dense."""
-    if ids is None or weights is None:
+    if before is None:
         found.kept = None
         return
-    found.kept, found.kept_weights = ids.data_ptr(), weights.data_ptr()
-    found.kept_heads, found.kept_slots = ids.shape[1], ids.shape[3]
+    found.kept, found.kept_weights = (x.data_ptr() for x in before)
+    found.kept_heads, found.kept_slots = before.ids.shape[1], before.ids.shape[3]
 
 
 def _check_wide(**tensors: Tensor) -> None:
@@ -158,53 +154,3 @@ def _check_wide(**tensors: Tensor) -> None:
                 f"{name} must be contiguous and begin at a multiple of {WIDEST} bytes, got strides {x.stride()} at "
                 f"{x.data_ptr():#x}: give a copy, {name}.clone(memory_format=torch.contiguous_format)"
             )
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel, what it is compiled with, its programs and their threads; even: as many on each multiprocessor."""
-
-    name: str
-    defines: compiler.Defines
-    grid: compiler.Grid
-    threads: int
-    even: bool = False
-
-    def bound(self, argument: ctypes.Structure, device: torch.device) -> compiler.Launcher:
-        """Ready to be launched with an argument, on the current GPU."""
-        kernel = compiler.kernel(self.name, self.defines, -1 if device.index is None else device.index)
-        early = starts_early(device)
-        return compiler.Launcher(kernel, self.grid, self.threads, argument, early=early, even=self.even)
-
-
-@functools.cache
-def launches(
-    sizes: Sizes, dtype: torch.dtype, causal: bool, aligned: bool, multiprocessors: int, tiers: bool = False
-) -> tuple[Launch, ...]:
-    """The launches of a step; aligned: codes may be read in 16 bytes; tiers: logits of medium keys are estimated."""
-    rule, summed, queries = sizes.rule, sizes.summed, sizes.batch * sizes.tokens
-    lanes, heads = sizes.lanes, sizes.kv_heads * sizes.group // summed
-    common = {"G": sizes.group, "SUM": summed, "WORDS": sizes.words, "PLANES": sizes.planes, "TOKENS": sizes.tokens}
-    common |= {"DIM": sizes.head_dim, "TYPE": TYPES[dtype], "CAUSAL": causal, "RADIUS": rule.radius is not None}
-    common |= {"BIASED": rule.biased, "ALIGNED": aligned, "TIERS": tiers}
-    if rule.calibrated:
-        common |= {"CALIBRATED": True, "REACH": sizes.reach // sizes.unit, "SPAN": sizes.span // sizes.unit}
-        common |= {"VOTES": rule.vote_share is not None, "PRIOR": rule.prior_ratio is not None}
-
-    def launch(name: str, grid: compiler.Grid, threads: int, even: bool, **own: int) -> Launch:
-        return Launch(name, tuple((key, int(value)) for key, value in (common | own).items()), grid, threads, even)
-
-    if rule.chunks is not None:
-        own = {"LOCAL": 1, "CHUNKS": rule.chunks, "RUN": RUN, "LANES": lanes, "ROWS": rule.per_chunk}
-        return (launch("local", (rule.chunks, heads // lanes, queries), 256, False, **own),)
-    scans, attends = (sizes.cuda_chunks, heads // lanes, queries), (sizes.slots // ROWS, heads, queries)
-    few, crowded = math.prod(scans) <= AT_ONCE * multiprocessors, math.prod(attends) > AT_ONCE * multiprocessors
-    gathered = 2 * sizes.rows * sizes.slots * sizes.head_dim * dtype.itemsize
-    share = rule.share is not None
-    chunks = (sizes.cuda_chunks, queries, 1)
-    between = (launch("calibrate", chunks, 1024, False, LANES=1, SHARE=share),) if rule.calibrated else ()
-    return (
-        launch("scan", scans, 256, few, LANES=lanes, PREFETCH=gathered <= CACHED),
-        *between,
-        launch("attend", attends, 128, not crowded, LANES=1, ROWS=ROWS, SHARE=share, CROWDED=crowded),
-    )

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hashattn.ops.decode.cuda.decode import TYPES, Launch
+from hashattn.ops.decode.cuda.launches import TYPES, Launch
 from hashattn.ops.decode.device import check_nvidia, on, stream_of
 from hashattn.ops.decode.inputs import Newest, Placed
 from hashattn.ops.decode.maps import Map

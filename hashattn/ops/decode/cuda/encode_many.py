@@ -7,7 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from hashattn.ops.decode.cuda.decode import TYPES, WIDEST, Launch
+from hashattn.ops.decode.cuda.decode import WIDEST
+from hashattn.ops.decode.cuda.launches import TYPES, Launch
 from hashattn.ops.decode.device import check_nvidia, on, stream_of
 from hashattn.ops.decode.estimate import NORMS
 from hashattn.ops.decode.maps import Map

@@ -5,6 +5,7 @@
 struct Eight {
   u32 words[4];
   int entries;  // that are there
+  __device__ __forceinline__ Eight(const uint4 &all, int at, int end) : words{all.x, all.y, all.z, all.w}, entries(min(end - at, 8)) {}
   __device__ __forceinline__ Eight(const u16 *list, int at, int end) : words{}, entries(min(end - at, 8)) {
     if (entries <= 0) return;
     const uint4 all = __ldcg(reinterpret_cast<const uint4 *>(list + at));

@@ -43,10 +43,13 @@ __device__ __forceinline__ int key_of(int column) { return is_medium(column) ? -
 __device__ __forceinline__ int value_of(int column) { return is_medium(column) ? column & ~MEDIUM : column; }
 
 struct Chosen {  // ROWS keys of a program
-  const int *columns;      // in shared memory, negative for none
-  const float *estimated;  // [SUM, ROWS], q.k of medium keys
-  float *logits;           // [SUM, ROWS] with a stride of `apart`, where logits in base 2 go, with PRIOR
+  const int *columns;  // in shared memory, negative for none
+  float *logits;       // [SUM, ROWS] with a stride of `apart`, where logits in base 2 go, with PRIOR
   size_t apart;
+  float *estimated;            // [SUM, ROWS] in shared memory: q.k of medium keys, with TIERS,
+  const u64 *query, *codes;    // which are made of these: the first head's, the KV head's,
+  const u16 *norms;            // [norm_room],
+  const float *centre, *size;  // [DIM], [1]
   __device__ __forceinline__ float logit(int head, int row, float product, float scale) const {
     const int column = columns[row];
     const float x = is_medium(column) ? estimated[head * ROWS + row] : product;
@@ -56,6 +59,8 @@ struct Chosen {  // ROWS keys of a program
     if (PRIOR) __stcg(logits + head * apart + row, x);
   }
 };
+
+#include "estimate.cuh"
 
 struct Sum {  // of exp2(x - peak) over some keys, and of it times their values
   float peak, total, values[DEPTH][EACH];
@@ -175,6 +180,7 @@ __device__ __forceinline__ void attend_part(
   uint4 k[BATCH][DEPTH];
   load_rows(k, keys, chosen.columns, 0);
   copy_rows(room.of, values, chosen.columns, 0);
+  estimate(s, q, stride, chosen);
 #pragma unroll 1
   for (int head = 0; head < SUM; head++) {
     float own_q[DEPTH][EACH];
@@ -349,7 +355,8 @@ __device__ __forceinline__ void combine(
     const float lse = ((peak == -infinity() ? 0 : peak) + log2f(sum)) / LOG2E;
     s.lse[row0 + (size_t)threadIdx.x * TOKENS] = kept && sum == 0 ? nan : lse;
   }
-  for (int i = threadIdx.x; PRIOR && i < JOINED * programs * ROWS; i += THREADS) {
+#pragma unroll 8
+  for (int i = threadIdx.x; i < (PRIOR ? JOINED * programs * ROWS : 0); i += THREADS) {
     const int head = i / (programs * ROWS);
     const float peak = peaks[head] == -infinity() ? 0 : peaks[head], sum = sums[head];
     float *x = logits + head * apart + i % (programs * ROWS);

@@ -56,9 +56,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
   if (thread < LANES) prefetch_line(s.bounds + row0 + thread * TOKENS);
   wait_for_the_kernel_before();
   let_the_next_kernel_start();
-#if PRIOR
-  if (s.kept != nullptr) mark_weights(s, b, t, (blockIdx.y / GROUPS * G) + group * LANES * SUM, LANES * SUM);
-#endif
   int first, end;
   span(s, b, t, first, end);
   if (thread < LANES) bounds[thread] = read_bound(s, row0 + thread * TOKENS);
@@ -66,7 +63,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
   const u64 *query = s.query + ((size_t)(kv * G + group * LANES * SUM) * TOKENS + t) * PLANES * WORDS;
   prepare(terms, LANES, query, TOKENS * PLANES * WORDS, WARPS);
   wait_for_copies();
-  if (low >= end || low + CHUNK <= first) return;  // nobody looks at what is not written
+  auto mark = [&]() {
+    if (PRIOR && s.kept != nullptr) mark_weights(s, b, t, blockIdx.y / GROUPS * G + group * LANES * SUM, LANES * SUM);
+  };
+  if (low >= end || low + CHUNK <= first) return mark();  // nobody looks at what is not written
   if (low + CHUNK > min(early, end) - NEWEST) {
     copy(min(early, end) - NEWEST, s.code_room);
     wait_for_copies();
@@ -132,4 +132,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
     s.counts[((size_t)row * LEVELS + lane) * s.count_stride + chunk] = more;
     if (more) atomicAdd(s.totals + row * LEVELS + lane, more);
   }
+  mark();
 }
