@@ -265,6 +265,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(const __g
   int wanted = budget(s, end - first);
   wait_for_the_kernel_before();
   let_the_next_kernel_start();
+  constexpr size_t SIZE = TYPE == 2 ? 4 : 2;
+  const size_t q_row = (size_t)head * SUM * TOKENS + t;
+  const void *q = static_cast<const char *>(s.q) + q_row * DIM * SIZE;
+#if TIERS
+  __shared__ float estimated[SUM * ROWS];
+  __shared__ Sketch sketches[SUM];
+  sketch(q, (size_t)TOKENS * DIM, s.centre + (size_t)kv * DIM, s.a, sketches);
+#endif
   int *totals = (CALIBRATED ? s.new_totals : s.totals) + row * LEVELS;
   const int count = __ldcg(totals + lane);  // candidates of at least this level
 #if RADIUS
@@ -298,7 +306,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(const __g
     __syncthreads();
   }
   const size_t slot = (size_t)row * s.slots + rank0, apart = (size_t)TOKENS * s.slots;
-  const size_t q_row = (size_t)head * SUM * TOKENS + t;
   float *logits = PRIOR ? s.weights + q_row * s.slots : nullptr;  // of the first head; the next one's are `apart`
   if (threadIdx.x < ROWS) {
     s.ids[slot + threadIdx.x] = value_of(columns[threadIdx.x]);
@@ -310,14 +317,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(const __g
     for (int i = threadIdx.x; PRIOR && i < SUM * ROWS; i += THREADS) logits[i / ROWS * apart + rank0 + i % ROWS] = 0;
     return;
   }
-  constexpr size_t SIZE = TYPE == 2 ? 4 : 2;
   const size_t programs_most = s.slots / ROWS, storage = (size_t)kv * s.room * DIM * SIZE, at = row * programs_most + part;
   const char *keys = static_cast<const char *>(s.keys) + storage, *values = static_cast<const char *>(s.values) + storage;
-  const void *q = static_cast<const char *>(s.q) + q_row * DIM * SIZE;
 #if TIERS
-  __shared__ float estimated[SUM * ROWS];
   const u16 *norms = s.norms + (size_t)kv * s.norm_room;
-  const Chosen chosen = {columns, logits + rank0, apart, estimated, query, codes, norms, s.centre + (size_t)kv * DIM, s.a};
+  const Chosen chosen = {columns, logits + rank0, apart, estimated, sketches, query, codes, norms};
 #else
   const Chosen chosen = {columns, logits + rank0, apart};
 #endif

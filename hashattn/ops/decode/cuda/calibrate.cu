@@ -4,7 +4,7 @@
 // and then are of the bound less REACH.
 #include "step.cuh"
 
-constexpr int THREADS = SUM > 1 ? 512 : 1024;
+constexpr int THREADS = SUM > 1 || CROWDED ? 512 : 1024;
 constexpr int OWN = CHUNK / THREADS, MOST_CHOICES = 512;
 #include "codes.cuh"
 #include "lists.cuh"

@@ -3,7 +3,7 @@
 #include "counts.cuh"
 
 constexpr int DISTANCES = MOST_RANKED + SPAN + 2;  // forced keys come first
-constexpr int FLIGHT = THREADS > 512 ? 1 : WORDS == 4 ? 2 : 8;  // loads of a thread that are waited for together
+constexpr int FLIGHT = THREADS > 256 ? 1 : WORDS == 4 ? 2 : 8;  // loads of a thread that are waited for together
 constexpr int AHEAD = FLIGHT * PAIR;  // keys of a thread at a time
 
 // Flags of a thread's keys: nearer than the threshold and at it; nearer than that of critical keys and at it.

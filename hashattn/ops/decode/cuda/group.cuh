@@ -36,7 +36,7 @@ __device__ __forceinline__ void attend_group(
       const bool there = column >= 0 && piece < PIECES;
       v[i][j] = there ? __ldcs(static_cast<const uint4 *>(values) + (size_t)column * PIECES + piece) : none;
     }
-  estimate(s, q, stride, chosen);
+  estimate(s, chosen);
   float x[2][4] = {};  // logits of heads slow and slow + 8 to keys 2 * fast and the next, of either eight
 #pragma unroll
   for (int j = 0; j < LOADS_OF_A_KEY; j++) {

@@ -60,14 +60,10 @@ def launches(
     few, crowded = math.prod(scans) <= AT_ONCE * multiprocessors, math.prod(attends) > AT_ONCE * multiprocessors
     gathered = 2 * sizes.rows * sizes.slots * sizes.head_dim * dtype.itemsize
     share = rule.share is not None
-    chunks = (sizes.cuda_chunks, queries, 1)
-    between = (
-        (launch("calibrate", chunks, 512 if summed > 1 else 1024, False, LANES=1, SHARE=share),)
-        if rule.calibrated
-        else ()
-    )
-    return (
-        launch("scan", scans, 256, few, LANES=lanes, PREFETCH=gathered <= CACHED),
-        *between,
-        launch("attend", attends, 128, not crowded, LANES=1, ROWS=ROWS, SHARE=share, CROWDED=crowded),
-    )
+    found = [launch("scan", scans, 256, few, LANES=lanes, PREFETCH=gathered <= CACHED)]
+    if rule.calibrated:
+        chunks, many = (sizes.cuda_chunks, queries, 1), sizes.cuda_chunks * queries > multiprocessors
+        threads = 512 if summed > 1 or many else 1024
+        found.append(launch("calibrate", chunks, threads, False, LANES=1, SHARE=share, CROWDED=many))
+    own = {"LANES": 1, "ROWS": ROWS, "SHARE": share, "CROWDED": crowded}
+    return *found, launch("attend", attends, 128, not crowded, **own)

@@ -46,10 +46,10 @@ struct Chosen {  // ROWS keys of a program
   const int *columns;  // in shared memory, negative for none
   float *logits;       // [SUM, ROWS] with a stride of `apart`, where logits in base 2 go, with PRIOR
   size_t apart;
-  float *estimated;            // [SUM, ROWS] in shared memory: q.k of medium keys, with TIERS,
-  const u64 *query, *codes;    // which are made of these: the first head's, the KV head's,
-  const u16 *norms;            // [norm_room],
-  const float *centre, *size;  // [DIM], [1]
+  float *estimated;             // [SUM, ROWS] in shared memory: q.k of medium keys, with TIERS,
+  const struct Sketch *sketches;  // which are made of these, [SUM] in shared memory,
+  const u64 *query, *codes;     // the first head's, the KV head's,
+  const u16 *norms;             // [norm_room]
   __device__ __forceinline__ float logit(int head, int row, float product, float scale) const {
     const int column = columns[row];
     const float x = is_medium(column) ? estimated[head * ROWS + row] : product;
@@ -180,7 +180,7 @@ __device__ __forceinline__ void attend_part(
   uint4 k[BATCH][DEPTH];
   load_rows(k, keys, chosen.columns, 0);
   copy_rows(room.of, values, chosen.columns, 0);
-  estimate(s, q, stride, chosen);
+  estimate(s, chosen);
 #pragma unroll 1
   for (int head = 0; head < SUM; head++) {
     float own_q[DEPTH][EACH];

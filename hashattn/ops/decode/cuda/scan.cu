@@ -14,19 +14,32 @@ __device__ __forceinline__ void prefetch(const void *storage, size_t row) {
   for (int i = 0; i < ROW; i += 128) prefetch_line(static_cast<const char *>(storage) + row * ROW + i);
 }
 
-// Add this program's share of the weights that the layer before gave its keys, of the heads of its rows, in units of 2^-38 so that
-// the weights of 512 heads fit and their sum does not depend on its order.
-__device__ __forceinline__ void mark_weights(const Step &s, int b, int t, int head0, int heads) {
-  const int q_heads = s.kv_heads * G;
-  for (int i = blockIdx.x * THREADS + threadIdx.x; i < heads * s.kept_slots; i += gridDim.x * THREADS) {
-    const int head = head0 + i / s.kept_slots, slot = i % s.kept_slots;
-    const size_t ids = ((size_t)(b * s.kept_heads + head / (q_heads / s.kept_heads)) * TOKENS + t) * s.kept_slots;
-    const int column = __ldcg(s.kept + ids + slot);
-    const float weight = __ldcg(s.kept_weights + ((size_t)(b * q_heads + head) * TOKENS + t) * s.kept_slots + slot);
-    if (column >= 0 && column < s.code_room && weight > 0)
-      atomicAdd(s.marks + (size_t)(b * TOKENS + t) * s.code_room + column, max((u64)(weight * 0x1p38f), (u64)1));
+// This program's share of the weights that the layer before gave its keys, of the heads of its rows, which are added to marks in units
+// of 2^-38, so that the weights of 512 heads fit and their sum does not depend on its order. A thread's first one is asked for
+// early and added late.
+struct Marks {
+  const Step &s;
+  int b, t, head0, heads, column, at;
+  float weight;
+  __device__ __forceinline__ Marks(const Step &s, int b, int t, int head0, int heads)
+      : s(s), b(b), t(t), head0(head0), heads(heads), column(-1), at(blockIdx.x * THREADS + threadIdx.x), weight(0) {
+    if (s.kept != nullptr) load();
   }
-}
+  __device__ __forceinline__ void load() {
+    column = -1;
+    if (at >= heads * s.kept_slots) return;
+    const int q_heads = s.kv_heads * G, head = head0 + at / s.kept_slots, slot = at % s.kept_slots;
+    const size_t ids = ((size_t)(b * s.kept_heads + head / (q_heads / s.kept_heads)) * TOKENS + t) * s.kept_slots;
+    column = __ldcg(s.kept + ids + slot);
+    weight = __ldcg(s.kept_weights + ((size_t)(b * q_heads + head) * TOKENS + t) * s.kept_slots + slot);
+  }
+  __device__ __forceinline__ void add() {
+    if (s.kept == nullptr) return;
+    for (; at < heads * s.kept_slots; at += gridDim.x * THREADS, load())
+      if (column >= 0 && column < s.code_room && weight > 0)
+        atomicAdd(s.marks + (size_t)(b * TOKENS + t) * s.code_room + column, max((u64)(weight * 0x1p38f), (u64)1));
+  }
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant__ Step s) {
   __shared__ Terms terms[LANES];
@@ -56,6 +69,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
   if (thread < LANES) prefetch_line(s.bounds + row0 + thread * TOKENS);
   wait_for_the_kernel_before();
   let_the_next_kernel_start();
+#if PRIOR
+  Marks marks(s, b, t, blockIdx.y / GROUPS * G + group * LANES * SUM, LANES * SUM);
+#endif
   int first, end;
   span(s, b, t, first, end);
   if (thread < LANES) bounds[thread] = read_bound(s, row0 + thread * TOKENS);
@@ -63,10 +79,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
   const u64 *query = s.query + ((size_t)(kv * G + group * LANES * SUM) * TOKENS + t) * PLANES * WORDS;
   prepare(terms, LANES, query, TOKENS * PLANES * WORDS, WARPS);
   wait_for_copies();
-  auto mark = [&]() {
-    if (PRIOR && s.kept != nullptr) mark_weights(s, b, t, blockIdx.y / GROUPS * G + group * LANES * SUM, LANES * SUM);
-  };
-  if (low >= end || low + CHUNK <= first) return mark();  // nobody looks at what is not written
+  if (low >= end || low + CHUNK <= first) {  // nobody looks at what is not written
+#if PRIOR
+    marks.add();
+#endif
+    return;
+  }
   if (low + CHUNK > min(early, end) - NEWEST) {
     copy(min(early, end) - NEWEST, s.code_room);
     wait_for_copies();
@@ -132,5 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
     s.counts[((size_t)row * LEVELS + lane) * s.count_stride + chunk] = more;
     if (more) atomicAdd(s.totals + row * LEVELS + lane, more);
   }
-  mark();
+#if PRIOR
+  marks.add();
+#endif
 }
