@@ -241,8 +241,11 @@ class HashAttention:
         """The same, which searches at any length on such a device: "auto" becomes an engine that serves everything."""
         return self if self.engine != AUTO else self.replace(engine=searching(self.parts, device))
 
-    def choice(self, q: Tensor, cache: KVCache) -> Choice:
+    def choice(self, q: Tensor, cache: KVCache, *, captured: bool = False) -> Choice:
         """Which engine serves these queries on this cache, from how many keys on, and why not another.
+
+        Args:
+            captured: whether steps are replayed from a graph, so that they cost the host nothing.
 
         Raises:
             TypeError, ValueError: they do not go together, or the engine that was named does not serve them.
@@ -251,12 +254,14 @@ class HashAttention:
             raise TypeError(f"q must be a tensor, got {type(q).__name__}")
         fits = self.encoder.fits if self.encoder is not None else 0
         threads = torch.get_num_threads()
-        kind = (q.shape, q.dtype, q.device, cache.batch, cache.kv_heads, cache.head_dim, cache.kind, fits, threads)
+        held = cache.batch, cache.kv_heads, cache.head_dim, cache.kind
+        kind = (q.shape, q.dtype, q.device, *held, fits, threads, captured)
         own = (cache.encoder, cache.index, cache.with_norms) == (self.encoder, self.index, self.attend.needs_norms)
         known = self._choices.get(kind) if own and q.shape[2] <= len(cache) else None
         if known is None:
             self.check_call(q, cache)
-            known = self._choices[kind] = choose(self.parts, Request.of(q, cache), self.engine)
+            request = dataclasses.replace(Request.of(q, cache), captured=captured)
+            known = self._choices[kind] = choose(self.parts, request, self.engine)
         return known
 
     @cached_property
