@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,7 @@ from hashattn.ops.decode.sizes import counters
 from hashattn.ops.hamming import words
 
 if TYPE_CHECKING:
-    from hashattn.ops.decode.library import EncodePlaced
+    from hashattn.ops.decode.library import Encode, EncodePlaced
 
 
 Learned = tuple[tuple[int, int], ...]
@@ -128,6 +129,17 @@ class Kept:
     prepared: Prepared
     encode: EncodePlaced | None
 
+    @cached_property
+    def append(self) -> Encode:
+        """The same of keys that are not in place: they are appended. Only where there is `encode`."""
+        from hashattn.ops.decode.library import Encode
+
+        assert self.encode is not None
+        x, keys = self.encode.like, self.encode.like.stored.keys
+        k = keys.new_empty((*keys.shape[:2], x.q.shape[2], keys.shape[3]))
+        written = x.arrived, x.workspace
+        return Encode(decode.Newest(x.q, k, k, x.centre, x.maps, x.query_bits, x.stored, *written))
+
     @classmethod
     @lasting
     def of(cls, parts: Parts, cache: KVCache, shape: tuple[int, int], causal: bool) -> Kept:
@@ -196,12 +208,22 @@ class FusedStep:
         return output, replace(selection, filled=kept.filled(cache) if tokens == 1 else None)
 
     def encoded(self, kept: Kept, q: Tensor, cache: KVCache, new: bool) -> Tensor:
-        """Queries as planes, and the length of the cache where steps read it; new: the newest keys' codes as well."""
+        """Queries as planes, and the length of the cache where steps read it; new: the newest keys' codes as well.
+
+        Keys and values that are still coming are appended in the same launch, if they are those of the queries.
+        """
+        coming, first = cache.kv.coming, len(cache) - q.shape[2]
+        if coming is not None and new and kept.encode is not None and coming[0].shape[2] == q.shape[2]:
+            query = kept.append(q, *coming, first)
+            cache.kv.wrote()
+            cache.indexed.adopt(len(cache))
+            return query
+        cache.kv.settle()
         if kept.encode is None:
             assert self.parts.encoder is not None
             kept.prepared.like.stored.length.fill_(len(cache))
             return packed(self.parts.encoder, q)
-        query = kept.encode(q, len(cache) - q.shape[2], new)
+        query = kept.encode(q, first, new)
         if new:
             cache.indexed.adopt(len(cache))
         return query
@@ -230,8 +252,8 @@ class FusedStep:
 
 def _memory(cache: KVCache) -> tuple[int, ...]:
     """Where keys, values, codes and norms lie."""
-    held = ("keys", "values", "codes", *(["norms"] if cache.with_norms else []))
-    return tuple(cache.storage(what).data_ptr() for what in held)
+    held = ("codes", *(["norms"] if cache.with_norms else []))
+    return *cache.kv.addresses, *(cache.storage(what).data_ptr() for what in held)
 
 
 def before_of(step: Step) -> decode.Before | None:
