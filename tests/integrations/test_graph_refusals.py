@@ -217,6 +217,73 @@ def test_a_model_that_changes_between_steps_is_seen(change):
     assert handle.report().graph.captured == graphs
 
 
+def test_a_model_that_is_moved_to_another_type_is_told_and_serves_a_new_cache():
+    model = make("llama", head_dim=64, num_hidden_layers=2)
+    with FUSED.attach(model, graph="auto") as handle:
+        _, cache = step(model)
+        step(model, cache)
+        model.to(torch.bfloat16)
+        with pytest.raises(TypeError, match="start with a new cache after moving a model"):
+            step(model, cache)
+        assert cache.get_seq_length() == LENGTH + 2
+        model.to(torch.float32)
+        step(model, cache)
+        assert cache.get_seq_length() == LENGTH + 3 and handle.report().graph.replayed == 1
+        model.to(torch.bfloat16)
+        _, cache = step(model)
+        step(model, cache)
+        assert cache.get_seq_length() == LENGTH + 2 and handle.report().graph.replayed == 2
+
+
+def test_a_model_that_is_quantised_while_attached_writes_what_eager_steps_write():
+    outs = []
+    for graph in ("never", "auto"):
+        model = make("llama", head_dim=64, num_hidden_layers=2)
+        with FUSED.attach(model, graph=graph) as handle:
+            first, cache = step(model)
+            step(model, cache)
+            for layer in model.model.layers:  # whole numbers of few bits, in modules of their own
+                layer.mlp.down_proj = Quantised(layer.mlp.down_proj)
+            outs.append(torch.cat([step(model, cache)[0].logits for _ in range(3)]))
+    assert (outs[0] - outs[1]).abs().max() < 1e-5 < (outs[1][:1] - first.logits).abs().max()
+    assert (handle.report().graph.captured, handle.report().graph.replayed) == (2, 3)
+
+
+class Quantised(nn.Module):
+    """A layer as quantisers leave it: int8 and scales."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 7
+        self.register_buffer("numbers", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.numbers.to(x.dtype) * self.scale)
+
+
+def test_a_first_step_without_memory_runs_as_ever(model, monkeypatch):
+    plain, left = nn.Linear.forward, [1]
+
+    def scarce(self, x):
+        if left:
+            raise torch.OutOfMemoryError(left.pop() and "no luck")
+        return plain(self, x)
+
+    with FUSED.attach(model):
+        _, cache = step(model)
+        expected = step(model, cache, 6)[0].logits
+    with FUSED.attach(model, graph="auto") as handle:
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            forward(model, prompt(1)["input_ids"], cache)
+        monkeypatch.setattr(nn.Linear, "forward", scarce)
+        step(model, cache)
+        assert (step(model, cache, 6)[0].logits - expected).abs().max() < 1e-5
+        reason = "there is no memory for its graph: OutOfMemoryError: no luck"
+        assert handle.report().graph.eager == {reason: 2} and cache.get_seq_length() == LENGTH + 2
+
+
 def test_a_model_that_looks_at_values(model, monkeypatch):
     plain = modeling_llama.LlamaMLP.forward
 

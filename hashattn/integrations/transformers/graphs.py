@@ -193,7 +193,10 @@ class Graphs:
                 self._refused[key] = str(error)
                 return str(error)
             except Exception as error:  # whatever a model's own code makes of it
-                self.refusal = reason = f"capturing it failed: {_line(error)}"  # of the whole model: not tried again
+                if key not in held.runs:  # the call that follows tells; of another cache it may be served
+                    held.refused[key] = reason = f"it does not run as it would be captured: {_line(error)}"
+                else:
+                    self.refusal = reason = f"capturing it failed: {_line(error)}"  # of the whole model: tried once
                 return reason
             if isinstance(found, Done):
                 return found
@@ -212,6 +215,7 @@ class Graphs:
         key, layers, always = call.key, held.layers, self.forward.options.graph == ALWAYS
         run = held.runs.get(key)
         if run is None or not run.serves(layers, filled, tokens):
+            held.runs.pop(key, None)
             held.sure = False
             output, run = run_step(stack, call, layers, watched=key not in self._watched)
             self._watched.add(key)
