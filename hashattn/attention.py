@@ -219,7 +219,7 @@ class HashAttention:
         if not isinstance(causal, bool):
             raise TypeError(f"causal must be True or False, got {causal!r}")
         with cache.guard:
-            before = len(cache)
+            before = 0 if append is None else len(cache)
             if append is not None:
                 cache.expect(*append)
             try:

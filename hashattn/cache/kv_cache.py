@@ -64,6 +64,7 @@ class KVCache:
         self.indexed = Indexed(encoder, index, norms, self.batch, capacity)
         self._starts = [0] * self.batch  # host copy of start
         self.attention_sums = AttentionSums(capacity)
+        self._fitting: tuple[Any, ...] | None = None  # what was appended last, which fits: steps are alike
         self.guard = Guard()
         self.on_device = DeviceState(scratch if scratch is not None else Scratch())
 
@@ -450,10 +451,13 @@ class KVCache:
         )
 
     def _check_new(self, k: Tensor, v: Tensor) -> None:
-        check_kv(k, v, self.batch, self.kv_heads, self.head_dim)
-        if self.kind is not None and (k.dtype, k.device) != self.kind:
-            dtype, device = self.kind
-            raise TypeError(f"k must match the cache, {dtype} on {device}, got {k.dtype} on {k.device}")
+        alike = self.batch, *((x.shape, x.dtype, x.device, x.layout) for x in (k, v) if isinstance(x, Tensor))
+        if alike != self._fitting:
+            check_kv(k, v, self.batch, self.kv_heads, self.head_dim)
+            if self.kind is not None and (k.dtype, k.device) != self.kind:
+                dtype, device = self.kind
+                raise TypeError(f"k must match the cache, {dtype} on {device}, got {k.dtype} on {k.device}")
+            self._fitting = alike if self.kind is not None else None
         if self.capacity is not None and len(self) + k.shape[2] > self.capacity:
             raise ValueError(
                 f"k has {k.shape[2]} columns, but {self.capacity - len(self)} of capacity {self.capacity} are left"
