@@ -153,6 +153,7 @@ class HashAttention:
         scale: float | None = None,
         causal: bool = True,
         start: Tensor | None = None,
+        append: tuple[Tensor, Tensor] | None = None,
         validate: bool = False,
     ) -> Tensor:
         """Attend with queries to keys and values, or to a cache that holds them.
@@ -164,6 +165,7 @@ class HashAttention:
             scale: of the logits, 1 / sqrt(D) by default.
             causal: each query sees the keys up to its own position; otherwise all of them.
             start: int [B], columns of left padding; a cache has its own.
+            append: newest keys and values for a cache, which it holds from then on; see :meth:`run`.
             validate: also check that everything is finite.
 
         Returns:
@@ -183,11 +185,13 @@ class HashAttention:
             check_q(q, k.shape[0], k.shape[1], k.shape[3], k.shape[2])
             cache = self.new_cache(k.shape[0], k.shape[1], k.shape[3])
             cache.append(k, v, start=start)
+            if append is not None:
+                raise TypeError("append is for a cache: give all keys and values as k and v")
         if validate and len(cache):
             padding = torch.arange(len(cache), device=q.device) < cache.start[:, None]
             k, v = (x.masked_fill(padding[:, None, :, None], 0) for x in (cache.keys, cache.values))
             check_finite(q=q, k=k, v=v)
-        return self.run(q, cache, scale=scale, causal=causal)[0].out
+        return self.run(q, cache, scale=scale, causal=causal, append=append)[0].out
 
     def run(
         self,
@@ -199,23 +203,37 @@ class HashAttention:
         step: Step | None = None,
         need_lse: bool = False,
         need_weights: bool = False,
+        append: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Output, Selection | None]:
         """Attend to a cache; returns the Output with what was asked for, and the Selection (None where it ran dense).
 
         Args:
             step: the layer's number and the previous layer's selection, for momentum.
             need_lse, need_weights: whether Output carries these.
+            append: keys and values [B, Hkv, n, D] that the cache appends first, as its append() does. A fused step
+                writes those of its own queries in the launch that encodes them. What is refused leaves the cache as
+                before.
         """
         if not isinstance(cache, KVCache):
             raise TypeError(f"cache must be a KVCache, as new_cache() makes it, got {type(cache).__name__}")
         if not isinstance(causal, bool):
             raise TypeError(f"causal must be True or False, got {causal!r}")
         with cache.guard:
-            choice = self.choice(q, cache)
+            before = 0 if append is None else len(cache)
+            if append is not None:
+                cache.expect(*append)
+            try:
+                call = Call(check_scale(scale, cache.head_dim), causal, step or Step(), need_lse, need_weights)
+                choice = self.choice(q, cache)
+            except BaseException:
+                if append is not None:
+                    cache.crop(before)
+                raise
             run = choice.step(cache.longest) if self.parts.can_search(cache) else choice.dense
-            return run(
-                q, cache, Call(check_scale(scale, cache.head_dim), causal, step or Step(), need_lse, need_weights)
-            )
+            try:
+                return run(q, cache, call)
+            finally:
+                cache.kv.settle()
 
     def accumulate(
         self, q: Tensor, cache: KVCache, *, scale: float | None = None, causal: bool = True, step: Step | None = None
@@ -241,8 +259,11 @@ class HashAttention:
         """The same, which searches at any length on such a device: "auto" becomes an engine that serves everything."""
         return self if self.engine != AUTO else self.replace(engine=searching(self.parts, device))
 
-    def choice(self, q: Tensor, cache: KVCache) -> Choice:
+    def choice(self, q: Tensor, cache: KVCache, *, captured: bool = False) -> Choice:
         """Which engine serves these queries on this cache, from how many keys on, and why not another.
+
+        Args:
+            captured: whether steps are replayed from a graph, so that they cost the host nothing.
 
         Raises:
             TypeError, ValueError: they do not go together, or the engine that was named does not serve them.
@@ -251,12 +272,14 @@ class HashAttention:
             raise TypeError(f"q must be a tensor, got {type(q).__name__}")
         fits = self.encoder.fits if self.encoder is not None else 0
         threads = torch.get_num_threads()
-        kind = (q.shape, q.dtype, q.device, cache.batch, cache.kv_heads, cache.head_dim, cache.kind, fits, threads)
+        held = cache.batch, cache.kv_heads, cache.head_dim, cache.kind
+        kind = (q.shape, q.dtype, q.device, *held, fits, threads, captured)
         own = (cache.encoder, cache.index, cache.with_norms) == (self.encoder, self.index, self.attend.needs_norms)
         known = self._choices.get(kind) if own and q.shape[2] <= len(cache) else None
         if known is None:
             self.check_call(q, cache)
-            known = self._choices[kind] = choose(self.parts, Request.of(q, cache), self.engine)
+            request = dataclasses.replace(Request.of(q, cache), captured=captured)
+            known = self._choices[kind] = choose(self.parts, request, self.engine)
         return known
 
     @cached_property

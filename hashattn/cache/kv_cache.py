@@ -64,6 +64,7 @@ class KVCache:
         self.indexed = Indexed(encoder, index, norms, self.batch, capacity)
         self._starts = [0] * self.batch  # host copy of start
         self.attention_sums = AttentionSums(capacity)
+        self._fitting: tuple[Any, ...] | None = None  # what was appended last, which fits: steps are alike
         self.guard = Guard()
         self.on_device = DeviceState(scratch if scratch is not None else Scratch())
 
@@ -186,14 +187,7 @@ class KVCache:
             TypeError: dtypes that are not floating point, differ, or differ from what the cache holds.
             ValueError: shapes that disagree, no room left, or a start that is out of range. The cache is as before.
         """
-        check_kv(k, v, self.batch, self.kv_heads, self.head_dim)
-        if self.kind is not None and (k.dtype, k.device) != self.kind:
-            dtype, device = self.kind
-            raise TypeError(f"k must match the cache, {dtype} on {device}, got {k.dtype} on {k.device}")
-        if self.capacity is not None and len(self) + k.shape[2] > self.capacity:
-            raise ValueError(
-                f"k has {k.shape[2]} columns, but {self.capacity - len(self)} of capacity {self.capacity} are left"
-            )
+        self._check_new(k, v)
         starts = None
         if start is not None:
             if len(self):
@@ -204,6 +198,20 @@ class KVCache:
             self._starts = starts
             for row, first in enumerate(starts):  # padding may hold NaN, and 0 * NaN would reach a masked sum
                 self.kv.clear_before(row, first)
+
+    @guarded
+    def expect(self, k: Tensor, v: Tensor) -> None:
+        """The same, for a step that follows at once and may write them itself: whoever else looks at keys does first.
+
+        They must not change before that; settle() ends it.
+        """
+        self._check_new(k, v)
+        self.kv.expect(k, v)
+
+    @guarded
+    def settle(self) -> None:
+        """Write what is still expected."""
+        self.kv.settle()
 
     @guarded
     def adopt(self, length: int, *, codes: bool = True) -> None:
@@ -441,6 +449,19 @@ class KVCache:
             f"KVCache(batch={self.batch}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, keys={len(self)}, "
             f"encoded={self.encoded}, nbytes={self.nbytes})"
         )
+
+    def _check_new(self, k: Tensor, v: Tensor) -> None:
+        alike = self.batch, *((x.shape, x.dtype, x.device, x.layout) for x in (k, v) if isinstance(x, Tensor))
+        if alike != self._fitting:
+            check_kv(k, v, self.batch, self.kv_heads, self.head_dim)
+            if self.kind is not None and (k.dtype, k.device) != self.kind:
+                dtype, device = self.kind
+                raise TypeError(f"k must match the cache, {dtype} on {device}, got {k.dtype} on {k.device}")
+            self._fitting = alike if self.kind is not None else None
+        if self.capacity is not None and len(self) + k.shape[2] > self.capacity:
+            raise ValueError(
+                f"k has {k.shape[2]} columns, but {self.capacity - len(self)} of capacity {self.capacity} are left"
+            )
 
     def _check_filled(self) -> None:
         if len(self) == 0:

@@ -54,7 +54,7 @@ class Decoder:
         parts.check_cache(cache)
         if cache.capacity is None and not led:
             raise ValueError("cache must have a capacity, which a graph cannot change: new_cache(..., capacity=...)")
-        self.dense, self.engine = not searches, Gpu() if searches else Dense()
+        self.dense, self.engine, self.led = not searches, Gpu() if searches else Dense(), led
         self.checks = False
         dense.register()
         self._check_filled(cache)
@@ -82,7 +82,7 @@ class Decoder:
         of_maps = [x for by in self.maps or () for x in by.tensors]
         held = self.keys, self.values, self.starts, self.length, self.found, self.centre
         for tensor in (*held, *of_maps):
-            _stays(tensor)
+            self._stays(tensor)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, before: Before | None = None
@@ -130,9 +130,9 @@ class Decoder:
         count = counters(cache.batch * q_heads * tokens, cache.batch * cache.kv_heads * tokens)
         arrived = self._arrived[q_heads, tokens] = torch.zeros(count, dtype=torch.int32, device=self.keys.device)
         for held in (stored.keys, stored.values, stored.codes, stored.norms, like.bounds, like.workspace, arrived):
-            _stays(held)
+            self._stays(held)
         if like.estimate is not None:
-            _stays(like.estimate.a)
+            self._stays(like.estimate.a)
         if self.maps is not None:
             k = self.keys.new_empty((cache.batch, cache.kv_heads, tokens, cache.head_dim))
             newest = Newest(
@@ -286,8 +286,7 @@ class Decoder:
                 f"{cache.shortest}"
             )
 
-
-def _stays(held: Tensor | None) -> None:
-    """Tell torch.compile that a tensor keeps its address: graphs then write to it in place."""
-    if held is not None:
-        torch._dynamo.mark_static_address(held)
+    def _stays(self, held: Tensor | None) -> None:
+        """Tell torch.compile that a tensor keeps its address: graphs then write to it in place."""
+        if held is not None and not self.led:  # whose steps nobody compiles
+            torch._dynamo.mark_static_address(held)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,7 @@ from hashattn.ops.decode.sizes import counters
 from hashattn.ops.hamming import words
 
 if TYPE_CHECKING:
-    from hashattn.ops.decode.library import EncodePlaced
+    from hashattn.ops.decode.library import Encode, EncodePlaced
 
 
 Learned = tuple[tuple[int, int], ...]
@@ -94,14 +95,14 @@ class Prepared:
         return cls(replace(like, bounds=state.bounds(sizes.state, device), workspace=workspace))
 
     def step(
-        self, q: Tensor, query: Tensor, scale: float, before: decode.Before | None = None
+        self, q: Tensor, query: Tensor, scale: float, before: decode.Before | None = None, filled: int | None = None
     ) -> tuple[Output, Selection]:
         """Search and attend with queries and their codes; see :class:`hashattn.ops.decode.Inputs`.
 
-        The Output has weights where the rule has a prior.
+        The Output has weights where the rule has a prior, the Selection so many filled slots, if that is known.
         """
         out, lse, ids, tier, weights = self._step(q, query, scale, before)
-        return Output(out, lse, weights), Selection(ids, tier)
+        return Output(out, lse, weights), Selection(ids, tier, filled=filled)
 
 
 def packed(encoder: Encoder, q: Tensor) -> Tensor:
@@ -127,6 +128,17 @@ class Kept:
     frozen: Tensor | None
     prepared: Prepared
     encode: EncodePlaced | None
+
+    @cached_property
+    def append(self) -> Encode:
+        """The same of keys that are not in place: they are appended. Only where there is `encode`."""
+        from hashattn.ops.decode.library import Encode
+
+        assert self.encode is not None
+        x, keys = self.encode.like, self.encode.like.stored.keys
+        k = keys.new_empty((*keys.shape[:2], x.q.shape[2], keys.shape[3]))
+        written = x.arrived, x.workspace
+        return Encode(decode.Newest(x.q, k, k, x.centre, x.maps, x.query_bits, x.stored, *written))
 
     @classmethod
     @lasting
@@ -156,19 +168,19 @@ class Kept:
         same = self.parts is parts and self.fits == parts.encoder.fits and self.frozen is cache.centres.frozen
         return same and self.learned == learned_by(parts)
 
-    def filled(self, cache: KVCache) -> int | None:
+    def filled(self, length: int, starts: list[int]) -> int | None:
         """Keys that a query of each row keeps, over rows and heads, where that is known without counting."""
         like = self.prepared.like
         if like.rule.radius is not None or like.rule.chunks is not None:
             return None
         heads = like.stored.keys.shape[1] if like.rule.shared else like.q.shape[1]
-        return heads * sum(like.rule.slots(len(cache) - start) for start in cache._starts)
+        return heads * sum(like.rule.slots(length - start) for start in starts)
 
-    def suffices(self, cache: KVCache, waiting: int) -> bool:
+    def suffices(self, cache: KVCache, length: int, waiting: int) -> bool:
         """Whether its own launch makes what codes are missing: none, or those of so many newest keys, its queries'."""
         stored = self.prepared.like.stored
         whole = self.encode is not None and waiting in (0, self.prepared.like.q.shape[2])
-        return whole and all(cache.centres.ready) and len(cache) <= stored.codes.shape[2]
+        return whole and all(cache.centres.ready) and length <= stored.codes.shape[2]
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,31 +191,41 @@ class FusedStep:
     request: Request
 
     def __call__(self, q: Tensor, cache: KVCache, call: Call) -> Answer:
-        tokens, causal = q.shape[2], call.causal
+        tokens, causal, length = q.shape[2], call.causal, len(cache)
         fewest = cache.shortest - (tokens - 1 if causal else 0)  # keys that the shortest-sighted query sees
         selector = self.parts.selector
         assert selector is not None
         asks = call.need_weights and not selector.needs_weights  # a step whose selector does gives its own
         if fewest < self.parts.warmup(cache) or asks or wants_gradients(self.parts, q, cache):
             return Reference().prepare(self.parts, self.request)(q, cache, call)
-        kept, waiting = self.kept(q, cache, causal), len(cache) - cache.encoded
-        if kept is None or not kept.suffices(cache, waiting):
+        kept, waiting = self.kept(q, cache, causal), length - cache.encoded
+        if kept is None or not kept.suffices(cache, length, waiting):
             cache.encode()  # which may move the codes
             kept, waiting = self.kept(q, cache, causal) or self.make(q, cache, causal), 0
-        query = self.encoded(kept, q, cache, waiting > 0)
+        query = self.encoded(kept, q, cache, length, waiting > 0)
         before = before_of(call.step) if selector.needs_weights else None
-        output, selection = kept.prepared.step(q, query, call.scale, before)
-        return output, replace(selection, filled=kept.filled(cache) if tokens == 1 else None)
+        filled = kept.filled(length, cache._starts) if tokens == 1 else None
+        return kept.prepared.step(q, query, call.scale, before, filled)
 
-    def encoded(self, kept: Kept, q: Tensor, cache: KVCache, new: bool) -> Tensor:
-        """Queries as planes, and the length of the cache where steps read it; new: the newest keys' codes as well."""
+    def encoded(self, kept: Kept, q: Tensor, cache: KVCache, length: int, new: bool) -> Tensor:
+        """Queries as planes, and the length of the cache where steps read it; new: the newest keys' codes as well.
+
+        Keys and values that are still coming are appended in the same launch, if they are those of the queries.
+        """
+        coming, first = cache.kv.coming, length - q.shape[2]
+        if coming is not None and new and kept.encode is not None and coming[0].shape[2] == q.shape[2]:
+            query = kept.append(q, *coming, first)
+            cache.kv.wrote()
+            cache.indexed.adopt(length)
+            return query
+        cache.kv.settle()
         if kept.encode is None:
             assert self.parts.encoder is not None
-            kept.prepared.like.stored.length.fill_(len(cache))
+            kept.prepared.like.stored.length.fill_(length)
             return packed(self.parts.encoder, q)
-        query = kept.encode(q, len(cache) - q.shape[2], new)
+        query = kept.encode(q, first, new)
         if new:
-            cache.indexed.adopt(len(cache))
+            cache.indexed.adopt(length)
         return query
 
     def kept(self, q: Tensor, cache: KVCache, causal: bool) -> Kept | None:
@@ -230,8 +252,8 @@ class FusedStep:
 
 def _memory(cache: KVCache) -> tuple[int, ...]:
     """Where keys, values, codes and norms lie."""
-    held = ("keys", "values", "codes", *(["norms"] if cache.with_norms else []))
-    return tuple(cache.storage(what).data_ptr() for what in held)
+    held = ("codes", *(["norms"] if cache.with_norms else []))
+    return *cache.kv.addresses, *(cache.storage(what).data_ptr() for what in held)
 
 
 def before_of(step: Step) -> decode.Before | None:

@@ -87,4 +87,4 @@ def _encode_row(encoder: Encoder, device: torch.device) -> PlanRow:
     if reasons:
         return PlanRow("encode", f"{part_name(encoder)}: PyTorch", "; ".join(reasons))
     part = f"{part_name(encoder)}: {decode.kernels_on(device).language}, one kernel"
-    return PlanRow("encode", part, "queries and the newest keys; a decoder appends in it as well")
+    return PlanRow("encode", part, "queries and the newest keys; append=(k, v) and decoders append in it as well")

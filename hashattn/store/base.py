@@ -41,6 +41,28 @@ class KVStore(ABC):
     def append(self, k: Tensor, v: Tensor) -> None:
         """Append [B, Hkv, n, D] each. After an error it is as before."""
 
+    def expect(self, k: Tensor, v: Tensor) -> None:
+        """Append what a kernel may write itself before anyone else looks: see `coming`. After an error as before."""
+        self.append(k, v)
+
+    @property
+    def coming(self) -> tuple[Tensor, Tensor] | None:
+        """The newest keys and values, [B, Hkv, n, D] each, if they are counted but not written yet."""
+        return None
+
+    def wrote(self) -> None:
+        """What was coming is written."""
+        assert self.coming is None  # a store that lets kernels write says so
+
+    def settle(self) -> None:
+        """Write what is still coming."""
+        assert self.coming is None
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where keys and values lie, written or not; only of a store that has them in one piece."""
+        return tuple(self.storage(what).data_ptr() for what in ("keys", "values"))
+
     @abstractmethod
     def rows(self, what: str, ids: Tensor) -> Tensor:
         """ "keys" or "values" at columns ids [B, H, T, K]: [B, H, T, K, D]; an empty slot (-1) reads any row."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,23 +23,68 @@ class Resident(KVStore):
     in_one_piece = True
 
     def __init__(self, capacity: int | None = None) -> None:
-        self.keys, self.values = TokenBuffer(capacity), TokenBuffer(capacity)
+        self._keys, self._values = TokenBuffer(capacity), TokenBuffer(capacity)
+        self._coming: tuple[Tensor, Tensor, int] | None = None  # what is counted but not written, and where it belongs
 
     def __len__(self) -> int:
-        return self.keys.length
+        return self._keys.length
+
+    @property
+    def keys(self) -> TokenBuffer:
+        """Rows of keys. Who looks at them finds all of them written."""
+        self.settle()
+        return self._keys
+
+    @property
+    def values(self) -> TokenBuffer:
+        """The same of values."""
+        self.settle()
+        return self._values
 
     @property
     def kind(self) -> tuple[torch.dtype, torch.device] | None:
-        return None if self.keys.empty else (self.keys.storage.dtype, self.keys.storage.device)
+        return None if self._keys.empty else (self._keys.storage.dtype, self._keys.storage.device)
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return self._keys.nbytes + self._values.nbytes
 
     @property
     def wants_grad(self) -> bool:
         """Whether gradients go on to keys or values of the last append, if any arrive."""
-        return self.keys.wants_grad or self.values.wants_grad
+        return self._keys.wants_grad or self._values.wants_grad
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        return self._keys.storage.data_ptr(), self._values.storage.data_ptr()
+
+    @property
+    def coming(self) -> tuple[Tensor, Tensor] | None:
+        return None if self._coming is None else self._coming[:2]
+
+    def expect(self, k: Tensor, v: Tensor) -> None:
+        if self._keys.empty or k.requires_grad or v.requires_grad:
+            self.append(k, v)
+            return
+        self.settle()
+        first, length = len(self), len(self) + k.shape[2]
+        for buffer in (self._keys, self._values):
+            buffer.reserve(length)
+        self._coming = k, v, first
+        self.adopt(length)
+
+    def wrote(self) -> None:
+        self._coming = None
+
+    def settle(self) -> None:
+        if self._coming is not None:
+            (*new, first), self._coming = self._coming, None
+            for buffer, rows in zip((self._keys, self._values), new, strict=True):
+                buffer.storage.narrow(2, first, rows.shape[2]).copy_(rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()
+        return self.__dict__
 
     def append(self, k: Tensor, v: Tensor) -> None:
         before = len(self)
@@ -70,8 +116,8 @@ class Resident(KVStore):
 
     def adopt(self, length: int) -> None:
         """Count columns that a kernel wrote in place, up to `length`."""
-        self.keys.adopt(length)
-        self.values.adopt(length)
+        self._keys.adopt(length)
+        self._values.adopt(length)
 
     def truncate(self, length: int) -> None:
         self.keys.truncate(length)

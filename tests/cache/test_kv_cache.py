@@ -1,5 +1,6 @@
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -391,6 +392,45 @@ def test_a_bad_first_append_leaves_the_cache_empty():
     raises_naming(ValueError, "start", "6")(lambda: cache.append(k, k, start=torch.tensor([0, 6])))
     assert len(cache) == 0
     assert cache.start.tolist() == [0, 0]
+
+
+LOOKS = {
+    "keys": lambda cache: cache.keys,
+    "values": lambda cache: cache.values,
+    "allocated": lambda cache: cache.allocated,
+    "codes": lambda cache: cache.codes,
+    "gather": lambda cache: cache.gather("values", torch.full((2, 2, 1, 1), 21, dtype=torch.int32)),
+    "append": lambda cache: filled(cache, 1),
+    "expect": lambda cache: cache.expect(ones(2, 2, 1, 16), ones(2, 2, 1, 16)),
+    "crop": lambda cache: cache.crop(len(cache) - 1),
+    "reorder": lambda cache: cache.reorder([1, 0]),
+    "repeat": lambda cache: cache.repeat(2),
+    "adopt": lambda cache: cache.adopt(len(cache), codes=False),
+    "clear_unseen": lambda cache: cache.clear_unseen(),
+    "set_start": lambda cache: cache.set_start(torch.tensor([1, 0])),
+    "state_dict": lambda cache: cache.load_state_dict(cache.state_dict()),
+    "settle": lambda cache: cache.settle(),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_whoever_looks_at_keys_that_are_expected_finds_them(look):
+    found, expected = (filled(make(), 8) for _ in range(2))
+    k, v = 3 * ones(2, 2, 2, 16), 4 * ones(2, 2, 2, 16)
+    found.expect(k, v)
+    expected.append(k, v)
+    assert len(found) == len(expected) and found.kv.coming is not None
+    for cache in (found, expected):
+        LOOKS[look](cache)
+    assert equal(snapshot(found), snapshot(expected))
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_copies_have_keys_that_are_expected(twin):
+    found, expected = (filled(make(), 8) for _ in range(2))
+    found.expect(3 * ones(2, 2, 2, 16), ones(2, 2, 2, 16))
+    expected.append(3 * ones(2, 2, 2, 16), ones(2, 2, 2, 16))
+    assert equal(snapshot(twin(found)), snapshot(expected)) and equal(snapshot(found), snapshot(expected))
 
 
 def test_running_out_of_memory_for_the_values_forgets_the_keys(monkeypatch):

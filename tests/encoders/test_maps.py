@@ -56,7 +56,7 @@ def test_layers_have_the_widths_of_the_first():
     [
         (
             AsymmetricHash(64),
-            (f"{kernels_on(torch.device('cuda')).language}, one kernel", "a decoder appends in it as well"),
+            (f"{kernels_on(torch.device('cuda')).language}, one kernel", "decoders append in it as well"),
         ),
         (AsymmetricHash(64, heads=8), (": PyTorch", "all heads share")),
         (AsymmetricHash(64, key_hidden=(9, 9, 9)), (": PyTorch", "up to 2 hidden layers, not 3")),

@@ -25,6 +25,7 @@ from hashattn.engines.base import Call, Request
 from hashattn.engines.fused import FusedStep
 from hashattn.ops.decode import library, request
 from hashattn.ops.decode.cuda import InCuda, compiler
+from hashattn.store import Resident
 from tests.structured import qkv
 
 BATCH, KV_HEADS, DIM = 2, 2, 64
@@ -43,7 +44,7 @@ class Both:
     """Two equal caches: one is searched by fused steps, the other by the reference."""
 
     def __init__(self, attn, keys=300, capacity=None, starts=(0, 70), device="cpu"):
-        self.attn = attn.replace(engine="reference")
+        self.attn, self.fused = attn.replace(engine="reference"), attn.replace(engine="gpu")
         q, k, v = qkv(11, BATCH, group=3, tokens=40, keys=keys + 100, dim=DIM)
         self.q, self.k, self.v, self.at = q.to(device), (k + 1).to(device), v.to(device), keys
         self.caches = [self.attn.new_cache(BATCH, KV_HEADS, DIM, capacity=capacity) for _ in range(2)]
@@ -54,6 +55,18 @@ class Both:
         here, self.at = slice(self.at, self.at + tokens), self.at + tokens
         for cache in self.caches:
             cache.append(self.k[:, :, here], self.v[:, :, here])
+
+    @torch.no_grad()
+    def check_appending(self, tokens=1):
+        """The same of a step that appends: in one launch with the codes, where that can be."""
+        (here, self.at), (fused, plain) = (slice(self.at, self.at + tokens), self.at + tokens), self.caches
+        q, new = self.q[:, :, self.at % 20 : self.at % 20 + tokens], (self.k[:, :, here], self.v[:, :, here])
+        plain.append(*new)
+        expected, found = self.attn.run(q, plain)[0], self.fused.run(q, fused, append=new)[0]
+        assert (found.out - expected.out).abs().max() <= 1e-5 * self.v.abs().max()
+        assert fused.kv.coming is None
+        for what in ("keys", "values", "codes", *(["norms"] if fused.with_norms else [])):
+            assert torch.equal(getattr(fused, what), getattr(plain, what))
 
     def change(self, name, *given):
         for cache in self.caches:
@@ -104,6 +117,67 @@ def test_steps_follow_a_cache_that_changes(name, capacity, device):
     both.check()
     both.change("forget_code")
     both.check()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", PARTS)
+def test_steps_append_what_their_queries_belong_to(name, device, monkeypatch):
+    monkeypatch.setattr(request, "DEVICES", ("cuda", "cpu"))
+    both = Both(copy.deepcopy(PARTS[name]).to(device), starts=(0, 3), device=device)
+    for _ in range(3):
+        both.check_appending()
+    both.append()
+    both.check_appending()  # two columns that have no codes
+    both.check_appending(3)
+    both.check()
+    both.change("crop", 290)
+    both.check_appending()
+    both.change("reorder", torch.tensor([1, 0]))
+    both.check_appending()
+    both.change("set_start", torch.tensor([30, 0]))
+    both.check_appending()
+    for _ in range(7):
+        both.check_appending(9)  # its memory moves
+    both.check()
+
+
+def test_a_step_that_appends_writes_in_its_own_launch(monkeypatch):
+    monkeypatch.setattr(request, "DEVICES", ("cuda", "cpu"))
+    written, copied = [], []
+    encode, settle = library.Encode.__call__, Resident.settle
+    monkeypatch.setattr(library.Encode, "__call__", lambda self, *x: (written.append(x[3]), encode(self, *x))[1])
+    monkeypatch.setattr(Resident, "settle", lambda self: (copied.append(self.coming), settle(self))[1])
+    both = Both(PARTS["linear"], starts=(0, 3))
+    both.check_appending()
+    assert written == [] and any(new is not None for new in copied)  # a prefill, which is encoded at once
+    for times in range(1, 4):
+        copied.clear()
+        both.check_appending()
+        assert written == [300 + n for n in range(1, times + 1)] and not any(new is not None for new in copied)
+
+
+@pytest.mark.parametrize("name", ["linear", "encoded in PyTorch"])
+def test_a_step_that_is_refused_appends_nothing_and_one_that_fails_loses_nothing(name, monkeypatch):
+    monkeypatch.setattr(request, "DEVICES", ("cuda", "cpu"))
+    both = Both(PARTS[name], starts=(0, 3))
+    attn, cache, new = both.fused, both.caches[0], (both.k[:, :, :1], both.v[:, :, :1])
+    both.check_appending()
+    before = len(cache)
+    with pytest.raises(TypeError, match="k must match the cache"):
+        attn.run(both.q[:, :, :1], cache, append=tuple(x.double() for x in new))
+    for given in ({"scale": "1"}, {"q": both.q[:, :5, :1]}, {"q": both.q[:1, :, :1]}):
+        with pytest.raises((TypeError, ValueError)):
+            attn.run(**{"q": both.q[:, :, :1], "cache": cache, "append": new, **given})
+        assert len(cache) == before and cache.kv.coming is None
+    with pytest.raises(TypeError, match="append is for a cache"):
+        attn(both.q[:, :, :1], *new, append=new)
+    both.check_appending()
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(FusedStep, "__call__", lambda *given: {}["no"])
+        attn.run(both.q[:, :, :1], cache, append=new)
+    assert len(cache) == before + 2 and torch.equal(cache.keys[:, :, -1:], new[0])
+    both.caches[1].append(*new)
+    both.check_appending()
 
 
 def test_codes_grow_with_the_cache():
@@ -211,3 +285,9 @@ def test_a_step_is_an_encoding_and_two_launches_and_allocates_its_results_alone(
             assert cache.encoded == len(cache)
         assert launched == ["encode", "scan", "attend"]
         assert dispatched.names == ["empty_like"] * 3  # out, lse and ids
+        for _ in range(2):
+            launched.clear()
+            with Dispatched() as dispatched:
+                attn.run(q, cache, append=(k[:, :, :1], v[:, :, :1]))
+            assert launched == ["encode", "scan", "attend"] and cache.encoded == len(cache)
+            assert "copy_" not in dispatched.names and dispatched.names[-4:] == ["new_empty", *["empty_like"] * 3]

@@ -4,13 +4,15 @@ As in a graph, whatever the host knew when it was recorded stays what it was, an
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from hashattn.integrations.attached import graph_capture
-from hashattn.integrations.attached.graph_capture import Captured, Rehearsal
+from hashattn.integrations.attached.graph_capture import Capture, Captured
 from hashattn.ops import decode
 from hashattn.ops.decode.specification import Specification
 
@@ -49,8 +51,6 @@ RECORDING: list[Recorded] = []
 
 def record(step, device):
     """Stands for a capture on a GPU."""
-    with Rehearsal():
-        step()
     recorded = Recorded()
     RECORDING.append(recorded)
     try:
@@ -85,7 +85,7 @@ def graphs_anywhere(monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more wait for each other longer than such small operators take
     monkeypatch.setattr(decode.request, "DEVICES", ("cuda", "cpu"))
-    monkeypatch.setitem(graph_capture.CAPTURES, "cpu", record)
+    monkeypatch.setitem(graph_capture.CAPTURES, "cpu", Capture(contextlib.nullcontext, record))
     for what in ("decode", "encode"):
         monkeypatch.setattr(Specification, what, opaque(getattr(Specification, what)))
     yield

@@ -12,8 +12,10 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from hashattn.engines.decoder import Decoder
+from hashattn.integrations.attached.graph_capture import Rehearsal
 from hashattn.integrations.attached.passes import Pass
 from hashattn.integrations.transformers import detach
+from hashattn.integrations.transformers.graphs import FIRST
 from tests.integrations import tiny
 from tests.integrations.models import (
     CACHE,
@@ -134,16 +136,80 @@ def test_models_with_other_positions_and_experts(kind):
 def test_counts_are_those_of_eager_steps(model):
     attn = FUSED.replace(dense_layers=())
     reports = []
-    for graph in ("never", "auto"):
+    for graph in ("never", "always", "auto"):
         with attn.attach(model, graph=graph) as handle:
             write(model, prompt(), **OPTIONS)
             reports.append(handle.report())
             handle.reset_report()
             assert handle.report().steps == 0
-    plain, own = reports
-    assert plain.layers == own.layers and plain.bytes_per_step == own.bytes_per_step
+    plain, own, later = reports
+    assert plain.layers == own.layers == later.layers and plain.bytes_per_step == own.bytes_per_step
     assert plain.graph is None and own.graph.largest > own.graph.nbytes == 0
-    assert own.as_dict()["graph"]["replayed"] == 11
+    assert own.as_dict()["graph"]["replayed"] == 11 and later.graph.replayed == 10
+
+
+def test_the_first_step_of_a_cache_waits_for_no_capture(model, monkeypatch):
+    watched, dispatch = [], Rehearsal.__torch_dispatch__
+    monkeypatch.setattr(
+        Rehearsal, "__torch_dispatch__", lambda self, *given: (watched.append(1), dispatch(self, *given))[1]
+    )
+    with FUSED.attach(model):
+        expected = write(model, prompt(), **OPTIONS)
+    with FUSED.attach(model, graph="auto") as handle:
+        short = write(model, prompt(), max_new_tokens=2, **OPTIONS)
+        assert torch.equal(short, expected[:, : LENGTH + 2])
+        report = handle.report().graph
+        assert (report.replayed, report.captured, report.eager) == (0, 0, {FIRST: 1})
+        assert watched and FIRST in str(handle.report())
+        watched.clear()
+        assert torch.equal(write(model, prompt(), **OPTIONS), expected)
+        report = handle.report().graph
+        assert (report.replayed, report.captured, report.eager) == (10, 1, {FIRST: 2})
+        assert not watched  # such calls have been seen to wait for nobody
+
+
+def test_a_capture_follows_a_step_of_its_kind_by_the_same_memory(model):
+    steps = []
+    with FUSED.attach(model):
+        expected = write(model, prompt(), max_new_tokens=90, **OPTIONS)
+    with FUSED.attach(model, graph="auto") as handle:
+        take = handle._hooks.graphs.take
+
+        def watch(*given):
+            found = take(*given)
+            steps.append(type(found).__name__)
+            return found
+
+        monkey = pytest.MonkeyPatch()
+        monkey.setattr(handle._hooks.graphs, "take", watch)
+        assert torch.equal(write(model, prompt(), max_new_tokens=90, **OPTIONS), expected)
+        grown = steps.index("NoneType", 1)  # the prefill has none either
+        assert steps[:3] == steps[grown : grown + 3] == ["NoneType", "Done", "Replay"]
+        assert handle.report().graph.captured == 2 and steps.count("Done") == 2
+        monkey.undo()
+
+
+def test_an_interrupted_first_step_is_as_if_it_had_not_been(model, monkeypatch):
+    with FUSED.attach(model):
+        cache = DynamicCache(config=model.config)
+        forward(model, prompt(1)["input_ids"], cache)
+        expected = [forward(model, torch.tensor([[token]]), cache) for token in (5, 6, 7)]
+    norm = model.model.norm
+    for error in (KeyboardInterrupt, ValueError):
+        with FUSED.attach(model, graph="auto") as handle:
+            cache = DynamicCache(config=model.config)
+            forward(model, prompt(1)["input_ids"], cache)
+
+            def broken(self, x, error=error):
+                raise error
+
+            with monkeypatch.context() as patch, pytest.raises(error):
+                patch.setattr(type(norm), "forward", broken)
+                forward(model, torch.tensor([[50]]), cache)
+            assert cache.get_seq_length() == LENGTH and not any(layer.recording for layer in cache.layers)
+            found = [forward(model, torch.tensor([[token]]), cache) for token in (5, 6, 7)]
+            assert all((a - b).abs().max() < 1e-5 for a, b in zip(found, expected, strict=True))
+            assert handle.report().graph.replayed == (2 if error is KeyboardInterrupt else 0)
 
 
 def test_memory_that_is_outgrown_is_captured_anew(model):

@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.models.llama import modeling_llama
 
 from hashattn.integrations.attached import graph_capture
+from hashattn.integrations.transformers.graphs import FIRST
 from tests.integrations.models import DASHKV, LENGTH, TENTH, TIERS, forward, make, prompt, write
 
 pytestmark = pytest.mark.gpu
@@ -136,7 +137,7 @@ def test_a_model_that_waits_for_the_device_leaves_random_numbers_alone(model, mo
         modeling_llama.LlamaMLP, "forward", lambda self, x: plain(self, x) if float(x.sum()) < 1e9 else x
     )
     with FUSED.attach(model, graph="auto") as handle:
-        steps(model, filled(model), [5, 6])
+        steps(model, filled(model), [5, 6])  # the first is watched
         assert handle.report().graph.eager == {"a step of it waits for the device (aten::_local_scalar_dense)": 2}
         torch.rand(3, device="cuda")
         write(model, text(), do_sample=True, **OPTIONS)
@@ -152,7 +153,7 @@ def test_a_capture_that_fails_leaves_random_numbers_alone(model, monkeypatch):
                 modeling_llama.LlamaMLP, "forward", lambda self, x: plain(self, x) if float(x.sum()) < 1e9 else x
             )
             first = steps(model, cache, [5, 6])
-        (reason,) = handle.report().graph.eager
+        _, reason = handle.report().graph.eager
         assert reason.startswith("capturing it failed") and torch.isfinite(first).all()
         torch.rand(3, device="cuda")
         write(model, text(), do_sample=True, **OPTIONS)
@@ -201,6 +202,31 @@ def test_memory_goes_with_the_caches(model):
     del caches, cache
     assert held() <= before and handle.report().graph.nbytes == 0
     handle.detach()
+
+
+def test_a_capture_leaves_memory_that_is_kept_for_prompts(model, monkeypatch):
+    emptied = []
+    with FUSED.attach(model, graph="always"):
+        held = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+        del held
+        before, empty = torch.cuda.memory_reserved(), torch.cuda.empty_cache
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: (emptied.append(1), empty())[1])
+        steps(model, filled(model), [5, 6])
+        assert torch.cuda.memory_reserved() >= before and not emptied
+        monkeypatch.setattr(graph_capture, "SPARE", 1 << 50)  # as if there were no room for a graph
+        steps(model, filled(model), [5, 6])
+        assert emptied and torch.cuda.memory_reserved() < before
+
+
+def test_the_first_step_of_a_cache_captures_nothing(model):
+    with FUSED.attach(model):
+        expected = write(model, text(), **OPTIONS)
+    with FUSED.attach(model, graph="auto") as handle:
+        for replayed in (10, 20):
+            assert torch.equal(write(model, text(), **OPTIONS), expected)
+            assert handle.report().graph.replayed == replayed
+        write(model, text(), max_new_tokens=2, **OPTIONS)
+        assert handle.report().graph.captured == 2 and handle.report().graph.eager == {FIRST: 3}
 
 
 def test_the_first_step_takes_no_two_seconds(model):

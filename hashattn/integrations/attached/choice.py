@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def for_graphs(
         never: why the layer never searches; None if it does.
         ahead: keys that the first step adds.
     """
-    choice = choose(attn.parts, replace(Request.of(query, kv), captured=True), attn.engine)
+    choice = attn.choice(query, kv, captured=True)
     reason = never or choice.why_dense(kv.longest + ahead)
     if reason is not None:
         turns = choice.least if never is None and choice.engine.searches else None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +30,17 @@ class Captured:
     nbytes: int
 
 
-Capture = Callable[[Callable[[], Any], torch.device], Captured]
+@dataclass(frozen=True)
+class Capture:
+    """How steps are captured on a kind of device.
+
+    Attributes:
+        aside: where those run that will be captured: what they load or make for themselves is there by then.
+        capture: a step that has run there. Raises RuntimeError for what the device refuses, or no memory.
+    """
+
+    aside: Callable[[torch.device], AbstractContextManager[None]]
+    capture: Callable[[Callable[[], Any], torch.device], Captured]
 
 
 class CannotCapture(Exception):
@@ -36,9 +48,9 @@ class CannotCapture(Exception):
 
 
 class Rehearsal(TorchDispatchMode):
-    """A step runs once before it is captured: that loads its kernels, and says what a capture could not hold.
+    """Watches a step that will be captured, and says what a capture could not hold.
 
-    A capture that fails on the way would leave the device's random numbers and memory in its hands.
+    One that fails on the way would leave the device's random numbers and memory in its hands.
 
     Raises:
         CannotCapture: the step waits for the device, or copies between host and device.
@@ -75,23 +87,36 @@ def _by_mask(args: Any) -> bool:
     return bool(masks) or len(args) == 1
 
 
-def capture_on_cuda(step: Callable[[], Any], device: torch.device) -> Captured:
-    """The step as a CUDA graph with memory of its own. Before that it runs once, on the same stream.
+SPARE = 1 << 30  # bytes that are free on a device: a graph finds room there
 
-    Raises:
-        CannotCapture: see :class:`Rehearsal`.
-        RuntimeError: what else CUDA refuses, or no memory.
-    """
+
+@contextlib.contextmanager
+def _aside_on_cuda(device: torch.device) -> Iterator[None]:
+    """The stream of this thread's captures, whose cuBLAS workspaces are its own."""
     with torch.cuda.device(device):
         stream, current = _side_stream(device, threading.get_ident()), torch.cuda.current_stream()
         stream.wait_stream(current)
-        with torch.cuda.stream(stream), Rehearsal():
-            step()
-        current.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                output = step()
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            current.wait_stream(stream)
+
+
+def _capture_on_cuda(step: Callable[[], Any], device: torch.device) -> Captured:
+    """The step as a CUDA graph with memory of its own."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        if torch.cuda.mem_get_info(device)[0] < SPARE:
+            torch.cuda.empty_cache()  # torch.cuda.graph() always does, and the next prompt waits for its memory
+        torch.cuda.synchronize()
+        try:
+            with torch.cuda.stream(_side_stream(device, threading.get_ident())):
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    output = step()
+                finally:
+                    graph.capture_end()
         except RuntimeError:
             _recover()
             raise
@@ -119,4 +144,4 @@ def _side_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-CAPTURES: dict[str, Capture] = {"cuda": capture_on_cuda}  # by kind of device
+CAPTURES = {"cuda": Capture(_aside_on_cuda, _capture_on_cuda)}  # by kind of device

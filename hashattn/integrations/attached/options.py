@@ -27,8 +27,10 @@ class Options:
             "auto" then searches at every length; `max_sparse_q` and `trace` concern calls of one token only.
         graph: "auto", the default: after the prefill, calls of at most `max_sparse_q` tokens of a model on CUDA replay
             one CUDA graph of its layers, which is captured by itself, with no argument to generate(): the same tokens,
-            without the time that Python takes. What cannot be captured runs as ever, and report().graph says why.
-            "always": such a call raises ValueError, which names the reason. "never": every call runs as ever.
+            without the time that Python takes. The first such call of a cache runs before that is captured: a text's
+            first token waits for nothing. What cannot be captured runs as ever, and report().graph says why.
+            "always": such a call raises ValueError, which names the reason; the first one is captured and replayed as
+            well. "never": every call runs as ever.
         check: "dense": model.generate() writes what it writes unattached, greedy or sampled. A few tokens are drafted
             by search, then one pass over them with full attention takes those that it would have written and corrects
             the next; report().drafts says how often. Beams and other ways to generate are refused. None: what is

@@ -100,6 +100,11 @@ class HashedLayer(DynamicLayer):
         steps = before.on_device if before is not None else None
         return self.on_device.serve(self, self.kv, served, number, q_heads, tokens, counters, steps, check)
 
+    def lead(self, tokens: int, why_dense: str | None = None) -> None:
+        """See :meth:`DeviceSteps.lead`."""
+        if self.kv is not None:
+            self.on_device.lead(self.kv, tokens, why_dense)
+
     def sync(self) -> None:
         """Adopt what such steps appended; waits for the device where the host has not led them."""
         if self.kv is not None:

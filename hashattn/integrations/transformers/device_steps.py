@@ -125,7 +125,8 @@ class DeviceSteps:
                 self._decoders.pop(choice.searches, None)
                 decoder = Decoder(choice.parts, kv, searches=choice.searches, led=not self.asks)
                 decoder.prepare(heads)
-                decoder.warm_up(heads)
+                if self.asks:  # others may capture it, who have not run it
+                    decoder.warm_up(heads)
                 self._decoders[choice.searches] = decoder
             else:
                 if decoder.parts != choice.parts:  # of the same encoder

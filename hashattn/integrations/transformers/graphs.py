@@ -21,11 +21,14 @@ from hashattn.integrations.transformers import caches
 from hashattn.integrations.transformers.attention import NAME, set_starts
 from hashattn.integrations.transformers.cache_layer import HashedLayer
 from hashattn.integrations.transformers.forward import Forward
-from hashattn.integrations.transformers.model_graph import capture_step
+from hashattn.integrations.transformers.model_graph import ModelGraph, capture_step
 from hashattn.integrations.transformers.model_state import why_not_capture
-from hashattn.integrations.transformers.replay import CacheGraphs, GraphCounts, Replay
+from hashattn.integrations.transformers.replay import CacheGraphs, Done, GraphCounts, Replay
 from hashattn.integrations.transformers.static_layer import HashedStaticLayer
 from hashattn.integrations.transformers.step_call import POSITIONS, StepCall
+from hashattn.integrations.transformers.step_run import run_step
+
+FIRST = "the first of its kind in a cache, which does not wait for a capture"
 
 
 class Graphs:
@@ -53,14 +56,15 @@ class Graphs:
         self.guard = Guard()
         self.counts = GraphCounts()
         self._refused: dict[Any, str] = {}
+        self._watched: set[Any] = set()  # kinds of calls that were found to wait for nobody
         self._caches: weakref.WeakKeyDictionary[Cache, CacheGraphs] = weakref.WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[type[Graphs], tuple[Any, ...]]:
         """Copied or pickled, it has captured nothing yet."""
         return Graphs, (self.forward, self.q_heads, self.places, self.names, self.refusal, self.ours)
 
-    def take(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Replay | None:
-        """A replay that serves a call of what runs the layers, with a pass begun; None to run it as it is.
+    def take(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Replay | Done | None:
+        """What serves a call of what runs the layers, with a pass begun; None to run it as it is.
 
         Raises:
             ValueError: a step that has no graph, with graph="always". A pass is begun.
@@ -77,7 +81,7 @@ class Graphs:
         passes.claim(one, call.cache, caches.scratch_of(call.cache))
         with self.guard:
             found = self._replay(stack, call)
-        if isinstance(found, Replay):
+        if isinstance(found, Replay | Done):
             return found
         if found is not None:
             with self.guard:
@@ -105,6 +109,7 @@ class Graphs:
         with self.guard:
             self._caches.clear()
             self._refused.clear()
+            self._watched.clear()
 
     def reset(self) -> None:
         """Count anew."""
@@ -133,8 +138,8 @@ class Graphs:
         filled = first < len(layers) and caches.filled_columns(layers[first]) > 0
         return filled and getattr(config, "_attn_implementation_internal", NAME) == NAME
 
-    def _replay(self, stack: nn.Module, call: StepCall) -> Replay | str | None:
-        """A replay; why there is none; or None where an eager call has to come first."""
+    def _replay(self, stack: nn.Module, call: StepCall) -> Replay | Done | str | None:
+        """What serves a call; why there is none; or None where an eager call has to come first."""
         config, device = getattr(stack, "config", None), next(iter(call.changing.values())).device
         if device.type not in CAPTURES:
             return f"the model is on {device.type}, where there are no graphs"
@@ -155,7 +160,7 @@ class Graphs:
         if isinstance(settled, str):
             return settled
         graph = held.by_call.get(settled.key)
-        serves = graph is not None and graph.serves(layers, filled, tokens)
+        serves = graph is not None and graph.run.serves(layers, filled, tokens)
         if graph is not None and serves and settled.masked_as(graph.seen, starts, filled + tokens):
             return Replay(self.counts, held, graph, layers, settled)
         if any(layer.filled != filled for layer in layers):
@@ -164,8 +169,8 @@ class Graphs:
 
     def _make(
         self, stack: nn.Module, call: StepCall, held: CacheGraphs, filled: int, tokens: int
-    ) -> Replay | str | None:
-        """Capture a step, or find the one that serves once the layers are ready for it."""
+    ) -> Replay | Done | str | None:
+        """Capture a step that has run, or run it; or find the graph that serves once the layers are ready for it."""
         key, layers = call.key, held.layers
         reason = why_not_capture(stack, self.ours) or self._refused.get(key) or held.refused.get(key)
         if reason is not None:
@@ -177,11 +182,10 @@ class Graphs:
         if filled + tokens > min(layer.on_device.limit for layer in layers):
             return None  # an eager call makes room, or says that there is none
         graph = held.by_call.get(key)
-        if graph is None or not graph.serves(layers, filled, tokens):
-            graph = None
+        if graph is None or not graph.run.serves(layers, filled, tokens):
             held.by_call.pop(key, None)  # before there is another
             try:
-                graph = held.by_call[key] = capture_step(stack, call, layers, self.forward.options.drafted > 0)
+                found = self._captured(stack, call, held, filled, tokens)
             except torch.OutOfMemoryError as error:
                 held.refused[key] = reason = f"there is no memory for its graph: {_line(error)}"
                 return reason
@@ -189,12 +193,43 @@ class Graphs:
                 self._refused[key] = str(error)
                 return str(error)
             except Exception as error:  # whatever a model's own code makes of it
-                self.refusal = reason = f"capturing it failed: {_line(error)}"  # of the whole model: not tried again
+                if key not in held.runs:  # the call that follows tells; of another cache it may be served
+                    held.refused[key] = reason = f"it does not run as it would be captured: {_line(error)}"
+                else:
+                    self.refusal = reason = f"capturing it failed: {_line(error)}"  # of the whole model: tried once
                 return reason
-            self.counts.captured += 1
-            self.counts.largest = max(self.counts.largest, graph.nbytes)
+            if isinstance(found, Done):
+                return found
+            graph = found
         graph.begin_at(starts)
         return Replay(self.counts, held, graph, layers, call)
+
+    def _captured(
+        self, stack: nn.Module, call: StepCall, held: CacheGraphs, filled: int, tokens: int
+    ) -> ModelGraph | Done:
+        """The graph of a step, if one like it has run; else it runs now, and is captured another time if there is one.
+
+        Kernels are compiled, and libraries make what they work in, when they first run: a capture could not. And a
+        text's first token comes as soon as it can.
+        """
+        key, layers, always = call.key, held.layers, self.forward.options.graph == ALWAYS
+        run = held.runs.get(key)
+        if run is None or not run.serves(layers, filled, tokens):
+            held.runs.pop(key, None)
+            held.sure = False
+            output, run = run_step(stack, call, layers, watched=key not in self._watched)
+            self._watched.add(key)
+            held.runs[key] = run
+            for layer in layers:
+                layer.follow_change() if always else layer.lead(tokens, call.why_dense)
+            held.sure = True
+            if not always:
+                self.counts.eager[FIRST] += 1
+                return Done(output)
+        graph = held.by_call[key] = capture_step(stack, call, layers, run, self.forward.options.drafted > 0)
+        self.counts.captured += 1
+        self.counts.largest = max(self.counts.largest, graph.nbytes)
+        return graph
 
     def _ready(self, layers: list[HashedLayer], starts: list[int], tokens: int, check: bool) -> str | None:
         """Make the layers ready for steps of so many tokens, dense or not; returns why they cannot be."""

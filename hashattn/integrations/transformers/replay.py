@@ -1,4 +1,4 @@
-"""Replay: one call of a model that a graph serves, and what is kept of the graphs of a cache."""
+"""Replay: a call of a model that a graph serves. Done: one that has run. And what is kept of the graphs of a cache."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hashattn.integrations.attached.layers import ServedLayer
 from hashattn.integrations.transformers.cache_layer import HashedLayer
 from hashattn.integrations.transformers.model_graph import ModelGraph
 from hashattn.integrations.transformers.step_call import StepCall
+from hashattn.integrations.transformers.step_run import StepRun
 
 
 @dataclass
@@ -31,6 +32,7 @@ class CacheGraphs:
         layers: of the cache, those that are served.
         served: by what.
         by_call: what the graphs serve.
+        runs: what has run and can be captured, likewise.
         refused: why some calls have none, for want of memory.
         sure: whether the last replay came to its end, so that the host knows what was appended.
     """
@@ -38,6 +40,7 @@ class CacheGraphs:
     layers: list[HashedLayer]
     served: Mapping[int, ServedLayer]
     by_call: dict[Any, ModelGraph] = field(default_factory=dict)
+    runs: dict[Any, StepRun] = field(default_factory=dict)
     refused: dict[Any, str] = field(default_factory=dict)
     sure: bool = True
 
@@ -67,8 +70,18 @@ class Replay:
         self.held.sure = False
         self.graph.replay()
         for layer in self.layers:
-            assert layer.kv is not None
-            layer.on_device.lead(layer.kv, tokens, self.call.why_dense)
+            layer.lead(tokens, self.call.why_dense)
         self.held.sure = True
         self.counts.replayed += 1
         return self.graph.outputs.given(self.call.cache)
+
+
+@dataclass(frozen=True, eq=False)
+class Done:
+    """A call that has run already, as it will be captured."""
+
+    output: Any
+
+    def __call__(self) -> Any:
+        """What it returned."""
+        return self.output

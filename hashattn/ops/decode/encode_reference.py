@@ -27,12 +27,17 @@ def append(k: Tensor, v: Tensor, codes: Tensor, norms: Tensor | None, stored: St
                 held[:, :, first:end] = new[:, :, : end - first]
 
 
-def encode(x: Newest) -> Tensor:
+def encode(x: Newest, first: int | None = None) -> Tensor:
     """Encode queries and new keys, append keys, values, codes and norms, and add T to the length.
+
+    Args:
+        first: filled columns, where the host knows them: the length then need not.
 
     Returns:
         int64 [B, Hq, T, query_bits, W], the packed queries.
     """
+    if first is not None:
+        x.stored.length.fill_(first)
     query = query_planes(x.maps[0](x.q.float()), x.query_bits)
     codes = query_planes(x.maps[1](x.k.float() - x.centre.unsqueeze(2)), 1)
     append(x.k, x.v, codes, key_norms(x.k, x.centre) if x.stored.norms is not None else None, x.stored)

@@ -13,7 +13,7 @@ from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.request import KernelRequest
 
 Decode = Callable[[Tensor, Tensor, float, Before | None], Outputs]  # of q, query, scale and what the layer before kept
-Encode = Callable[[Tensor, Tensor, Tensor], Tensor]  # of q, k and v
+Encode = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]  # of q, k, v, and the first column; None: see length
 EncodePlaced = Callable[[Tensor, int, bool], Tensor]  # of q, the first column, and whether its keys are encoded too
 
 

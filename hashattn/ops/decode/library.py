@@ -84,8 +84,11 @@ class Encode:
         self.like = like
         self._encode = kernels_on(like.q.device).encode(like)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, first: int | None = None) -> Tensor:
         """Encode and append; see :class:`Newest`. Returns the packed queries, int64 [B, Hq, T, query_bits, W].
+
+        Args:
+            first: filled columns, where the host knows them, as nobody does who traces it.
 
         Raises:
             RuntimeError: a gradient is wanted, of which nothing would be left.
@@ -95,7 +98,7 @@ class Encode:
             return query
         if torch.is_grad_enabled():
             _check_stored("encode", self.like.stored, q=q, k=k, v=v)
-        return self._encode(q, k, v)
+        return self._encode(q, k, v, first)
 
 
 class EncodePlaced:
@@ -200,7 +203,7 @@ def _decode(*given: Any) -> tuple[Tensor, ...]:
 def _encode(*given: Any) -> Tensor:
     x = _newest(*given)
     _check_stored("encode", x.stored, q=x.q, k=x.k, v=x.v)
-    return kernels_on(x.q.device).encode(x)(x.q, x.k, x.v)
+    return kernels_on(x.q.device).encode(x)(x.q, x.k, x.v, None)
 
 
 def _append(k: Tensor, v: Tensor, codes: Tensor, new_norms: Tensor | None, *given: Any) -> None:

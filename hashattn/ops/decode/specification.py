@@ -48,7 +48,7 @@ class Specification(Kernels):
         return step
 
     def encode(self, like: Newest) -> Encode:
-        return lambda q, k, v: encode_reference.encode(replace(like, q=q, k=k, v=v))
+        return lambda q, k, v, first: encode_reference.encode(replace(like, q=q, k=k, v=v), first)
 
     def encode_placed(self, like: Placed) -> EncodePlaced:
         return lambda q, first, new: encode_reference.encode_placed(like, q, first, new)

@@ -46,9 +46,12 @@ def randomised(encoder: Encoder, dim: int, device: str = "cpu", seed: int = 0) -
 def encodes(
     encode: Any, encoder: Encoder, *, dim: int, batch: int = 2, kv_heads: int = 2, group: int = 3, tokens: int = 1,
     filled: int = 40, room: int = 50, code_room: int = 64, dtype: torch.dtype = torch.float32, device: str = "cpu",
-    seed: int = 0, norms: bool = False,
+    seed: int = 0, norms: bool = False, known: bool = False,
 ) -> None:  # fmt: skip
-    """Queries and keys have the encoder's bits, all that keys need is appended, and nothing else is written."""
+    """Queries and keys have the encoder's bits, all that keys need is appended, and nothing else is written.
+
+    known: the host says how many columns are filled, and the length does not.
+    """
     g = generator(seed)
     encoder = randomised(encoder, dim, device, seed)
     maps, words = encoder.maps(dim, torch.device(device)), -(-encoder.bits // 64)
@@ -59,7 +62,7 @@ def encodes(
         *(torch.randn(batch, kv_heads, room, dim, generator=g).to(device, dtype) for _ in range(2)),
         torch.randint(-(2**63), 2**63 - 1, (batch, kv_heads, code_room, words), generator=g).to(device),
     ]
-    length = torch.tensor([filled], dtype=torch.int32, device=device)
+    length = torch.tensor([7 if known else filled], dtype=torch.int32, device=device)
     into = Stored(*held, length)
     if norms:
         held += [torch.randn(batch, kv_heads, code_room, 1, generator=g).to(device, torch.bfloat16)]
@@ -67,7 +70,7 @@ def encodes(
     before = [x.clone() for x in held]
     newest = encoding(Newest(q, k, v, centre, maps, encoder.query_bits, into))
     with poisoned():
-        query = encode(newest)
+        query = encode(newest, filled) if known else encode(newest)
     assert int(length) == filled + tokens
     assert not newest.arrived.any()
     assert query.shape == (batch, kv_heads * group, tokens, encoder.query_bits, words)

@@ -174,7 +174,22 @@ def test_what_is_compiled_is_kept_and_made_anew_if_it_cannot_be_read(tmp_path, m
     monkeypatch.setattr(compiler, "compile", lambda *_: b"another")
     assert compiler.cached(one.name, one.defines, 80) == b"another"  # of another GPU
     monkeypatch.setenv("HASHATTN_CACHE", "/dev/null/nowhere")
-    assert compiler.cached(one.name, one.defines, 90) == b"another"  # nothing can be kept there
+    with pytest.warns(UserWarning, match="each process compiles CUDA kernels anew.*nowhere"):
+        assert compiler.cached(one.name, one.defines, 90) == b"another"  # nothing can be kept there
+
+
+def test_a_disk_that_is_full_is_announced_and_costs_a_compilation_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("HASHATTN_CACHE", str(tmp_path))
+    compiled = []
+    monkeypatch.setattr(compiler, "compile", lambda *_: compiled.append(1) or b"machine code")
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compiler, "keep", full)
+    with pytest.warns(UserWarning, match="No space left on device; set HASHATTN_CACHE"):
+        assert compiler.cached("scan", (), 90) == b"machine code"
+    assert len(compiled) == 1
 
 
 def test_damaged_kernels_and_those_of_others_are_compiled_again(tmp_path, monkeypatch):
@@ -194,13 +209,15 @@ def test_damaged_kernels_and_those_of_others_are_compiled_again(tmp_path, monkey
     assert compiler.cached("scan", (), 90) == b"machine code" and len(compiled) == 6
     own = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: own + 1)  # the folder is another user's
-    assert compiler.cached("scan", (), 90) == b"machine code" and len(compiled) == 7
+    with pytest.warns(UserWarning, match="belongs to user"):
+        assert compiler.cached("scan", (), 90) == b"machine code" and len(compiled) == 7
     monkeypatch.undo()
     monkeypatch.setattr(compiler, "compile", lambda *_: b"machine code")
     monkeypatch.delenv("HASHATTN_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", nobody)
-    assert compiler.cached("scan", (), 90) == b"machine code"
+    with pytest.warns(UserWarning, match="there is no home folder"):
+        assert compiler.cached("scan", (), 90) == b"machine code"
 
 
 def nobody():

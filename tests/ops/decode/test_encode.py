@@ -29,6 +29,11 @@ def test_so_are_norms(encoder, shape):
     encodes(encode, encoder, **shape, norms=True, dtype=torch.bfloat16, kv_heads=1)
 
 
+@pytest.mark.parametrize(("encoder", "shape"), SMALL[1:9:3])
+def test_they_are_appended_where_the_host_says(encoder, shape):
+    encodes(encode, encoder, **shape, norms=True, known=True)
+
+
 @pytest.mark.parametrize("new", [True, False])
 @pytest.mark.parametrize(("encoder", "shape"), SMALL)
 def test_queries_are_encoded_and_new_keys_that_are_in_place(encoder, shape, new):

@@ -82,6 +82,11 @@ def test_newest_queries_and_keys_are_encoded_and_appended(emulated, encoder, sha
     encodes(encode, encoder, **shape)
 
 
+@pytest.mark.parametrize(("encoder", "shape"), SMALL[1:9:3])
+def test_they_are_appended_where_the_host_says(emulated, encoder, shape):
+    encodes(encode, encoder, **shape, norms=True, known=True)
+
+
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize("new", [True, False])
 @pytest.mark.parametrize(("encoder", "shape"), SMALL + LARGE[:2])

@@ -33,6 +33,11 @@ def test_newest_queries_and_keys_are_encoded_and_appended(encode, encoder, shape
     encodes(encode, encoder, **shape, device="cuda", norms=True)
 
 
+@pytest.mark.parametrize(("encoder", "shape"), SMALL[1:9:3])
+def test_they_are_appended_where_the_host_says(encode, encoder, shape):
+    encodes(encode, encoder, **shape, norms=True, known=True, device="cuda")
+
+
 @pytest.mark.parametrize("new", [True, False])
 @pytest.mark.parametrize("language", ["cuda", "triton"])
 @pytest.mark.parametrize(("encoder", "shape"), SMALL)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +69,20 @@ def cached(name: str, defines: Defines, arch: int) -> bytes:
     for source in sorted(SOURCES.glob("*.cu*")):
         made_of.update(source.read_bytes())
     stem = f"{name}-{made_of.hexdigest()[:32]}"
-    folder: Path | None = None
-    with contextlib.suppress(OSError):  # a cache that cannot be used costs a second the next time
+    code: bytes | None = None
+    try:
         folder = private_folder(default_cache_dir() / "kernels")
         if (path := kept(folder, stem, ".cubin")) is not None:
             return path.read_bytes()
-    code = compile(name, defines, arch)
-    if folder is not None:
-        with contextlib.suppress(OSError):
-            keep(folder, stem, ".cubin", code)
-    return code
+        code = compile(name, defines, arch)
+        keep(folder, stem, ".cubin", code)
+    except OSError as error:
+        warnings.warn(
+            f"each process compiles CUDA kernels anew, which takes seconds: {error}; set HASHATTN_CACHE to a folder of "
+            "yours",
+            stacklevel=2,
+        )
+    return compile(name, defines, arch) if code is None else code
 
 
 @functools.cache

@@ -74,7 +74,7 @@ __device__ __forceinline__ float relu(float x) { return x <= 0 ? 0 : x; }  // Na
 template <bool KEY> __device__ __forceinline__ void stage(const Encode &e, const Vectors &of, Shared &s, int row0) {
   constexpr int EACH = DIM / 32;
   const int lane = threadIdx.x % 32, vector = threadIdx.x / 32, row = row0 + vector;
-  if (KEY && threadIdx.x == THREADS - 1) s.filled = PLACED ? e.first : __ldcg(e.length);
+  if (KEY && threadIdx.x == THREADS - 1) s.filled = PLACED || e.first >= 0 ? e.first : __ldcg(e.length);
   if (PLACED && blockIdx.x == 0 && threadIdx.x == 0) *e.length = e.first + e.tokens;  // which nobody reads meanwhile
   if (vector < VECTORS) {
     const int some = min(row, of.count - 1);  // reads wait for no condition

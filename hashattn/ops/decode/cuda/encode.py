@@ -56,7 +56,7 @@ class Prepared:
         with on(self._device):
             self._launcher = _launch(like, placed=False).bound(self._arguments, self._device)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, first: int | None = None) -> Tensor:
         """See :func:`hashattn.ops.decode.encode_reference.encode`.
 
         Raises:
@@ -65,7 +65,7 @@ class Prepared:
         arguments, q, k, v = self._arguments, q.contiguous(), k.contiguous(), v.contiguous()
         query = q.new_empty(self._query, dtype=torch.int64)
         arguments.queries.x, arguments.keys.x, arguments.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
-        arguments.query = query.data_ptr()
+        arguments.query, arguments.first = query.data_ptr(), -1 if first is None else first
         with on(self._device):
             self._launcher(stream_of(self._device))
         return query
@@ -101,9 +101,9 @@ class PreparedPlaced:
         return self._query
 
 
-def encode(x: Newest) -> Tensor:
+def encode(x: Newest, first: int | None = None) -> Tensor:
     """Once, made ready for itself alone."""
-    return Prepared(x)(x.q, x.k, x.v)
+    return Prepared(x)(x.q, x.k, x.v, first)
 
 
 def encode_placed(x: Placed, q: Tensor, first: int, new: bool) -> Tensor:

@@ -122,7 +122,7 @@ def encode_keys(
         head, column, fits = place(rows, count, first, T, room, code_room)
         x = load_vectors(keys, centre, rows, count, T, room, first, DIM, PADDED, False)
     else:
-        filled = tl.load(length)
+        filled = tl.where(first < 0, tl.load(length), first)
         x = load_vectors(k, centre, rows, count, T, T, 0, DIM, PADDED, False)
         key, value = load_rows(k, rows, count, DIM, PADDED), load_rows(v, rows, count, DIM, PADDED)
         lengthen(length, arrived, filled + T, programs)
@@ -156,8 +156,9 @@ def encode_rows(
         keys, values, codes, norms: [B * Hkv, room, DIM], int64 [B * Hkv, code_room, WORDS], bfloat16
             [B * Hkv, code_room] or None; the T columns from length on are written, those beyond the room are not.
         length, arrived: int32 [1], T is added to the first; the second is 0 between launches.
-        first: with PLACED the keys of T columns are in place from this one on: neither k nor v is read, codes and
-            norms are all that is written of them, by programs that need not be there, and the length is set.
+        first: where the T columns begin; below 0 where the length says so. With PLACED their keys are in place: neither
+            k nor v is read, codes and norms are all that is written of them, by programs that need not be there, and
+            the length is set.
     """
     split = tl.cdiv(queries, TILE) * (1 if PLANES > 1 else WORDS)
     at = tl.program_id(0)
@@ -189,7 +190,7 @@ class Launch:
         check_nvidia(like.q.device)
         (batch, q_heads, tokens, dim), stored, (of_query, of_key) = like.q.shape, like.stored, like.maps
         assert like.arrived is not None and like.workspace is not None
-        bits, words, self._like = like.query_bits, stored.codes.shape[3], like
+        bits, words, self._like, self._placed = like.query_bits, stored.codes.shape[3], like, placed
         queries, new = batch * q_heads * tokens, batch * stored.keys.shape[1] * tokens
         self._early = {"launch_pdl": True} if starts_early(like.q.device) else {}
         sums = carve(like.workspace, layer_parts((queries, new), (of_query.widths, of_key.widths)))
@@ -208,26 +209,28 @@ class Launch:
         options |= {"QUERY_HIDDEN": query_hidden, "QUERY_PARTS": query_parts, "num_warps": 8, **self._early}
         self._options = options | {"KEY_HIDDEN": key_hidden, "KEY_PARTS": key_parts}
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, query: Tensor, first: int = 0, new: bool = True) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, query: Tensor, first: int, new: bool = True) -> Tensor:
         """Queries, and keys that are [B, Hkv, T, D], or [B, Hkv, room, D] and in place from the first on."""
         like, tokens = self._like, self._tokens
         with on(q.device):
             if self._query_sums is not None:
                 run_layers(q, None, like.maps[0], self._query_sums, self._early, tokens)
             if new and self._key_sums is not None:
-                run_layers(k, like.centre, like.maps[1], self._key_sums, self._early, tokens, first)
+                begin = first if self._placed else 0
+                run_layers(k, like.centre, like.maps[1], self._key_sums, self._early, tokens, begin)
             programs = self._queries + (self._keys if new else 0)
             given = q, k, v, like.centre, *self._weights, query, *self._held, *self._numbers, first
             encode_rows[(programs,)](*given, **self._options)
         return query
 
 
-def prepare(like: Newest) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def prepare(like: Newest) -> Callable[[Tensor, Tensor, Tensor, int | None], Tensor]:
     """Encoding like this, of other queries, keys and values; see :class:`Newest`."""
     launch, shape = Launch(like, placed=False), (*like.q.shape[:3], like.query_bits, like.stored.codes.shape[3])
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return launch(q.contiguous(), k.contiguous(), v.contiguous(), q.new_empty(shape, dtype=torch.int64))
+    def run(q: Tensor, k: Tensor, v: Tensor, first: int | None) -> Tensor:
+        query = q.new_empty(shape, dtype=torch.int64)
+        return launch(q.contiguous(), k.contiguous(), v.contiguous(), query, -1 if first is None else first)
 
     return run
 
@@ -238,9 +241,9 @@ def prepare_placed(like: Placed) -> Callable[[Tensor, int, bool], Tensor]:
     return lambda q, first, new: launch(q.contiguous(), stored.keys, stored.values, like.query, first, new)
 
 
-def encode(x: Newest) -> Tensor:
+def encode(x: Newest, first: int | None = None) -> Tensor:
     """Once."""
-    return prepare(x)(x.q, x.k, x.v)
+    return prepare(x)(x.q, x.k, x.v, first)
 
 
 def encode_placed(x: Placed, q: Tensor, first: int, new: bool) -> Tensor:
