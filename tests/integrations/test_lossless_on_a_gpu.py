@@ -47,7 +47,7 @@ def test_the_model_writes_what_it_writes_alone(model, monkeypatch, way, graph):
     check_codes(cache(found))
     assert report.drafts.passes > 3 and 0 < report.drafts.fidelity < 1
     if graph == "auto":
-        assert report.graph.replayed > report.drafts.passes and not report.graph.eager, report.graph
+        assert report.graph.replayed > report.drafts.passes and report.graph.eager.keys() <= {FIRST}, report.graph
 
 
 def test_lengths_follow_the_devices_own_clock(model, monkeypatch):

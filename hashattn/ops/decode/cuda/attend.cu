@@ -268,13 +268,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) attend(const __g
   constexpr size_t SIZE = TYPE == 2 ? 4 : 2;
   const size_t q_row = (size_t)head * SUM * TOKENS + t;
   const void *q = static_cast<const char *>(s.q) + q_row * DIM * SIZE;
+  int *totals = (CALIBRATED ? s.new_totals : s.totals) + row * LEVELS;
+  const int count = __ldcg(totals + lane);  // candidates of at least this level
 #if TIERS
   __shared__ float estimated[SUM * ROWS];
   __shared__ Sketch sketches[SUM];
   sketch(q, (size_t)TOKENS * DIM, s.centre + (size_t)kv * DIM, s.a, sketches);
 #endif
-  int *totals = (CALIBRATED ? s.new_totals : s.totals) + row * LEVELS;
-  const int count = __ldcg(totals + lane);  // candidates of at least this level
 #if RADIUS
   wanted = min(wanted, __shfl_sync(~0u, count, 0));
 #endif

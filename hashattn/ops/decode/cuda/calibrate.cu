@@ -58,6 +58,7 @@ __device__ __forceinline__ void vote(const Step &s, const Row &own, const List &
   const int chunk = blockIdx.x, lane = threadIdx.x % 32;
   const u16 *counts = s.counts + ((size_t)own.row * LEVELS + cut.level) * s.count_stride;
   int before = 0;  // at the threshold, in chunks before this one
+#pragma unroll 4
   for (int c = own.first / CHUNK + lane; cut.dropped > 0 && c < chunk; c += 32)
     before += __ldcg(counts + c) - (cut.level + 1 < LEVELS ? __ldcg(counts + s.count_stride + c) : 0);
   before = __reduce_add_sync(~0u, before);
@@ -157,7 +158,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) calibrate(const __grid_con
   auto row_of = [&](int choice) -> Row { return {(b * choices + choice) * TOKENS + t, first, end, wanted}; };
   wait_for_the_kernel_before();
   let_the_next_kernel_start();
+  auto totals_of = [&](int choice) { return __ldcg(s.totals + row_of(choice).row * LEVELS + lane); };
   const List kept(s, row_of(min(warp, choices - 1)).row);  // of this warp's first choice
+  const int candidates = totals_of(min(warp, choices - 1));
 #pragma unroll
   for (int i = 0; i < OWN; i++) {  // what the layer before gave weight
     const int place = threadIdx.x + i * THREADS;
@@ -170,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) calibrate(const __grid_con
   auto list_of = [&](int choice) { return choice == warp ? kept : List(s, row_of(choice).row); };
   for (int choice = warp; VOTES && seen && choice < choices; choice += WARPS) {
     const Row own = row_of(choice);
-    const int count = __ldcg(s.totals + own.row * LEVELS + lane);  // candidates of at least this level
+    const int count = choice == warp ? candidates : totals_of(choice);  // of at least this level
     const u32 enough = __ballot_sync(~0u, count >= wanted);
     const int level = 31 - __clz(enough), dropped = __shfl_sync(~0u, count, level & 31) - wanted;
     if (enough && !(level == LEVELS - 1 && dropped > 0)) vote(s, own, list_of(choice), {level, dropped}, votes);
