@@ -57,7 +57,7 @@ def test_greedy_tokens_are_the_unattached_models(llama, name):
     assert torch.equal(written.sequences, expected.sequences)
     same_cache(cache(written), cache(expected))
     use = report.drafts
-    assert 0 < use.fidelity < 1 and use.passes > 5 and use.tokens == 39  # so some drafts were right, and some wrong
+    assert 0 < use.fidelity < 1 and use.passes > 5 and use.tokens == 3 * 39  # so some drafts were right, and some wrong
     assert use.acceptance[0] > 0 and use.tokens_a_pass >= 1
     assert report.searching_layers and report.layers[-1].dense["prefill"] == 1
 
