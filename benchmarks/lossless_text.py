@@ -125,7 +125,8 @@ def equal(model: Any, tokenizer: Any, preset: Any, args: argparse.Namespace) -> 
     stock = torch.cat([write(model, batch, args.new, pad) for batch in batches])
     print("different 4-grams of all", fourgrams(stock), flush=True)
     DraftLength.next = lambda self, most: min(most, self.most)  # type: ignore[method-assign]  # whether it pays or not
-    with preset(0.05).attach(model, check="dense") as handle:
+    searched = preset(0.05).replace(engine="cpu")  # where "auto" would draft densely, prompts being short
+    with searched.attach(model, check="dense") as handle:
         found = torch.cat([write(model, batch, args.new, pad) for batch in batches])
         use = handle.report().drafts
     assert use is not None
@@ -138,7 +139,7 @@ def equal(model: Any, tokenizer: Any, preset: Any, args: argparse.Namespace) -> 
         model = model.to(torch.bfloat16)
         alone = torch.cat([write(model, [ids], args.sixteen, pad) for ids in texts])
         pairs = torch.cat([write(model, texts[i : i + 2], args.sixteen, pad) for i in range(0, len(texts), 2)])
-        with preset(0.05).attach(model, check="dense"):
+        with searched.attach(model, check="dense"):
             checked = torch.cat([write(model, [ids], args.sixteen, pad) for ids in texts])
         rows.append({"dtype": "bfloat16", "tokens": args.sixteen, "texts": len(texts),
                      "checked parted from stock at": parted(checked, alone),
