@@ -32,6 +32,11 @@ class DeviceState:
             held = self._starts = list(starts), self._copied(starts, device)
         return held[1]
 
+    def follow(self, starts: list[int]) -> None:
+        """Let what was handed out say that rows begin at these columns."""
+        if self._starts is not None:
+            self.starts(starts, self._starts[1].device)
+
     @lasting
     def _copied(self, starts: list[int], device: torch.device) -> Tensor:
         fresh = torch.tensor(starts, dtype=torch.int32, device=device)

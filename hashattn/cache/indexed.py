@@ -103,6 +103,13 @@ class Indexed:
             if self.with_norms:
                 self.norms.adopt(length)
 
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Move codes and norms within their rows, int64 [B, n]: of all columns that are named, or of none so far."""
+        if self.store is not None and len(self.store):
+            self.store.move(sources, targets)
+            if self.with_norms:
+                self.norms.move(sources, targets)
+
     def truncate(self, length: int) -> None:
         """Forget what is beyond the first `length` keys."""
         self.norms.truncate(length)

@@ -256,6 +256,34 @@ class KVCache:
             if length - first < self.warmup:
                 self.indexed.forget_centre(row)
 
+    def why_not_move(self) -> str | None:
+        """Why columns cannot be moved; None if they can."""
+        if self.attention_sums.nbytes:
+            return "its selector looks back at columns"
+        store = self.indexed.store
+        return None if store is None or store.movable else "its index knows keys by their columns"
+
+    @guarded
+    def move(self, sources: Tensor, targets: Tensor, starts: list[int]) -> None:
+        """Let columns of each row hold what others held, codes included; rows then begin at these columns.
+
+        Columns that a Decoder has appended may be among them. Rows keep their centres.
+
+        Args:
+            sources, targets: int64 [B, n], columns on the cache's device; all is read before anything is written. A
+                target that stands twice has the same source.
+
+        Raises:
+            ValueError: they cannot be moved.
+        """
+        reason = self.why_not_move()
+        if reason is not None:
+            raise ValueError(f"columns of this cache cannot be moved: {reason}")
+        self.kv.move(sources, targets)
+        self.indexed.move(sources, targets)
+        self._starts = [*starts]
+        self.on_device.follow(self._starts)
+
     @guarded
     @lasting
     def select_rows(self, rows: Tensor | Sequence[int] | Sequence[bool]) -> None:

@@ -88,6 +88,13 @@ class TokenBuffer:
         if length < self.length:
             self.length, self._newest = length, None
 
+    @torch.no_grad()
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Write rows over others of the same batch row, int64 [B, n]; all are read before any is written."""
+        self._newest, data = None, self.storage
+        read, written = (x[:, None, :, None].expand(-1, data.shape[1], -1, data.shape[3]) for x in (sources, targets))
+        data.scatter_(2, written, data.gather(2, read))
+
     @lasting
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows of this int64 index, in its order; rows may repeat."""

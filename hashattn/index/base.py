@@ -18,9 +18,11 @@ class Store:
 
     Attributes:
         per_key: whether codes are those of the keys, one by one. A cache saves them then; it makes others anew.
+        movable: whether codes are all that it keeps, so that they may be moved to other columns.
     """
 
     per_key: bool = True
+    movable: bool = True
 
     def __init__(self, capacity: int | None = None) -> None:
         self._codes = TokenBuffer(capacity)
@@ -56,6 +58,10 @@ class Store:
     def truncate(self, length: int) -> None:
         """Keep the first `length` keys, or fewer: the cache adds again what is missing."""
         self._codes.truncate(length)
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Move codes within their rows, int64 [B, n] columns, if they are movable."""
+        self._codes.move(sources, targets)
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep these batch rows, in this order."""

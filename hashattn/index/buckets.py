@@ -20,6 +20,8 @@ class BucketStore(Store):
         tables, bits: L tables of K bits: bits l K to (l + 1) K of a code are its bucket in table l.
     """
 
+    movable = False
+
     def __init__(self, tables: int, bits: int, capacity: int | None = None) -> None:
         super().__init__(capacity)
         self._tables, self._bits = tables, bits

@@ -35,6 +35,8 @@ class FaissStore(Store):
         crops: whether it can remove its last keys; it is made anew otherwise.
     """
 
+    movable = False
+
     def __init__(self, make: Callable[[int, bool], Any], needed: int, crops: bool, capacity: int | None = None) -> None:
         super().__init__(capacity)
         self._make, self._needed, self._crops = make, needed, crops

@@ -68,6 +68,7 @@ class PageStore(Store):
     """
 
     per_key = False
+    movable = False
 
     def __init__(self, page: int, capacity: int | None = None) -> None:
         super().__init__(None if capacity is None else -(-capacity // page))

@@ -79,6 +79,10 @@ class KVStore(ABC):
     def select_rows(self, rows: Tensor) -> None:
         """Keep these batch rows, int64 [n], in this order; rows may repeat."""
 
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Write columns over others of the same row, int64 [B, n]; all are read before any is written."""
+        raise TypeError(f"a {type(self).__name__} moves no columns")
+
     @abstractmethod
     def clear_before(self, row: int, column: int) -> None:
         """Make the columns of a row before this one zeros: padding."""

@@ -127,6 +127,10 @@ class Resident(KVStore):
         self.keys.select(rows)
         self.values.select(rows)
 
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        self.keys.move(sources, targets)
+        self.values.move(sources, targets)
+
     def clear_before(self, row: int, column: int) -> None:
         self.keys.storage[row, :, :column] = 0
         self.values.storage[row, :, :column] = 0

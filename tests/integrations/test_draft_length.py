@@ -16,7 +16,7 @@ def play(length, passes, right, step=1.0, check=lambda n: 10.0, most=5):
     for i in range(passes):
         n = length.next(most)
         accepted = next((p for p in range(n) if not right(i, p)), n)
-        length.saw(n, accepted, accepted < n, n * step, check(n))
+        length.saw(n, [(accepted, accepted < n)], n * step, check(n))
         lengths.append(n)
         tokens, seconds = tokens + accepted + 1, seconds + n * step + check(n)
     return lengths, seconds / tokens
@@ -65,23 +65,23 @@ def test_no_draft_is_longer_than_what_is_left():
 
 def test_first_times_are_left_out():
     length = DraftLength(2)
-    length.saw(2, 2, False, 1e3, 1e3)  # kernels were loaded
+    length.saw(2, [(2, False)], 1e3, 1e3)  # kernels were loaded
     for _ in range(2):
-        length.saw(2, 2, False, 2.0, 10.0)
-        length.saw(0, 0, False, 0.0, 10.0)
+        length.saw(2, [(2, False)], 2.0, 10.0)
+        length.saw(0, [(0, False)], 0.0, 10.0)
     assert length.next(2) == 2
 
 
 def test_counts_say_what_they_are_of():
     counts = DraftCounts()
     assert counts.use().fidelity is None and "0 tokens in 0 checks" in str(counts.use())
-    counts.saw(2, 3, 0.5, 1.0)
-    counts.saw(0, 1, 0.0, 1.0)
+    counts.saw(2, [3, 2], 0.5, 1.0)
+    counts.saw(0, [1, 1], 0.0, 1.0)
     counts.look(0, 2, 2)
     counts.look(1, 2, 1)
     use = counts.use()
-    assert (use.passes, use.plain, use.tokens, use.acceptance, use.fidelity) == (1, 1, 4, (1.0, 0.5), 0.75)
-    assert use.tokens_a_pass == 2 and (use.drafting, use.checking) == (0.5, 2.0)
+    assert (use.passes, use.plain, use.tokens, use.acceptance, use.fidelity) == (1, 1, 7, (1.0, 0.5), 0.75)
+    assert use.tokens_a_pass == 7 / 4 and (use.drafting, use.checking) == (0.5, 2.0)
     assert "search alone would have chosen another token than full attention at 25.0%" in str(use)
 
 

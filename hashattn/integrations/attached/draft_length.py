@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 REMEMBERED = 0.95  # of the weight of what was accepted, a pass later
@@ -37,7 +38,8 @@ class DraftLength:
     """Chooses the length of the next draft, 0 to `most`, that promises the most tokens a second.
 
     A draft of n tokens takes n searched steps and a check of n + 1 tokens, and writes one token more than it gets
-    accepted. Where no length pays, steps are plain, and now and then a draft probes whether that has changed.
+    accepted, in the mean of rows that go on apart. Where no length pays, steps are plain, and now and then a draft
+    probes whether that has changed.
 
     The same observations lead to the same lengths.
     """
@@ -53,19 +55,21 @@ class DraftLength:
         """The length of the next draft, of at most so many tokens."""
         return min(most, self._next())
 
-    def saw(self, length: int, accepted: int, rejected: bool, drafting: float, checking: float) -> None:
-        """What a pass took, in seconds, and how many of the draft's tokens were accepted in all rows.
+    def saw(self, length: int, rows: Sequence[tuple[int, bool]], drafting: float, checking: float) -> None:
+        """What a pass took, in seconds, and what came of its draft.
 
         Args:
-            rejected: whether the token after them was not; otherwise nobody looked at it.
+            rows: that go on apart: how many of the draft's tokens were accepted, and whether the token after them was
+                not; otherwise nobody looked at it.
         """
         self._check[length].add(checking)
         if length:
             self._step.add(drafting / length)
             self._tries, self._hits = ([REMEMBERED * x for x in held] for held in (self._tries, self._hits))
-            for i in range(min(accepted + rejected, length)):
-                self._tries[i] += 1
-                self._hits[i] += i < accepted
+            for accepted, rejected in rows:
+                for i in range(min(accepted + rejected, length)):
+                    self._tries[i] += 1 / len(rows)
+                    self._hits[i] += (i < accepted) / len(rows)
 
     def acceptance(self) -> list[float]:
         """How likely the token at each position is accepted if those before it were."""

@@ -121,6 +121,9 @@ class LayerCall:
             self._accumulate(args, kv)
         args = args.filled(kv)
         plain = args.mask is None or args.mask.dtype == torch.bool
+        if kv is not None and args.few and plain:
+            self._count(reason, None, args.query, None)
+            return args.attend_few(), None
         if kv is None or args.tokens > 1 or not plain:
             self._count(reason, None, args.query, None)
             if kv is None and args.tokens == 1:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from hashattn.attend.dense import dense
 from hashattn.cache.kv_cache import KVCache
 from hashattn.integrations.transformers.attention_module import eager_of
 
@@ -27,6 +28,9 @@ HARMLESS = (
     "token_type_ids",
     "attention_mask",
 )
+
+
+FEW = 16  # queries, as many as a check has at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +107,19 @@ class AttentionArguments:
         """Why the call cannot search: it would drop attention weights at random."""
         rate = self.keywords.get("dropout") or 0.0
         return f"attention drops weights (dropout={rate} in training mode): call model.eval()" if rate else None
+
+    @property
+    def few(self) -> bool:
+        """Whether these are a few queries behind many keys on a CPU, whose SDPA is slow then: it repeats keys."""
+        wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (self.query, self.key, self.value))
+        if wanted or self.why_not_dropout is not None or self.query.device.type != "cpu" or self.mask is None:
+            return False
+        return 1 < self.tokens <= FEW and self.mask.shape == (len(self.query), 1, self.tokens, self.key.shape[2])
+
+    def attend_few(self) -> Tensor:
+        """Full attention that reads keys once for all queries of a group of heads, [B, T, Hq, D]."""
+        scale = self.query.shape[-1] ** -0.5 if self.scaling is None else self.scaling
+        return dense(self.query, self.key, self.value, self.mask, scale).out.transpose(1, 2).contiguous()
 
     def attend_by_sdpa(self) -> tuple[Tensor, None]:
         """Full attention, [B, T, Hq, D]."""

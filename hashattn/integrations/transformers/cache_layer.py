@@ -176,6 +176,15 @@ class HashedLayer(DynamicLayer):
             self.kv.crop(max(0, len(self.kv) + tokens_to_remove))
             self.follow_change()
 
+    def move(self, sources: Tensor, targets: Tensor, starts: list[int]) -> None:
+        """See :meth:`hashattn.cache.kv_cache.KVCache.move`; replays go on from there."""
+        assert self.kv is not None
+        if not self.on_device.has_codes:
+            self.sync()
+            if self.kv.encoded:
+                self.kv.encode()
+        self.kv.move(sources, targets, starts)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)
 

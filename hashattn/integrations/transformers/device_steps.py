@@ -150,6 +150,11 @@ class DeviceSteps:
         room, turns = self.decoder.room, self.made.choice.turns
         return room if turns is None else min(room, turns - 1 + min(self.decoder.cache._starts))
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether all columns are encoded, those that the host does not know of as well."""
+        return self.ready and self.decoder is not None and not self.decoder.dense
+
     def untouched(self, kv: KVCache, filled: int) -> bool:
         """Whether nobody has changed the cache since, which holds so many columns with those that were led."""
         known = self.ready and self.decoder is not None and self._known == len(kv) == filled - self.led

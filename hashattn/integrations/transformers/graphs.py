@@ -104,6 +104,16 @@ class Graphs:
                 layer.on_device.rewind(layer.kv, columns)
             return True
 
+    def begin_at(self, cache: Cache, starts: list[int], earlier: bool) -> None:
+        """Go on with a cache whose rows begin at other columns now, which may be earlier ones."""
+        with self.guard:
+            held = self._caches.get(cache)
+            for key, graph in [*held.by_call.items()] if held is not None else []:
+                if earlier and graph.turns and held is not None:
+                    del held.by_call[key]  # it would serve beyond where steps turn to searching
+                else:
+                    graph.begin_at(starts)
+
     def clear(self) -> None:
         """Let go of all graphs."""
         with self.guard:

@@ -38,6 +38,11 @@ class ModelGraph:
     seen: Tensor
     nbytes: int
 
+    @property
+    def turns(self) -> bool:
+        """Whether it serves fewer columns than there is room for."""
+        return self.limit < self.seen.shape[1]
+
     def begin_at(self, starts: list[int]) -> None:
         """Let the rows begin at these columns, as those of the cache do."""
         columns = torch.arange(self.seen.shape[1], device=self.seen.device)
