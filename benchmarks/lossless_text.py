@@ -49,8 +49,12 @@ def code() -> Text:
     return Text("python", "\n".join((folder / f"{name}.py").read_text() for name in CODE))
 
 
-def prompts(tokenizer: Any, kind: str, tokens: int, count: int) -> list[tuple[Tensor, Tensor]]:
+def prompts(tokenizer: Any, kind: str, tokens: int, count: int, device: str) -> list[tuple[Tensor, Tensor]]:
     """Prompts [1, tokens] of a kind, and the tokens [1, n] that follow in the text."""
+    return [(ids.to(device), more.to(device)) for ids, more in _prompts(tokenizer, kind, tokens, count)]
+
+
+def _prompts(tokenizer: Any, kind: str, tokens: int, count: int) -> list[tuple[Tensor, Tensor]]:
     text = code() if kind == "code" else read_text(None)
     if kind == "retrieval":
         tasks = [*TASKS]
@@ -79,7 +83,7 @@ def kinds(model: Any, tokenizer: Any, preset: Any, args: argparse.Namespace) -> 
     rows = []
     for kind in KINDS:
         found: dict[tuple[str, float], list[float]] = {}
-        for ids, more in prompts(tokenizer, kind, args.tokens, args.windows):
+        for ids, more in prompts(tokenizer, kind, args.tokens, args.windows, args.device):
             for way, it in (("greedy", own_text(model, ids, args.new)), ("real", real_text(model, ids, more))):
                 for share in SHARES:
                     found.setdefault((way, share), []).append(along(model, preset(share), it))
@@ -95,10 +99,10 @@ def write(model: Any, texts: list[Tensor], new: int, pad: int) -> Tensor:
     """What is written behind prompts of different lengths, padded on the left: int64 [B, new]."""
     longest = max(ids.shape[1] for ids in texts)
     ids = torch.cat([torch.nn.functional.pad(x, (longest - x.shape[1], 0), value=pad) for x in texts])
-    mask = torch.stack([torch.arange(longest) >= longest - x.shape[1] for x in texts]).long()
+    mask = torch.stack([torch.arange(longest, device=ids.device) >= longest - x.shape[1] for x in texts]).long()
     options = {"max_new_tokens": new, "do_sample": False, "repetition_penalty": 1.3, "eos_token_id": None}
     written: Tensor = model.generate(ids, attention_mask=mask, pad_token_id=pad, **options)
-    return written[:, longest:]
+    return written[:, longest:].cpu()
 
 
 def parted(one: Tensor, other: Tensor) -> list[int]:
@@ -118,14 +122,15 @@ def fourgrams(rows: Tensor) -> tuple[int, int]:
 def equal(model: Any, tokenizer: Any, preset: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Ten prompts: whether the tokens are the unattached model's."""
     counts = {"prose": 4, "code": 3, "retrieval": 3}
-    texts = [ids for kind, n in counts.items() for ids, _ in prompts(tokenizer, kind, args.tokens, n)]
+    texts = [ids for kind, n in counts.items() for ids, _ in prompts(tokenizer, kind, args.tokens, n, args.device)]
     texts = [ids[:, 11 * i :] for i, ids in enumerate(texts)]  # lengths that differ
     pad, rows = 0, []
     batches = [texts[0::2], texts[1::2]]
     stock = torch.cat([write(model, batch, args.new, pad) for batch in batches])
     print("different 4-grams of all", fourgrams(stock), flush=True)
     DraftLength.next = lambda self, most: min(most, self.most)  # type: ignore[method-assign]  # whether it pays or not
-    searched = preset(0.05).replace(engine="cpu")  # where "auto" would draft densely, prompts being short
+    engine = "cpu" if args.device == "cpu" else "gpu"  # where "auto" would draft densely, prompts being short
+    searched = preset(0.05).replace(engine=engine)
     with searched.attach(model, check="dense") as handle:
         found = torch.cat([write(model, batch, args.new, pad) for batch in batches])
         use = handle.report().drafts
@@ -150,7 +155,7 @@ def equal(model: Any, tokenizer: Any, preset: Any, args: argparse.Namespace) -> 
 
 def speed(model: Any, tokenizer: Any, preset: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds a token on one cache: full attention, checked drafts, and drafts that are made wrong on purpose."""
-    ids, _ = prompts(tokenizer, "prose", args.tokens, 1)[0]
+    ids, _ = prompts(tokenizer, "prose", args.tokens, 1, args.device)[0]
     held = prefill(model, ids[:, :-1])
     full, searched = HashAttention.from_preset("full"), preset(0.05)
     guess = Draft._guess
@@ -193,16 +198,17 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=2, help="of each kind (kinds); rounds that count (speed)")
     parser.add_argument("--new", type=int, default=100, help="tokens to write behind each prompt")
     parser.add_argument("--sixteen", type=int, default=100, help="the same in bfloat16 (equal); 0 for none")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    model, tokenizer = load(args.model)
+    model, tokenizer = load(args.model, device=args.device)
 
     def preset(share: float) -> HashAttention:
         return HashAttention.from_preset("dashkv_fast", pretrained=args.encoder, share=share)
 
     rows = WAYS[args.what](model, tokenizer, preset, args)
     if args.json:
-        about = environment([]) | {"command": " ".join(["python", *sys.argv])}
+        about = environment([], args.device) | {"command": " ".join(["python", *sys.argv])}
         write_json(args.json, {**about, "model": name_of(args.model), "rows": rows})
 
 

@@ -41,7 +41,7 @@ class ModelGraph:
     @property
     def turns(self) -> bool:
         """Whether it serves fewer columns than there is room for."""
-        return self.limit < self.seen.shape[1]
+        return self.run.limit < self.seen.shape[1]
 
     def begin_at(self, starts: list[int]) -> None:
         """Let the rows begin at these columns, as those of the cache do."""

@@ -125,6 +125,10 @@ def recall(bench: argparse.ArgumentParser) -> None:
     }
     add_numbers(bench, int, numbers, default)
     add_numbers(bench, int, {"layers": "of a model; five of them if left out"}, nargs="+")
+    where = (
+        "where steps run; on a GPU, those that are served are replayed from graphs, and p99 is kept beside the median"
+    )
+    bench.add_argument("--device", choices=("cpu", "cuda"), default=default.device, help=where)
     index = """also each preset with this index, where it fits, such as 'FaissBinary("BHNSW32")'"""
     add_words(bench, {"index": ("CALL", index), "text": ("FILE", "that a model reads; Shakespeare if left out")})
     add_words(bench, _PICTURE)

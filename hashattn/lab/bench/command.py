@@ -61,7 +61,7 @@ def add(commands: Any) -> None:
         (_kinds, options.kinds, "what each kind of step on a GPU costs beside TopK's", _ON_A_GPU),
         (_e2e, options.e2e, "tokens per second of a Llama-3-8B with random weights on a GPU", _ON_A_GPU),
         (_generate, options.generate, "what users get of model.generate(), stock and attached", _CHECKED),
-        (_recall, options.recall, "what all presets keep of attention, against bytes and time", "Runs on a CPU."),
+        (_recall, options.recall, "what all presets keep of attention, against bytes and time", "On a CPU or a GPU."),
     ):
         name = measure.__name__[1:]
         bench = begin(benchmarks, name, partial(run, measure), summary, f"{summary[0].upper()}{summary[1:]}. {about}")
@@ -244,4 +244,4 @@ def _recall(arguments: argparse.Namespace) -> Found:
             read_text(settings.text)
     result = recall.run(settings, progress=not arguments.quiet)
     text = f"{recall_report.table(result['rows'])}\n\n{recall_report.NOTE}"
-    return Found(result, text, "cpu", recall_report.save_plot)
+    return Found(result, text, settings.device, recall_report.save_plot)

@@ -13,13 +13,16 @@ from hashattn.core.errors import refusals
 from hashattn.core.progress import bar
 from hashattn.core.threads import thread_count
 from hashattn.core.types import Step
+from hashattn.lab.bench import recall_cuda
 from hashattn.lab.bench import recall_steps as steps
+from hashattn.lab.bench.cuda import need_gpu
 from hashattn.lab.bench.recall_data import SYNTHETIC, CapturedLayer, layers_of
 from hashattn.lab.bench.recall_entries import Entry, Memo, entries, shipped_for
 from hashattn.lab.kept import Truth, figures
 from hashattn.lab.report import remark
 
 DATA = ("smollm2-135m", SYNTHETIC)
+ENGINES = {"cpu": "cpu", "cuda": "gpu"}  # by device
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Settings:
         text: a file; None for Shakespeare.
         train: steps of encoders that are learned here.
         threads: of torch and the scan while decoding.
+        device: "cpu", or "cuda", where keys are bfloat16, and a step that is served is replayed from a graph.
         seed: of places, synthetic keys and random encoders.
     """
 
@@ -51,6 +55,7 @@ class Settings:
     train: int = 150
     threads: int = 1
     seed: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for name in ("queries", "train", "tokens"):
@@ -58,6 +63,8 @@ class Settings:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
         if self.tokens < 2 * self.queries:
             raise ValueError(f"--tokens must be at least twice --queries {self.queries}, got {self.tokens}")
+        if self.device not in ENGINES:
+            raise ValueError(f"--device must be one of {', '.join(ENGINES)}, got {self.device!r}")
         if not self.data or len(set(self.data)) < len(self.data):
             raise ValueError(f"--data must name something, and each once, got {[*self.data]}")
 
@@ -74,6 +81,8 @@ def run(settings: Settings | None = None, *, progress: bool = True) -> dict[str,
         RuntimeError: an engine that does not do what the reference does.
     """
     settings = settings or Settings()
+    if settings.device == "cuda":
+        need_gpu("bench recall --device cuda")
     with refusals(ValueError, TypeError):
         listed, notes = entries(settings.presets, settings.budget, settings.index)
         threads, before = thread_count(settings.threads), torch.get_num_threads()
@@ -92,17 +101,26 @@ def run(settings: Settings | None = None, *, progress: bool = True) -> dict[str,
                 shown.set_postfix_str(entry.label)
                 found: list[dict[str, Any]] = []
                 handed: list[Step] | None = None
-                for i, layer in enumerate(layers):
+                for i, captured in enumerate(layers):
+                    layer = recall_cuda.moved(captured) if settings.device == "cuda" else captured
                     attn, weights = entry.fitted(layer, pretrained, memo, steps=settings.train, seed=settings.seed)
-                    attn = attn.replace(engine="cpu", dense_layers=())
+                    attn = attn.to(settings.device).replace(engine=ENGINES[settings.device], dense_layers=())
+                    replayed = settings.device == "cuda" and recall_cuda.serves(attn, layer)
+                    if settings.device == "cuda" and not replayed:
+                        attn = attn.replace(engine="reference")
                     neighbours = i > 0 and layers[i - 1].number + 1 == layer.number
                     torch.set_num_threads(threads)
                     try:
                         decoded = steps.decode(attn, layer, settings.queries, handed if neighbours else None)
                     finally:
                         torch.set_num_threads(before)
-                    handed = decoded.after
                     measured = {**figures(decoded.kept, decoded.out, truths[i]), **steps.costs(attn, layer, decoded)}
+                    if replayed:
+                        given = handed if neighbours else None
+                        measured |= recall_cuda.measure(attn, layer, decoded.out, given)
+                    elif settings.device == "cuda":
+                        measured["dense_us"] = recall_cuda.dense_us(layer, settings.queries)
+                    handed = decoded.after
                     found.append({"layer": layer.number, "weights": weights, **measured})
                     shown.update()
                 rows.append(_row(data, entry, layers, found))

@@ -17,7 +17,7 @@ NOTE = (
     "weights: of the encoder: shipped with the library, or fitted or trained here, on another text than is judged.\n"
     "recall, / exact: against as many exact top keys: the share found, and the mass kept over theirs. error: of the\n"
     "output, against float64. B a key: codes beside a key and head. scan, read: bytes read to rank, and in all, over\n"
-    "what dense attention reads (bfloat16). us: median of a decode step of a layer on the CPU, its key encoded;\n"
+    "what dense attention reads (bfloat16). us: median of a decode step of a layer, its key encoded;\n"
     "dense: the fastest full attention, right after. best: of those that search, none keeps more of exact top-k's\n"
     "mass with as few bytes a key (B), bytes read (R), microseconds (T)."
 )
