@@ -53,6 +53,9 @@ class RaBitQ(Encoder):
     def code_bytes(self, head_dim: int, itemsize: int) -> int:
         return 8 * (words(self.bits or head_dim) + 1)
 
+    def query_shape(self, head_dim: int) -> tuple[int, int]:
+        return 1, (self.bits or head_dim) + 2
+
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         """int64 [B, Hkv, N, ceil(bits / 64) + 1]."""
         o = self._rotate(subtract(k, centre))

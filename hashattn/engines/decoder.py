@@ -181,11 +181,9 @@ class Decoder:
         if self.dense:
             dense.append(k, v, self.keys, self.values, self.length)
             return dense.attend(q, self.keys, self.values, self.starts, self.length, scale)
-        kind, encoder = (q.shape[1], q.shape[2]), self.parts.encoder
-        prepared = self._prepared[kind]
-        assert encoder is not None
+        prepared = self._prepared[q.shape[1], q.shape[2]]
         query = self._append(q, k, v)
-        query = packed(encoder, q) if query is None else query
+        query = packed(self.parts, q, self.cache.kv_heads) if query is None else query
         output, selection = prepared.step(q, query, scale, before)
         if output.weights is not None:
             self.kept = Before(selection.ids, output.weights)

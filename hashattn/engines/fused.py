@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from hashattn.cache.kv_cache import KVCache
 from hashattn.core.lasting import lasting
 from hashattn.core.types import Output, Selection, Step
-from hashattn.encoders.base import Encoder
 from hashattn.engines.base import Answer, Call, Request
 from hashattn.engines.parts import Parts
 from hashattn.engines.stages import Reference
 from hashattn.ops import decode
 from hashattn.ops.decode.sizes import counters
-from hashattn.ops.hamming import words
 
 if TYPE_CHECKING:
     from hashattn.ops.decode.library import EncodePlaced
@@ -45,8 +43,8 @@ def asked_of(parts: Parts, request: Request) -> decode.KernelRequest | None:
     if rule is None or encoder is None or index is None:
         return None
     heads = request.q_heads, request.kv_heads, request.head_dim
-    codes = words(encoder.bits), encoder.query_bits
-    asked = decode.KernelRequest(request.device, request.dtype, *heads, *codes, rule, index.scores)
+    planes, words = encoder.query_shape(request.head_dim)
+    asked = decode.KernelRequest(request.device, request.dtype, *heads, words, planes, rule, index.scores)
     return replace(asked, batch=request.batch, tokens=request.tokens)
 
 
@@ -76,20 +74,21 @@ class Prepared:
             length: int32 [1], filled columns.
             centre: where the keys' centre stays, if not with the cache.
         """
-        encoder, state, device = parts.encoder, cache.on_device, cache.keys.device
+        encoder, index, state, device = parts.encoder, parts.index, cache.on_device, cache.keys.device
         rule = rule_of(parts, shape[0] // cache.kv_heads)
-        assert rule is not None and encoder is not None
+        assert rule is not None and encoder is not None and index is not None
         keys, values, codes = (cache.storage(what).detach() for what in ("keys", "values", "codes"))
         stored = decode.Stored(keys, values, codes, length, cache.storage("norms") if cache.with_norms else None)
         estimate = parts.attend.fused_estimate(cache) if rule.critical is not None else None
         if estimate is not None and centre is not None:
             estimate = replace(estimate, centre=centre)
         q = torch.empty((cache.batch, *shape, cache.head_dim), dtype=keys.dtype, device=device)
-        planes = cache.batch, *shape, encoder.query_bits, codes.shape[3]
-        query = state.held("query", planes, torch.int64, device)
-        starts, scores = state.starts(cache._starts, device), parts.index.scores if parts.index is not None else ""
-        like = decode.Inputs(q, query, stored, starts, rule, 1.0, causal, estimate, scores=scores)
-        sizes = replace(decode.Sizes.of(like), widths=encoder.widths() or ((), ()))
+        planes = cache.batch, *shape, *encoder.query_shape(cache.head_dim)
+        dtype = torch.int64 if index.flat_codes else packed(parts, q.zero_(), cache.kv_heads).dtype
+        query, starts = state.held("query", planes, dtype, device), state.starts(cache._starts, device)
+        like = decode.Inputs(q, query, stored, starts, rule, 1.0, causal, estimate)
+        like = replace(like, scores=index.scores, page=index.page)
+        sizes = decode.sizes_of(like, encoder.widths())
         workspace = state.scratch.workspace(sizes.workspace, device)
         return cls(replace(like, bounds=state.bounds(sizes.state, device), workspace=workspace))
 
@@ -104,10 +103,10 @@ class Prepared:
         return Output(out, lse, weights), Selection(ids, tier)
 
 
-def packed(encoder: Encoder, q: Tensor) -> Tensor:
-    """Encoded queries as int64 [B, Hq, T, P, W]."""
-    query = encoder.encode_query(q)
-    return (query if query.ndim == 5 else query.unsqueeze(3)).contiguous()
+def packed(parts: Parts, q: Tensor, kv_heads: int) -> Tensor:
+    """Encoded queries as the kernels score keys with them, [B, Hq, T, P, W]."""
+    assert parts.encoder is not None and parts.index is not None
+    return parts.index.packed(parts.encoder.encode_query(q), kv_heads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,9 +197,8 @@ class FusedStep:
     def encoded(self, kept: Kept, q: Tensor, cache: KVCache, new: bool) -> Tensor:
         """Queries as planes, and the length of the cache where steps read it; new: the newest keys' codes as well."""
         if kept.encode is None:
-            assert self.parts.encoder is not None
             kept.prepared.like.stored.length.fill_(len(cache))
-            return packed(self.parts.encoder, q)
+            return packed(self.parts, q, cache.kv_heads)
         query = kept.encode(q, len(cache) - q.shape[2], new)
         if new:
             cache.indexed.adopt(len(cache))

@@ -10,9 +10,7 @@ from torch import Tensor
 from hashattn.core.budget import clamped
 from hashattn.core.checks import keep_ints
 from hashattn.index.base import Index, Store
-
-UNIT = 1024  # of a product, in what distances are counted
-_MOST = 1 << 17  # no bound is larger, so that sums over a group fit an int32
+from hashattn.ops.bounds import reference as bounds
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,13 @@ class Pages(Index):
     def distances(self, store: Store, query: Tensor, *, biased: bool = False, host: bool = False) -> Tensor:
         """int32 [B, Hq, T, N] from queries [B, Hq, T, D]."""
         assert isinstance(store, PageStore)
-        bounds = store.codes  # [B, H, P, 2 D]: the least of k and of -k
-        grouped = query.float().reshape(len(query), bounds.shape[1], -1, query.shape[-1])  # [B, H, G*T, D]
-        sides = torch.cat([(-grouped).clamp(min=0), grouped.clamp(min=0)], -1)
-        distance = sides @ bounds.float().transpose(-1, -2)  # [B, H, G*T, P], -bound
-        units = (distance.clamp(-_MOST, _MOST) * UNIT).floor().to(torch.int32)
-        pages = store.pages()[:, None, None].expand(*units.shape[:3], -1)
-        return units.gather(-1, pages).view(*query.shape[:3], len(store))
+        found = bounds.distances(query, store.codes)
+        pages = store.pages()[:, None, None].expand(*found.shape[:3], -1)
+        return found.gather(-1, pages)
+
+    def packed(self, query: Tensor, kv_heads: int) -> Tensor:
+        """Queries as float32 [B, Hq, T, 1, D]."""
+        return query.float().unsqueeze(3).contiguous()
 
 
 class PageStore(Store):
