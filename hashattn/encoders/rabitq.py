@@ -71,4 +71,10 @@ class RaBitQ(Encoder):
     def _rotate(self, x: Tensor) -> Tensor:
         self.check_model(1, 1, x.shape[-1])
         length = self.bits or x.shape[-1]
-        return x @ orthogonal_planes(length, length, self.seed, x.device)[: x.shape[-1]]
+        return x @ rotation(length, self.seed, x.device)[: x.shape[-1]]
+
+
+@torch.compiler.assume_constant_result  # a traced step holds what is kept of it
+def rotation(bits: int, seed: int, device: torch.device) -> Tensor:
+    """The orthogonal matrix of this seed, [bits, bits]."""
+    return orthogonal_planes(bits, bits, seed, device)

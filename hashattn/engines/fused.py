@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hashattn.ops.decode.library import EncodePlaced
 
 
+POSITIONS = "positions"  # what ranks keys where there is no index
 Learned = tuple[tuple[int, int], ...]
 
 
@@ -29,22 +30,23 @@ def rule_of(parts: Parts, group: int) -> decode.Rule | None:
 
     No keys are critical to a stage that attends to all of them alike.
     """
-    assert parts.selector is not None and parts.encoder is not None
+    assert parts.selector is not None
     rule = parts.selector.rule(group)
     if rule is None:
         return None
     critical = rule.critical if parts.attend.needs_norms else None
-    return replace(rule, biased=parts.encoder.biased, critical=critical)
+    return replace(rule, biased=parts.encoder is not None and parts.encoder.biased, critical=critical)
 
 
 def asked_of(parts: Parts, request: Request) -> decode.KernelRequest | None:
     """What such a step asks of the kernels; None if the selector's choice is no rule of theirs."""
     rule, encoder, index = rule_of(parts, request.group), parts.encoder, parts.index
-    if rule is None or encoder is None or index is None:
+    if rule is None or (encoder is None) != (index is None):
         return None
     heads = request.q_heads, request.kv_heads, request.head_dim
-    planes, words = encoder.query_shape(request.head_dim)
-    asked = decode.KernelRequest(request.device, request.dtype, *heads, words, planes, rule, index.scores)
+    planes, words = (1, 0) if encoder is None else encoder.query_shape(request.head_dim)
+    scores = POSITIONS if index is None else index.scores
+    asked = decode.KernelRequest(request.device, request.dtype, *heads, words, planes, rule, scores)
     return replace(asked, batch=request.batch, tokens=request.tokens)
 
 
@@ -76,19 +78,24 @@ class Prepared:
         """
         encoder, index, state, device = parts.encoder, parts.index, cache.on_device, cache.keys.device
         rule = rule_of(parts, shape[0] // cache.kv_heads)
-        assert rule is not None and encoder is not None and index is not None
-        keys, values, codes = (cache.storage(what).detach() for what in ("keys", "values", "codes"))
+        assert rule is not None
+        keys, values = (cache.storage(what).detach() for what in ("keys", "values"))
+        codes = keys if index is None else cache.storage("codes").detach()
         stored = decode.Stored(keys, values, codes, length, cache.storage("norms") if cache.with_norms else None)
         estimate = parts.attend.fused_estimate(cache) if rule.critical is not None else None
         if estimate is not None and centre is not None:
             estimate = replace(estimate, centre=centre)
         q = torch.empty((cache.batch, *shape, cache.head_dim), dtype=keys.dtype, device=device)
-        planes = cache.batch, *shape, *encoder.query_shape(cache.head_dim)
-        dtype = torch.int64 if index.flat_codes else packed(parts, q.zero_(), cache.kv_heads).dtype
-        query, starts = state.held("query", planes, dtype, device), state.starts(cache._starts, device)
+        if index is not None and index.flat_codes and encoder is not None:
+            planes = cache.batch, *shape, *encoder.query_shape(cache.head_dim)
+            query = state.held("query", planes, torch.int64, device)
+        else:
+            query = packed(parts, q.zero_(), cache.kv_heads)
+        starts = state.starts(cache._starts, device)
         like = decode.Inputs(q, query, stored, starts, rule, 1.0, causal, estimate)
-        like = replace(like, scores=index.scores, page=index.page)
-        sizes = decode.sizes_of(like, encoder.widths())
+        kind = {"scores": POSITIONS} if index is None else {"scores": index.scores, "page": index.page}
+        like = replace(like, **kind)
+        sizes = decode.sizes_of(like, None if encoder is None else encoder.widths())
         workspace = state.scratch.workspace(sizes.workspace, device)
         return cls(replace(like, bounds=state.bounds(sizes.state, device), workspace=workspace))
 
@@ -104,8 +111,9 @@ class Prepared:
 
 
 def packed(parts: Parts, q: Tensor, kv_heads: int) -> Tensor:
-    """Encoded queries as the kernels score keys with them, [B, Hq, T, P, W]."""
-    assert parts.encoder is not None and parts.index is not None
+    """Encoded queries as the kernels score keys with them, [B, Hq, T, P, W]; as they are where nothing is ranked."""
+    if parts.encoder is None or parts.index is None:
+        return q.unsqueeze(3)
     return parts.index.packed(parts.encoder.encode_query(q), kv_heads)
 
 
@@ -132,7 +140,6 @@ class Kept:
     def of(cls, parts: Parts, cache: KVCache, shape: tuple[int, int], causal: bool) -> Kept:
         """For such (query heads, queries) and a cache all keys of which are encoded."""
         encoder, device, state, (q_heads, tokens) = parts.encoder, cache.keys.device, cache.on_device, shape
-        assert encoder is not None
         length, frozen = state.held("length", (1,), torch.int32, device), cache.centres.frozen
         centre, encode = cache.centre, None
         if centre is not frozen:  # which stays where it is
@@ -140,19 +147,19 @@ class Kept:
         centre = centre.contiguous()
         prepared = Prepared.of(parts, cache, shape, length, causal=causal, centre=centre)
         like = prepared.like
-        if not decode.why_not_encode(encoder.widths()) and (frozen is None or frozen.is_contiguous()):
+        encodes = encoder is not None and not decode.why_not_encode(encoder.widths())
+        if encoder is not None and encodes and (frozen is None or frozen.is_contiguous()):
             from hashattn.ops.decode.library import EncodePlaced  # registers operators
 
             count = counters(cache.batch * q_heads * tokens, cache.batch * cache.kv_heads * tokens)
             arrived = state.held("arrived", (count,), torch.int32, device)
             maps, written = encoder.maps(cache.head_dim, device), (like.query, arrived, like.workspace)
             encode = EncodePlaced(decode.Placed(like.q, centre, maps, encoder.query_bits, like.stored, *written))
-        return cls(parts, encoder.fits, learned_by(parts), frozen, prepared, encode)
+        return cls(parts, fits_of(parts), learned_by(parts), frozen, prepared, encode)
 
     def serves(self, parts: Parts, cache: KVCache) -> bool:
         """Whether it still is what such parts want of the cache; the memory is where it was."""
-        assert parts.encoder is not None
-        same = self.parts is parts and self.fits == parts.encoder.fits and self.frozen is cache.centres.frozen
+        same = self.parts is parts and self.fits == fits_of(parts) and self.frozen is cache.centres.frozen
         return same and self.learned == learned_by(parts)
 
     def filled(self, cache: KVCache) -> int | None:
@@ -228,7 +235,8 @@ class FusedStep:
 
 def _memory(cache: KVCache) -> tuple[int, ...]:
     """Where keys, values, codes and norms lie."""
-    held = ("keys", "values", "codes", *(["norms"] if cache.with_norms else []))
+    codes = ["codes"] if cache.index is not None else []
+    held = ("keys", "values", *codes, *(["norms"] if cache.with_norms else []))
     return tuple(cache.storage(what).data_ptr() for what in held)
 
 
@@ -237,6 +245,11 @@ def before_of(step: Step) -> decode.Before | None:
     if step.previous is None or step.previous_weights is None:
         return None
     return decode.Before(step.previous.ids, step.previous_weights.detach())
+
+
+def fits_of(parts: Parts) -> int:
+    """How often the encoder was fitted; 0 without one."""
+    return parts.encoder.fits if parts.encoder is not None else 0
 
 
 def learned_by(parts: Parts) -> Learned:

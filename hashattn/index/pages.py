@@ -92,7 +92,9 @@ class PageStore(Store):
         end, far = self._length + new, torch.finfo(codes.dtype).max
         missing = -(-end // self._page) - self._codes.length
         if missing > 0:
+            room = self._room
             self._codes.append(codes.new_full((batch, heads, missing, 2 * dim), far))
+            self._clear(room)
         pages = self._page_of(self._length, end, codes.device)
         both = torch.cat([codes, -codes], -1).masked_fill((pages < 0)[:, None, :, None], far)
         at = pages.clamp(min=0)[:, None, :, None].expand_as(both)
@@ -110,8 +112,28 @@ class PageStore(Store):
             self.codes[row, :, whole:] = torch.finfo(self.codes.dtype).max
         self._codes.truncate(-(-self._length // self._page))
 
+    @property
+    def _room(self) -> int:
+        return 0 if self._codes.empty else self._codes.storage.shape[2]
+
+    def _clear(self, room: int) -> None:
+        """Let no page know of a key beyond those that are kept, in memory that is not the room's any more."""
+        if self._room != room:
+            self._codes.storage[:, :, self._codes.length :] = torch.finfo(self._codes.storage.dtype).max
+
+    def reserve(self, length: int) -> None:
+        room = self._room
+        self._codes.reserve(-(-length // self._page))
+        self._clear(room)
+
+    def adopt(self, length: int) -> None:
+        self._codes.adopt(-(-length // self._page))
+        self._length = self._reach = length
+
     def select_rows(self, rows: Tensor) -> None:
         super().select_rows(rows)
+        if not self._codes.empty:
+            self._clear(0)
         self._starts = [self._starts[row] for row in rows.tolist()] if self._starts else []
 
     def _page_of(self, first: int, end: int, device: torch.device) -> Tensor:

@@ -22,6 +22,19 @@ def distances(query: Tensor, bounds: Tensor) -> Tensor:
     return (distance * UNIT).floor().to(torch.int32).view(batch, q_heads, tokens, bounds.shape[2])
 
 
+def add(k: Tensor, bounds: Tensor, starts: Tensor, length: Tensor, page: int, room: int) -> None:
+    """Take keys [B, Hkv, n, D] of the columns from `length` on, int32 [1], into the bounds of their pages, in place.
+
+    Pages that hold no key yet are the largest number in every channel. Columns beyond the room change nothing.
+    """
+    columns = length.long() + torch.arange(k.shape[2], device=k.device)
+    number = (columns - starts.long()[:, None]).clamp(min=0).div(page, rounding_mode="floor")  # [B, n]
+    fits = (columns < room) & (number < bounds.shape[2])
+    both = torch.cat([k, -k], -1).masked_fill(~fits[:, None, :, None], torch.finfo(k.dtype).max)
+    at = number.clamp(max=bounds.shape[2] - 1)[:, None, :, None].expand_as(both)
+    bounds.scatter_reduce_(2, at, both, "amin")
+
+
 def of_columns(pages: Tensor, starts: Tensor, page: int, columns: int) -> Tensor:
     """Numbers of pages [B, Hq, T, P] as those of their columns [B, Hq, T, N]; pages begin at a row's first column."""
     at = torch.arange(columns, device=pages.device) - starts.to(pages.device).long()[:, None]

@@ -43,6 +43,7 @@ __all__ = [
 ]
 __all__ += [
     "encodes_many",
+    "is_binary",
     "kernels_for",
     "kernels_on",
     "reference",
@@ -60,6 +61,11 @@ SCORED: tuple[Kernels, ...] = (Scored(),)  # of the other FAMILIES
 def of_family(scores: str) -> tuple[Kernels, ...]:
     """The kernels for a family of scores, the fastest first."""
     return SCORED if scores in FAMILIES else KERNELS
+
+
+def is_binary(request: KernelRequest) -> bool:
+    """Whether a step compares binary codes."""
+    return of_family(request.scores) is KERNELS
 
 
 def why_not(request: KernelRequest) -> list[str]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hashattn.ops.decode.device import has_triton, why_not_nvidia
 from hashattn.ops.decode.families import FAMILIES
 from hashattn.ops.decode.inputs import Inputs, Newest, Placed, Stored
 from hashattn.ops.decode.kernels import Decode, Encode, EncodePlaced, Kernels
 from hashattn.ops.decode.maps import Map
-from hashattn.ops.decode.request import DEVICES, DTYPES, HEAD_DIMS, MOST_TOKENS, KernelRequest
+from hashattn.ops.decode.request import KernelRequest, why_not_here, why_not_shape
 from hashattn.ops.decode.sizes import too_many
 
 
@@ -25,22 +24,10 @@ class Scored(Kernels):
         return []
 
     def why_not(self, request: KernelRequest) -> list[str]:
-        if request.device.type not in DEVICES:
-            return [f"its kernels need an NVIDIA GPU, the tensors are on {request.device.type}"]
-        other, family = why_not_nvidia(), FAMILIES.get(request.scores)
-        reasons = [] if other is None else [other]
-        if not has_triton():
-            reasons.append('it needs Triton: pip install "hashattn[gpu]"')
-        if family is None:
-            return [*reasons, f"it serves scores of {', '.join(FAMILIES)}, not of {request.scores or 'other indexes'}"]
-        if request.dtype not in DTYPES:
-            reasons.append(f"it serves bfloat16, float16 and float32, not {str(request.dtype).removeprefix('torch.')}")
-        if request.head_dim not in HEAD_DIMS:
-            reasons.append(f"it serves head_dim {', '.join(map(str, HEAD_DIMS))}, not {request.head_dim}")
-        if not 1 <= request.group <= 16:
-            reasons.append(f"it serves 1 to 16 query heads a KV head, not {request.group}")
-        if request.tokens > MOST_TOKENS:
-            reasons.append(f"it serves up to {MOST_TOKENS} queries at a time, not {request.tokens}")
+        reasons, family = why_not_here(request), FAMILIES.get(request.scores)
+        if reasons or family is None:
+            return reasons or [f"it serves scores of {', '.join(FAMILIES)}, not {request.scores}"]
+        reasons = why_not_shape(request)
         rule = request.rule
         if rule.chunks is not None or rule.critical is not None or rule.calibrated:
             reasons.append("of scores other than Hamming distances it serves TopK and Threshold, exactly attended to")

@@ -51,5 +51,5 @@ class Family(ABC):
         """The specification: int32 or float32 [B, Hq, T, filled], smaller is nearer."""
 
     @abstractmethod
-    def in_triton(self, like: Inputs) -> Scores:
-        """What a kernel scores such keys with. Imports Triton."""
+    def in_triton(self, like: Inputs) -> Scores | None:
+        """What a kernel scores such keys with; None where all that is kept is forced. Imports Triton."""

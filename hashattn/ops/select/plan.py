@@ -23,6 +23,7 @@ class Plan:
     Attributes:
         code_room: columns that there is room for codes of.
         rule: in numbers no larger than the room.
+        ranks: whether keys are scored at all.
     """
 
     batch: int
@@ -33,6 +34,7 @@ class Plan:
     room: int
     code_room: int
     rule: Rule
+    ranks: bool = True
 
     def __post_init__(self) -> None:
         """Raise ValueError for more than the kernels count."""
@@ -45,8 +47,8 @@ class Plan:
     def of(cls, x: Inputs) -> Plan:
         """The plan of a step on these tensors."""
         (batch, q_heads, tokens, dim), (kv_heads, room) = x.q.shape, x.stored.keys.shape[1:3]
-        code_room = room if x.stored.codes is x.stored.keys else x.stored.codes.shape[2] * x.page
-        return cls(batch, q_heads, kv_heads, tokens, dim, room, code_room, x.rule)
+        code_room = x.stored.codes.shape[2] * x.page
+        return cls(batch, q_heads, kv_heads, tokens, dim, room, code_room, x.rule, x.scores != "positions")
 
     @property
     def limit(self) -> int:
@@ -98,10 +100,13 @@ class Plan:
         """Shape and type of everything that the kernels write within a step."""
         width = 1 << (self.head_dim - 1).bit_length()
         parts = self.rows, self.slots // ROWS, self.summed
-        return {
+        ranked: Buffers = {
             "ranks": ((self.rows, self.limit), torch.int32),
             "counts": ((self.rows, BINS, self.chunks), torch.uint16),
             "listed": ((self.rows, self.limit), torch.int32),
+        }
+        return {
+            **(ranked if self.ranks else {}),
             "filled": ((self.rows,), torch.int32),
             "parts": ((*parts, width), torch.float32),
             "stats": ((*parts, 2), torch.float32),

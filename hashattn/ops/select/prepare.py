@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -15,15 +16,17 @@ from hashattn.ops.decode.inputs import Before, Inputs, Outputs
 from hashattn.ops.decode.kernels import Decode
 from hashattn.ops.decode.sizes import carve, grid
 from hashattn.ops.decode.triton.decode import float_bits
+from hashattn.ops.positions.triton import list_forced
 from hashattn.ops.select.family import Scores
 from hashattn.ops.select.plan import BINS, CHUNK, ROWS, Plan
 from hashattn.ops.select.triton import choose, scan
 
 WARPS = 8  # of a program that scores
+Choosing = Callable[[Tensor, Tensor], None]  # of packed queries, and ids to write
 FARTHEST = 2**31 - 2  # a radius beyond it leaves nothing out
 
 
-def prepare(like: Inputs, scores: Scores, stages: int = 3) -> Decode:
+def prepare(like: Inputs, scores: Scores | None, stages: int = 3) -> Decode:
     """A step like this one, of other queries. It neither waits for the device nor asks it anything.
 
     Args:
@@ -33,43 +36,69 @@ def prepare(like: Inputs, scores: Scores, stages: int = 3) -> Decode:
     check_nvidia(like.q.device)
     plan, stored, device, state = Plan.of(like), like.stored, like.q.device, like.bounds
     assert state is not None and like.workspace is not None
-    rule, held, heads = plan.rule, carve(like.workspace, plan.buffers), plan.q_heads // plan.summed
+    held, heads = carve(like.workspace, plan.buffers), plan.q_heads // plan.summed
+    choosing = forced(like, plan, held) if scores is None else nearest(like, plan, held, scores, stages)
+    attending = attend_constants(plan.q_heads, heads, plan.kv_heads, plan.head_dim, device)
+    shape, attends = (plan.batch, heads, plan.tokens, plan.slots), grid(plan.slots // ROWS, plan.rows, plan.batch)
+
+    def step(q: Tensor, query: Tensor, scale: float, before: Before | None = None) -> Outputs:
+        q = q.contiguous()
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        ids = q.new_empty(shape, dtype=torch.int32)
+        with on(device):
+            choosing(query, ids)
+            if stages > 2:
+                given = q, stored.keys, stored.values, ids, held["filled"], stored.length, held["parts"], held["stats"]
+                numbers = scale, plan.room, plan.limit, plan.slots, plan.tokens
+                attend_ids[attends](*given, state[3], out, lse, None, *numbers, **attending)
+        return Outputs(out, lse, ids)
+
+    return step
+
+
+def nearest(like: Inputs, plan: Plan, held: dict[str, Tensor], scores: Scores, stages: int) -> Choosing:
+    """Launches of the kernels that score keys and choose the nearest."""
+    rule, state, device = plan.rule, like.bounds, like.q.device
     ranks, counts, listed, filled = (held[name] for name in ("ranks", "counts", "listed", "filled"))
-    early = {"launch_pdl": True} if starts_early(device) else {}
-    common: dict[str, Any] = {"CHUNK": CHUNK, "BINS": BINS, "CAUSAL": like.causal, "PDL": bool(early), **early}
+    common = {"CHUNK": CHUNK, "BINS": BINS} | _both(like)
     a, b, c = scores.shape
     scanning = common | {"LOAD": scores.load, "SCORE": scores.score, "A": a, "B": b, "C": c, "G": plan.group}
     scanning |= {"SUM": plan.summed, "PADDED": triton.next_power_of_2(plan.group // plan.summed), "TILE": scores.tile}
     scanning |= {"RADIUS": rule.radius is not None, "num_warps": WARPS}
     scanning |= registers(capability(device), many=True) if scores.many else {}
     choosing = common | {"HEADS": plan.group // plan.summed, "SHARE": rule.share is not None, "num_warps": 16}
-    attending = attend_constants(plan.q_heads, heads, plan.kv_heads, plan.head_dim, device)
     of_query, last = prod(like.query.shape[3:]), (plan.rows, plan.kv_heads, plan.tokens)
     wanted = float_bits(rule.share or 0.0), rule.k or 0, rule.least
-    shape = plan.batch, heads, plan.tokens, plan.slots
-    grids = (
-        grid(plan.chunks, plan.batch * plan.kv_heads * plan.tokens, plan.batch),
-        grid(plan.segments, plan.rows, plan.batch),
-        grid(plan.slots // ROWS, plan.rows, plan.batch),
-    )
+    scans = grid(plan.chunks, plan.batch * plan.kv_heads * plan.tokens, plan.batch)
+    lists, ends = grid(plan.segments, plan.rows, plan.batch), (like.starts, like.stored.length)
     numbers = rule.sinks, rule.recents, min(rule.radius or 0, FARTHEST), scores.stride, of_query, plan.limit
+    sizes = *wanted, plan.limit, plan.chunks, plan.segment, plan.slots, *last
 
-    def step(q: Tensor, query: Tensor, scale: float, before: Before | None = None) -> Outputs:
-        q = q.contiguous()
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-        ids = q.new_empty(shape, dtype=torch.int32)
-        ends, parts = (like.starts, stored.length), (held["parts"], held["stats"], state[3])
-        with on(device):
-            scan[grids[0]](query, scores.codes, ranks, counts, state, *ends, *numbers, plan.chunks, *last, **scanning)
-            if stages > 1:
-                sizes = *wanted, plan.limit, plan.chunks, plan.segment, plan.slots, *last
-                choose[grids[1]](ranks, counts, state, listed, ids, filled, *ends, *sizes, **choosing)
-            if stages > 2:
-                given = q, stored.keys, stored.values, ids, filled, stored.length, *parts, out, lse, None
-                attend_ids[grids[2]](*given, scale, plan.room, plan.limit, plan.slots, plan.tokens, **attending)
-        return Outputs(out, lse, ids)
+    def launch(query: Tensor, ids: Tensor) -> None:
+        scan[scans](query, scores.codes, ranks, counts, state, *ends, *numbers, plan.chunks, *last, **scanning)
+        if stages > 1:
+            choose[lists](ranks, counts, state, listed, ids, filled, *ends, *sizes, **choosing)
 
-    return step
+    return launch
+
+
+def forced(like: Inputs, plan: Plan, held: dict[str, Tensor]) -> Choosing:
+    """Launch of the kernel that lists the keys which are kept for their position."""
+    rule, ends = plan.rule, (like.starts, like.stored.length)
+    constants = {"HEADS": plan.group // plan.summed, "TILE": 1024, "num_warps": 4} | _both(like)
+    numbers = rule.sinks, rule.recents, plan.limit, plan.slots, plan.kv_heads, plan.tokens
+    lists = grid(triton.cdiv(plan.slots, 1024), plan.rows, plan.batch)
+
+    def launch(query: Tensor, ids: Tensor) -> None:
+        list_forced[lists](ids, held["filled"], *ends, *numbers, **constants)
+
+    return launch
+
+
+def _both(like: Inputs) -> dict[str, Any]:
+    """What both kernels are compiled with."""
+    early = starts_early(like.q.device)
+    return {"CAUSAL": like.causal, "PDL": early} | ({"launch_pdl": True} if early else {})
 
 
 def attend_constants(q_heads: int, heads: int, kv_heads: int, dim: int, device: torch.device) -> dict[str, Any]:
