@@ -80,7 +80,9 @@ def test_steps_are_those_of_the_engine_in_one_graph_for_all_lengths(attn, backen
     assert len(decoder.finish()) == 608
     assert torch.equal(cache.keys, plain.keys) and torch.equal(cache.values, plain.values)
     if cache.index is not None:  # vectors are rounded as a product of matrices of their number is
-        torch.testing.assert_close(cache.codes, plain.codes, rtol=0, atol=1e-6 if cache.codes.is_floating_point() else 0)
+        torch.testing.assert_close(
+            cache.codes, plain.codes, rtol=0, atol=1e-6 if cache.codes.is_floating_point() else 0
+        )
     if cache.with_norms:
         same_norms(cache.norms, cache.keys, cache.centre)
     if attn is FUSED["radius"]:
