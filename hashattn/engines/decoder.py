@@ -118,7 +118,8 @@ class Decoder:
         if self.dense:
             return
         shape = cache.batch, q_heads, cache.kv_heads, cache.head_dim, tokens
-        reasons = Gpu().why_not(self.parts, Request(self.keys.device, self.keys.dtype, *shape))
+        request = Request(self.keys.device, self.keys.dtype, *shape, captured=True)
+        reasons = Gpu().why_not(self.parts, request)
         if reasons:
             raise ValueError(f'engine="gpu" cannot take this step: {"; ".join(reasons)}')
         if encoder is not None:

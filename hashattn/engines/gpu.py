@@ -8,6 +8,7 @@ from hashattn.core.naming import short
 from hashattn.encoders.base import Encoder
 from hashattn.engines.base import Engine, PlanRow, PreparedStep, Request, part_name, selector_name
 from hashattn.engines.fused import FusedStep, asked_of
+from hashattn.engines.gathered import Gathered, why_not_gathered
 from hashattn.engines.gpus import this_gpu
 from hashattn.engines.parts import Parts
 from hashattn.ops import decode
@@ -35,6 +36,8 @@ class Gpu(Engine):
                 f"it attends as ExactAttend does, or MixedPrecision without a residual, not as {short(parts.attend)}"
             )
         asked = asked_of(parts, request)
+        if asked is None and parts.encoder is None and not reasons:
+            return why_not_gathered(parts, request)
         if asked is None:
             serves = 'TopK, LocalTopK, Threshold and Tiers (of a group, with combine="sum"), Sink and Recent'
             around = "Consensus and Momentum around them"
@@ -42,7 +45,7 @@ class Gpu(Engine):
         return [*reasons, *decode.why_not(asked)]
 
     def prepare(self, parts: Parts, request: Request) -> PreparedStep:
-        return FusedStep(parts, request)
+        return FusedStep(parts, request) if asked_of(parts, request) is not None else Gathered(parts, request)
 
     def crossover(self, parts: Parts, request: Request) -> int | None:
         found = this_gpu(request.device)
@@ -60,22 +63,25 @@ class Gpu(Engine):
 
     def rows(self, parts: Parts, request: Request) -> list[PlanRow]:
         asked = asked_of(parts, request)
-        assert asked is not None
+        if asked is None:
+            chosen = PlanRow("select", f"{selector_name(parts.selector)}: PyTorch", "by what past queries attended to")
+            attend = f"{part_name(parts.attend)}: Triton, one kernel (attend_ids)"
+            return [chosen, PlanRow("attend", attend, "split over the selected keys")]
         kernels, slower = decode.served_by(asked)
         language, chunks = kernels.language, asked.rule.chunks is not None
         listed = "keeps the nearest of each chunk" if chunks else "lists the keys near the last step's threshold"
         listed = "; ".join([listed, *slower])
         one = "the same kernel" if chunks and not slower else "one kernel"
         selector, exact = selector_name(parts.selector), "exact, ties to the most recent key"
-        attend = PlanRow("attend", f"{part_name(parts.attend)}: {language}", "split over the selected keys")
+        attending = PlanRow("attend", f"{part_name(parts.attend)}: {language}", "split over the selected keys")
         if parts.encoder is None:
-            return [PlanRow("select", f"{selector}: {language}, one kernel (list_forced)", "by position"), attend]
+            return [PlanRow("select", f"{selector}: {language}, one kernel (list_forced)", "by position"), attending]
         if not decode.is_binary(asked):
             return [
                 PlanRow("encode", f"{part_name(parts.encoder)}: PyTorch", "one token's query and key"),
                 PlanRow("scan", f"{part_name(parts.index)}: {language}, one kernel (scan)", "a rank a key and choice"),
                 PlanRow("select", f"{selector}: {language}, one kernel (choose)", exact),
-                attend,
+                attending,
             ]
         if asked.rule.calibrated:
             one = f"one kernel that marks keys (vote), one that discounts what is listed (discount_lists), {one}"
@@ -83,7 +89,7 @@ class Gpu(Engine):
             _encode_row(parts.encoder, request.device),
             PlanRow("scan", f"{part_name(parts.index)}: {language}, one kernel", listed),
             PlanRow("select", f"{selector}: {language}, {one} with attend", exact),
-            attend,
+            attending,
         ]
 
 

@@ -155,12 +155,12 @@ def _measure(
     us = take_turns(graphs, calls, settings.rounds)
     baseline = min(baselines, key=lambda name: us[name])
     rows = []
-    for (per, name), (kind, read) in measured.items():
+    for (per, name), (its, read) in measured.items():
         step_us = us[f"{per} {name}"]
         rows.append(
             case.described(per, bits)
-            | {"kind": name, "selector": repr(kind.selector)}
-            | kind.floors(case, bits, per, machine, read)
+            | {"kind": name, "selector": repr(its.selector)}
+            | its.floors(case, bits, per, machine, read)
             | {"layers": len(layers), "calls": calls, "dense": baseline}
             | {"us": {b: us[b] for b in baselines} | {"step": step_us}, "speedup": us[baseline] / step_us}
             | {"of_topk": step_us / us[f"{per} {TOPK}"], "of_topk_in_triton": None}

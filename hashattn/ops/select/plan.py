@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hashattn.ops.attend.constants import ROWS
 from hashattn.ops.decode.inputs import Inputs
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.sizes import Buffers, nbytes, too_many
@@ -13,7 +14,6 @@ from hashattn.ops.decode.sizes import Buffers, nbytes, too_many
 CHUNK = 2048  # keys of a program that scores
 BINS = 64  # of ranks, as the choice counts them: the last one holds all that are farther than the others
 SEGMENTS = 32  # programs of a row that list its candidates
-ROWS = 64  # keys of a program that attends
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hashattn.ops.attend.constants import ROWS, attend_constants
 from hashattn.ops.attend.triton import attend_ids
 from hashattn.ops.decode.device import capability, check_nvidia, on, registers, starts_early
 from hashattn.ops.decode.inputs import Before, Inputs, Outputs
@@ -18,7 +19,7 @@ from hashattn.ops.decode.sizes import carve, grid
 from hashattn.ops.decode.triton.decode import float_bits
 from hashattn.ops.positions.triton import list_forced
 from hashattn.ops.select.family import Scores
-from hashattn.ops.select.plan import BINS, CHUNK, ROWS, Plan
+from hashattn.ops.select.plan import BINS, CHUNK, Plan
 from hashattn.ops.select.triton import choose, scan
 
 WARPS = 8  # of a program that scores
@@ -99,15 +100,3 @@ def _both(like: Inputs) -> dict[str, Any]:
     """What both kernels are compiled with."""
     early = starts_early(like.q.device)
     return {"CAUSAL": like.causal, "PDL": early} | ({"launch_pdl": True} if early else {})
-
-
-def attend_constants(q_heads: int, heads: int, kv_heads: int, dim: int, device: torch.device) -> dict[str, Any]:
-    """What attend_ids is compiled with, for so many choices of a sequence."""
-    summed = q_heads // heads
-    padded, width = triton.next_power_of_2(summed), triton.next_power_of_2(dim)
-    early = {"launch_pdl": True} if starts_early(device) else {}
-    return {
-        "HEADS": heads, "KV_HEADS": kv_heads, "SUM": summed, "PADDED": padded if summed == 1 else max(16, padded),
-        "PADDED_OUT": padded, "DIM": dim, "WIDTH": width, "ROWS": ROWS, "PDL": bool(early),
-        "num_warps": 4 if width > 128 else 2, **early,
-    }  # fmt: skip

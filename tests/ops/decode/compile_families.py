@@ -9,11 +9,12 @@ from typing import Any
 import triton
 
 from hashattn.ops.adc import triton as adc
+from hashattn.ops.attend.constants import ROWS
 from hashattn.ops.attend.triton import attend_ids
 from hashattn.ops.bounds import triton as bounds
 from hashattn.ops.products import triton as products
 from hashattn.ops.rabitq import triton as rabitq
-from hashattn.ops.select.plan import BINS, CHUNK, ROWS
+from hashattn.ops.select.plan import BINS, CHUNK
 from hashattn.ops.select.prepare import WARPS
 from hashattn.ops.select.triton import choose, scan
 from tests.ops.decode.compile_kernels import compiled
