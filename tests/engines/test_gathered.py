@@ -69,7 +69,7 @@ def test_graphs_and_what_ranks_are_not_gathered(monkeypatch):
     monkeypatch.setattr(decode.request, "DEVICES", ("cuda", "cpu"))
     attn = HashAttention(selector=HeavyHitters(share=0.2), engine="gpu")
     cache = attn.new_cache(1, 2, 64, capacity=64)
-    q, k, v = qkv(4, 1, group=2, tokens=20, keys=40, dim=64)
+    _, k, v = qkv(4, 1, group=2, tokens=20, keys=40, dim=64)
     cache.append(k, v)
     with pytest.raises(ValueError, match="graphs do not hold"):
         attn.decoder(cache).prepare(4)
