@@ -22,7 +22,7 @@ from hashattn.ops.select.family import Scores
 from hashattn.ops.select.plan import BINS, CHUNK, Plan
 from hashattn.ops.select.triton import choose, scan
 
-WARPS = 8  # of a program that scores
+WARPS = 8  # of a program that scores or chooses
 Choosing = Callable[[Tensor, Tensor], None]  # of packed queries, and ids to write
 FARTHEST = 2**31 - 2  # a radius beyond it leaves nothing out
 
@@ -66,8 +66,9 @@ def nearest(like: Inputs, plan: Plan, held: dict[str, Tensor], scores: Scores, s
     scanning = common | {"LOAD": scores.load, "SCORE": scores.score, "A": a, "B": b, "C": c, "G": plan.group}
     scanning |= {"SUM": plan.summed, "PADDED": triton.next_power_of_2(plan.group // plan.summed), "TILE": scores.tile}
     scanning |= {"RADIUS": rule.radius is not None, "num_warps": WARPS}
-    scanning |= registers(capability(device), many=True) if scores.many else {}
-    choosing = common | {"HEADS": plan.group // plan.summed, "SHARE": rule.share is not None, "num_warps": 16}
+    scanning |= registers(capability(device), scores.many)
+    choosing = common | {"HEADS": plan.group // plan.summed, "SHARE": rule.share is not None, "num_warps": WARPS}
+    choosing |= registers(capability(device), many=True)
     of_query, last = prod(like.query.shape[3:]), (plan.rows, plan.kv_heads, plan.tokens)
     wanted = float_bits(rule.share or 0.0), rule.k or 0, rule.least
     scans = grid(plan.chunks, plan.batch * plan.kv_heads * plan.tokens, plan.batch)
