@@ -13,6 +13,7 @@ from hashattn.ops.attend.constants import ROWS
 from hashattn.ops.attend.triton import attend_ids
 from hashattn.ops.bounds import triton as bounds
 from hashattn.ops.decode.device import registers
+from hashattn.ops.positions.triton import list_forced
 from hashattn.ops.products import triton as products
 from hashattn.ops.rabitq import triton as rabitq
 from hashattn.ops.select.plan import BINS, CHUNK
@@ -55,9 +56,15 @@ def main(arch: int) -> None:
         for dim in (64, 128):
             own = {"HEADS": 32 // summed, "KV_HEADS": 8, "SUM": summed, "PADDED": 1 if summed == 1 else 16}
             own |= {"PADDED_OUT": summed, "DIM": dim, "WIDTH": triton.next_power_of_2(dim), "ROWS": ROWS}
-            own |= {"PDL": arch >= 90, "weights": None}
-            found = compiled(attend_ids, own, {"num_warps": 2}, arch, "bf16", TYPES)
-            print(json.dumps({"kernel": f"attend D={dim}, {summed} together", **found}), flush=True)
+            own |= {"PDL": arch >= 90}
+            for gathered in (False, True):
+                constants = own | dict.fromkeys(["filled", "length"] if gathered else ["weights"])
+                found = compiled(attend_ids, constants, {"num_warps": 2}, arch, "bf16", TYPES)
+                name = f"attend D={dim}, {summed} together, gathered={gathered}"
+                print(json.dumps({"kernel": name, **found}), flush=True)
+        forced = {key: common[key] for key in ("CAUSAL", "PDL")} | {"HEADS": 4 // summed, "TILE": 1024}
+        found = compiled(list_forced, forced, {"num_warps": 4}, arch, "bf16", TYPES)
+        print(json.dumps({"kernel": f"positions, {summed} together", **found}), flush=True)
 
 
 if __name__ == "__main__":

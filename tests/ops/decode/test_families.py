@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hashattn.ops.decode import KernelRequest, Rule, why_not
 from hashattn.ops.decode.families import FAMILIES
-from tests.ops.decode.families import CASES, NAMES, agrees, inputs
+from tests.ops.decode.families import CASES, FORCED, NAMES, agrees, inputs
 from tests.structured import seeds
 
 pytest.importorskip("triton")
@@ -28,6 +28,12 @@ def step(x):
 def test_it_chooses_and_attends_as_its_specification_does(name, shape, rule):
     x = inputs(name, rule, **shape)
     agrees(step(x), x)
+
+
+@pytest.mark.parametrize(("shape", "rule"), FORCED)
+def test_keys_are_kept_for_their_position_without_scores(shape, rule):
+    x = inputs("positions", rule, **shape)
+    agrees(step(x), x, hints=(None,))
 
 
 @settings(max_examples=8, deadline=None)

@@ -7,7 +7,7 @@ import torch
 
 from hashattn.ops.decode import Rule
 from hashattn.ops.decode.families import FAMILIES
-from tests.ops.decode.families import CASES, NAMES, agrees, inputs, moved
+from tests.ops.decode.families import CASES, FORCED, NAMES, agrees, inputs, moved
 
 pytestmark = pytest.mark.gpu
 
@@ -23,6 +23,12 @@ def step(x):
 @pytest.mark.parametrize(("shape", "rule"), CASES)
 def test_it_chooses_and_attends_as_its_specification_does(name, shape, rule, dtype):
     x = moved(inputs(name, rule, dtype=dtype, **shape), "cuda")
+    agrees(step(x), x)
+
+
+@pytest.mark.parametrize(("shape", "rule"), FORCED)
+def test_keys_are_kept_for_their_position_without_scores(shape, rule):
+    x = moved(inputs("positions", rule, dtype=torch.bfloat16, **shape), "cuda")
     agrees(step(x), x)
 
 
