@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -71,10 +72,15 @@ class RaBitQ(Encoder):
     def _rotate(self, x: Tensor) -> Tensor:
         self.check_model(1, 1, x.shape[-1])
         length = self.bits or x.shape[-1]
-        return x @ rotation(length, self.seed, x.device)[: x.shape[-1]]
+        return x @ self._rotation(length, x.device)[: x.shape[-1]]
 
+    def _rotation(self, bits: int, device: torch.device) -> Tensor:
+        """The orthogonal matrix [bits, bits], kept here: a traced step finds it where a cached function is traced."""
+        kind = bits, device
+        if kind not in self._rotations:
+            self._rotations[kind] = orthogonal_planes(bits, bits, self.seed, device)
+        return self._rotations[kind]
 
-@torch.compiler.assume_constant_result  # a traced step holds what is kept of it
-def rotation(bits: int, seed: int, device: torch.device) -> Tensor:
-    """The orthogonal matrix of this seed, [bits, bits]."""
-    return orthogonal_planes(bits, bits, seed, device)
+    @cached_property
+    def _rotations(self) -> dict[tuple[int, torch.device], Tensor]:
+        return {}
