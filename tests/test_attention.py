@@ -13,8 +13,10 @@ from hashattn import (
     AsymmetricHash,
     Centring,
     Consensus,
+    CrossPolytope,
     DenseAttend,
     ExactAttend,
+    FlatBuckets,
     FlatDot,
     FlatHamming,
     HashAttention,
@@ -594,7 +596,7 @@ def test_the_fused_engine_says_what_it_cannot_take():
         (plain.replace(selector=Sink(4) | Consensus(Consensus(TopK(k=9)))), "it serves TopK, LocalTopK, Threshold and"),
         (plain.replace(selector=LocalTopK(64, per="kv_head")), "one choice per query head"),
         (plain.replace(encoder=SimHash(160)), "64, 128 or 256 bits, not 192"),
-        (plain.replace(encoder=Identity(), index=FlatDot()), "binary codes"),
+        (plain.replace(encoder=CrossPolytope(), index=FlatBuckets()), "binary codes"),
         (plain.replace(encoder=AsymmetricHash(64, heads=4)), "one code a key"),
     ):
         assert reason in str(other.explain(**shape))

@@ -10,7 +10,7 @@ from torch import Tensor
 from hashattn.core.checks import check_int
 from hashattn.encoders.centring import Centring
 from hashattn.ops.decode import Map
-from hashattn.ops.hamming import query_planes
+from hashattn.ops.hamming import query_planes, words
 
 __all__ = ["Encoder", "check_bits", "key_bits", "query_planes", "subtract"]
 
@@ -69,6 +69,10 @@ class Encoder(ABC):
     def code_bytes(self, head_dim: int, itemsize: int) -> int:
         """Bytes of a key's code, for keys of head_dim numbers of itemsize bytes."""
         return 8 * -(-self.bits // 64) if self.code == "binary" else head_dim * itemsize
+
+    def query_shape(self, head_dim: int) -> tuple[int, int]:
+        """Last two dimensions of a query as its index packs it for fused steps: planes and words, or 1 and numbers."""
+        return (self.query_bits, words(self.bits)) if self.code == "binary" else (1, head_dim)
 
     def code_heads(self, kv_heads: int) -> int:
         """Heads of the key codes for a model of this many KV heads."""

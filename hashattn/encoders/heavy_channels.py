@@ -44,6 +44,9 @@ class HeavyChannels(nn.Module, Encoder):
     def code_bytes(self, head_dim: int, itemsize: int) -> int:
         return self.channels * itemsize
 
+    def query_shape(self, head_dim: int) -> tuple[int, int]:
+        return 1, self.channels
+
     @lasting
     def fit(self, q: Tensor, k: Tensor) -> HeavyChannels:
         """Fit to queries [B, Hq, T, D] and keys [B, Hkv, N, D]. Returns itself.

@@ -51,6 +51,9 @@ class PCA(FittedEncoder):
     def code_bytes(self, head_dim: int, itemsize: int) -> int:
         return self.components * itemsize
 
+    def query_shape(self, head_dim: int) -> tuple[int, int]:
+        return 1, self.components
+
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         """Coordinates of keys [B, Hkv, N, D], in their dtype: [B, Hkv, N, components]."""
         self.check_fitted()

@@ -50,6 +50,9 @@ class PQ(nn.Module, Encoder):
     def code_bytes(self, head_dim: int, itemsize: int) -> int:
         return self.subquantisers
 
+    def query_shape(self, head_dim: int) -> tuple[int, int]:
+        return self.subquantisers, 1 << self.sub_bits
+
     @lasting
     def fit(self, q: Tensor | None, k: Tensor) -> PQ:
         """Fit to keys [B, Hkv, N, D]; queries play no part. Needs FAISS. Returns itself.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -53,6 +54,9 @@ class RaBitQ(Encoder):
     def code_bytes(self, head_dim: int, itemsize: int) -> int:
         return 8 * (words(self.bits or head_dim) + 1)
 
+    def query_shape(self, head_dim: int) -> tuple[int, int]:
+        return 1, (self.bits or head_dim) + 2
+
     def encode_key(self, k: Tensor, centre: Tensor | None = None) -> Tensor:
         """int64 [B, Hkv, N, ceil(bits / 64) + 1]."""
         o = self._rotate(subtract(k, centre))
@@ -68,4 +72,15 @@ class RaBitQ(Encoder):
     def _rotate(self, x: Tensor) -> Tensor:
         self.check_model(1, 1, x.shape[-1])
         length = self.bits or x.shape[-1]
-        return x @ orthogonal_planes(length, length, self.seed, x.device)[: x.shape[-1]]
+        return x @ self._rotation(length, x.device)[: x.shape[-1]]
+
+    def _rotation(self, bits: int, device: torch.device) -> Tensor:
+        """The orthogonal matrix [bits, bits], kept here: a traced step finds it where a cached function is traced."""
+        kind = bits, device
+        if kind not in self._rotations:
+            self._rotations[kind] = orthogonal_planes(bits, bits, self.seed, device)
+        return self._rotations[kind]
+
+    @cached_property
+    def _rotations(self) -> dict[tuple[int, torch.device], Tensor]:
+        return {}

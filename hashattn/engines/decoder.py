@@ -16,6 +16,7 @@ from hashattn.engines.fused import Prepared, packed
 from hashattn.engines.gpu import Gpu
 from hashattn.engines.parts import Parts
 from hashattn.ops import dense
+from hashattn.ops.bounds import reference as bounds
 from hashattn.ops.decode import Before, Map, Newest, why_not_encode
 from hashattn.ops.decode.estimate import key_norms
 from hashattn.ops.decode.sizes import counters
@@ -117,14 +118,14 @@ class Decoder:
         if self.dense:
             return
         shape = cache.batch, q_heads, cache.kv_heads, cache.head_dim, tokens
-        reasons = Gpu().why_not(self.parts, Request(self.keys.device, self.keys.dtype, *shape))
+        request = Request(self.keys.device, self.keys.dtype, *shape, captured=True)
+        reasons = Gpu().why_not(self.parts, request)
         if reasons:
             raise ValueError(f'engine="gpu" cannot take this step: {"; ".join(reasons)}')
-        assert encoder is not None
-        encoder.check_model(q_heads, cache.kv_heads, cache.head_dim)
+        if encoder is not None:
+            encoder.check_model(q_heads, cache.kv_heads, cache.head_dim)
         from hashattn.ops.decode.library import Encode  # registers operators
 
-        assert self.centre is not None
         prepared = Prepared.of(self.parts, cache, (q_heads, tokens), self.length, centre=self.centre)
         like, stored = prepared.like, prepared.like.stored
         count = counters(cache.batch * q_heads * tokens, cache.batch * cache.kv_heads * tokens)
@@ -133,7 +134,7 @@ class Decoder:
             self._stays(held)
         if like.estimate is not None:
             self._stays(like.estimate.a)
-        if self.maps is not None:
+        if self.maps is not None and encoder is not None and self.centre is not None:
             k = self.keys.new_empty((cache.batch, cache.kv_heads, tokens, cache.head_dim))
             newest = Newest(
                 *(like.q, k, k, self.centre, self.maps, encoder.query_bits, stored, arrived, like.workspace)
@@ -181,11 +182,9 @@ class Decoder:
         if self.dense:
             dense.append(k, v, self.keys, self.values, self.length)
             return dense.attend(q, self.keys, self.values, self.starts, self.length, scale)
-        kind, encoder = (q.shape[1], q.shape[2]), self.parts.encoder
-        prepared = self._prepared[kind]
-        assert encoder is not None
+        prepared = self._prepared[q.shape[1], q.shape[2]]
         query = self._append(q, k, v)
-        query = packed(encoder, q) if query is None else query
+        query = packed(self.parts, q, self.cache.kv_heads) if query is None else query
         output, selection = prepared.step(q, query, scale, before)
         if output.weights is not None:
             self.kept = Before(selection.ids, output.weights)
@@ -203,12 +202,19 @@ class Decoder:
     def _append(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
         """Append keys, values and codes; returns the query's code where one launch makes both."""
         kind, encoder = (q.shape[1], q.shape[2]), self.parts.encoder
-        assert encoder is not None and self.centre is not None
         if self.maps is not None:
             return self._encode[kind](q, k, v)
+        like = self._prepared[kind].like
+        stored = like.stored
+        if encoder is None or like.page > 1:
+            if encoder is not None:
+                room = min(self.keys.shape[2], stored.codes.shape[2] * like.page)
+                bounds.add(encoder.encode_key(k), stored.codes, self.starts, self.length, like.page, room)
+            dense.append(k, v, self.keys, self.values, self.length)
+            return None
         from hashattn.ops.decode.library import append
 
-        stored = self._prepared[kind].like.stored
+        assert self.centre is not None
         norms = key_norms(k, self.centre) if stored.norms is not None else None
         append(k, v, encoder.encode_key(k, self.centre), norms, stored, self._arrived[kind])
         return None
@@ -274,9 +280,11 @@ class Decoder:
 
     def _places(self) -> list[tuple[int, int]]:
         """Where the cache's memory lies, and its room."""
-        searched = ["codes", *(["norms"] if self.cache.with_norms else [])] if not self.dense else []
-        held = [self.cache.storage(what) for what in ("keys", "values", *searched)]
-        return [(x.data_ptr(), x.shape[2]) for x in held]
+        index = self.cache.index if not self.dense else None
+        page = {"codes": index.page} if index is not None else {}
+        searched = [*page, *(["norms"] if self.cache.with_norms and not self.dense else [])]
+        held = {what: self.cache.storage(what) for what in ("keys", "values", *searched)}
+        return [(x.data_ptr(), x.shape[2] * page.get(what, 1)) for what, x in held.items()]
 
     def _check_filled(self, cache: KVCache) -> None:
         least = max(1, 0 if self.dense else cache.warmup)

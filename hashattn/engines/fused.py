@@ -12,18 +12,17 @@ from torch import Tensor, nn
 from hashattn.cache.kv_cache import KVCache
 from hashattn.core.lasting import lasting
 from hashattn.core.types import Output, Selection, Step
-from hashattn.encoders.base import Encoder
 from hashattn.engines.base import Answer, Call, Request
 from hashattn.engines.parts import Parts
 from hashattn.engines.stages import Reference
 from hashattn.ops import decode
 from hashattn.ops.decode.sizes import counters
-from hashattn.ops.hamming import words
 
 if TYPE_CHECKING:
     from hashattn.ops.decode.library import Encode, EncodePlaced
 
 
+POSITIONS = "positions"  # what ranks keys where there is no index
 Learned = tuple[tuple[int, int], ...]
 
 
@@ -32,22 +31,23 @@ def rule_of(parts: Parts, group: int) -> decode.Rule | None:
 
     No keys are critical to a stage that attends to all of them alike.
     """
-    assert parts.selector is not None and parts.encoder is not None
+    assert parts.selector is not None
     rule = parts.selector.rule(group)
     if rule is None:
         return None
     critical = rule.critical if parts.attend.needs_norms else None
-    return replace(rule, biased=parts.encoder.biased, critical=critical)
+    return replace(rule, biased=parts.encoder is not None and parts.encoder.biased, critical=critical)
 
 
 def asked_of(parts: Parts, request: Request) -> decode.KernelRequest | None:
     """What such a step asks of the kernels; None if the selector's choice is no rule of theirs."""
     rule, encoder, index = rule_of(parts, request.group), parts.encoder, parts.index
-    if rule is None or encoder is None or index is None:
+    if rule is None or (encoder is None) != (index is None):
         return None
     heads = request.q_heads, request.kv_heads, request.head_dim
-    codes = words(encoder.bits), encoder.query_bits
-    asked = decode.KernelRequest(request.device, request.dtype, *heads, *codes, rule, index.scores)
+    planes, words = (1, 0) if encoder is None else encoder.query_shape(request.head_dim)
+    scores = POSITIONS if index is None else index.scores
+    asked = decode.KernelRequest(request.device, request.dtype, *heads, words, planes, rule, scores)
     return replace(asked, batch=request.batch, tokens=request.tokens)
 
 
@@ -77,20 +77,26 @@ class Prepared:
             length: int32 [1], filled columns.
             centre: where the keys' centre stays, if not with the cache.
         """
-        encoder, state, device = parts.encoder, cache.on_device, cache.keys.device
+        encoder, index, state, device = parts.encoder, parts.index, cache.on_device, cache.keys.device
         rule = rule_of(parts, shape[0] // cache.kv_heads)
-        assert rule is not None and encoder is not None
-        keys, values, codes = (cache.storage(what).detach() for what in ("keys", "values", "codes"))
+        assert rule is not None
+        keys, values = (cache.storage(what).detach() for what in ("keys", "values"))
+        codes = keys if index is None else cache.storage("codes").detach()
         stored = decode.Stored(keys, values, codes, length, cache.storage("norms") if cache.with_norms else None)
         estimate = parts.attend.fused_estimate(cache) if rule.critical is not None else None
         if estimate is not None and centre is not None:
             estimate = replace(estimate, centre=centre)
         q = torch.empty((cache.batch, *shape, cache.head_dim), dtype=keys.dtype, device=device)
-        planes = cache.batch, *shape, encoder.query_bits, codes.shape[3]
-        query = state.held("query", planes, torch.int64, device)
-        starts, scores = state.starts(cache._starts, device), parts.index.scores if parts.index is not None else ""
-        like = decode.Inputs(q, query, stored, starts, rule, 1.0, causal, estimate, scores=scores)
-        sizes = replace(decode.Sizes.of(like), widths=encoder.widths() or ((), ()))
+        if index is not None and index.flat_codes and encoder is not None:
+            planes = cache.batch, *shape, *encoder.query_shape(cache.head_dim)
+            query = state.held("query", planes, torch.int64, device)
+        else:
+            query = packed(parts, q.zero_(), cache.kv_heads)
+        starts = state.starts(cache._starts, device)
+        like = decode.Inputs(q, query, stored, starts, rule, 1.0, causal, estimate)
+        kind = {"scores": POSITIONS} if index is None else {"scores": index.scores, "page": index.page}
+        like = replace(like, **kind)
+        sizes = decode.sizes_of(like, None if encoder is None else encoder.widths())
         workspace = state.scratch.workspace(sizes.workspace, device)
         return cls(replace(like, bounds=state.bounds(sizes.state, device), workspace=workspace))
 
@@ -105,10 +111,11 @@ class Prepared:
         return Output(out, lse, weights), Selection(ids, tier, filled=filled)
 
 
-def packed(encoder: Encoder, q: Tensor) -> Tensor:
-    """Encoded queries as int64 [B, Hq, T, P, W]."""
-    query = encoder.encode_query(q)
-    return (query if query.ndim == 5 else query.unsqueeze(3)).contiguous()
+def packed(parts: Parts, q: Tensor, kv_heads: int) -> Tensor:
+    """Encoded queries as the kernels score keys with them, [B, Hq, T, P, W]; as they are where nothing is ranked."""
+    if parts.encoder is None or parts.index is None:
+        return q.unsqueeze(3)
+    return parts.index.packed(parts.encoder.encode_query(q), kv_heads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +152,6 @@ class Kept:
     def of(cls, parts: Parts, cache: KVCache, shape: tuple[int, int], causal: bool) -> Kept:
         """For such (query heads, queries) and a cache all keys of which are encoded."""
         encoder, device, state, (q_heads, tokens) = parts.encoder, cache.keys.device, cache.on_device, shape
-        assert encoder is not None
         length, frozen = state.held("length", (1,), torch.int32, device), cache.centres.frozen
         centre, encode = cache.centre, None
         if centre is not frozen:  # which stays where it is
@@ -153,19 +159,19 @@ class Kept:
         centre = centre.contiguous()
         prepared = Prepared.of(parts, cache, shape, length, causal=causal, centre=centre)
         like = prepared.like
-        if not decode.why_not_encode(encoder.widths()) and (frozen is None or frozen.is_contiguous()):
+        encodes = encoder is not None and not decode.why_not_encode(encoder.widths())
+        if encoder is not None and encodes and (frozen is None or frozen.is_contiguous()):
             from hashattn.ops.decode.library import EncodePlaced  # registers operators
 
             count = counters(cache.batch * q_heads * tokens, cache.batch * cache.kv_heads * tokens)
             arrived = state.held("arrived", (count,), torch.int32, device)
             maps, written = encoder.maps(cache.head_dim, device), (like.query, arrived, like.workspace)
             encode = EncodePlaced(decode.Placed(like.q, centre, maps, encoder.query_bits, like.stored, *written))
-        return cls(parts, encoder.fits, learned_by(parts), frozen, prepared, encode)
+        return cls(parts, fits_of(parts), learned_by(parts), frozen, prepared, encode)
 
     def serves(self, parts: Parts, cache: KVCache) -> bool:
         """Whether it still is what such parts want of the cache; the memory is where it was."""
-        assert parts.encoder is not None
-        same = self.parts is parts and self.fits == parts.encoder.fits and self.frozen is cache.centres.frozen
+        same = self.parts is parts and self.fits == fits_of(parts) and self.frozen is cache.centres.frozen
         return same and self.learned == learned_by(parts)
 
     def filled(self, length: int, starts: list[int]) -> int | None:
@@ -220,9 +226,8 @@ class FusedStep:
             return query
         cache.kv.settle()
         if kept.encode is None:
-            assert self.parts.encoder is not None
             kept.prepared.like.stored.length.fill_(length)
-            return packed(self.parts.encoder, q)
+            return packed(self.parts, q, cache.kv_heads)
         query = kept.encode(q, first, new)
         if new:
             cache.indexed.adopt(length)
@@ -252,7 +257,8 @@ class FusedStep:
 
 def _memory(cache: KVCache) -> tuple[int, ...]:
     """Where keys, values, codes and norms lie."""
-    held = ("codes", *(["norms"] if cache.with_norms else []))
+    codes = ["codes"] if cache.index is not None else []
+    held = (*codes, *(["norms"] if cache.with_norms else []))
     return *cache.kv.addresses, *(cache.storage(what).data_ptr() for what in held)
 
 
@@ -261,6 +267,11 @@ def before_of(step: Step) -> decode.Before | None:
     if step.previous is None or step.previous_weights is None:
         return None
     return decode.Before(step.previous.ids, step.previous_weights.detach())
+
+
+def fits_of(parts: Parts) -> int:
+    """How often the encoder was fitted; 0 without one."""
+    return parts.encoder.fits if parts.encoder is not None else 0
 
 
 def learned_by(parts: Parts) -> Learned:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,6 +22,8 @@ class Gpu:
         eager: from where on a step launched from Python is clearly faster than dense attention, in every measured case.
         captured: the same in a CUDA graph.
         source: where the figures come from.
+        families: both, for steps over the scores of other families, by their names; where one is missing, "auto"
+            attends densely.
         calibrated: both, for steps with votes or a prior (Consensus, Momentum); None where they were not measured.
     """
 
@@ -29,15 +32,21 @@ class Gpu:
     captured: int
     source: str
     calibrated: tuple[int, int] | None = None
+    families: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
-    def keys(self, key_bytes: int, captured: bool = False, calibrated: bool = False) -> int | None:
+    def keys(
+        self, key_bytes: int, captured: bool = False, calibrated: bool = False, scores: str = "hamming"
+    ) -> int | None:
         """Visible keys from which a step is faster; None if that was not measured.
 
         Args:
             key_bytes: of a key and its value, in all sequences and KV heads.
             calibrated: whether it calibrates its distances.
+            scores: the family of its scores.
         """
         measured = self.calibrated if calibrated else (self.eager, self.captured)
+        if scores != "hamming":
+            measured = self.families.get(scores)
         return None if measured is None else math.ceil(measured[captured] / key_bytes)
 
 

@@ -136,7 +136,7 @@ class CompiledStep:
         else:
             cache.encode()
         step, before = self.prepared(q, cache, call.causal), call.step.previous
-        query = None if self.inside[0] else packed(parts.encoder, q.detach())
+        query = None if self.inside[0] else packed(parts, q.detach(), cache.kv_heads)
         columns, wanted = (cache.longest, len(cache), cache.encoded), (call.need_lse, call.need_weights)
         followed = None if before is None else (before.ids, call.step.previous_weights)
         found = step(q.contiguous(), query, columns, call.scale, *wanted, followed)

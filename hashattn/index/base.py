@@ -80,11 +80,13 @@ class Index(ABC):
         scans: whether it gives the distance to every key. An index that does not only searches, and serves selectors
             that ask for no more.
         scores: the family of its scores, for kernels to say which they serve; "" if only its own search gives them.
+        page: columns of a page that share a code, counted from a row's first one; 1 for a code a key.
     """
 
     flat_codes: bool = False
     scans: bool = True
     scores: str = ""
+    page: int = 1
 
     @abstractmethod
     def accepts(self, code: str) -> bool:
@@ -119,6 +121,10 @@ class Index(ABC):
             TypeError: the index only searches.
         """
         raise TypeError(f"index {short(self)} gives no distance to every key: it only searches")
+
+    def packed(self, query: Tensor, kv_heads: int) -> Tensor:
+        """Encoded queries as fused steps score keys with them, contiguous, with five dimensions: [B, Hq, T, ...]."""
+        return (query if query.ndim == 5 else query.unsqueeze(3)).contiguous()
 
     def search(self, store: Store, query: Tensor, k: int, spans: Spans) -> tuple[Tensor, Tensor]:
         """The nearest keys that the index finds for each query, among the columns that it sees.

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from hashattn.core.checks import keep_ints
 from hashattn.index.base import Index, Store
-from hashattn.index.flat_dot import FlatDot
+from hashattn.ops.products import reference as products
 
 
 @dataclass(frozen=True)
 class Channels(Index):
     """Partial inner products over the channels where a query is largest: SparQ (Ribar et al. 2023, arXiv 2312.04985).
 
-    Distances are float32 negated products; equal ones come in no promised order. Takes vectors and keeps them a second
+    Distances are float32 negated products, summed in float64. Takes vectors and keeps them a second
     time, as the paper does to lay channels side by side. Here PyTorch multiplies whole vectors with zeros: the choice
     of keys is SparQ's, the bytes it saves want a kernel.
 
@@ -48,11 +48,18 @@ class Channels(Index):
         Raises:
             ValueError: more channels than D.
         """
+        return products.distances(self._largest(query, store.codes.shape[1]), store.codes)
+
+    def packed(self, query: Tensor, kv_heads: int) -> Tensor:
+        """Queries as float32 [B, Hq, T, 1, D], zero in all but their largest channels."""
+        return self._largest(query, kv_heads).unsqueeze(3).contiguous()
+
+    def _largest(self, query: Tensor, kv_heads: int) -> Tensor:
         if self.channels > query.shape[-1]:
             raise ValueError(f"channels must be at most head_dim = {query.shape[-1]}, got {self.channels}")
-        size = query.float().unflatten(1, (store.codes.shape[1], -1)).abs()  # [B, H, G, T, D]
+        size = query.float().unflatten(1, (kv_heads, -1)).abs()  # [B, H, G, T, D]
         if self.per == "kv_head":
             size = size.sum(2, keepdim=True).expand_as(size)
         largest = size.topk(self.channels, dim=-1).indices
         kept = torch.zeros_like(size).scatter_(-1, largest, 1.0).flatten(1, 2)
-        return FlatDot().distances(store, query.float() * kept)
+        return query.float() * kept

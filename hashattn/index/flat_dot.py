@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hashattn.index.base import Index, Store
+from hashattn.ops.products import reference as products
 
 
 @dataclass(frozen=True)
 class FlatDot(Index):
     """Exhaustive inner products over float vectors, the oracle's index: it reads as much as dense attention does.
 
-    Distances are float32 negated products; equal ones come in no promised order.
+    Distances are float32 negated products, summed in float64.
     """
 
     scores = "dot"
@@ -26,7 +27,8 @@ class FlatDot(Index):
 
     def distances(self, store: Store, query: Tensor, *, biased: bool = False, host: bool = False) -> Tensor:
         """float32 [B, Hq, T, N] from queries [B, Hq, T, D]."""
-        codes = store.codes
-        batch, q_heads, tokens, dim = query.shape
-        grouped = query.reshape(batch, codes.shape[1], -1, dim).float()  # [B, H, G*T, D]
-        return -(grouped @ codes.float().transpose(-1, -2)).view(batch, q_heads, tokens, codes.shape[2])
+        return products.distances(query, store.codes)
+
+    def packed(self, query: Tensor, kv_heads: int) -> Tensor:
+        """Queries as float32 [B, Hq, T, 1, r]."""
+        return query.float().unsqueeze(3).contiguous()

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hashattn.index.base import Index, Store
-
-UNIT = 1024  # of a product, in what distances are counted
-_MOST = 1 << 17  # no estimate is larger, so that sums over a group fit an int32
+from hashattn.ops.adc import reference as adc
 
 
 @dataclass(frozen=True)
@@ -36,11 +33,8 @@ class FlatPQ(Index):
             raise ValueError(
                 f"query must hold tables [B, Hq, T, m, C] for {codes.shape[-1]} sub-quantisers, got {[*query.shape]}"
             )
-        batch, heads, keys, m = codes.shape
-        units = (query.clamp(-_MOST / m, _MOST / m) * UNIT).round().to(torch.int32)
-        tables = units.reshape(batch, heads, -1, *query.shape[3:])  # [B, H, G*T, m, C]
-        total = torch.zeros(*tables.shape[:3], keys, dtype=torch.int32, device=query.device)
-        for j in range(m):
-            numbers = codes[:, :, None, :, j].long().expand(-1, -1, tables.shape[2], -1)
-            total += tables[..., j, :].gather(-1, numbers)
-        return total.view(*query.shape[:3], keys)
+        return adc.distances(adc.in_units(query), codes)
+
+    def packed(self, query: Tensor, kv_heads: int) -> Tensor:
+        """Tables in whole units, int32 [B, Hq, T, m, C]."""
+        return adc.in_units(query)

@@ -10,9 +10,7 @@ from torch import Tensor
 from hashattn.core.budget import clamped
 from hashattn.core.checks import keep_ints
 from hashattn.index.base import Index, Store
-
-UNIT = 1024  # of a product, in what distances are counted
-_MOST = 1 << 17  # no bound is larger, so that sums over a group fit an int32
+from hashattn.ops.bounds import reference as bounds
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,13 @@ class Pages(Index):
     def distances(self, store: Store, query: Tensor, *, biased: bool = False, host: bool = False) -> Tensor:
         """int32 [B, Hq, T, N] from queries [B, Hq, T, D]."""
         assert isinstance(store, PageStore)
-        bounds = store.codes  # [B, H, P, 2 D]: the least of k and of -k
-        grouped = query.float().reshape(len(query), bounds.shape[1], -1, query.shape[-1])  # [B, H, G*T, D]
-        sides = torch.cat([(-grouped).clamp(min=0), grouped.clamp(min=0)], -1)
-        distance = sides @ bounds.float().transpose(-1, -2)  # [B, H, G*T, P], -bound
-        units = (distance.clamp(-_MOST, _MOST) * UNIT).floor().to(torch.int32)
-        pages = store.pages()[:, None, None].expand(*units.shape[:3], -1)
-        return units.gather(-1, pages).view(*query.shape[:3], len(store))
+        found = bounds.distances(query, store.codes)
+        pages = store.pages()[:, None, None].expand(*found.shape[:3], -1)
+        return found.gather(-1, pages)
+
+    def packed(self, query: Tensor, kv_heads: int) -> Tensor:
+        """Queries as float32 [B, Hq, T, 1, D]."""
+        return query.float().unsqueeze(3).contiguous()
 
 
 class PageStore(Store):
@@ -95,7 +93,9 @@ class PageStore(Store):
         end, far = self._length + new, torch.finfo(codes.dtype).max
         missing = -(-end // self._page) - self._codes.length
         if missing > 0:
+            room = self._room
             self._codes.append(codes.new_full((batch, heads, missing, 2 * dim), far))
+            self._clear(room)
         pages = self._page_of(self._length, end, codes.device)
         both = torch.cat([codes, -codes], -1).masked_fill((pages < 0)[:, None, :, None], far)
         at = pages.clamp(min=0)[:, None, :, None].expand_as(both)
@@ -113,8 +113,28 @@ class PageStore(Store):
             self.codes[row, :, whole:] = torch.finfo(self.codes.dtype).max
         self._codes.truncate(-(-self._length // self._page))
 
+    @property
+    def _room(self) -> int:
+        return 0 if self._codes.empty else self._codes.storage.shape[2]
+
+    def _clear(self, room: int) -> None:
+        """Let no page know of a key beyond those that are kept, in memory that is not the room's any more."""
+        if self._room != room:
+            self._codes.storage[:, :, self._codes.length :] = torch.finfo(self._codes.storage.dtype).max
+
+    def reserve(self, length: int) -> None:
+        room = self._room
+        self._codes.reserve(-(-length // self._page))
+        self._clear(room)
+
+    def adopt(self, length: int) -> None:
+        self._codes.adopt(-(-length // self._page))
+        self._length = self._reach = length
+
     def select_rows(self, rows: Tensor) -> None:
         super().select_rows(rows)
+        if not self._codes.empty:
+            self._clear(0)
         self._starts = [self._starts[row] for row in rows.tolist()] if self._starts else []
 
     def _page_of(self, first: int, end: int, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hashattn.core.attention_sums import AttentionSums
 from hashattn.core.budget import Budget
 from hashattn.core.types import Table
-from hashattn.ops.nearest import nearest, nearest_of_pool, nearest_visible, within
+from hashattn.ops.nearest import group_total, nearest, nearest_of_pool, nearest_visible, within
 from hashattn.ops.search import Ranking, search
 
 
@@ -216,7 +216,7 @@ class View:
         """The view whose own distances are what a call of nearest() ranks."""
         view = self
         if shared:
-            total = self.distances().unflatten(1, (self.kv_heads, -1)).sum(2, dtype=self.distances().dtype)
+            total = group_total(self.distances(), self.kv_heads)
             if total.is_floating_point():  # padding may hold anything
                 total = total.masked_fill(~self.seen, 0)
             view = self.calibrate(

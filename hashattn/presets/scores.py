@@ -74,7 +74,8 @@ def rabitq(
 ) -> HashAttention:
     """RaBitQ (Gao & Long, SIGMOD 2024, arXiv 2405.12497): a rotation, a sign a dimension, an unbiased estimate.
 
-    The centre is the row's frozen one instead of a cluster's, and queries stay in float. bits=0 is one a dimension.
+    The centre is the row's frozen one instead of a cluster's, and queries take 15 bits and a sign a coordinate, where
+    the paper rounds them to 4 bits. bits=0 is one a dimension.
     """
     return HashAttention(
         encoder=RaBitQ(bits),

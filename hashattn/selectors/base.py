@@ -207,6 +207,14 @@ class Forced(Selector):
     def select(self, view: View, step: Step) -> Selection:
         return Selection(forced_ids(view, self.sinks, self.recents))
 
+    def rule(self, group: int) -> Rule | None:
+        return by_position(self.sinks, self.recents, group)
+
+
+def by_position(sinks: int, recents: int, group: int) -> Rule:
+    """The rule that keeps these alone, for all heads of a group."""
+    return Rule(k=max(1, sinks + recents), shared=group > 1, sinks=sinks, recents=recents)
+
 
 def forced_slots(view: View, ids: Tensor) -> Tensor:
     """bool as ids [B, H, T, K]: which slots hold one of the view's forced keys."""
@@ -333,7 +341,9 @@ class Joined(Selector):
         return self.ranked_part.refuses(encoder, index, attend) if self.ranked_part is not None else None
 
     def rule(self, group: int) -> Rule | None:
-        ranked = self.ranked_part.rule(group) if self.ranked_part is not None else None
+        if self.ranked_part is None:
+            return by_position(self.sinks, self.recents, group)
+        ranked = self.ranked_part.rule(group)
         return replace(ranked, sinks=self.sinks, recents=self.recents) if ranked is not None else None
 
     def learned(self) -> tuple[float, ...]:

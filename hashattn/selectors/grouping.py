@@ -10,6 +10,7 @@ from torch import Tensor
 from hashattn.core.budget import Budget
 from hashattn.core.types import Selection
 from hashattn.index.view import View
+from hashattn.ops.nearest import group_total
 
 PER = ("query_head", "kv_head")
 COMBINE = ("sum", "union", "vote")
@@ -68,8 +69,7 @@ def take(view: View, budgets: Sequence[Budget], per: str, combine: str) -> Selec
 
 def group_sum(view: View) -> Tensor:
     """The distances of the query heads of each KV head, summed: [B, Hkv, T, N]."""
-    distances = view.distances()
-    total = distances.unflatten(1, (view.kv_heads, -1)).sum(2, dtype=distances.dtype)
+    total = group_total(view.distances(), view.kv_heads)
     return total.masked_fill(~view.seen, 0) if total.is_floating_point() else total  # padding may hold anything
 
 

@@ -19,7 +19,7 @@ from hashattn import (
     from_pretrained,
     save_pretrained,
 )
-from hashattn.index.flat_pq import UNIT
+from hashattn.ops.adc.reference import UNIT
 from tests.structured import cones, heads, odd_lengths, qkv, raises_naming, seeds
 
 EPS = torch.finfo(torch.float32).eps

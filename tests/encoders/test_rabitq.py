@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hashattn import FlatRaBitQ, RaBitQ
-from hashattn.index.flat_rabitq import signs
 from hashattn.ops import hamming
+from hashattn.ops.rabitq.reference import signs
 from tests.structured import generator, heads, odd_lengths, qkv, raises_naming, seeds
 
 
@@ -78,7 +78,7 @@ def test_signs_are_those_of_the_packed_bits():
 def test_long_contexts_are_scanned_in_blocks(monkeypatch):
     q, k, _ = qkv(1, keys=100, dim=32)
     whole = estimates(RaBitQ(), q, k)[0]
-    monkeypatch.setattr("hashattn.index.flat_rabitq._BLOCK", 33)
+    monkeypatch.setattr("hashattn.ops.rabitq.reference._BLOCK", 33)
     assert torch.allclose(estimates(RaBitQ(), q, k)[0], whole, atol=1e-5)
 
 

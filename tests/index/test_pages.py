@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hashattn import FlatDot, HashAttention, Identity, Pages, Recent, SimHash, Sink, TopK
-from hashattn.index.pages import UNIT
+from hashattn.ops.bounds.reference import UNIT
 from tests.structured import heads, odd_lengths, poison, qkv, raises_naming, seeds, visible_mask
 
 EPS = torch.finfo(torch.float32).eps

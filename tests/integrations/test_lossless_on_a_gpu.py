@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hashattn.integrations.attached.clock import CudaClock, clock_of
+from hashattn.integrations.transformers.graphs import FIRST
 from hashattn.integrations.transformers.lossless.draft import Draft
 from tests.integrations.lossless import cache, clock, same_cache
 from tests.integrations.models import TENTH, check_codes, make, prompt, write

@@ -51,6 +51,8 @@ def kinds(bench: argparse.ArgumentParser) -> None:
     add_words(
         bench, {"kind": ("WORD", "only kinds with it in their names, such as DASH-KV, and TopK; all if left out")}
     )
+    others = "PQ, RaBitQ, Quest and others in place of kinds of steps over binary codes"
+    bench.add_argument("--families", action="store_true", help=others)
     _rounds(bench, 11)
 
 

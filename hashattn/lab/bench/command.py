@@ -140,7 +140,10 @@ def _kinds(arguments: argparse.Namespace) -> Found:
     with refusals():
         cases = cuda_cases(arguments.shape, arguments.batch, arguments.keys, kinds.SIZES)
     settings = _settings(arguments, rounds=arguments.rounds)
-    return Found.of(kinds.run(cases, settings, only=arguments.kind, progress=not arguments.quiet), tables.KINDS)
+    return Found.of(
+        kinds.run(cases, settings, only=arguments.kind, families=arguments.families, progress=not arguments.quiet),
+        tables.KINDS,
+    )
 
 
 def _settings(arguments: argparse.Namespace, **more: Any) -> Settings:

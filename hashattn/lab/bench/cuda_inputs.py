@@ -20,7 +20,7 @@ CALLS = 12
 @dataclass(frozen=True)
 class GpuLayer:
     """One layer's cache, the queries of some decode steps, what estimates of logits are made from, if any are, and
-    what the layer before kept, if anyone asks."""
+    what the layer before kept, if anyone asks. See Inputs for the family of scores and its pages."""
 
     q: list[Tensor]
     query: list[Tensor]
@@ -31,13 +31,16 @@ class GpuLayer:
     length: Tensor
     estimate: Estimate | None = None
     before: Before | None = None
+    scores: str = "hamming"
+    page: int = 1
 
     def inputs(self, i: int, rule: Rule) -> Inputs:
         """The step with query i; with critical keys in the rule the logits of the others are estimated."""
         stored = Stored(self.keys, self.values, self.codes, self.length)
         scale, estimate = self.q[i].shape[-1] ** -0.5, self.estimate if rule.critical is not None else None
         before = self.before if rule.prior_ratio is not None else None
-        return Inputs(self.q[i], self.query[i], stored, self.starts, rule, scale, estimate=estimate, before=before)
+        x = Inputs(self.q[i], self.query[i], stored, self.starts, rule, scale, estimate=estimate, before=before)
+        return replace(x, scores=self.scores, page=self.page)
 
 
 def layer_count(case: Case, bits: int) -> int:

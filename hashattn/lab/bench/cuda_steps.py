@@ -18,7 +18,7 @@ from hashattn.lab.bench.caches import Kind, random_cache, twin
 from hashattn.lab.bench.cases import DTYPES, Case
 from hashattn.lab.bench.cuda_inputs import GpuLayer
 from hashattn.ops import decode
-from hashattn.ops.decode import Rule, Scratch, Sizes
+from hashattn.ops.decode import Rule, Scratch
 from hashattn.selectors import LocalTopK, Selector, TopK
 
 Result = tuple[Tensor, ...]  # out, lse, ids, and tiers where the rule has them
@@ -76,7 +76,7 @@ def has_stages(rule: Rule) -> bool:
 
 def first_bounds(layer: GpuLayer, rule: Rule) -> Tensor:
     """The bounds of a layer's first step, which rewrites them for the next one."""
-    return torch.zeros(Sizes.of(layer.inputs(0, rule)).state, dtype=torch.int32, device=layer.keys.device)
+    return torch.zeros(decode.sizes_of(layer.inputs(0, rule)).state, dtype=torch.int32, device=layer.keys.device)
 
 
 def fused(
@@ -84,7 +84,9 @@ def fused(
 ) -> Result:
     """The step with a layer's query i, or its first kernel alone; with tiers, logits of medium keys are estimated."""
     x = layer.inputs(i, rule)
-    x = replace(x, bounds=bounds, workspace=scratch.workspace(Sizes.of(x).workspace, layer.keys.device))
+    x = replace(x, bounds=bounds, workspace=scratch.workspace(decode.sizes_of(x).workspace, layer.keys.device))
+    if layer.scores != "hamming":
+        return decode.kernels_for(decode.KernelRequest.of(x)).decode(x)(x.q, x.query, x.scale, None)[:3]
     if triton or decode.kernels_for(decode.KernelRequest.of(x)).language == "Triton":
         from hashattn.ops.decode.triton.decode import decode as run
     else:

@@ -25,6 +25,7 @@ from hashattn.lab.bench.cuda_graphs import (
 from hashattn.lab.bench.cuda_inputs import GpuLayer, with_before, with_estimate, with_signs
 from hashattn.lab.bench.cuda_reads import reads
 from hashattn.lab.bench.cuda_steps import kernels, rule, why_not
+from hashattn.lab.bench.families import FamilyKind, family_kinds
 from hashattn.lab.bench.floors import Machine, Reads, floors
 from hashattn.lab.bench.graphs import measure_machine, take_turns
 from hashattn.ops.decode import Scratch
@@ -47,6 +48,11 @@ class Kind:
     selector: Selector
     planes: int = 1
     triton: bool = False
+
+    def floors(self, case: Case, bits: int, per: str, machine: Machine, read: Reads) -> dict[str, Any]:
+        """What it is written in, and what it cannot be faster than."""
+        own = {"kernels": "Triton" if self.triton else kernels(), "planes": self.planes}
+        return own | floors(case, bits, per, machine, read, self.planes)
 
 
 def kinds(case: Case, per: str, radius: int) -> dict[str, Kind]:
@@ -88,13 +94,16 @@ def radius_for(distances: Tensor, k: int, step: int) -> int:
 
 
 @torch.inference_mode()
-def run(cases: Iterable[Case], settings: Settings, *, only: str | None = None, progress: bool = True) -> dict[str, Any]:
+def run(
+    cases: Iterable[Case], settings: Settings, *, only: str | None = None, families: bool = False, progress: bool = True
+) -> dict[str, Any]:
     """Check and measure every kind of step. Keys are random: what is measured is cost, not quality.
 
     Args:
         cases: what to measure.
         settings: how; keys are not clustered.
         only: a part of the names of the kinds that are measured beside TopK; None for all.
+        families: measure other scores than Hamming distances beside TopK, and no other kinds of these.
         progress: show a bar, on a terminal.
 
     Returns:
@@ -114,45 +123,52 @@ def run(cases: Iterable[Case], settings: Settings, *, only: str | None = None, p
     notes = machine.remarks()
     rows: list[dict[str, Any]] = []
     for case in bar("hf", "hashattn bench", cases, desc="bench", unit="case", shown=progress):
-        rows += _measure(case, settings, only or "", machine, notes)
+        rows += _measure(case, settings, (only or "", families), machine, notes)
         torch.cuda.empty_cache()
     return machine.described() | {"notes": list(notes), "rows": rows}
 
 
 def _measure(
-    case: Case, settings: Settings, only: str, machine: Machine, notes: dict[str, None]
+    case: Case, settings: Settings, which: tuple[str, bool], machine: Machine, notes: dict[str, None]
 ) -> list[dict[str, Any]]:
-    bits = settings.bits
+    bits, (only, others) = settings.bits, which
     made = make_layers(case, bits, clustered=False, planes=2)
     layers = [with_before(with_estimate(layer), case.k) for layer in made]
     by_planes = {1: [with_signs(layer) for layer in layers], 2: layers}
     graphs = dense_graphs(case, layers, turns_of(layers), notes)
     baselines, scratch = tuple(graphs), Scratch()
-    measured: dict[tuple[str, str], tuple[Kind, Reads]] = {}
+    measured: dict[tuple[str, str], tuple[Kind | FamilyKind, Reads]] = {}
     for per in settings.pers:
         for name, kind in _served(case, bits, per, layers[0], notes).items():
-            if only not in name and name not in (TOPK, IN_TRITON):
+            if (others or only not in name) and name not in (TOPK, IN_TRITON):
                 continue
             own = by_planes[kind.planes]
             step: Step = checked_step(case, rule(case, kind.selector), own, scratch, triton=kind.triton)
             measured[per, name] = kind, reads(case, step, turns_of(own))
             graphs[f"{per} {name}"] = capture_turns(step, turns_of(own))
+    for per in settings.pers:
+        for name, family in (_of_families(case, per, only, made[0], notes) if others else {}).items():
+            own = [family.of(layer) for layer in by_planes[1]]
+            step = checked_step(case, rule(case, family.selector), own, scratch)
+            measured[per, name] = family, reads(case, step, turns_of(own))
+            graphs[f"{per} {name}"] = capture_turns(step, turns_of(own))
     calls = len(turns_of(layers))
     us = take_turns(graphs, calls, settings.rounds)
     baseline = min(baselines, key=lambda name: us[name])
     rows = []
-    for (per, name), (kind, read) in measured.items():
-        step_us, written_in = us[f"{per} {name}"], "Triton" if kind.triton else kernels()
-        in_triton = step_us / us[f"{per} {IN_TRITON}"] if written_in == "Triton" else None
+    for (per, name), (its, read) in measured.items():
+        step_us = us[f"{per} {name}"]
         rows.append(
             case.described(per, bits)
-            | {"kind": name, "selector": repr(kind.selector), "planes": kind.planes, "kernels": written_in}
+            | {"kind": name, "selector": repr(its.selector)}
+            | its.floors(case, bits, per, machine, read)
             | {"layers": len(layers), "calls": calls, "dense": baseline}
             | {"us": {b: us[b] for b in baselines} | {"step": step_us}, "speedup": us[baseline] / step_us}
-            | {"of_topk": step_us / us[f"{per} {TOPK}"], "of_topk_in_triton": in_triton}
+            | {"of_topk": step_us / us[f"{per} {TOPK}"], "of_topk_in_triton": None}
             | {"kept": read.kept, "keys_read": read.keys, "values_read": read.values}
-            | floors(case, bits, per, machine, read, kind.planes)
         )
+        if rows[-1]["kernels"] == "Triton" and f"{per} {IN_TRITON}" in us:
+            rows[-1]["of_topk_in_triton"] = step_us / us[f"{per} {IN_TRITON}"]
     return rows
 
 
@@ -166,5 +182,17 @@ def _served(case: Case, bits: int, per: str, layer: GpuLayer, notes: dict[str, N
         if reason is None:
             found[name] = kind
         else:
+            notes[f"{name} is left out per {per}: {reason}"] = None
+    return found
+
+
+def _of_families(case: Case, per: str, only: str, layer: GpuLayer, notes: dict[str, None]) -> dict[str, FamilyKind]:
+    """The same of other families of scores."""
+    found = {}
+    for name, kind in family_kinds(case, per, layer.keys.device).items():
+        reason = kind.why_not(case)
+        if only in name and reason is None:
+            found[name] = kind
+        elif reason is not None:
             notes[f"{name} is left out per {per}: {reason}"] = None
     return found

@@ -18,7 +18,7 @@ class Stored:
 
     Attributes:
         keys, values: [B, Hkv, room, D].
-        codes: int64 [B, Hkv, code_room, W].
+        codes: int64 [B, Hkv, code_room, W]; of other families as they say.
         length: int32 [1], filled columns.
         norms: bfloat16 [B, Hkv, code_room, 1], see :class:`Estimate`; None where they are not kept.
     """
@@ -48,7 +48,8 @@ class Inputs:
 
     Attributes:
         q: [B, Hq, T, D], the last T of the stored positions.
-        query: int64 [B, Hq, T, P, W], P bit planes of the packed queries, the least significant first.
+        query: int64 [B, Hq, T, P, W], P bit planes of the packed queries, the least significant first; of other
+            families as they say, with five dimensions.
         stored: what is searched and attended to.
         starts: int32 [B], each row's first column.
         rule: which keys are kept.
@@ -59,6 +60,7 @@ class Inputs:
         bounds: int32, Sizes.state, zeros at first, which the step rewrites for the next one like it: how far
             candidates are looked for (one that turns out wrong costs time and changes nothing), and zeros.
         scores: the family of scores that rank the keys.
+        page: columns of a page that share a code, counted from a row's first one; 1 for a code a key.
         before: what the layer before kept, for a rule with a prior; None if it ran dense.
         workspace: uint8, Sizes.workspace of them at least, whatever it holds; steps on the same stream share it.
             The specification needs neither.
@@ -75,6 +77,7 @@ class Inputs:
     bounds: Tensor | None = None
     workspace: Tensor | None = None
     scores: str = "hamming"
+    page: int = 1
     before: Before | None = None
 
 

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hashattn.ops.decode import kernels_for, kernels_on
+from hashattn.ops.decode import kernels_for, kernels_on, sizes_of
 from hashattn.ops.decode.estimate import Estimate
 from hashattn.ops.decode.inputs import Before, Inputs, Newest, Outputs, Placed, Stored
 from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.request import KernelRequest
 from hashattn.ops.decode.rule import Rule
-from hashattn.ops.decode.sizes import Sizes
 
 _KINDS = {"int | None": "int?", "float | None": "float?", "int": "int", "bool": "bool"}
 _NAMES = tuple(f.name for f in fields(Rule))
@@ -29,7 +28,8 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 _OPS.define(
     "decode(Tensor q, Tensor query, Tensor keys, Tensor values, Tensor codes, Tensor length, Tensor starts, "
     "Tensor(a!) bounds, Tensor(b!) workspace, Tensor? norms, Tensor? centre, Tensor? a, int bits, float scale, "
-    f"bool causal, Tensor? kept, Tensor? weights, {_RULE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"bool causal, str scores, int page, Tensor? kept, Tensor? weights, {_RULE}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 _OPS.define(
@@ -145,17 +145,18 @@ def flat_inputs(x: Inputs, q: Tensor, query: Tensor, scale: float, before: Befor
     stored = held.keys, held.values, held.codes, held.length
     rule = [getattr(x.rule, name) for name in _NAMES]
     kept = before or (None, None)
-    return (q, query, *stored, x.starts, x.bounds, x.workspace, *estimate, scale, x.causal, *kept, *rule)
+    kind = x.causal, x.scores, x.page
+    return (q, query, *stored, x.starts, x.bounds, x.workspace, *estimate, scale, *kind, *kept, *rule)
 
 
 def _inputs(*given: Any) -> Inputs:
     """The step that hashattn::decode was given flat."""
     (q, query, *stored), (starts, bounds, workspace, *estimate) = given[:6], given[6:13]
-    scale, causal, kept, weights, *rule = given[13:]
+    scale, causal, scores, page, kept, weights, *rule = given[13:]
     by = None if estimate[0] is None else Estimate(*estimate)
     before = None if kept is None else Before(kept, weights)
     step = Inputs(q, query, Stored(*stored), starts, Rule(*rule), scale, causal, by, bounds, workspace)
-    return replace(step, before=before)
+    return replace(step, before=before, scores=scores, page=page)
 
 
 def flat_newest(x: Newest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
@@ -223,7 +224,7 @@ for _device in ("CPU", "CUDA"):
 def _decode_fake(*given: Any) -> tuple[Tensor, ...]:
     x = _inputs(*given)
     _check_decode(x, x.q)
-    sizes = Sizes.of(x)
+    sizes = sizes_of(x)
     shape = sizes.batch, sizes.q_heads // sizes.summed, sizes.tokens, sizes.slots
     tier = x.q.new_empty(0 if x.estimate is None else shape, dtype=torch.int8)
     lse, ids = x.q.new_empty(x.q.shape[:3], dtype=torch.float32), x.q.new_empty(shape, dtype=torch.int32)

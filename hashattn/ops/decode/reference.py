@@ -8,10 +8,12 @@ from torch import Tensor
 from hashattn.core.budget import Budget
 from hashattn.core.types import CRITICAL, MEDIUM
 from hashattn.ops.attend.reference import gather, logits, weigh
+from hashattn.ops.decode.families import FAMILIES
 from hashattn.ops.decode.inputs import Inputs, Outputs
 from hashattn.ops.decode.rule import Rule
 from hashattn.ops.hamming.reference import differing, distances, unpack_bits
 from hashattn.ops.nearest import nearest_of_chunks
+from hashattn.ops.nearest.reference import group_total
 from hashattn.ops.search.ranking import Ranking
 from hashattn.ops.search.reference import nearest_of, search
 
@@ -43,6 +45,9 @@ def choose(x: Inputs) -> tuple[Tensor, Tensor]:
     visible = torch.stack([x.starts.long()[:, None].expand(-1, tokens), ends.expand(len(x.starts), -1)], -1)
     visible[..., 1] = torch.maximum(visible[..., 0], visible[..., 1])
     seen = visible[..., 1] - visible[..., 0]
+    if x.scores in FAMILIES:
+        found = FAMILIES[x.scores].distances(x, filled)
+        return _in_columns(x, found, seen, visible)
     query, codes = query.squeeze(3) if query.shape[3] == 1 else query, x.stored.codes[:, :, :filled]
     if rule.chunks is not None:
         ids = search_chunks(query, codes, visible, rule)
@@ -65,6 +70,19 @@ def choose(x: Inputs) -> tuple[Tensor, Tensor]:
         return ids, ids >= 0
     critical = Budget(share=rule.critical, min_k=rule.min_k).counts(seen, forced)
     return ids, rank < critical[:, None, :, None]
+
+
+def _in_columns(x: Inputs, found: Tensor, seen: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest keys on distances [B, Hq, T, N], in column order."""
+    rule = x.rule
+    ranking = Ranking(rule.shared, rule.sinks, rule.recents, rule.radius)
+    found = group_total(found, x.stored.keys.shape[1]) if rule.shared else found
+    wanted = Budget(rule.k, rule.share, rule.min_k).counts(seen, rule.sinks + rule.recents)
+    ids = nearest_of(found, [wanted], max(1, rule.slots(x.stored.keys.shape[2])), visible, ranking)
+    last = torch.iinfo(torch.int32).max
+    ids = ids.masked_fill(ids < 0, last).sort(-1).values
+    ids = ids.masked_fill(ids == last, -1)
+    return ids, ids >= 0
 
 
 def discounts(x: Inputs, voted: Tensor, seen: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from hashattn.ops.decode.sizes import bins, too_many
 DEVICES = ("cuda",)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (64, 96, 128, 256)
+_NO_TRITON = 'it needs Triton: pip install "hashattn[gpu]"'
 MOST_LEVELS = 4096  # distances that are told apart
 MOST_TOKENS = 16
 PER_CHUNK = (8, 16, 32, 64)
@@ -64,16 +65,17 @@ class KernelRequest:
         return self.q_heads // self.kv_heads
 
 
-def why_not_binary(request: KernelRequest) -> list[str]:
-    """Why the kernels for binary codes do not serve a step, and what would: every reason."""
+def why_not_here(request: KernelRequest) -> list[str]:
+    """Why no kernels run where the tensors are: every reason."""
     if request.device.type not in DEVICES:
         return [f"its kernels need an NVIDIA GPU, the tensors are on {request.device.type}"]
     other = why_not_nvidia()
-    reasons = [] if other is None else [other]
-    if not has_triton():
-        reasons.append('it needs Triton: pip install "hashattn[gpu]"')
-    if request.scores != "hamming":
-        return [*reasons, "it serves binary codes in a FlatHamming index"]
+    return [*([] if other is None else [other]), *([] if has_triton() else [_NO_TRITON])]
+
+
+def why_not_shape(request: KernelRequest) -> list[str]:
+    """Why no kernels serve queries, keys and values of this kind, and what would: every reason."""
+    reasons = []
     if request.dtype not in DTYPES:
         reasons.append(f"it serves bfloat16, float16 and float32, not {str(request.dtype).removeprefix('torch.')}")
     if request.head_dim not in HEAD_DIMS:
@@ -82,6 +84,17 @@ def why_not_binary(request: KernelRequest) -> list[str]:
         reasons.append(f"it serves 1 to 16 query heads a KV head, not {request.group}")
     if request.tokens > MOST_TOKENS:
         reasons.append(f"it serves up to {MOST_TOKENS} queries at a time, not {request.tokens}")
+    return reasons
+
+
+def why_not_binary(request: KernelRequest) -> list[str]:
+    """Why the kernels for binary codes do not serve a step, and what would: every reason."""
+    reasons = why_not_here(request)
+    if request.device.type not in DEVICES:
+        return reasons
+    if request.scores != "hamming":
+        return [*reasons, "it serves binary codes in a FlatHamming index"]
+    reasons += why_not_shape(request)
     if request.words not in (1, 2, 4):
         reasons.append(f"it serves codes of 64, 128 or 256 bits, not {64 * request.words}")
     sizes = request.batch, request.q_heads, request.tokens, request.room, request.words, request.rule

@@ -216,7 +216,7 @@ class Sizes:
         """Bytes of a workspace that holds any one's buffers."""
         tokens = self.batch * self.tokens
         encoding = Encoding((tokens * self.q_heads, tokens * self.kv_heads), self.widths, 64 * self.words)
-        return max(map(_nbytes, (self.triton, self.cuda, layer_parts(encoding.counts, self.widths), encoding.parts)))
+        return max(map(nbytes, (self.triton, self.cuda, layer_parts(encoding.counts, self.widths), encoding.parts)))
 
 
 def bins(spread: int, span: int) -> int:
@@ -350,7 +350,8 @@ def places(first: int, buffers: Buffers) -> dict[str, int]:
     return found
 
 
-def _nbytes(buffers: Buffers) -> int:
+def nbytes(buffers: Buffers) -> int:
+    """Bytes of a workspace that holds them."""
     return sum(_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in buffers.values())
 
 

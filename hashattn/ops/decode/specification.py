@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hashattn.ops.decode import encode_reference
+from hashattn.ops.decode.families import FAMILIES
 from hashattn.ops.decode.inputs import Before, Inputs, Newest, Outputs, Placed, Stored
 from hashattn.ops.decode.kernels import Decode, Encode, EncodePlaced, Kernels
 from hashattn.ops.decode.maps import Map
 from hashattn.ops.decode.reference import decode
 from hashattn.ops.decode.request import KernelRequest
 from hashattn.ops.decode.sizes import Sizes
+from hashattn.ops.select.plan import Plan
 
 
 class Specification(Kernels):
@@ -28,11 +30,11 @@ class Specification(Kernels):
         return [] if device.type == "cpu" else [f"it runs on the CPU, the tensors are on {device.type}"]
 
     def why_not(self, request: KernelRequest) -> list[str]:
-        other = request.scores != "hamming"
-        return [*self.why_not_on(request.device), *(["it serves binary codes in a FlatHamming index"] if other else [])]
+        known = request.scores == "hamming" or request.scores in FAMILIES
+        return [*self.why_not_on(request.device), *([] if known else ["it serves binary codes in a FlatHamming index"])]
 
     def decode(self, like: Inputs) -> Decode:
-        sizes = Sizes.of(like)
+        sizes = Plan.of(like) if like.scores in FAMILIES else Sizes.of(like)
 
         def step(q: Tensor, query: Tensor, scale: float, before: Before | None) -> Outputs:
             length = like.stored.length

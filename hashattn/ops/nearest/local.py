@@ -16,7 +16,7 @@ def nearest_of_chunks(
     """The per_chunk nearest keys of each chunk, ties to the most recent. Column n is in chunk n // RUN % chunks.
 
     Args:
-        distances: integers [..., N]; or floats, for which ties come in no promised order.
+        distances: integers or floats [..., N].
         keep: bool, broadcasts to [..., N]; keys that may be selected.
         forced: bool, broadcasts to [..., N]; keys ranked before every distance (where `keep` allows them). A chunk
             with more than per_chunk of them keeps exactly these.

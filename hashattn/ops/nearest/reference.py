@@ -15,11 +15,34 @@ def within(distances: Tensor, radius: int) -> Tensor:
     return distances <= min(radius, torch.iinfo(distances.dtype).max)  # a larger scalar would wrap
 
 
+def in_order(distances: Tensor) -> Tensor:
+    """Integers in the order of the distances, of the same shape: int32 of floats, as float32, else what they are.
+
+    What is not finite is as far, or for -inf as near, as a float32 can be, and NaN the farthest: it is there all the
+    same, before what is hidden. Zeros are equal.
+    """
+    if not distances.is_floating_point():
+        return distances
+    most = torch.finfo(torch.float32).max
+    score = distances.float().nan_to_num(nan=most, posinf=most, neginf=-most)
+    bits = torch.where(score == 0, 0.0, score).contiguous().view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def group_total(distances: Tensor, kv_heads: int) -> Tensor:
+    """Distances [B, Hq, T, N] summed over the heads of each KV head, one after the other: [B, Hkv, T, N]."""
+    first, *others = distances.unflatten(1, (kv_heads, -1)).unbind(2)
+    total = first
+    for one in others:
+        total = total + one
+    return total
+
+
 def nearest(distances: Tensor, k: int, keep: Tensor, forced: Tensor | None = None) -> Tensor:
     """The k nearest keys of each row, nearest first, equal distances in order of recency (the larger column first).
 
     Args:
-        distances: integers [..., N]; or floats, for which equal distances come in no promised order.
+        distances: integers or floats [..., N]; see :func:`in_order`.
         k: slots; at most N are returned.
         keep: bool, broadcasts to [..., N]; keys that may be selected.
         forced: bool, broadcasts to [..., N]; keys ranked before every distance (where `keep` allows them).
@@ -29,15 +52,7 @@ def nearest(distances: Tensor, k: int, keep: Tensor, forced: Tensor | None = Non
     """
     keys = distances.shape[-1]
     k = min(k, keys)
-    if distances.is_floating_point():
-        most = torch.finfo(torch.float32).max  # what is not finite is there all the same, before what is hidden
-        score = distances.float().nan_to_num(nan=most, posinf=most, neginf=-most)
-        if forced is not None:
-            score = score.masked_fill(forced, -torch.inf)
-        score = score.masked_fill(~keep, torch.inf)
-        values, ids = score.topk(k, dim=-1, largest=False)
-        return ids.masked_fill(values == torch.inf, -1).to(torch.int32)
-    rank = distances.to(torch.int64)
+    rank = in_order(distances).to(torch.int64)
     if forced is not None:
         rank = rank.masked_fill(forced, -_FAR)
     rank = rank.masked_fill(~keep, _FAR)

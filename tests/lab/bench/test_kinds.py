@@ -132,6 +132,19 @@ def test_every_kind_has_a_row_with_its_ratios(pretended):
     assert len(tables.KINDS.text(result["rows"]).splitlines()) == 25
 
 
+def test_other_families_of_scores_are_measured_beside_topk(pretended):
+    pytest.importorskip("triton")
+    rows = kinds.run([CASE], Settings(pers=["kv_head"], rounds=1), families=True)["rows"]
+    names = [r["kind"] for r in rows]
+    assert names[:2] == [TOPK, IN_TRITON] and len(names) == 9
+    bits = [128, 128, 256, 512, 2048, 2048, 0]  # 16 bytes; 64 signs and two numbers; 2 / 16 of a key, 1 / 4, all
+    assert [r["bits"] for r in rows[2:]] == bits
+    for r in rows[2:]:
+        assert r["kept"] == 130 and r["kernels"] == "Triton" and r["of_topk_in_triton"] is not None
+        read = 2 * 2 * 600 * r["bits"] / 8 + (r["keys_read"] + r["values_read"]) * 256
+        assert r["byte_floor_us"] * 1e6 == pytest.approx(read) and r["popcount_floor_us"] is None
+
+
 def test_without_cuda_kernels_every_row_is_beside_topk_in_triton(pretended, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(kinds, "kernels", lambda: "Triton")

@@ -54,12 +54,17 @@ def type_of(fn: Any, name: str, dtype: str) -> str:
 
 
 def compiled(
-    fn: Any, constants: dict[str, Any], options: dict[str, int], arch: int, dtype: str
+    fn: Any, constants: dict[str, Any], options: dict[str, int], arch: int, dtype: str,
+    types: dict[str, str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Stack bytes a thread (where registers would be spilled to), registers, and whether popc is there."""
+    """Stack bytes a thread (where registers would be spilled to), registers, and whether popc is there.
+
+    types: of arguments that are not what their names say elsewhere.
+    """
     signature, aligned = {}, {}
     for i, name in enumerate(fn.arg_names):
-        signature[name] = "constexpr" if name in constants else type_of(fn, name, dtype)
+        own = (types or {}).get(name) or type_of(fn, name, dtype)
+        signature[name] = "constexpr" if name in constants else own
         if signature[name].startswith("*") or name in ("room", "code_room"):
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn, signature=signature, constexprs=constants, attrs=aligned)

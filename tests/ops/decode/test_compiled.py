@@ -23,3 +23,14 @@ def test_kernels_compile_without_spills(arch, count):
         kernels
     )
     assert [k for k in kernels if k["stack"]] == []
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+def test_kernels_of_other_families_compile_without_spills(arch):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.ops.decode.compile_families", str(arch)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=SCRIPT.parents[3])
+    assert done.returncode == 0, done.stderr
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(kernels) == 26
+    assert [k for k in kernels if k["stack"]] == []

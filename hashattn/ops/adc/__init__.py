@@ -1,0 +1,1 @@
+"""Asymmetric distance computation: distances of byte codes, looked up in a table of each query."""

@@ -1,0 +1,1 @@
+"""Keys that are kept for their position: no scores, no scan."""

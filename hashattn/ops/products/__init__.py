@@ -1,0 +1,1 @@
+"""Inner products with vectors: whole keys, their principal components or a few of their channels."""

@@ -1,0 +1,1 @@
+"""RaBitQ's estimate: signs of a rotated key, multiplied with a query in whole numbers, and two scalars."""
