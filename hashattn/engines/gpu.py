@@ -84,7 +84,7 @@ class Gpu(Engine):
                 attending,
             ]
         if asked.rule.calibrated:
-            one = f"one kernel that marks keys (vote), one that discounts what is listed (discount_lists), {one}"
+            one = f"{kernels.calibrating}, {one}"
         return [
             _encode_row(parts.encoder, request.device),
             PlanRow("scan", f"{part_name(parts.index)}: {language}, one kernel", listed),

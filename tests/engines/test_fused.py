@@ -67,7 +67,8 @@ class Both:
         expected, found = self.attn.run(q, plain)[0], self.fused.run(q, fused, append=new)[0]
         assert (found.out - expected.out).abs().max() <= 1e-5 * self.v.abs().max()
         assert fused.kv.coming is None
-        for what in ("keys", "values", "codes", *(["norms"] if fused.with_norms else [])):
+        codes = ["codes"] if fused.index is not None else []
+        for what in ("keys", "values", *codes, *(["norms"] if fused.with_norms else [])):
             assert torch.equal(getattr(fused, what), getattr(plain, what))
 
     def change(self, name, *given):

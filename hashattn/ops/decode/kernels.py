@@ -25,6 +25,11 @@ class Kernels(ABC):
     def language(self) -> str:
         """What they are written in."""
 
+    @property
+    @abstractmethod
+    def calibrating(self) -> str:
+        """What runs between scan and choice where distances are calibrated."""
+
     @abstractmethod
     def why_not_on(self, device: torch.device) -> list[str]:
         """Why they do not run on a device, whatever the step, as ends of sentences: every reason."""

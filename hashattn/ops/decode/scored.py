@@ -20,6 +20,10 @@ class Scored(Kernels):
     def language(self) -> str:
         return "Triton"
 
+    @property
+    def calibrating(self) -> str:
+        return "nothing: no rule of theirs calibrates"
+
     def why_not_on(self, device: torch.device) -> list[str]:
         return []
 

@@ -26,6 +26,10 @@ class Specification(Kernels):
     def language(self) -> str:
         return "PyTorch"
 
+    @property
+    def calibrating(self) -> str:
+        return "votes and discounts"
+
     def why_not_on(self, device: torch.device) -> list[str]:
         return [] if device.type == "cpu" else [f"it runs on the CPU, the tensors are on {device.type}"]
 

@@ -87,7 +87,8 @@ def test_the_command_writes_how_its_results_came_about(tmp_path, monkeypatch, ca
     assert main(["bench", "crossover", "--device", "cuda", "--batch", "3", "--out", str(out)]) == 0
     assert asked == [(((32, 8, 128, "bfloat16"), [3], Settings()), {"progress": True})]
     printed = capsys.readouterr().out
-    assert f"'a GPU': Gpu(capability=(8, 0), eager=7, captured=3, source={str(out)!r}, calibrated=None)," in printed
+    line = f"'a GPU': Gpu(capability=(8, 0), eager=7, captured=3, source={str(out)!r}, calibrated=None, families={{}}),"
+    assert line in printed
     assert "note: a remark" in printed
     assert json.loads(out.read_text())["rows"] == ROWS
 

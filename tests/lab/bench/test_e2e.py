@@ -221,7 +221,7 @@ def test_the_command_writes_how_its_results_came_about(tmp_path, monkeypatch, ca
     [
         (["--preset", "hata", "--bits", "64"], ["--preset hata has its own bits"]),
         (["--preset", "hat"], ["unknown preset", "hata"]),
-        (["--preset", "streaming"], ["does not serve streaming", "binary codes"]),
+        (["--preset", "magicpig"], ["does not serve magicpig"]),
         (["--keys", "600"], ["--keys", "'600'"]),
         (["--batch", "0"], ["--batch", "0"]),
         (["--batch", "99"], ["99 sequences of 32,768 keys", "at most"]),

@@ -16,11 +16,15 @@ MOST_SPAN = 20  # of 32 levels of candidates
 
 
 class InCuda(Kernels):
-    """Exact top-k in two kernels, LocalTopK in one, encoding in one."""
+    """Exact top-k in two kernels, three where distances are calibrated, LocalTopK in one, encoding in one."""
 
     @property
     def language(self) -> str:
         return "CUDA C++"
+
+    @property
+    def calibrating(self) -> str:
+        return "one kernel that counts votes and discounts what is listed (calibrate)"
 
     def why_not_on(self, device: torch.device) -> list[str]:
         there = device.type == "cuda" and torch.cuda.is_available()  # a plan may be of a GPU that is not there

@@ -18,6 +18,10 @@ class InTriton(Kernels):
     def language(self) -> str:
         return "Triton"
 
+    @property
+    def calibrating(self) -> str:
+        return "one kernel that marks keys (vote), one that discounts what is listed (discount_lists)"
+
     def why_not_on(self, device: torch.device) -> list[str]:
         return []
 
