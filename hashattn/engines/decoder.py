@@ -108,8 +108,11 @@ class Decoder:
         return self.step(q, k, v, check_scale(scale, q.shape[-1]), before)
 
     @lasting
-    def prepare(self, q_heads: int, tokens: int = 1) -> None:
+    def prepare(self, q_heads: int, tokens: int = 1, *, searches: bool = True) -> None:
         """Allocate what steps of so many query heads and queries need, so that a traced one need not.
+
+        Args:
+            searches: make the kernels ready that search; otherwise the first step that searches does.
 
         Raises:
             ValueError: they are not served.
@@ -126,7 +129,8 @@ class Decoder:
             encoder.check_model(q_heads, cache.kv_heads, cache.head_dim)
         from hashattn.ops.decode.library import Encode  # registers operators
 
-        prepared = Prepared.of(self.parts, cache, (q_heads, tokens), self.length, centre=self.centre)
+        kind = q_heads, tokens
+        prepared = Prepared.of(self.parts, cache, kind, self.length, centre=self.centre, searches=searches)
         like, stored = prepared.like, prepared.like.stored
         count = counters(cache.batch * q_heads * tokens, cache.batch * cache.kv_heads * tokens)
         arrived = self._arrived[q_heads, tokens] = torch.zeros(count, dtype=torch.int32, device=self.keys.device)
@@ -150,7 +154,7 @@ class Decoder:
             ValueError: they are not served.
         """
         if not self.serves(q_heads, tokens):
-            self.prepare(q_heads, tokens)
+            self.prepare(q_heads, tokens, searches=False)
         if not self.checks:
             self.checks = True
             self.cache.clear_unseen()

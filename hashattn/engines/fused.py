@@ -19,7 +19,7 @@ from hashattn.ops import decode
 from hashattn.ops.decode.sizes import counters
 
 if TYPE_CHECKING:
-    from hashattn.ops.decode.library import Encode, EncodePlaced
+    from hashattn.ops.decode.library import Decode, Encode, EncodePlaced
 
 
 POSITIONS = "positions"  # what ranks keys where there is no index
@@ -52,12 +52,20 @@ def asked_of(parts: Parts, request: Request) -> decode.KernelRequest | None:
 
 
 class Prepared:
-    """A step that is made ready for a cache, whose tensors stay where they are."""
+    """A step that is made ready for a cache, whose tensors stay where they are.
 
-    def __init__(self, like: decode.Inputs) -> None:
+    Args:
+        searches: whether the kernels are made ready; otherwise they are when the first step searches.
+    """
+
+    def __init__(self, like: decode.Inputs, searches: bool) -> None:
+        self.like, self._step = like, self._made(like) if searches else None
+
+    @staticmethod
+    def _made(like: decode.Inputs) -> Decode:
         from hashattn.ops.decode.library import Decode  # registers operators
 
-        self.like, self._step = like, Decode(like)
+        return Decode(like)
 
     @classmethod
     @lasting
@@ -70,12 +78,14 @@ class Prepared:
         *,
         causal: bool = True,
         centre: Tensor | None = None,
+        searches: bool = True,
     ) -> Prepared:
         """A step of so many (query heads, queries), of parts that are served.
 
         Args:
             length: int32 [1], filled columns.
             centre: where the keys' centre stays, if not with the cache.
+            searches: see the class.
         """
         encoder, index, state, device = parts.encoder, parts.index, cache.on_device, cache.keys.device
         rule = rule_of(parts, shape[0] // cache.kv_heads)
@@ -98,7 +108,7 @@ class Prepared:
         like = replace(like, **kind)
         sizes = decode.sizes_of(like, None if encoder is None else encoder.widths())
         workspace = state.scratch.workspace(sizes.workspace, device)
-        return cls(replace(like, bounds=state.bounds(sizes.state, device), workspace=workspace))
+        return cls(replace(like, bounds=state.bounds(sizes.state, device), workspace=workspace), searches)
 
     def step(
         self, q: Tensor, query: Tensor, scale: float, before: decode.Before | None = None, filled: int | None = None
@@ -107,6 +117,8 @@ class Prepared:
 
         The Output has weights where the rule has a prior, the Selection so many filled slots, if that is known.
         """
+        if self._step is None:
+            self._step = self._made(self.like)
         out, lse, ids, tier, weights = self._step(q, query, scale, before)
         return Output(out, lse, weights), Selection(ids, tier, filled=filled)
 

@@ -103,10 +103,10 @@ def run(settings: Settings | None = None, *, progress: bool = True) -> dict[str,
                 handed: list[Step] | None = None
                 for i, captured in enumerate(layers):
                     layer = recall_cuda.moved(captured) if settings.device == "cuda" else captured
-                    attn, weights = entry.fitted(layer, pretrained, memo, steps=settings.train, seed=settings.seed)
+                    attn, weights = entry.fitted(captured, pretrained, memo, steps=settings.train, seed=settings.seed)
                     attn = attn.to(settings.device).replace(engine=ENGINES[settings.device], dense_layers=())
                     replayed = settings.device == "cuda" and recall_cuda.serves(attn, layer)
-                    if settings.device == "cuda" and not replayed:
+                    if settings.device == "cuda" and (not replayed or attn.selector is None):
                         attn = attn.replace(engine="reference")
                     neighbours = i > 0 and layers[i - 1].number + 1 == layer.number
                     torch.set_num_threads(threads)

@@ -33,7 +33,9 @@ def moved(layer: CapturedLayer) -> CapturedLayer:
 
 
 def serves(attn: HashAttention, layer: CapturedLayer) -> bool:
-    """Whether the GPU's engine takes such steps."""
+    """Whether such steps can be captured: the GPU's engine takes them, or they attend to everything."""
+    if attn.selector is None:
+        return True
     heads = layer.q.shape[1], layer.k.shape[1], layer.q.shape[3]
     return not Gpu().why_not(attn.parts, Request(layer.q.device, layer.q.dtype, 1, *heads, 1))
 

@@ -82,6 +82,12 @@ def test_the_command_compares_writes_and_draws(tmp_path, capsys):
     assert "full (own budget)" in printed
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is measured where there is a GPU")
+def test_without_a_gpu_nothing_is_measured_on_one(capsys):
+    assert main([*SMALL, "--device", "cuda"]) == 2
+    assert "bench recall --device cuda needs an NVIDIA GPU" in capsys.readouterr().err
+
+
 def test_tables_in_markdown_are_made_from_the_file(tmp_path):
     script = Path(__file__).parents[3] / "benchmarks" / "recall_tables.py"
     spec = importlib.util.spec_from_file_location("recall_tables", script)
