@@ -15,7 +15,7 @@ def test_steps_that_are_served_are_replayed_and_others_run(tmp_path):
     assert main([*small, "--presets", *PRESETS, "--budget", "0.15", "--out", str(tmp_path / "found.json")]) == 0
     rows = {row["preset"]: row for row in json.loads((tmp_path / "found.json").read_text())["rows"]}
     assert [*rows] == PRESETS
-    assert all(0 < row["us"] and 0 < row["dense_us"] for row in rows.values())
+    assert all(min(row["us"], row["dense_us"]) > 0 for row in rows.values())
     assert all(("p99_us" in rows[name]) == (name != "magicpig") for name in PRESETS)
     assert rows["simhash_topk"]["us"] <= rows["simhash_topk"]["p99_us"] <= rows["simhash_topk"]["largest_us"]
     assert rows["simhash_topk"]["keys_read"] == pytest.approx(0.15, abs=0.01)
