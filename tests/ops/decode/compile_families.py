@@ -31,7 +31,7 @@ FAMILIES: dict[str, tuple[Any, tuple[int, int, int], int, bool, str, str]] = {  
     "channels": (products, (32, 32, 0), 128, False, "*fp32", "*bf16"),
 }
 TYPES = {
-    "ranks": "*i32", "listed": "*i32", "filled": "*i32", "state": "*i32", "of_query": "i32", "stride": "i32",
+    "ranks": "*i32", "listed": "*i64", "filled": "*i32", "state": "*i32", "of_query": "i32", "stride": "i32",
     "rows": "i32", "segment": "i32", "T": "i32", "kv_heads": "i32", "k": "i32",
 }  # fmt: skip
 
@@ -42,7 +42,7 @@ def main(arch: int) -> None:
     for summed in (1, 4):
         for name, (family, shape, tile, many, query, codes) in FAMILIES.items():
             constants = common | dict(zip("ABC", shape, strict=True)) | {"LOAD": family.load, "SCORE": family.score}
-            constants |= {"G": 4, "SUM": summed, "PADDED": 4 // summed, "TILE": tile, "RADIUS": False}
+            constants |= {"G": 4, "SUM": summed, "TILE": tile, "RADIUS": False}
             types = TYPES | {"query": query, "codes": codes}
             found = compiled(
                 scan, constants, {"num_warps": WARPS, **registers(divmod(arch, 10), many)}, arch, "bf16", types
