@@ -24,7 +24,7 @@ from tests.ops.decode.compile_kernels import compiled
 FAMILIES: dict[str, tuple[Any, tuple[int, int, int], int, bool, str, str]] = {  # shape, tile; of query, codes
     "pq": (adc, (8, 16, 256), 512, False, "*i32", "*i64"),
     "pq of 2 bytes": (adc, (2, 2, 64), 512, False, "*i32", "*i16"),
-    "pages": (bounds, (16, 128, 64), 512, True, "*fp32", "*bf16"),
+    "pages": (bounds, (16, 128, 16), 128, False, "*fp32", "*bf16"),
     "rabitq": (rabitq, (2, 128, 16), 128, False, "*fp32", "*i32"),
     "rabitq of 96 bits": (rabitq, (2, 96, 16), 128, False, "*fp32", "*i32"),
     "dot": (products, (128, 128, 0), 32, False, "*fp32", "*bf16"),
