@@ -45,7 +45,12 @@ def main(arch: int) -> None:
             constants |= {"G": 4, "SUM": summed, "TILE": tile, "RADIUS": False}
             types = TYPES | {"query": query, "codes": codes}
             found = compiled(
-                scan, constants, {"num_warps": WARPS, **registers(divmod(arch, 10), many)}, arch, "bf16", types
+                scan,
+                constants,
+                {"num_warps": WARPS, **registers(divmod(arch, 10), many or (family is products and summed > 1))},
+                arch,
+                "bf16",
+                types,
             )
             print(json.dumps({"kernel": f"scores {name}, {summed} together", **found}), flush=True)
         own = common | {"HEADS": 4 // summed, "SHARE": True}
