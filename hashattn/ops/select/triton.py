@@ -98,11 +98,15 @@ def scan(
     step = T * of_query
     queries = query + (kv.to(tl.int64) * G * T + t) * of_query
     low = tl.maximum(chunk * CHUNK, first // TILE * TILE)
+    here = low + tl.arange(0, TILE)
+    x = LOAD(queries, step, own, here, (here >= first) & (here < end), first, A, B, C, G)
     for t0 in range(low, tl.minimum(chunk * CHUNK + CHUNK, end), TILE):
         columns = t0 + tl.arange(0, TILE)
         seen = (columns >= first) & (columns < end)
         forced = (columns < first + sinks) | (columns >= end - recents)
-        x = LOAD(queries, step, own, columns, seen, first, A, B, C, G)
+        ahead = columns + TILE  # asked for while this tile is scored
+        after = (ahead >= first) & (ahead < tl.minimum(end, chunk * CHUNK + CHUNK))
+        x_ahead = LOAD(queries, step, own, ahead, after, first, A, B, C, G)
         for s in tl.static_range(HEADS):
             score = SCORE(x, queries + s * SUM * step, s * SUM, columns, first, A, B, C)
             for g in tl.static_range(1, SUM):  # in the order of the heads
@@ -113,6 +117,7 @@ def scan(
             rank = tl.where(forced, FIRST, rank)
             row = (kv * HEADS + s) * T + t
             tl.store(ranks + row.to(tl.int64) * limit + columns, rank, mask=seen)
+        x = x_ahead
     tl.debug_barrier()  # other threads stored the ranks
     columns, bins = chunk * CHUNK + tl.arange(0, CHUNK), tl.arange(0, BINS)
     for s in tl.static_range(HEADS):
