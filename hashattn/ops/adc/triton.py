@@ -1,4 +1,7 @@
-"""Look-ups of byte codes in Triton: codes are read once for all queries of a group, in the widest words they fill."""
+"""Look-ups of byte codes in Triton: codes are read once for all queries of a group, in the widest words they fill.
+
+A group's tables stay in the L1: their entries are loaded one by one.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,7 @@ def load(query, step, codes, columns, seen, first, BYTES: tl.constexpr, M: tl.co
 def score(x, query, g, columns, first, BYTES: tl.constexpr, M: tl.constexpr, C: tl.constexpr):
     """Sums of the entries that the codes name in the tables [M, C] of a query: int32."""
     total = tl.zeros(columns.shape, tl.int32)
-    entries = tl.arange(0, C)
     for j in tl.static_range(M):
         number = (x[j // BYTES] >> (8 * (j % BYTES))).to(tl.int32) & (C - 1)
-        total += tl.gather(tl.load(query + j * C + entries), number, 0)
+        total += tl.load(query + j * C + number)
     return total

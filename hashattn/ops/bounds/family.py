@@ -9,7 +9,8 @@ from hashattn.ops.decode.inputs import Inputs
 from hashattn.ops.decode.request import KernelRequest
 from hashattn.ops.select.family import Family, Scores
 
-TILE = 512
+PAGES = 8  # that are read at a time, about
+MOST_COLUMNS = 1024  # that these are given to
 
 
 class Bounds(Family):
@@ -31,6 +32,7 @@ class Bounds(Family):
         from hashattn.ops.bounds.triton import load, score
 
         codes, page = like.stored.codes, like.page
-        pages = 1 << (TILE // page + 1).bit_length()
+        tile = max(16, min(MOST_COLUMNS, PAGES << (page.bit_length() - 1)))
+        pages = 1 << (tile // page + 1).bit_length()
         shape, stride = (page, codes.shape[3] // 2, pages), codes.shape[2] * codes.shape[3]
-        return Scores(load, score, codes, stride, shape, TILE, many=True)
+        return Scores(load, score, codes, stride, shape, tile)

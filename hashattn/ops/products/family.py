@@ -32,4 +32,5 @@ class Products(Family):
 
         codes, dim = like.stored.codes, like.query.shape[4]
         width = max(16, 1 << (dim - 1).bit_length())
-        return Scores(load, score, codes, codes.shape[2] * dim, (dim, width, 0), min(256, _AT_ONCE // width))
+        shape, tile, many = (dim, width, 0), min(256, _AT_ONCE // width), like.rule.shared  # a group's products at once
+        return Scores(load, score, codes, codes.shape[2] * dim, shape, tile, many)

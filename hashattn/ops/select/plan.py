@@ -12,8 +12,9 @@ from hashattn.ops.decode.rule import Rule
 from hashattn.ops.decode.sizes import Buffers, nbytes, too_many
 
 CHUNK = 2048  # keys of a program that scores
-BINS = 64  # of ranks, as the choice counts them: the last one holds all that are farther than the others
-SEGMENTS = 32  # programs of a row that list its candidates
+BINS = 64  # of ranks, as the choice counts them
+SEGMENTS = 32  # programs of a row that list its candidates, at most
+LISTS = 1024  # of all rows, about
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Plan:
     @property
     def segment(self) -> int:
         """Chunks of a program that lists candidates."""
-        return -(-self.chunks // SEGMENTS)
+        return -(-self.chunks // min(SEGMENTS, max(4, LISTS // self.rows)))
 
     @property
     def segments(self) -> int:
@@ -103,7 +104,7 @@ class Plan:
         ranked: Buffers = {
             "ranks": ((self.rows, self.limit), torch.int32),
             "counts": ((self.rows, BINS, self.chunks), torch.uint16),
-            "listed": ((self.rows, self.limit), torch.int32),
+            "listed": ((self.rows, self.limit), torch.int64),
         }
         return {
             **(ranked if self.ranks else {}),

@@ -64,8 +64,7 @@ def nearest(like: Inputs, plan: Plan, held: dict[str, Tensor], scores: Scores, s
     common = {"CHUNK": CHUNK, "BINS": BINS} | _both(like)
     a, b, c = scores.shape
     scanning = common | {"LOAD": scores.load, "SCORE": scores.score, "A": a, "B": b, "C": c, "G": plan.group}
-    scanning |= {"SUM": plan.summed, "PADDED": triton.next_power_of_2(plan.group // plan.summed), "TILE": scores.tile}
-    scanning |= {"RADIUS": rule.radius is not None, "num_warps": WARPS}
+    scanning |= {"SUM": plan.summed, "TILE": scores.tile, "RADIUS": rule.radius is not None, "num_warps": WARPS}
     scanning |= registers(capability(device), scores.many)
     choosing = common | {"HEADS": plan.group // plan.summed, "SHARE": rule.share is not None, "num_warps": WARPS}
     choosing |= registers(capability(device), many=True)

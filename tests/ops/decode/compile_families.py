@@ -24,14 +24,14 @@ from tests.ops.decode.compile_kernels import compiled
 FAMILIES: dict[str, tuple[Any, tuple[int, int, int], int, bool, str, str]] = {  # shape, tile; of query, codes
     "pq": (adc, (8, 16, 256), 512, False, "*i32", "*i64"),
     "pq of 2 bytes": (adc, (2, 2, 64), 512, False, "*i32", "*i16"),
-    "pages": (bounds, (16, 128, 64), 512, True, "*fp32", "*bf16"),
+    "pages": (bounds, (16, 128, 16), 128, False, "*fp32", "*bf16"),
     "rabitq": (rabitq, (2, 128, 16), 128, False, "*fp32", "*i32"),
     "rabitq of 96 bits": (rabitq, (2, 96, 16), 128, False, "*fp32", "*i32"),
     "dot": (products, (128, 128, 0), 32, False, "*fp32", "*bf16"),
     "channels": (products, (32, 32, 0), 128, False, "*fp32", "*bf16"),
 }
 TYPES = {
-    "ranks": "*i32", "listed": "*i32", "filled": "*i32", "state": "*i32", "of_query": "i32", "stride": "i32",
+    "ranks": "*i32", "listed": "*i64", "filled": "*i32", "state": "*i32", "of_query": "i32", "stride": "i32",
     "rows": "i32", "segment": "i32", "T": "i32", "kv_heads": "i32", "k": "i32",
 }  # fmt: skip
 
@@ -42,10 +42,15 @@ def main(arch: int) -> None:
     for summed in (1, 4):
         for name, (family, shape, tile, many, query, codes) in FAMILIES.items():
             constants = common | dict(zip("ABC", shape, strict=True)) | {"LOAD": family.load, "SCORE": family.score}
-            constants |= {"G": 4, "SUM": summed, "PADDED": 4 // summed, "TILE": tile, "RADIUS": False}
+            constants |= {"G": 4, "SUM": summed, "TILE": tile, "RADIUS": False}
             types = TYPES | {"query": query, "codes": codes}
             found = compiled(
-                scan, constants, {"num_warps": WARPS, **registers(divmod(arch, 10), many)}, arch, "bf16", types
+                scan,
+                constants,
+                {"num_warps": WARPS, **registers(divmod(arch, 10), many or (family is products and summed > 1))},
+                arch,
+                "bf16",
+                types,
             )
             print(json.dumps({"kernel": f"scores {name}, {summed} together", **found}), flush=True)
         own = common | {"HEADS": 4 // summed, "SHARE": True}

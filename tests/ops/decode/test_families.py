@@ -8,13 +8,19 @@ from hypothesis import strategies as st
 from hashattn.ops.decode import KernelRequest, Rule, why_not
 from hashattn.ops.decode.families import FAMILIES
 from tests.ops.decode.families import CASES, FORCED, NAMES, agrees, inputs
-from tests.structured import seeds
+from tests.structured import generator, seeds
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("kernels are compiled where there is a GPU: test_families_on_a_gpu.py", allow_module_level=True)
 
+import triton
+import triton.language as tl
+
+from hashattn.ops.decode.sizes import carve
+from hashattn.ops.select.plan import BINS, Plan
 from hashattn.ops.select.prepare import prepare
+from hashattn.ops.select.triton import bin_of, within_bin
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning")  # no key is kept
 
@@ -42,6 +48,42 @@ def test_any_length_and_budget(seed, name, filled, k, shared, recents):
     rule = Rule(k=k, shared=shared, recents=recents)
     x = inputs(name, rule, seed % 1000, group=2, filled=filled, room=208, starts=(seed % filled,))
     agrees(step(x), x, hints=(None, None))
+
+
+@triton.jit
+def into_bins(ranks, out, low, bits, centre, shift, BINS: tl.constexpr, N: tl.constexpr):
+    at, bins = tl.arange(0, N), tl.arange(0, BINS)
+    centre, shift = tl.load(centre), tl.load(shift)
+    tl.store(out + at, bin_of(tl.load(ranks + at), centre, shift, BINS))
+    first, wide = within_bin(bins, centre, shift, BINS)
+    tl.store(low + bins, first)
+    tl.store(bits + bins, wide)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.integers(-(2**31), 2**31 - 1), st.integers(0, 22))
+def test_bins_are_in_the_order_of_ranks_and_hold_what_they_say(seed, centre, shift):
+    g = generator(seed)
+    near = centre + (torch.randn(192, generator=g).double() * 2.0 ** (3 * torch.randn(192, generator=g) + shift)).long()
+    ranks = torch.cat([near, torch.randint(-(2**31), 2**31, (64,), generator=g)]).clamp(-(2**31), 2**31 - 1).sort()[0]
+    out, bits = torch.full((256,), -1, dtype=torch.int32), torch.full((BINS,), -1, dtype=torch.int32)
+    low, held = torch.empty(BINS, dtype=torch.int64), [torch.tensor([x], dtype=torch.int32) for x in (centre, shift)]
+    into_bins[(1,)](ranks.int(), out, low, bits, *held, BINS, 256)
+    assert (out.diff() >= 0).all() and out[0] >= 0 and out[-1] < BINS
+    inside = ranks - low[out.long()]
+    assert (inside >= 0).all() and (inside >> bits[out.long()] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["pq", "dot"])
+def test_few_more_keys_are_looked_at_than_wanted_when_queries_alternate(name):
+    x, other = (inputs(name, Rule(k=64), seed, filled=4000, room=4096, group=2) for seed in (0, 1))
+    run, plan = step(x), Plan.of(x)
+    for _ in range(4):
+        for query in (x.query, other.query * 2):
+            run(x.q, query, x.scale, None)
+            upto = carve(x.workspace, plan.buffers)["counts"].int().sum(2)  # [rows, BINS]
+            listed = upto.where(upto >= 64, upto.max()).amin(1)
+    assert (listed < 3 * 64).all()
 
 
 def test_queries_that_see_everything():
