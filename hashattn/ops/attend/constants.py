@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hashattn.ops.decode.device import starts_early
+from hashattn.ops.decode.device import capability, registers, starts_early
 
 ROWS = 64  # keys of a program
 
@@ -19,5 +19,5 @@ def attend_constants(q_heads: int, heads: int, kv_heads: int, dim: int, device: 
     return {
         "HEADS": heads, "KV_HEADS": kv_heads, "SUM": summed, "PADDED": padded if summed == 1 else max(16, padded),
         "PADDED_OUT": padded, "DIM": dim, "WIDTH": width, "ROWS": ROWS, "PDL": bool(early),
-        "num_warps": 4 if width > 128 else 2, **early,
+        "num_warps": 4 if width > 128 else 2, **registers(capability(device)), **early,
     }  # fmt: skip

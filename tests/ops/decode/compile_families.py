@@ -39,7 +39,7 @@ TYPES = {
 def main(arch: int) -> None:
     """Scores per query head and summed over a group, the choice, and attention to what was chosen."""
     common = {"CHUNK": CHUNK, "BINS": BINS, "CAUSAL": True, "PDL": arch >= 90}
-    for summed in (1, 4):
+    for summed in (1, 4) if arch == 90 else (1,):  # one architecture will do for both
         for name, (family, shape, tile, many, query, codes) in FAMILIES.items():
             constants = common | dict(zip("ABC", shape, strict=True)) | {"LOAD": family.load, "SCORE": family.score}
             constants |= {"G": 4, "SUM": summed, "TILE": tile, "RADIUS": False}
@@ -64,7 +64,9 @@ def main(arch: int) -> None:
             own |= {"PDL": arch >= 90}
             for gathered in (False, True):
                 constants = own | dict.fromkeys(["filled", "length"] if gathered else ["weights"])
-                found = compiled(attend_ids, constants, {"num_warps": 2}, arch, "bf16", TYPES)
+                found = compiled(
+                    attend_ids, constants, {"num_warps": 2} | registers(divmod(arch, 10)), arch, "bf16", TYPES
+                )
                 name = f"attend D={dim}, {summed} together, gathered={gathered}"
                 print(json.dumps({"kernel": name, **found}), flush=True)
         forced = {key: common[key] for key in ("CAUSAL", "PDL")} | {"HEADS": 4 // summed, "TILE": 1024}
