@@ -51,8 +51,14 @@ class Gpu:
 
 
 GPUS: dict[str, Gpu] = {  # by torch.cuda.get_device_name()
-    # Calibrated steps: bounds, from their time at 131,072 keys (bench_cuda_dashkv_h200.json).
-    "NVIDIA H200": Gpu((9, 0), 67_108_864, 100_663_296, "crossover_h200.json", (805_306_368, 402_653_184)),
+    # Calibrated steps: captured, by bench_cuda_dashkv_h200.json; eager, twice that. Positions cost less than codes.
+    "NVIDIA H200": Gpu(
+        (9, 0),
+        *(67_108_864, 100_663_296),
+        source="crossover_h200.json",
+        calibrated=(805_306_368, 402_653_184),
+        families={"positions": (67_108_864, 100_663_296)},
+    ),
 }
 
 
