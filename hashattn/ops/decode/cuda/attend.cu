@@ -231,7 +231,12 @@ __device__ __noinline__ int from_codes(const Step &s, Seen seen, Ranks ranks, Se
 
 // Of a multiprocessor, at least: as many as registers allow without spilling any.
 constexpr int FEWER = DIM > 128 ? (SUM > 8 ? 2 : 3) : 4;
-constexpr int PROGRAMS = DIM > 128 || !CROWDED || SUM > 8 ? FEWER : TIERS || PRIOR ? (SUM > 1 ? 5 : 6) : SUM > 1 ? (DIM == 128 ? 6 : 5) : DIM == 128 ? 8 : 7;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int MOST_PROGRAMS = 6;
+#else
+constexpr int MOST_PROGRAMS = 8;
+#endif
+constexpr int PROGRAMS = DIM > 128 || !CROWDED || SUM > 8 ? FEWER : TIERS || PRIOR ? (SUM > 1 ? 5 : 6) : SUM > 1 ? (DIM == 128 ? 6 : 5) : DIM == 128 ? MOST_PROGRAMS : 7;
 
 union Space {
   Holders holders;

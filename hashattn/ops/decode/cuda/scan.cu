@@ -18,14 +18,14 @@ __device__ __forceinline__ void prefetch(const void *storage, size_t row) {
 // of 2^-38, so that the weights of 512 heads fit and their sum does not depend on its order. A thread's first one is asked for
 // early and added late.
 struct Marks {
-  const Step &s;
+  static constexpr bool EARLY = WORDS < 4;  // registers are few beside long codes
   int b, t, head0, heads, column, at;
   float weight;
   __device__ __forceinline__ Marks(const Step &s, int b, int t, int head0, int heads)
-      : s(s), b(b), t(t), head0(head0), heads(heads), column(-1), at(blockIdx.x * THREADS + threadIdx.x), weight(0) {
-    if (s.kept != nullptr) load();
+      : b(b), t(t), head0(head0), heads(heads), column(-1), at(blockIdx.x * THREADS + threadIdx.x), weight(0) {
+    if (EARLY && s.kept != nullptr) load(s);
   }
-  __device__ __forceinline__ void load() {
+  __device__ __forceinline__ void load(const Step &s) {
     column = -1;
     if (at >= heads * s.kept_slots) return;
     const int q_heads = s.kv_heads * G, head = head0 + at / s.kept_slots, slot = at % s.kept_slots;
@@ -33,9 +33,10 @@ struct Marks {
     column = __ldcg(s.kept + ids + slot);
     weight = __ldcg(s.kept_weights + ((size_t)(b * q_heads + head) * TOKENS + t) * s.kept_slots + slot);
   }
-  __device__ __forceinline__ void add() {
+  __device__ __forceinline__ void add(const Step &s) {
     if (s.kept == nullptr) return;
-    for (; at < heads * s.kept_slots; at += gridDim.x * THREADS, load())
+    if (!EARLY) load(s);
+    for (; at < heads * s.kept_slots; at += gridDim.x * THREADS, load(s))
       if (column >= 0 && column < s.code_room && weight > 0)
         atomicAdd(s.marks + (size_t)(b * TOKENS + t) * s.code_room + column, max((u64)(weight * 0x1p38f), (u64)1));
   }
@@ -81,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
   wait_for_copies();
   if (low >= end || low + CHUNK <= first) {  // nobody looks at what is not written
 #if PRIOR
-    marks.add();
+    marks.add(s);
 #endif
     return;
   }
@@ -151,6 +152,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan(const __grid_constant
     if (more) atomicAdd(s.totals + row * LEVELS + lane, more);
   }
 #if PRIOR
-  marks.add();
+  marks.add(s);
 #endif
 }
