@@ -136,9 +136,19 @@ def equal(model: Any, tokenizer: Any, preset: Any, args: argparse.Namespace) -> 
         use = handle.report().drafts
     assert use is not None
     different, grams = fourgrams(stock)
-    rows.append({"dtype": "float32", "batch": 5, "tokens": stock.numel(), "equal": int((found == stock).sum()),
-                 "parted at": parted(found, stock), "different 4-grams": different, "4-grams": grams,
-                 "fidelity": use.fidelity, "tokens a pass and row": use.tokens_a_pass})  # fmt: skip
+    rows.append(
+        {
+            "dtype": "float32",
+            "batch": 5,
+            "tokens": stock.numel(),
+            "equal": int((found == stock).sum()),
+            "parted at": parted(found, stock),
+            "different 4-grams": different,
+            "4-grams": grams,
+            "fidelity": use.fidelity,
+            "tokens a pass and row": use.tokens_a_pass,
+        }
+    )
     print(rows[-1], flush=True)
     if args.sixteen:
         model = model.to(torch.bfloat16)
@@ -146,9 +156,15 @@ def equal(model: Any, tokenizer: Any, preset: Any, args: argparse.Namespace) -> 
         pairs = torch.cat([write(model, texts[i : i + 2], args.sixteen, pad) for i in range(0, len(texts), 2)])
         with searched.attach(model, check="dense"):
             checked = torch.cat([write(model, [ids], args.sixteen, pad) for ids in texts])
-        rows.append({"dtype": "bfloat16", "tokens": args.sixteen, "texts": len(texts),
-                     "checked parted from stock at": parted(checked, alone),
-                     "stock in a batch of two parted from stock at": parted(pairs, alone)})  # fmt: skip
+        rows.append(
+            {
+                "dtype": "bfloat16",
+                "tokens": args.sixteen,
+                "texts": len(texts),
+                "checked parted from stock at": parted(checked, alone),
+                "stock in a batch of two parted from stock at": parted(pairs, alone),
+            }
+        )
         print(rows[-1], flush=True)
     return rows
 

@@ -17,7 +17,16 @@ def attend_constants(q_heads: int, heads: int, kv_heads: int, dim: int, device: 
     padded, width = 1 << (summed - 1).bit_length(), 1 << (dim - 1).bit_length()
     early = {"launch_pdl": True} if starts_early(device) else {}
     return {
-        "HEADS": heads, "KV_HEADS": kv_heads, "SUM": summed, "PADDED": padded if summed == 1 else max(16, padded),
-        "PADDED_OUT": padded, "DIM": dim, "WIDTH": width, "ROWS": ROWS, "PDL": bool(early),
-        "num_warps": 4 if width > 128 else 2, **registers(capability(device)), **early,
-    }  # fmt: skip
+        "HEADS": heads,
+        "KV_HEADS": kv_heads,
+        "SUM": summed,
+        "PADDED": padded if summed == 1 else max(16, padded),
+        "PADDED_OUT": padded,
+        "DIM": dim,
+        "WIDTH": width,
+        "ROWS": ROWS,
+        "PDL": bool(early),
+        "num_warps": 4 if width > 128 else 2,
+        **registers(capability(device)),
+        **early,
+    }
