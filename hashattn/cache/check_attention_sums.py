@@ -11,14 +11,21 @@ from torch import Tensor
 from hashattn.core.checks import check_int
 
 _TENSORS = (
-    "votes", "votes_left_out", "votes_marks", "votes_at_marks", "votes_prompts", "votes_queries", "votes_columns",
-)  # fmt: skip
+    "votes",
+    "votes_left_out",
+    "votes_marks",
+    "votes_at_marks",
+    "votes_prompts",
+    "votes_queries",
+    "votes_columns",
+)
 _NUMBERS = "votes_known", "votes_wanted", "votes_scale"
 VOTES = frozenset((*_TENSORS, *_NUMBERS))
 _TOGETHER = (  # all or none of each
-    ("votes", "votes_left_out"), ("votes_marks", "votes_at_marks"),
+    ("votes", "votes_left_out"),
+    ("votes_marks", "votes_at_marks"),
     ("votes_queries", "votes_columns", *_NUMBERS),
-)  # fmt: skip
+)
 
 
 def check_attention_sums(state: Mapping[str, Any], batch: int, kv_heads: int, head_dim: int, columns: int) -> None:

@@ -164,15 +164,57 @@ def encode_rows(
     at = tl.program_id(0)
     if at < split:
         encode_queries(
-            q, query_linear, query_last, query_bias, query_sums, query, at, queries, DIM, PADDED, BITS, WORDS, PLANES,
-            QUERY_HIDDEN, QUERY_PARTS, UNIT, TILE, PDL,
-        )  # fmt: skip
+            q,
+            query_linear,
+            query_last,
+            query_bias,
+            query_sums,
+            query,
+            at,
+            queries,
+            DIM,
+            PADDED,
+            BITS,
+            WORDS,
+            PLANES,
+            QUERY_HIDDEN,
+            QUERY_PARTS,
+            UNIT,
+            TILE,
+            PDL,
+        )
     else:
         encode_keys(
-            k, v, centre, key_linear, key_last, key_bias, key_sums, keys, values, codes, norms, length, arrived,
-            at - split, tl.num_programs(0) - split, new, T, room, code_room, first, DIM, PADDED, BITS, WORDS,
-            KEY_HIDDEN, KEY_PARTS, TILE, PLACED, PDL,
-        )  # fmt: skip
+            k,
+            v,
+            centre,
+            key_linear,
+            key_last,
+            key_bias,
+            key_sums,
+            keys,
+            values,
+            codes,
+            norms,
+            length,
+            arrived,
+            at - split,
+            tl.num_programs(0) - split,
+            new,
+            T,
+            room,
+            code_room,
+            first,
+            DIM,
+            PADDED,
+            BITS,
+            WORDS,
+            KEY_HIDDEN,
+            KEY_PARTS,
+            TILE,
+            PLACED,
+            PDL,
+        )
     if PLACED:  # the first program has waited for the kernel before, and nobody reads it meanwhile
         tl.store(length, first + T, mask=at == 0)
     if PDL:

@@ -73,6 +73,17 @@ def run_layers(
     constants |= {"WIDTH": triton.next_power_of_2(last) if two else 1, "SLICE": units, "TILE": tile}
     constants |= {"UNIT": by.unit, "PDL": bool(early)}
     hidden_layers[(triton.cdiv(count, tile), triton.cdiv(width, units))](
-        x, centre, by.weights[0], by.biases[0], *second, sums, count, tokens, x.shape[2], first, **constants,
-        num_warps=warps, **early,
-    )  # fmt: skip
+        x,
+        centre,
+        by.weights[0],
+        by.biases[0],
+        *second,
+        sums,
+        count,
+        tokens,
+        x.shape[2],
+        first,
+        **constants,
+        num_warps=warps,
+        **early,
+    )
